@@ -1,0 +1,129 @@
+"""The order in which training sees records: a pure function of (seed, step).
+
+Every source is shuffled anew each epoch and repeated, the sources are mixed by weight, captions
+are dropped by each record's own random numbers, and only then are the batches dealt out to
+processes. So the global batch of a step is the same on one host and on many, and the step number
+is the whole state: a run resumes on any number of hosts. (Grain's own iterator checkpoint pins the
+number of processes, so it is not used.)
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
+
+import grain
+import numpy as np
+
+from microdit_jax.errors import UserError
+
+Record = dict[str, Any]
+
+
+class Source(Protocol):
+    """Random access to records, dictionaries of numpy arrays and numbers."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Record: ...
+
+
+def make_dataset(
+    sources: Sequence[Source],
+    weights: Sequence[float] | None = None,
+    *,
+    seed: int,
+    batch_size: int,
+    caption_drop: float,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> grain.MapDataset:
+    """The endless dataset of this process's batches: `dataset[step]` is its part of that step.
+
+    Process i holds the i-th of `process_count` equal, consecutive parts of each global batch, so
+    the parts put together in process order are the batch that a single process would have seen.
+
+    Args:
+      sources: where records come from; to each record is added "keep_caption", float32 0 or 1.
+      weights: expected share of each source, in any unit; by default their sizes.
+      seed: decides order and dropped captions, 0 to 2**32 - 1.
+      batch_size: of all processes together.
+      caption_drop: probability that a record's caption is to be replaced by the empty one.
+    Raises:
+      UserError: if a value is out of range or the batch does not divide by the processes.
+    """
+    weights = [len(source) for source in sources] if weights is None else list(weights)
+    _check(sources, weights, seed, batch_size, caption_drop, process_index, process_count)
+    # One independent seed each; Grain's shuffle takes seed + epoch, so neighbours would overlap.
+    *shuffle_seeds, drop_seed = np.random.SeedSequence(seed).generate_state(len(sources) + 1)
+    streams = [
+        grain.MapDataset.source(source).seed(int(shuffle_seed)).shuffle().repeat()
+        for source, shuffle_seed in zip(sources, shuffle_seeds, strict=True)
+    ]
+    records = grain.MapDataset.mix(streams, weights)
+    records = records.random_map(_caption_dropper(caption_drop), seed=int(drop_seed))
+    batches = records.batch(batch_size // process_count, drop_remainder=True)
+    return batches[process_index::process_count]
+
+
+def batches(
+    dataset: grain.MapDataset, start_step: int, *, threads: int = 1, ahead: int = 4
+) -> Iterator[dict[str, np.ndarray]]:
+    """Batches of steps start_step, start_step + 1, ... read ahead by threads (no processes).
+
+    Args:
+      dataset: from `make_dataset`.
+      start_step: the step whose batch comes first; resuming needs nothing else.
+      threads: that read; batches arrive in order whatever their number.
+      ahead: batches kept ready.
+    """
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(ahead, threads))
+    iterator = iter(dataset.to_iter_dataset(options))
+    # Grain's name for the index of the next element, here the step
+    iterator.set_state({"next_index": start_step})
+    with contextlib.closing(iterator):  # ends the threads when the caller stops or fails
+        yield from iterator
+
+
+def _caption_dropper(probability: float) -> Callable[[Record, np.random.Generator], Record]:
+    def drop(record: Record, rng: np.random.Generator) -> Record:
+        return {**record, "keep_caption": np.float32(rng.random() >= probability)}
+
+    return drop
+
+
+def _check(
+    sources: Sequence[Source],
+    weights: Sequence[float],
+    seed: int,
+    batch_size: int,
+    caption_drop: float,
+    process_index: int,
+    process_count: int,
+) -> None:
+    sizes = [len(source) for source in sources]
+    if not sizes or 0 in sizes:
+        raise UserError(
+            f"expected one or more data sources with records, found sources of {sizes} records: "
+            f"check the data folders"
+        )
+    if len(weights) != len(sizes) or min(weights) <= 0:
+        raise UserError(
+            f"expected a positive weight for each of {len(sizes)} data sources, found {weights}: "
+            f"leave a source out rather than weighting it 0"
+        )
+    if not 0 <= seed < 2**32:
+        raise UserError(f"expected a data seed of 0 to 2**32 - 1, found {seed}: choose another")
+    if not 0 <= caption_drop <= 1:
+        raise UserError(
+            f"expected a caption drop probability in [0, 1], found {caption_drop}: 0.1 is usual"
+        )
+    if batch_size < 1 or batch_size % process_count:
+        raise UserError(
+            f"expected a batch size in multiples of {process_count} processes, found "
+            f"{batch_size}: change the batch size or the number of hosts"
+        )
+    if not 0 <= process_index < process_count:
+        raise UserError(
+            f"expected a process index of 0 to {process_count - 1}, found {process_index}: "
+            f"pass jax.process_index() and jax.process_count()"
+        )

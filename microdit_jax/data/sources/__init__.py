@@ -1,0 +1,1 @@
+"""Where captioned pictures come from, one module each."""

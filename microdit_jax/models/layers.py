@@ -1,0 +1,238 @@
+"""Building blocks without attention: linear layers, norms, embeddings, dense feed-forwards."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+from jaxtyping import Array, Float
+
+Dtype = Any
+Initializer = Callable[..., Array]
+
+# The reference draws these from a normal cut at +-2 *absolute*, 100 standard deviations out:
+# the cut never acts, so this is the plain normal.
+small_normal = nn.initializers.normal
+xavier = nn.initializers.xavier_uniform()
+zeros = nn.initializers.zeros_init()
+
+
+def round_up(value: int, multiple: int) -> int:
+    """The smallest multiple of `multiple` that is at least `value`."""
+    return multiple * math.ceil(value / multiple)
+
+
+def gelu_tanh(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """The tanh form of GELU: every GELU of the network but the experts'."""
+    return jax.nn.gelu(x, approximate=True)
+
+
+def modulate(
+    x: Float[Array, "n t d"], shift: Float[Array, "n d"], scale: Float[Array, "n d"]
+) -> Float[Array, "n t d"]:
+    """x (1 + scale) + shift: adaptive layer norm (DiT, Peebles & Xie 2022, section 3.2)."""
+    return x * (1 + scale[:, None, :]) + shift[:, None, :]
+
+
+class Linear(nn.Dense):
+    """Dense layer with the reference's default: Xavier-uniform kernel (in, out), zero bias."""
+
+    kernel_init: Initializer = xavier
+
+
+def normalise(x: Float[Array, "*b d"], eps: float) -> Float[Array, "*b d"]:
+    """Layer norm over the last axis without scale or bias, in and to float32."""
+    x = x.astype(jnp.float32)
+    centred = x - x.mean(axis=-1, keepdims=True)
+    return centred * jax.lax.rsqrt(jnp.square(centred).mean(axis=-1, keepdims=True) + eps)
+
+
+class LayerNorm(nn.Module):
+    """Layer norm over the last axis, computed in float32, with a scale but never a bias."""
+
+    eps: float
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), self.param_dtype)
+        y = normalise(x, self.eps)
+        return (y * jnp.broadcast_to(scale.astype(jnp.float32), y.shape)).astype(self.dtype)
+
+
+class PatchEmbed(nn.Module):
+    """Linear map of flattened p x p patches: the reference's strided convolution.
+
+    The kernel's input axis runs over (channel, row, column), as the convolution's weight does.
+    """
+
+    dim: int
+    patch_size: int
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "n height width channels"]) -> Float[Array, "n t d"]:
+        p = self.patch_size
+        bound = 1 / math.sqrt(p * p * x.shape[-1])
+        # (n, height, width, channels) -> (n, t, channels * p * p)
+        patches = rearrange(x, "n (h p) (w q) c -> n (h w) (c p q)", p=p, q=p)
+        return Linear(
+            self.dim,
+            bias_init=lambda key, shape, dtype: jax.random.uniform(
+                key, shape, dtype, -bound, bound
+            ),
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            name="proj",
+        )(patches)
+
+
+def unpatchify(
+    x: Float[Array, "n t f"], patch_size: int
+) -> Float[Array, "n height width channels"]:
+    """Puts side x side tokens back into a square; a token holds (row, column, channel)."""
+    side = math.isqrt(x.shape[1])
+    p = patch_size
+    return rearrange(x, "n (h w) (p q c) -> n (h p) (w q) c", h=side, w=side, p=p, q=p)
+
+
+def sincos_pos_embed(dim: int, grid: int, pos_interp_scale: float = 1.0) -> np.ndarray:
+    """Fixed 2-D sin-cos position embedding (MAE, He et al. 2021), computed in float64.
+
+    Args:
+      dim: width d, a multiple of 4.
+      grid: tokens along one side; coordinates are arange(grid) / pos_interp_scale.
+      pos_interp_scale: 1 at 256 px, 2 at 512 px, so that both share one coordinate range.
+    Returns:
+      (grid * grid, dim) float32; the first d/2 channels encode the column, the others the row, each
+      as [sin, cos] of d/4 frequencies 10000^(-i / (d/4)).
+    """
+    omega = 1.0 / 10000 ** (np.arange(dim // 4, dtype=np.float64) / (dim / 4))
+    # float32 here, as the reference has it: it matters for scales that are not a power of two.
+    position = np.arange(grid, dtype=np.float32) / np.float32(pos_interp_scale)
+    angles = np.outer(position.astype(np.float64), omega)
+    axis = np.concatenate([np.sin(angles), np.cos(angles)], axis=1)  # (grid, dim / 2)
+    column = np.broadcast_to(axis[None, :, :], (grid, grid, dim // 2))
+    row = np.broadcast_to(axis[:, None, :], (grid, grid, dim // 2))
+    return np.concatenate([column, row], axis=-1).reshape(grid * grid, dim).astype(np.float32)
+
+
+def timestep_embedding(
+    t: Float[Array, " n"], dim: int = 512, max_period: float = 10000.0
+) -> Float[Array, "n dim"]:
+    """[cos, sin] features of t at dim/2 frequencies max_period^(-i / (dim/2)), in float32."""
+    half = dim // 2
+    steps = jnp.arange(half, dtype=jnp.float32)
+    frequencies = jnp.exp(-math.log(max_period) * steps / half)
+    angles = t.astype(jnp.float32)[:, None] * frequencies[None, :]
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
+class TimestepEmbedder(nn.Module):
+    """c_noise (n,) -> (n, d): sin-cos features, then a two-layer MLP."""
+
+    dim: int
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, t: Float[Array, " n"]) -> Float[Array, "n d"]:
+        def linear(name: str) -> Linear:
+            init = nn.initializers.normal(0.02)
+            return Linear(
+                self.dim,
+                kernel_init=init,
+                dtype=self.dtype,
+                param_dtype=self.param_dtype,
+                name=name,
+            )
+
+        features = timestep_embedding(t).astype(self.dtype)
+        return linear("mlp_2")(gelu_tanh(linear("mlp_0")(features)))
+
+
+class Mlp(nn.Module):
+    """fc1 -> GELU(tanh) -> layer norm -> fc2, for caption embeddings and their mean."""
+
+    dim: int
+    eps: float
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*b f"]) -> Float[Array, "*b d"]:
+        kinds = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        init = nn.initializers.normal(0.02)
+        x = gelu_tanh(Linear(self.dim, kernel_init=init, name="fc1", **kinds)(x))
+        x = LayerNorm(self.eps, name="norm", **kinds)(x)
+        return Linear(self.dim, kernel_init=init, name="fc2", **kinds)(x)
+
+
+class CaptionProjection(nn.Module):
+    """Caption embeddings (n, l, caption_channels) -> (n, l, d)."""
+
+    dim: int
+    eps: float
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, y: Float[Array, "n l f"]) -> Float[Array, "n l d"]:
+        return Mlp(self.dim, self.eps, self.dtype, self.param_dtype, name="y_proj")(y)
+
+
+class FeedForward(nn.Module):
+    """SwiGLU (Shazeer 2020): w3(silu(w1 x) * w2 x).
+
+    The hidden width f is round_up(int(2 * int(d * mlp_ratio) / 3), multiple_of).
+    """
+
+    mlp_ratio: float
+    multiple_of: int
+    use_bias: bool
+    hidden_init: Initializer
+    out_init: Initializer
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "n t d"]) -> Float[Array, "n t d"]:
+        d = x.shape[-1]
+        f = round_up(int(2 * int(d * self.mlp_ratio) / 3), self.multiple_of)
+
+        def linear(features: int, init: Initializer, name: str) -> Linear:
+            return Linear(
+                features,
+                use_bias=self.use_bias,
+                kernel_init=init,
+                dtype=self.dtype,
+                param_dtype=self.param_dtype,
+                name=name,
+            )
+
+        gate = nn.silu(linear(f, small_normal(0.02), "w1")(x))  # (n, t, f)
+        return linear(d, self.out_init, "w3")(gate * linear(f, self.hidden_init, "w2")(x))
+
+
+class FinalLayer(nn.Module):
+    """Modulated layer norm, then a linear map to the p * p * channels values of each patch."""
+
+    out_features: int
+    eps: float
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "n t d"], c: Float[Array, "n d"]) -> Float[Array, "n t f"]:
+        kinds = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        d = x.shape[-1]
+        modulation = Linear(2 * d, kernel_init=zeros, name="adaLN_modulation_1", **kinds)
+        shift, scale = jnp.split(modulation(gelu_tanh(c)), 2, axis=-1)
+        x = modulate(LayerNorm(self.eps, name="norm_final", **kinds)(x), shift, scale)
+        return Linear(self.out_features, kernel_init=zeros, name="linear", **kinds)(x)

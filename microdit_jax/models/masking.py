@@ -1,0 +1,67 @@
+"""Deferred patch masking: which tokens go on, as a pure function of uniform noise."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from microdit_jax.errors import UserError
+
+
+class Mask(NamedTuple):
+    """Which tokens are kept, in which order, and how to put them back.
+
+    ids_keep (n, t_kept) int32: kept tokens in shuffled order. ids_restore (n, t) int32: for each
+    place, its position in the shuffled order. dropped (n, t) float32: 1 where the token is dropped.
+    """
+
+    ids_keep: Int[Array, "n t_kept"]
+    ids_restore: Int[Array, "n t"]
+    dropped: Float[Array, "n t"]
+
+
+def num_kept(t: int, mask_ratio: float) -> int:
+    """Tokens kept of t: int(t (1 - mask_ratio)).
+
+    Raises:
+      UserError: the ratio is outside [0, 1), or no token would be left.
+    """
+    if not 0 <= mask_ratio < 1:
+        raise UserError(f"mask_ratio must be in [0, 1), found {mask_ratio}; the paper's is 0.75")
+    kept = int(t * (1 - mask_ratio))
+    if kept < 1:
+        raise UserError(f"mask_ratio {mask_ratio} keeps none of {t} tokens; lower it")
+    return kept
+
+
+def draw_noise(key: Array, n: int, t: int) -> Float[Array, "n t"]:
+    """The uniform noise that decides a mask, from a PRNG key."""
+    return jax.random.uniform(key, (n, t), jnp.float32)
+
+
+def make_mask(noise: Float[Array, "n t"], mask_ratio: float) -> Mask:
+    """Keeps the tokens with the smallest noise (MAE's random masking, He et al. 2021).
+
+    Args:
+      noise: (n, t), uniform.
+      mask_ratio: the share dropped, in [0, 1); static.
+    """
+    kept = num_kept(noise.shape[1], mask_ratio)
+    shuffled = jnp.argsort(noise, axis=1)
+    ids_restore = jnp.argsort(shuffled, axis=1)
+    dropped = (ids_restore >= kept).astype(jnp.float32)
+    return Mask(shuffled[:, :kept], ids_restore, dropped)
+
+
+def drop_tokens(x: Float[Array, "n t d"], mask: Mask) -> Float[Array, "n t_kept d"]:
+    """The kept tokens, in shuffled order."""
+    return jnp.take_along_axis(x, mask.ids_keep[:, :, None], axis=1)
+
+
+def restore_tokens(x: Float[Array, "n t_kept d"], mask: Mask) -> Float[Array, "n t d"]:
+    """Puts kept tokens back in place; dropped ones become zero (the reference's `mask_token`)."""
+    n, kept, d = x.shape
+    t = mask.ids_restore.shape[1]
+    padded = jnp.concatenate([x, jnp.zeros((n, t - kept, d), x.dtype)], axis=1)
+    return jnp.take_along_axis(padded, mask.ids_restore[:, :, None], axis=1)

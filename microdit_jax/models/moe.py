@@ -1,0 +1,83 @@
+"""Expert-choice mixture of experts (Zhou et al. 2022): experts pick tokens within each image."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from microdit_jax.models.layers import Dtype, Initializer, Linear, small_normal
+
+DISPATCHES = ("gather", "onehot")
+
+
+def choose_tokens(
+    logits: Float[Array, "n t e"], slots: int
+) -> tuple[Float[Array, "n e k"], Int[Array, "n e k"]]:
+    """Each expert's k best tokens of each image, by the softmax over experts in float32.
+
+    A token may be taken by several experts, or by none.
+
+    Returns:
+      The chosen tokens' probabilities (n, e, k) float32 and indices (n, e, k) int32.
+    """
+    probabilities = jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
+    return jax.lax.top_k(probabilities.swapaxes(1, 2), slots)
+
+
+def experts(
+    x: Float[Array, "e n k d"], w1: Float[Array, "e d f"], w2: Float[Array, "e f d"]
+) -> Float[Array, "e n k d"]:
+    """GELU_erf(x w1[e]) w2[e]: the exact erf GELU, the only one in the network."""
+    hidden = jax.nn.gelu(jnp.einsum("enkd,edf->enkf", x, w1), approximate=False)
+    return jnp.einsum("enkf,efd->enkd", hidden, w2)
+
+
+def dispatch_gather(x, weight, index, w1, w2) -> Float[Array, "n t d"]:
+    """Gathers the chosen tokens and scatter-adds the experts' outputs back into place."""
+    n, t, d = x.shape
+    e, k = index.shape[1:]
+    flat = index.reshape(n, e * k)
+    tokens = jnp.take_along_axis(x, flat[:, :, None], axis=1)  # (n, e k, d)
+    tokens = tokens.reshape(n, e, k, d).transpose(1, 0, 2, 3)  # (e, n, k, d)
+    out = experts(tokens, w1, w2).transpose(1, 0, 2, 3)  # (n, e, k, d)
+    out = (out * weight[..., None].astype(x.dtype)).reshape(n, e * k, d)
+    return jax.vmap(lambda i, o: jnp.zeros((t, d), x.dtype).at[i].add(o))(flat, out)
+
+
+def dispatch_onehot(x, weight, index, w1, w2) -> Float[Array, "n t d"]:
+    """The same by one-hot matrix products, as the reference does it: more FLOPs, no gathers."""
+    chosen = jax.nn.one_hot(index, x.shape[1], dtype=x.dtype)  # (n, e, k, t)
+    tokens = jnp.einsum("nekt,ntd->enkd", chosen, x)
+    out = experts(tokens, w1, w2)
+    return jnp.einsum("nekt,enkd->ntd", chosen * weight[..., None].astype(x.dtype), out)
+
+
+class ExpertChoiceFeedForward(nn.Module):
+    """e experts, each taking k = int(capacity * t / e) tokens of each image; no auxiliary loss."""
+
+    num_experts: int
+    capacity: float
+    hidden: int
+    out_init: Initializer
+    dispatch: str
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "n t d"]) -> Float[Array, "n t d"]:
+        t, d = x.shape[1:]
+        e, f = self.num_experts, self.hidden
+        w1 = self.param("w1", small_normal(0.02), (e, d, f), self.param_dtype)
+        w2 = self.param("w2", self.out_init, (e, f, d), self.param_dtype)
+        gate = Linear(
+            e,
+            use_bias=False,
+            kernel_init=small_normal(0.02),
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            name="gate",
+        )
+        weight, index = choose_tokens(gate(x), int(self.capacity * t / e))
+        self.sow("intermediates", "routing", index)
+        dispatch = {"gather": dispatch_gather, "onehot": dispatch_onehot}[self.dispatch]
+        return dispatch(x, weight, index, w1.astype(self.dtype), w2.astype(self.dtype))
