@@ -87,7 +87,7 @@ class _Attention(nn.Module):
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
 
-    def linear(self, features: int, init: Initializer) -> Linear:
+    def linear(self, features: int, init: Initializer) -> nn.Dense:
         return Linear(
             features,
             use_bias=self.use_bias,

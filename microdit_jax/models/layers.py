@@ -1,5 +1,6 @@
 """Building blocks without attention: linear layers, norms, embeddings, dense feed-forwards."""
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -38,10 +39,8 @@ def modulate(
     return x * (1 + scale[:, None, :]) + shift[:, None, :]
 
 
-class Linear(nn.Dense):
-    """Dense layer with the reference's default: Xavier-uniform kernel (in, out), zero bias."""
-
-    kernel_init: Initializer = xavier
+# The reference's default initialisation: Xavier-uniform kernel (in, out), zero bias.
+Linear = functools.partial(nn.Dense, kernel_init=xavier)
 
 
 def normalise(x: Float[Array, "*b d"], eps: float) -> Float[Array, "*b d"]:
@@ -143,7 +142,7 @@ class TimestepEmbedder(nn.Module):
 
     @nn.compact
     def __call__(self, t: Float[Array, " n"]) -> Float[Array, "n d"]:
-        def linear(name: str) -> Linear:
+        def linear(name: str) -> nn.Dense:
             init = nn.initializers.normal(0.02)
             return Linear(
                 self.dim,
@@ -206,7 +205,7 @@ class FeedForward(nn.Module):
         d = x.shape[-1]
         f = round_up(int(2 * int(d * self.mlp_ratio) / 3), self.multiple_of)
 
-        def linear(features: int, init: Initializer, name: str) -> Linear:
+        def linear(features: int, init: Initializer, name: str) -> nn.Dense:
             return Linear(
                 features,
                 use_bias=self.use_bias,

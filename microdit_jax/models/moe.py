@@ -21,7 +21,8 @@ def choose_tokens(
       The chosen tokens' probabilities (n, e, k) float32 and indices (n, e, k) int32.
     """
     probabilities = jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
-    return jax.lax.top_k(probabilities.swapaxes(1, 2), slots)
+    weight, index = jax.lax.top_k(probabilities.swapaxes(1, 2), slots)
+    return weight, index
 
 
 def experts(

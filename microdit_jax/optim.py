@@ -1,0 +1,61 @@
+"""Learning-rate schedules, AdamW with clipping, and the moving average of the weights."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Int
+
+from microdit_jax.errors import UserError
+
+
+def learning_rate(
+    peak: float, *, warmup_steps: int = 0, decay_steps: int = 0, final_ratio: float = 1.0
+) -> optax.Schedule:
+    """Linear warm-up from 0 to `peak`, then constant, or a cosine down to `final_ratio * peak`.
+
+    Args:
+      peak: learning rate after the warm-up.
+      warmup_steps: steps of the warm-up; 0 for none.
+      decay_steps: step at which the cosine ends, counted from step 0; 0 keeps `peak`.
+      final_ratio: the cosine's end over its peak.
+    """
+    if decay_steps:
+        if decay_steps <= warmup_steps:
+            raise UserError(
+                f"decay_steps must exceed warmup_steps ({warmup_steps}), found {decay_steps}"
+            )
+        return optax.warmup_cosine_decay_schedule(
+            0.0 if warmup_steps else peak, peak, warmup_steps, decay_steps, final_ratio * peak
+        )
+    return optax.linear_schedule(0.0 if warmup_steps else peak, peak, max(warmup_steps, 1))
+
+
+def adamw(
+    schedule: optax.Schedule,
+    *,
+    weight_decay: float = 0.1,
+    clip_norm: float = 0.25,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+) -> optax.GradientTransformation:
+    """Global-norm clipping, then AdamW; the decay acts on every parameter, norms and biases too."""
+    return optax.chain(
+        optax.clip_by_global_norm(clip_norm),
+        optax.adamw(schedule, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay),
+    )
+
+
+def update_ema(
+    ema: Any, params: Any, step: Int[Array, ""], *, smoothing: float, start_step: int
+) -> Any:
+    """smoothing * ema + (1 - smoothing) * params; a copy of the parameters before `start_step`.
+
+    Args:
+      ema, params: trees of the same shapes.
+      step: updates done so far, this one included.
+    """
+    rate = jnp.where(step <= start_step, 1.0, 1.0 - smoothing)
+    return jax.tree.map(lambda e, p: e + rate.astype(e.dtype) * (p - e), ema, params)

@@ -1,0 +1,85 @@
+"""Eight simulated devices, strict types and shapes, and the golden files of the reference."""
+
+import os
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+)
+
+from jaxtyping import install_import_hook  # noqa: E402
+
+# Before anything of ours is imported: every jaxtyping annotation is checked at run time.
+install_import_hook(["microdit_jax", "convert"], "beartype.beartype")
+
+import functools  # noqa: E402
+import json  # noqa: E402
+import pathlib  # noqa: E402
+
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+GOLDEN = pathlib.Path(__file__).parent / "golden"
+
+
+def relative_l2(found, expected) -> float:
+    """|found - expected| / |expected| in float64."""
+    found, expected = np.asarray(found, np.float64), np.asarray(expected, np.float64)
+    assert found.shape == expected.shape
+    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
+
+
+class GoldenDiT:
+    """One recorded reference network: config, parameters, and arrays as ours has them."""
+
+    def __init__(self, name: str):
+        from microdit_jax.models.dit import DiT, DiTConfig
+
+        with np.load(GOLDEN / f"{name}.npz") as file:
+            self.arrays = {key: file[key] for key in file.files}
+        self.config = DiTConfig(**json.loads(str(self.arrays["config"])))
+        self.model = DiT(self.config)
+        self.params = self.tree("state_dict/")
+
+    def tree(self, prefix: str):
+        """Parameters stored under `prefix`; buffers missing there are the network's own."""
+        from convert.dit import from_torch
+
+        tensors = {
+            k.removeprefix(prefix): v for k, v in self.arrays.items() if k.startswith(prefix)
+        }
+        for buffer in ("pos_embed", "mask_token"):
+            tensors.setdefault(buffer, self.arrays[f"state_dict/{buffer}"])
+        return jax.tree.map(jnp.asarray, from_torch(tensors, self.config))
+
+    def __getitem__(self, key: str) -> jax.Array:
+        """An array; images channels last, captions without the reference's singleton axis."""
+        value = self.arrays[key]
+        if key == "y":
+            value = value[:, 0]
+        elif value.ndim == 4:
+            value = np.moveaxis(value, 1, -1)
+        return jnp.asarray(value)
+
+    def keys(self, prefix: str) -> list[str]:
+        return [key for key in self.arrays if key.startswith(prefix)]
+
+
+@functools.cache
+def load_golden(name: str) -> GoldenDiT:
+    return GoldenDiT(name)
+
+
+@pytest.fixture(params=["dit_small", "dit_mixer_same_dim", "dit_16ch_interp2"])
+def golden(request) -> GoldenDiT:
+    return load_golden(request.param)
+
+
+@pytest.fixture
+def golden_small() -> GoldenDiT:
+    return load_golden("dit_small")

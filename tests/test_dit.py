@@ -1,0 +1,219 @@
+"""The whole network against the recorded reference, and its own promises."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import relative_l2
+
+from microdit_jax.errors import UserError
+from microdit_jax.models import dit, masking
+from microdit_jax.models.layers import sincos_pos_embed, timestep_embedding
+
+
+def forward(golden, params=None, *, mask_ratio=0.0, jit=False, **changes):
+    model = dit.DiT(dataclasses.replace(golden.config, **changes))
+
+    def apply(params, x, t, y, u):
+        return model.apply({"params": params}, x, t, y, mask_noise=u, mask_ratio=mask_ratio)
+
+    apply = jax.jit(apply) if jit else apply
+    params = golden.params if params is None else params
+    return apply(params, golden["x"], golden["t"], golden["y"], golden["mask_noise"])
+
+
+def test_every_activation_equals_the_reference(golden):
+    (sample, mask), state = golden.model.apply(
+        {"params": golden.params},
+        golden["x"],
+        golden["t"],
+        golden["y"],
+        capture_intermediates=True,
+    )
+    assert mask is None
+    assert relative_l2(sample, golden["sample"]) < 5e-5
+    recorded = golden.keys("activation/")
+    for key in recorded:
+        name = key.removeprefix("activation/").replace(".", "_")
+        expected = np.asarray(golden.arrays[key])
+        expected = expected[:, 0] if expected.ndim == 4 else expected
+        assert relative_l2(state["intermediates"][name]["__call__"][0], expected) < 2e-5, key
+
+
+def test_small_file_records_every_submodule(golden_small):
+    assert len(golden_small.keys("activation/")) == 13
+
+
+@pytest.mark.parametrize("jit", [False, True])
+@pytest.mark.parametrize("dispatch", ["gather", "onehot"])
+def test_masked_run_keeps_the_same_tokens(golden, dispatch, jit):
+    sample, mask = forward(golden, mask_ratio=0.75, moe_dispatch=dispatch, jit=jit)
+    np.testing.assert_array_equal(mask, golden["mask"])
+    assert relative_l2(sample, golden["sample_masked"]) < 5e-5
+
+
+def test_both_dispatches_agree(golden):
+    gathered, _ = forward(golden, moe_dispatch="gather")
+    onehot, _ = forward(golden, moe_dispatch="onehot")
+    assert relative_l2(gathered, onehot) < 1e-6
+
+
+def test_jit_equals_eager(golden):
+    eager, _ = forward(golden)
+    jitted, _ = forward(golden, jit=True)
+    assert relative_l2(jitted, eager) < 2e-6
+
+
+def test_bfloat16_stays_near(golden):
+    sample, _ = forward(golden, dtype="bfloat16", jit=True)
+    assert sample.dtype == jnp.float32
+    assert relative_l2(sample, golden["sample"]) < 2e-2
+
+
+@pytest.mark.parametrize("remat", ["block", "dots"])
+def test_remat_changes_neither_output_nor_gradient(golden_small, remat):
+    def loss(params, remat):
+        return forward(golden_small, params, mask_ratio=0.75, remat=remat)[0].sum()
+
+    plain = jax.grad(loss)(golden_small.params, "none")
+    remade = jax.grad(loss)(golden_small.params, remat)
+    assert jax.tree.structure(plain) == jax.tree.structure(remade)
+    for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(remade), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_encoding_captions_ahead_changes_nothing(golden):
+    variables = {"params": golden.params}
+    caption = golden.model.apply(variables, golden["y"], method="encode_caption")
+    sample, _ = golden.model.apply(variables, golden["x"], golden["t"], caption, method="predict")
+    assert relative_l2(sample, golden["sample"]) < 5e-5
+    blocks = golden.config.depth + golden.config.patch_mixer_depth
+    assert len(caption.keys_values) == blocks
+
+
+@pytest.mark.parametrize(
+    "config, parameters",
+    [
+        (dit.MicroDiT_XL_2(), 1_165_442_320),
+        (dit.MicroDiT_XL_2(in_channels=16), 1_165_540_672),
+        (dit.MicroDiT_Tiny_2(), 200_692_752),
+    ],
+)
+def test_parameter_counts_of_the_paper(config, parameters):
+    shapes = jax.eval_shape(lambda: init(config))
+    assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == parameters
+
+
+def init(config: dit.DiTConfig):
+    x = jnp.zeros((1, config.input_size, config.input_size, config.in_channels))
+    y = jnp.zeros((1, 4, config.caption_channels))
+    return dit.DiT(config).init(jax.random.key(0), x, jnp.zeros(1), y)["params"]
+
+
+def test_initialisation_statistics():
+    config = dit.DiTConfig(
+        input_size=8, dim=128, depth=4, head_dim=32, multiple_of=64, caption_channels=96,
+        patch_mixer_depth=2, patch_mixer_dim=96, patch_mixer_mlp_ratio=4.0, use_bias=False,
+        qkv_multipliers=(1.0,) * 4, ffn_multipliers=(4.0,) * 4, expert_capacity=2.0,
+    )  # fmt: skip
+    params = init(config)
+
+    def std(*path):
+        leaf = params
+        for name in path:
+            leaf = leaf[name]
+        return float(jnp.std(leaf)), float(jnp.abs(leaf).max())
+
+    def near(path, expected):
+        found = std(*path.split("/"))[0]
+        assert abs(found / expected - 1) < 0.06, (path, found, expected)
+
+    for path in ("t_embedder/mlp_0", "y_embedder/y_proj/fc1", "pooled_y_emb_process/fc2",
+                 "blocks_2/attn/qkv", "blocks_2/cross_attn/kv_linear", "blocks_2/mlp/w1",
+                 "y_emb_preprocess/attn/qkv", "y_emb_preprocess/mlp/w2"):  # fmt: skip
+        near(path + "/kernel", 0.02)
+    near("blocks_1/mlp/w1", 0.02)
+    near("blocks_1/mlp/gate/kernel", 0.02)
+    for i in range(4):  # backbone block i: 0.02 / sqrt(2 (i + 1))
+        near(f"blocks_{i}/attn/proj/kernel", 0.02 / (2 * (i + 1)) ** 0.5)
+        near(f"blocks_{i}/cross_attn/proj/kernel", 0.02 / (2 * (i + 1)) ** 0.5)
+    near("blocks_1/mlp/w2", 0.02 / 4**0.5)
+    near("blocks_2/mlp/w3/kernel", 0.02 / 6**0.5)
+    near("blocks_2/mlp/w2/kernel", 0.02 / 6**0.5)
+    for path in ("attn/proj/kernel", "mlp/w3/kernel"):  # mixer: 0.02 / sqrt(2 depth)
+        near("patch_mixer_0/" + path, 0.02 / 8**0.5)
+    near("patch_mixer_1/mlp/w2", 0.02 / 8**0.5)
+    # Xavier uniform: std = limit / sqrt(3)
+    limit = (6 / (128 + 16)) ** 0.5
+    near("x_embedder/proj/kernel", limit / 3**0.5)
+    assert std("x_embedder", "proj", "kernel")[1] <= limit
+    near("patch_mixer_map_xin_1/kernel", (2 / (128 + 96)) ** 0.5)
+    bias_std, bias_max = std("x_embedder", "proj", "bias")
+    assert bias_max <= 0.25 and 0.12 < bias_std < 0.17  # U(+-1/sqrt(16)): std 0.144
+    zero = ("blocks_0/adaLN_modulation_1/kernel", "patch_mixer_0/adaLN_modulation_1/kernel",
+            "final_layer/adaLN_modulation_1/kernel", "final_layer/linear/kernel",
+            "final_layer/linear/bias", "t_embedder/mlp_0/bias",
+            "y_emb_preprocess/attn/proj/kernel", "y_emb_preprocess/mlp/w3/kernel")  # fmt: skip
+    for path in zero:
+        assert std(*path.split("/"))[1] == 0, path
+    assert (params["blocks_0"]["norm1"]["scale"] == 1).all()
+    assert "bias" not in params["blocks_0"]["attn"]["qkv"]
+
+
+@pytest.mark.parametrize("case", ["xl2_256", "xl2_512", "odd"])
+def test_position_embedding(case):
+    with np.load("tests/golden/pos_embed.npz") as file:
+        width, grid, scale, _ = file[f"{case}_args"]
+        rows, total = file[f"{case}_rows"], float(file[f"{case}_sum"])
+    table = sincos_pos_embed(int(width), int(grid), float(scale))
+    np.testing.assert_array_equal(table[:: max(1, len(table) // 16)], rows)
+    assert abs(table.astype(np.float64).sum() / total - 1) < 1e-9
+
+
+def test_timestep_features():
+    with np.load("tests/golden/timestep_embed.npz") as file:
+        features = timestep_embedding(jnp.asarray(file["t"]))
+        assert relative_l2(features, file["emb512"]) < 2e-5
+
+
+def test_moe_pattern_of_the_paper():
+    config = dit.MicroDiT_XL_2()
+    backbone = [i for i, block in enumerate(config.backbone_blocks()) if block.is_moe]
+    mixer = [i for i, block in enumerate(config.mixer_blocks()) if block.is_moe]
+    assert backbone == list(range(1, 27, 2)) and mixer == [1, 3, 5]
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"head_dim": 7}, "head_dim"),
+        ({"attention": "flash"}, "attention must be one of xla, cudnn, splash"),
+        ({"dtype": "int8"}, "dtype must be one of"),
+        ({"qkv_multipliers": (1.0, 1.0)}, "multipliers"),
+        ({"ffn_multipliers": (1.0,) * 3, "qkv_multipliers": (1.0,) * 3}, "depth divisible"),
+        ({"input_size": 7}, "multiple of patch_size"),
+    ],
+)
+def test_bad_configs_are_refused(golden_small, changes, message):
+    with pytest.raises(UserError, match=message):
+        dataclasses.replace(golden_small.config, **changes)
+
+
+def test_bad_inputs_are_refused(golden_small):
+    variables = {"params": golden_small.params}
+    x, t, y = (golden_small[key] for key in ("x", "t", "y"))
+    with pytest.raises(UserError, match=r"latents must be \(n, 8, 8, 4\), found \(2, 4, 8, 4\)"):
+        golden_small.model.apply(variables, x[:, ::2], t, y)
+    with pytest.raises(UserError, match="input_size and in_channels"):
+        golden_small.model.apply(variables, x[..., :3], t, y)
+    with pytest.raises(UserError, match="text encoder"):
+        golden_small.model.apply(variables, x, t, y[..., :5])
+    for ratio in (1.0, -0.1, 1.5):
+        with pytest.raises(UserError, match=r"mask_ratio must be in \[0, 1\)"):
+            golden_small.model.apply(variables, x, t, y, mask_ratio=ratio)
+    with pytest.raises(UserError, match="draw_noise"):
+        golden_small.model.apply(variables, x, t, y, mask_ratio=0.75)
+    with pytest.raises(UserError, match="keeps none of 16 tokens"):
+        masking.num_kept(16, 0.99)

@@ -1,0 +1,37 @@
+"""Schedules of the paper's four stages, clipping and decay."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from microdit_jax import optim
+from microdit_jax.errors import UserError
+
+
+def test_stage_one_schedule():
+    schedule = optim.learning_rate(2.4e-4, warmup_steps=2500, decay_steps=250_000, final_ratio=0.33)
+    at = [float(schedule(s)) for s in (0, 1250, 2500, 126_250, 250_000, 260_000)]
+    middle = 2.4e-4 * (1 + 0.33) / 2
+    np.testing.assert_allclose(at, [0, 1.2e-4, 2.4e-4, middle, 0.792e-4, 0.792e-4], rtol=1e-5)
+
+
+def test_warm_up_then_constant():
+    schedule = optim.learning_rate(8e-5, warmup_steps=500)
+    np.testing.assert_allclose(
+        [float(schedule(s)) for s in (0, 250, 500, 9999)], [0, 4e-5, 8e-5, 8e-5], rtol=1e-6
+    )
+    assert float(optim.learning_rate(8e-5)(0)) == np.float32(8e-5)
+
+
+def test_cosine_must_end_after_the_warm_up():
+    with pytest.raises(UserError, match="decay_steps must exceed warmup_steps"):
+        optim.learning_rate(1.0, warmup_steps=10, decay_steps=10)
+
+
+def test_decay_acts_on_every_parameter():
+    params = {"norm": jnp.ones(3), "kernel": jnp.ones((2, 2))}
+    optimizer = optim.adamw(optim.learning_rate(0.1), weight_decay=0.5)
+    zero = {"norm": jnp.zeros(3), "kernel": jnp.zeros((2, 2))}
+    updates, _ = optimizer.update(zero, optimizer.init(params), params)
+    np.testing.assert_allclose(updates["norm"], -0.05, rtol=1e-6)
+    np.testing.assert_allclose(updates["kernel"], -0.05, rtol=1e-6)
