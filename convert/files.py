@@ -1,0 +1,106 @@
+"""Files as the converter reads and writes them: memory-mapped in, all or nothing out."""
+
+import contextlib
+import errno
+import hashlib
+import mmap
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from microdit_jax.errors import UserError
+
+CHUNK = 1 << 24  # bytes handled at a time, so that no second copy of a file is ever held
+
+
+def map_bytes(path: str | os.PathLike) -> np.ndarray:
+    """The file as a read-only uint8 array, read page by page when touched.
+
+    Raises:
+      UserError: there is no such file, or it is a folder or empty.
+    """
+    path = Path(path)
+    if not path.is_file():
+        found = "a folder" if path.is_dir() else "nothing"
+        raise UserError(f"expected a checkpoint file at {path}, found {found}; check the path")
+    if not path.stat().st_size:
+        raise UserError(f"expected a checkpoint at {path}, found an empty file; fetch it again")
+    with path.open("rb") as file:
+        return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
+
+
+def sha256(path: str | os.PathLike) -> str:
+    """The file's sha256 in hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def disk_errors(path: str | os.PathLike) -> Iterator[None]:
+    """Turns a full disk, or a folder that may not be written, into a UserError about `path`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            fix = "free some space or choose another place"
+        elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
+            fix = "choose a place you may write to"
+        else:
+            raise
+        raise UserError(f"could not write {path}: {error.strerror}; {fix}") from error
+
+
+def check_free_space(path: Path, num_bytes: int) -> None:
+    """Raises UserError when the disk that holds `path` has less than num_bytes free."""
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    free = shutil.disk_usage(folder).free
+    if free < num_bytes:
+        raise UserError(
+            f"{path} needs {num_bytes / 1e9:.2f} GB, found {free / 1e9:.2f} GB free on its disk; "
+            "free some space or choose another place"
+        )
+
+
+@contextlib.contextmanager
+def atomic_file(path: str | os.PathLike, num_bytes: int = 0) -> Iterator[BinaryIO]:
+    """A file to write that takes the name `path` only once it is complete and on disk.
+
+    Args:
+      num_bytes: how much will be written; refused at once when the disk has less.
+    Raises:
+      UserError: the disk is full or may not be written; nothing is left behind.
+    """
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    with disk_errors(path):
+        check_free_space(path, num_bytes)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with partial.open("wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def byte_chunks(tensor: np.ndarray, dtype: np.dtype) -> Iterator[memoryview]:
+    """The tensor's bytes in row-major order as `dtype`, a few MB at a time.
+
+    Works for transposed views too, without a contiguous copy of the whole.
+    """
+    if not tensor.size:
+        return
+    if tensor.flags.c_contiguous:
+        rows, step = tensor.reshape(-1), CHUNK // dtype.itemsize
+    else:
+        rows = tensor
+        step = max(1, CHUNK * len(tensor) // (tensor.size * dtype.itemsize))
+    for start in range(0, len(rows), step):
+        part = np.ascontiguousarray(rows[start : start + step]).astype(dtype, copy=False)
+        yield memoryview(part.reshape(-1).view(np.uint8))
