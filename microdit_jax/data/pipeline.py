@@ -9,7 +9,7 @@ number of processes, so it is not used.)
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import grain
 import numpy as np
@@ -19,6 +19,7 @@ from microdit_jax.errors import UserError
 Record = dict[str, Any]
 
 
+@runtime_checkable
 class Source(Protocol):
     """Random access to records, dictionaries of numpy arrays and numbers."""
 
@@ -29,11 +30,11 @@ class Source(Protocol):
 
 def make_dataset(
     sources: Sequence[Source],
-    weights: Sequence[float] | None = None,
+    weights: Sequence[float | int] | None = None,
     *,
     seed: int,
     batch_size: int,
-    caption_drop: float,
+    caption_drop: float | int,
     process_index: int = 0,
     process_count: int = 1,
 ) -> grain.MapDataset:
@@ -93,10 +94,10 @@ def _caption_dropper(probability: float) -> Callable[[Record, np.random.Generato
 
 def _check(
     sources: Sequence[Source],
-    weights: Sequence[float],
+    weights: Sequence[float | int],
     seed: int,
     batch_size: int,
-    caption_drop: float,
+    caption_drop: float | int,
     process_index: int,
     process_count: int,
 ) -> None:

@@ -7,6 +7,7 @@ diffusion model sees multiplied by `scaling_factor`, and `decode` of the raw lat
 
 import dataclasses
 import json
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ class PatchPCA:
     """A fitted codec; make one with `fit` or `load`.
 
     Attributes:
+      name: says what latents are compatible with, as a VAE's name does.
       patch: side of a patch, in pixels.
       mean: (p*p*3,) mean patch, flattened in (row, column, colour) order.
       basis: (p*p*3, c) orthonormal columns, by falling variance.
@@ -29,6 +31,7 @@ class PatchPCA:
       scaling_factor: latents times this have standard deviation 0.9 over the fitted images.
     """
 
+    name: str
     patch: int
     mean: Float[np.ndarray, " d"]
     basis: Float[np.ndarray, "d c"]
@@ -39,11 +42,6 @@ class PatchPCA:
     def channels(self) -> int:
         return self.basis.shape[1]
 
-    @property
-    def name(self) -> str:
-        """Names what the latents are compatible with, as a VAE's name does."""
-        return f"patch_pca:{self.patch}x{self.patch}x{self.channels}"
-
     @classmethod
     def fit(
         cls,
@@ -51,8 +49,8 @@ class PatchPCA:
         *,
         patch: int,
         channels: int,
-        whitening: float = 0.5,
-        target_std: float = 0.9,
+        whitening: float | int = 0.5,
+        target_std: float | int = 0.9,
     ) -> "PatchPCA":
         """Principal components of all patches of `images`; the same images give the same codec.
 
@@ -87,7 +85,9 @@ class PatchPCA:
         gain = deviation**-whitening
         scaling_factor = target_std / np.sqrt(np.mean((deviation * gain) ** 2))
         arrays = (a.astype(np.float32) for a in (mean, basis, gain))
-        return cls(patch, *arrays, float(scaling_factor))
+        size = "x".join(map(str, images.shape[:3]))
+        name = f"patch_pca:patch={patch},channels={channels},images={size}"
+        return cls(name, patch, *arrays, float(scaling_factor))
 
     def encode(self, images: Float[np.ndarray, "n H W 3"]) -> Float[np.ndarray, "n h w c"]:
         """Images (n, H, W, 3) in [-1, 1] -> raw latents (n, H/p, W/p, channels), float32."""
@@ -133,9 +133,9 @@ class PatchPCA:
             found = (about["format"], about["version"])
             with np.load(folder / "codec.npz") as file:
                 arrays = [file[key] for key in ("mean", "basis", "gain")]
-            codec = cls(about["patch"], *arrays, about["scaling_factor"])
+            codec = cls(about["name"], about["patch"], *arrays, about["scaling_factor"])
             whole = arrays[1].shape == (3 * about["patch"] ** 2, about["channels"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
             raise UserError(
                 f"expected codec.json and codec.npz of a patch codec in {folder}, could not read "
                 f"them ({error!r}): delete the folder and prepare the data again"

