@@ -40,7 +40,10 @@ def test_cut_and_padding_at_every_length(length):
 
 
 def test_clean():
-    assert clean("  â€œCAFÉ&amp;amp;lt;\n\tx&#39;S ") == "\"café&lt; x's"
+    assert clean("  â€œCAFÉ\n\tx&#39;S ") == "\"café x's"
+    # Without a "<" in the text ftfy undoes every escape; otherwise two are undone.
+    assert clean("<b> &amp;amp;amp;lt; &amp;lt;") == "<b> &amp;lt; <"
+    assert clean("&amp;amp;amp;lt;") == "<"
     assert clean("lone \ud800 surrogate") == "lone \ufffd surrogate"
 
 

@@ -1,0 +1,112 @@
+"""A text encoder that needs no download: a fixed random vector per token, and its position.
+
+Enough to learn by on small data (two captions differ where their words do); it knows nothing of
+meaning, so use a trained tower for anything else.
+"""
+
+import dataclasses
+import re
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float32, Int32, UInt64
+
+from microdit_jax.encoders.tokenizers import PADDING, VOCABULARY_SIZE, ClipTokenizer
+from microdit_jax.errors import UserError
+
+# Share of a token vector's variance that says which token it is; the rest says where it stands.
+_TOKEN_SHARE = 0.75
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenTable:
+    """A frozen random table over CLIP's 49,408 ids, plus sinusoidal positions.
+
+    Attributes:
+      width: of a token vector; even.
+      max_tokens: length to which `encode_text` pads and cuts, both markers included.
+      seed: of the table; a row depends on (seed, id, width) alone, on no library's generator.
+    Raises:
+      UserError: an odd width, no room for the markers, a seed outside [0, 2**32).
+    """
+
+    width: int
+    max_tokens: int
+    seed: int
+
+    def __post_init__(self):
+        if self.width < 2 or self.width % 2:
+            raise UserError(f"token table: expected an even width; found {self.width}")
+        if self.max_tokens < 2:
+            raise UserError(f"token table: expected tokens >= 2; found {self.max_tokens}")
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"token table: expected a seed in [0, 2**32); found {self.seed}")
+
+    @property
+    def name(self) -> str:
+        """The string that `from_name` reads, e.g. "table:width=256,tokens=24,seed=0"."""
+        return f"table:width={self.width},tokens={self.max_tokens},seed={self.seed}"
+
+    @classmethod
+    def from_name(cls, name: str) -> "TokenTable":
+        """The encoder of this name; raises UserError where it is not of the form of `name`."""
+        match = re.fullmatch(r"table:width=(\d+),tokens=(\d+),seed=(\d+)", name, re.ASCII)
+        if match is None:
+            raise UserError(
+                f"text encoder: expected a name like 'table:width=256,tokens=24,seed=0'; "
+                f"found {name!r}"
+            )
+        return cls(*map(int, match.groups()))
+
+    def encode(self, ids: Int32[np.ndarray, "n l"]) -> Float32[np.ndarray, "n l {self.width}"]:
+        """Token vectors (n, l, width) float32, of rms 1 in expectation at each token.
+
+        Padding, which is the zeros after a row's last token, gives zero vectors without position:
+        the network has no padding mask, so all padding is one vector that says nothing, as in a
+        dropped caption, and the mean over tokens is the sum over the real ones. A zero amid the
+        text is a real token ("!" glued to what follows).
+
+        Raises:
+          UserError: an id outside the vocabulary.
+        """
+        if ids.size and not 0 <= ids.min() <= ids.max() < VOCABULARY_SIZE:
+            raise UserError(
+                f"token ids: expected 0 to {VOCABULARY_SIZE - 1}; "
+                f"found {ids.min()} to {ids.max()}; use ClipTokenizer"
+            )
+        used, where = np.unique(ids, return_inverse=True)
+        table = np.float32(_TOKEN_SHARE**0.5) * self._rows(used)
+        # sin and cos have mean square 1/2.
+        position = np.float32((2 * (1 - _TOKEN_SHARE)) ** 0.5) * self._positions(ids.shape[1])
+        vectors = table[where.reshape(ids.shape)] + position  # (n, l, width)
+        last_first = (ids != PADDING)[:, ::-1]
+        real = np.logical_or.accumulate(last_first, axis=1)[:, ::-1]  # (n, l)
+        return np.where(real[:, :, None], vectors, np.float32(0))
+
+    def encode_text(self, texts: Any) -> Float32[np.ndarray, "n {self.max_tokens} {self.width}"]:
+        """Vectors (n, max_tokens, width) float32 of a list of texts; raises as ClipTokenizer."""
+        return self.encode(ClipTokenizer(self.max_tokens)(texts))
+
+    def _rows(self, ids: Int32[np.ndarray, " u"]) -> Float32[np.ndarray, "u {self.width}"]:
+        """N(0, 1) rows: Box-Muller on hashes of (seed, id, pair)."""
+        pairs = np.arange(self.width // 2, dtype=np.uint64)
+        row = np.uint64(self.seed) << np.uint64(32) | ids.astype(np.uint64)
+        bits = _splitmix64(_splitmix64(row)[:, None] + pairs)  # (u, width / 2)
+        high, low = bits >> np.uint64(32), bits & np.uint64(2**32 - 1)
+        radius = np.sqrt(-2 * np.log((high + 0.5) * 2.0**-32))
+        angle = 2 * np.pi * 2.0**-32 * low
+        normals = np.concatenate([radius * np.cos(angle), radius * np.sin(angle)], axis=1)
+        return normals.astype(np.float32)
+
+    def _positions(self, length: int) -> Float32[np.ndarray, "{length} {self.width}"]:
+        frequency = 10000.0 ** (-np.arange(self.width // 2) / (self.width // 2))
+        angle = np.arange(length)[:, None] * frequency  # (l, width / 2)
+        return np.concatenate([np.sin(angle), np.cos(angle)], axis=1).astype(np.float32)
+
+
+def _splitmix64(x: UInt64[np.ndarray, "..."]) -> UInt64[np.ndarray, "..."]:
+    """The mixing function of SplitMix64 (Steele, Lea and Flood 2014): 64 bits to 64, one to one."""
+    x = x + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ x >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ x >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
+    return x ^ x >> np.uint64(31)
