@@ -1,7 +1,7 @@
 """MicroDiT: between the reference's state dict and our parameters."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import ml_dtypes
@@ -18,7 +18,11 @@ __all__ = ["config_from_dict", "from_torch", "infer_config", "to_torch"]
 
 
 def from_torch(
-    state_dict: Mapping[str, np.ndarray], config: DiTConfig, *, check_finite: bool = True
+    state_dict: Mapping[str, np.ndarray],
+    config: DiTConfig,
+    *,
+    check_finite: bool = True,
+    progress: Callable[[int], Any] | None = None,
 ) -> Params:
     """The reference's state dict as parameters of `DiT(config)`.
 
@@ -28,6 +32,7 @@ def from_torch(
     Args:
       state_dict: the bare names of the reference's DiT (see convert.state_dict for wrapped ones).
       check_finite: refuse, and name, tensors with NaN or infinite values.
+      progress: called with the number of bytes just checked.
     Returns:
       A nested dict of float32 numpy arrays; transposed views of the given ones where those are
       float32.
@@ -36,7 +41,11 @@ def from_torch(
         of another resolution.
     """
     params = to_params(
-        state_dict, rename_table(config), buffer_shapes(config), check_finite=check_finite
+        state_dict,
+        rename_table(config),
+        buffer_shapes(config),
+        check_finite=check_finite,
+        progress=progress,
     )
     if np.any(state_dict["mask_token"] != 0):
         raise UserError(

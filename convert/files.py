@@ -1,18 +1,15 @@
 """Files as the converter reads and writes them: memory-mapped in, all or nothing out."""
 
 import contextlib
-import errno
-import hashlib
 import mmap
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 
-from microdit_jax.errors import UserError
+from microdit_jax.errors import UserError, disk_errors
 
 CHUNK = 1 << 24  # bytes handled at a time, so that no second copy of a file is ever held
 
@@ -33,38 +30,6 @@ def map_bytes(path: str | os.PathLike) -> np.ndarray:
         return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
 
 
-def sha256(path: str | os.PathLike) -> str:
-    """The file's sha256 in hexadecimal digits."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-@contextlib.contextmanager
-def disk_errors(path: str | os.PathLike) -> Iterator[None]:
-    """Turns a full disk, or a folder that may not be written, into a UserError about `path`."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            fix = "free some space or choose another place"
-        elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
-            fix = "choose a place you may write to"
-        else:
-            raise
-        raise UserError(f"could not write {path}: {error.strerror}; {fix}") from error
-
-
-def check_free_space(path: Path, num_bytes: int) -> None:
-    """Raises UserError when the disk that holds `path` has less than num_bytes free."""
-    folder = next(parent for parent in path.absolute().parents if parent.exists())
-    free = shutil.disk_usage(folder).free
-    if free < num_bytes:
-        raise UserError(
-            f"{path} needs {num_bytes / 1e9:.2f} GB, found {free / 1e9:.2f} GB free on its disk; "
-            "free some space or choose another place"
-        )
-
-
 @contextlib.contextmanager
 def atomic_file(path: str | os.PathLike, num_bytes: int = 0) -> Iterator[BinaryIO]:
     """A file to write that takes the name `path` only once it is complete and on disk.
@@ -75,9 +40,8 @@ def atomic_file(path: str | os.PathLike, num_bytes: int = 0) -> Iterator[BinaryI
       UserError: the disk is full or may not be written; nothing is left behind.
     """
     path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    with disk_errors(path):
-        check_free_space(path, num_bytes)
+    partial = path.with_name(f".{path.name}.partial")
+    with disk_errors(path, num_bytes):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with partial.open("wb") as file:

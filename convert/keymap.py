@@ -152,11 +152,27 @@ def is_finite(tensor: np.ndarray) -> bool:
     return True
 
 
+def check_values(
+    tensors: Mapping[str, np.ndarray], progress: Callable[[int], Any] | None = None
+) -> None:
+    """Raises UserError naming every tensor with a NaN or infinite value."""
+    bad = []
+    for name, tensor in tensors.items():
+        if not is_finite(tensor):
+            bad.append(name)
+        if progress:
+            progress(tensor.nbytes)
+    if bad:
+        raise UserError(
+            f"expected finite weights, found NaN or infinite values in {len(bad)} tensors: "
+            f"{', '.join(bad)}; take a checkpoint from before training diverged"
+        )
+
+
 def _account(
     found: Mapping[str, Any],
     wanted: Mapping[str, Shape],
     what: str,
-    check_finite: bool,
 ) -> None:
     """Every wanted name once, in its shape, and nothing else; one error lists all that is wrong."""
     missing = [f"{name} {shape}" for name, shape in wanted.items() if name not in found]
@@ -167,8 +183,6 @@ def _account(
         if name in found and tuple(found[name].shape) != shape
     ]
     faults = {"missing": missing, "unexpected": unexpected, "of another shape": misshapen}
-    if check_finite and not any(faults.values()):
-        faults["not finite (NaN or infinite)"] = [n for n, a in found.items() if not is_finite(a)]
     lines = [f"{kind}: {', '.join(names)}" for kind, names in faults.items() if names]
     if lines:
         raise UserError(
@@ -183,17 +197,21 @@ def to_params(
     buffers: Mapping[str, Shape] | None = None,
     *,
     check_finite: bool = True,
+    progress: Callable[[int], Any] | None = None,
 ) -> Params:
     """A state dict as Flax parameters, float32; views of its tensors wherever those are float32.
 
     Args:
       buffers: further tensors the file must have that are not parameters.
       check_finite: read every value and name the tensors with NaN or infinite ones.
+      progress: called with the number of bytes just checked.
     Raises:
       UserError: tensors are missing, unexpected, misshapen or not finite; all are listed.
     """
     wanted = {e.torch_name: e.torch_shape for e in table} | dict(buffers or {})
-    _account(tensors, wanted, "tensors", check_finite)
+    _account(tensors, wanted, "tensors")
+    if check_finite:
+        check_values(tensors, progress)
     return unflatten(
         {
             e.path: e.transform.to_flax(
@@ -211,7 +229,7 @@ def to_tensors(params: Mapping[str, Any], table: Sequence[Entry]) -> dict[str, n
       UserError: parameters are missing, unexpected or misshapen; all are listed.
     """
     flat = flatten(params)
-    _account(flat, {e.path: e.flax_shape for e in table}, "parameters", False)
+    _account(flat, {e.path: e.flax_shape for e in table}, "parameters")
     return {
         e.torch_name: e.transform.to_torch(np.asarray(jax.device_get(flat[e.path])), e.torch_shape)
         for e in table

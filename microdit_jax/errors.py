@@ -1,8 +1,12 @@
 """The one exception that users are meant to see."""
 
 import contextlib
+import errno
+import os
+import shutil
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 
 class UserError(ValueError):
@@ -23,3 +27,29 @@ def exit_on_user_error() -> Iterator[None]:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+@contextlib.contextmanager
+def disk_errors(path: str | os.PathLike, num_bytes: int = 0) -> Iterator[None]:
+    """Turns a full disk, or a place that may not be written, into a UserError about `path`.
+
+    Args:
+      num_bytes: how much will be written; refused at once when the disk has less free.
+    """
+    folder = next(parent for parent in Path(path).absolute().parents if parent.exists())
+    free = shutil.disk_usage(folder).free
+    if free < num_bytes:
+        raise UserError(
+            f"{path} needs {num_bytes / 1e9:.2f} GB, found {free / 1e9:.2f} GB free on its disk; "
+            "free some space or choose another place"
+        )
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            fix = "free some space or choose another place"
+        elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
+            fix = "choose a place you may write to"
+        else:
+            raise
+        raise UserError(f"could not write {path}: {error.strerror}; {fix}") from error
