@@ -16,6 +16,7 @@ from jaxtyping import Float
 from microdit_jax.errors import UserError
 
 _FORMAT_VERSION = 1
+_SIGMA_DATA = 0.9  # EDM's, as for the real VAEs
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -49,18 +50,17 @@ class PatchPCA:
         *,
         patch: int,
         channels: int,
-        whitening: float | int = 0.5,
-        target_std: float | int = 0.9,
     ) -> "PatchPCA":
         """Principal components of all patches of `images`; the same images give the same codec.
+
+        Each component is divided by the square root of its standard deviation, halfway between
+        latent distances that are pixel distances (the mean colour drowns the detail) and equal
+        deviations (the rarest detail weighs as much as the mean colour).
 
         Args:
           images: in [-1, 1]; sides must be multiples of `patch`.
           patch: side of a patch, in pixels.
           channels: components kept, at most 3 * patch**2.
-          whitening: component i with standard deviation s_i is divided by s_i**whitening: at 0
-            latent distances are pixel distances, at 1 every channel has the same deviation.
-          target_std: deviation of latents times scaling_factor (EDM's sigma_data).
         Raises:
           UserError: if sizes do not fit.
         """
@@ -82,8 +82,8 @@ class PatchPCA:
         basis = basis * np.sign(basis[largest, np.arange(channels)])
 
         deviation = np.sqrt(np.maximum(variance, 1e-12))
-        gain = deviation**-whitening
-        scaling_factor = target_std / np.sqrt(np.mean((deviation * gain) ** 2))
+        gain = deviation**-0.5
+        scaling_factor = _SIGMA_DATA / np.sqrt(np.mean((deviation * gain) ** 2))
         arrays = (a.astype(np.float32) for a in (mean, basis, gain))
         size = "x".join(map(str, images.shape[:3]))
         name = f"patch_pca:patch={patch},channels={channels},images={size}"
