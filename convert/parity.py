@@ -1,0 +1,300 @@
+"""Compares our network with the PyTorch reference on one checkpoint, sub-module by sub-module."""
+
+import argparse
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from convert import dit
+from convert.files import atomic_file
+from convert.keymap import torch_name
+from convert.reference import reference_arguments, run_reference
+from convert.state_dict import read_state_dict
+from microdit_jax.checkpoint import load_model
+from microdit_jax.errors import UserError, exit_on_user_error
+from microdit_jax.models.dit import DiT, DiTConfig
+from microdit_jax.models.layers import sincos_pos_embed
+
+CAPTION_TOKENS = 77
+DTYPES = ("float32", "bfloat16")
+OFF = 1e-3  # an element further off than this, in units of the reference's std, counts as off
+EXAMPLE = """example:
+  python -m convert.parity --input=dit.pt --reference=micro_diffusion_checkout --json=parity.json
+
+The reference runs in float32; ours in float32 and bfloat16. Per sub-module, from the same inputs at
+the network's entrance: median |error| and max |error| in units of the reference's standard
+deviation, relative L2 error, the share of elements off by more than 1e-3 standard deviations, and
+the share of expert choices that differ. Near ties send tokens to other experts between two correct
+programs, so the median tells more than the maximum.
+"""
+
+
+class Recording(NamedTuple):
+    """Inputs (channels-first, as the reference has them) and what the reference made of them."""
+
+    inputs: dict[str, np.ndarray]
+    mask_ratio: float
+    outputs: dict[str, np.ndarray]
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise UserError(f"{message}; see python -m convert.parity --help")
+
+
+def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
+    """The command's flags; an unknown or bad one is a UserError."""
+    parser = _Parser(
+        prog="python -m convert.parity",
+        description=__doc__,
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--input", required=True, type=Path, help=".pt, .safetensors, or a model folder")
+    add("--reference", type=Path, help="checkout that holds micro_diffusion/; needs torch")
+    add("--activations", type=Path, help="a recorded .npz to compare with instead")
+    add("--record", type=Path, help="write what the reference gave to this .npz")
+    add("--json", type=Path, help="write the figures to this file")
+    add("--latent_res", type=int, help="side of the latents, if not the checkpoint's own")
+    add("--batch", type=int, help="images (default: 1)")
+    add("--mask_ratio", type=float, help="share of tokens dropped (default: 0)")
+    add("--head_dim", type=int, help="width of an attention head, where the file cannot tell")
+    flags = parser.parse_args(argv)
+    if (flags.reference is None) == (flags.activations is None):
+        raise UserError(
+            "expected either --reference=FOLDER (a checkout of the PyTorch reference) or "
+            "--activations=FILE.npz (a recorded run); give one of them"
+        )
+    if flags.activations:
+        for name in ("record", "latent_res", "batch", "mask_ratio"):
+            if getattr(flags, name) is not None:
+                raise UserError(f"--{name} does not go with --activations; leave it out")
+    return flags
+
+
+def load(path: Path, head_dim: int | None = None) -> tuple[DiTConfig, dict[str, np.ndarray]]:
+    """Config and state dict of a checkpoint file or of a model folder."""
+    if path.is_dir():
+        host = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
+        params, metadata = load_model(path, sharding=host)
+        if "dit" not in metadata:
+            raise UserError(f"expected a model of kind dit in {path}, found {metadata['kind']}")
+        config = dit.config_from_dict(metadata["dit"])
+        return config, dit.to_torch(params, config)
+    tensors = read_state_dict(path, "dit").tensors
+    return dit.infer_config(tensors, head_dim=head_dim), tensors
+
+
+def at_resolution(
+    config: DiTConfig, tensors: Mapping[str, np.ndarray], latent_res: int
+) -> tuple[DiTConfig, dict[str, np.ndarray]]:
+    """The same weights for latents of another size, positions stretched to the same range."""
+    scale = config.pos_interp_scale * latent_res / config.input_size
+    config = dataclasses.replace(config, input_size=latent_res, pos_interp_scale=scale)
+    pos_embed = sincos_pos_embed(config.dim, config.grid, scale)[None]
+    return config, {**tensors, "pos_embed": pos_embed}
+
+
+def draw_inputs(config: DiTConfig, batch: int, seed: int = 0) -> dict[str, np.ndarray]:
+    """Inputs as the sampler gives them: unit latents and captions, noise levels log-normal."""
+    rng = np.random.default_rng(seed)
+    side, channels = config.input_size, config.in_channels
+    shapes = {
+        "x": (batch, channels, side, side),
+        "t": (batch,),
+        "y": (batch, 1, CAPTION_TOKENS, config.caption_channels),
+    }
+    inputs = {k: rng.standard_normal(shape, np.float32) for k, shape in shapes.items()}
+    inputs["t"] = (1.2 * inputs["t"] - 0.6) / 4  # c_noise = ln(sigma) / 4
+    inputs["mask_noise"] = rng.random((batch, config.num_tokens), np.float32)
+    return inputs
+
+
+def run_ours(
+    config: DiTConfig,
+    params: Any,
+    inputs: Mapping[str, np.ndarray],
+    mask_ratio: float,
+    dtype: str,
+) -> dict[str, np.ndarray]:
+    """One forward pass of ours; the same names and layouts as run_reference's."""
+    model = DiT(dataclasses.replace(config, dtype=dtype))
+    noise = jnp.asarray(inputs["mask_noise"]) if mask_ratio else None
+
+    @jax.jit
+    def forward(params, x, t, y):
+        (sample, _), state = model.apply(
+            {"params": params},
+            x,
+            t,
+            y,
+            mask_noise=noise,
+            mask_ratio=mask_ratio,
+            capture_intermediates=lambda child, method: (
+                method == "__call__" and len(child.path) == 1
+            ),
+            mutable=["intermediates"],
+        )
+        return sample, state["intermediates"]
+
+    x, t, y = (jnp.asarray(inputs[name]) for name in ("x", "t", "y"))
+    # float32 in earnest: accelerators multiply in fewer bits by default.
+    with jax.default_matmul_precision("highest" if dtype == "float32" else "default"):
+        sample, intermediates = forward(params, x.transpose(0, 2, 3, 1), t, y[:, 0])
+    outputs = {"sample": np.asarray(sample).transpose(0, 3, 1, 2)}
+    for path, found in intermediates.items():
+        name = torch_name(path)
+        if "__call__" in found and not name.startswith("patch_mixer_map"):
+            outputs[f"activation/{name}"] = np.asarray(found["__call__"][0], np.float32)
+        if "mlp" in found:
+            outputs[f"routing/{name}"] = np.asarray(found["mlp"]["routing"][0])
+    return outputs
+
+
+def compare(ours: np.ndarray, reference: np.ndarray) -> dict[str, float]:
+    """Errors of one array, in units of the reference's standard deviation (see EXAMPLE)."""
+    reference = np.asarray(reference, np.float64).reshape(ours.shape)
+    error, std = np.abs(ours - reference), reference.std() or 1.0
+    return {
+        "median": float(np.median(error) / std),
+        "relative_l2": float(np.linalg.norm(error) / (np.linalg.norm(reference) or 1.0)),
+        "max": float(error.max() / std),
+        "share_off": float(np.mean(error > OFF * std)),
+    }
+
+
+def routing_difference(ours: np.ndarray, reference: np.ndarray) -> float:
+    """The share of slots (n, e, k) holding a token that the same expert of the reference left."""
+    pairs = zip(
+        ours.reshape(-1, ours.shape[-1]), reference.reshape(-1, ours.shape[-1]), strict=True
+    )
+    return float(np.mean([~np.isin(a, b) for a, b in pairs]))
+
+
+def rows(ours: Mapping[str, Mapping], reference: Mapping[str, np.ndarray]) -> list[dict]:
+    """The table: one row per sub-module in the order of the network, then the sample.
+
+    Args:
+      ours: compute type -> outputs.
+    """
+    names = [key for key in reference if key.startswith("activation/")] + ["sample"]
+    missing = [n for n in names if any(n not in outputs for outputs in ours.values())]
+    if missing:
+        raise UserError(
+            f"expected a recording of this network, found {', '.join(missing)} that it does not "
+            "have; record one with --record"
+        )
+    table = []
+    for key in names:
+        row = {"module": key.removeprefix("activation/"), "shape": list(reference[key].shape)}
+        for dtype, outputs in ours.items():
+            row[dtype] = compare(outputs[key], reference[key])
+            routing = f"routing/{row['module']}"
+            if routing in reference:
+                differ = routing_difference(outputs[routing], reference[routing])
+                row[dtype]["routing_differs"] = differ
+        table.append(row)
+    return table
+
+
+def print_table(table: Sequence[Mapping]) -> None:
+    """The rows as text, errors of both compute types side by side."""
+    columns = {
+        "median": "median",
+        "relative_l2": "rel. L2",
+        "max": "max",
+        "share_off": "% off",
+        "routing_differs": "% routed",
+    }
+    print(f"{'':22}" + "".join(f"{dtype:^48}" for dtype in DTYPES))
+    titles = "".join(f"{title:>9}" for title in columns.values())
+    print(f"{'':22}{titles}   {titles}")
+    for row in table:
+        cells = []
+        for dtype in DTYPES:
+            for key in columns:
+                value = row[dtype].get(key)
+                percent = key in ("share_off", "routing_differs")
+                text = "-" if value is None else f"{100 * value:.3f}" if percent else f"{value:.1e}"
+                cells.append(f"{text:>9}")
+            cells.append("   ")
+        print(f"{row['module']:22}" + "".join(cells))
+
+
+def read_recording(path: Path, config: DiTConfig) -> Recording:
+    """A recorded run: x, t, y (channels-first), activation/NAME, sample, perhaps routing/NAME."""
+    try:
+        with np.load(path) as file:
+            keys = ("activation/", "routing/")
+            inputs = {k: file[k] for k in ("x", "t", "y", "mask_noise") if k in file}
+            outputs = {k: file[k] for k in file.files if k.startswith(keys) or k == "sample"}
+            mask_ratio = float(file["mask_ratio"]) if "mask_ratio" in file else 0.0
+    except (OSError, ValueError) as error:
+        raise UserError(f"expected a recorded .npz at {path}, found {error}") from error
+    shape = (config.in_channels, config.input_size, config.input_size)
+    if {"x", "t", "y"} - set(inputs) or "sample" not in outputs or inputs["x"].shape[1:] != shape:
+        found = inputs["x"].shape[1:] if "x" in inputs else f"only {', '.join(inputs) or 'others'}"
+        raise UserError(
+            f"expected x (n, {', '.join(map(str, shape))}), t, y and sample in {path}, found "
+            f"{found}; record one for this checkpoint with --record"
+        )
+    return Recording(inputs, mask_ratio, outputs)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command; `argv` without the program's name."""
+    with exit_on_user_error():
+        flags = parse_arguments(sys.argv[1:] if argv is None else argv)
+        config, tensors = load(flags.input, flags.head_dim)
+        if flags.latent_res:
+            config, tensors = at_resolution(config, tensors, flags.latent_res)
+        params = dit.from_torch(tensors, config)  # before the reference runs: it names bad input
+        seconds = {}
+        start = time.monotonic()
+        if flags.activations:
+            recording = read_recording(flags.activations, config)
+        else:
+            inputs, mask_ratio = draw_inputs(config, flags.batch or 1), flags.mask_ratio or 0.0
+            outputs = run_reference(flags.reference, config, tensors, inputs, mask_ratio)
+            recording = Recording(inputs, mask_ratio, outputs)
+            seconds["reference"] = time.monotonic() - start
+        if flags.record:
+            with atomic_file(flags.record) as file:
+                arguments = json.dumps(reference_arguments(config))
+                extra = {"config": arguments, "mask_ratio": recording.mask_ratio}
+                np.savez(file, **recording.inputs, **recording.outputs, **extra)
+        params = jax.tree.map(jnp.asarray, params)
+        ours = {}
+        for dtype in DTYPES:
+            start = time.monotonic()
+            ours[dtype] = run_ours(config, params, recording.inputs, recording.mask_ratio, dtype)
+            seconds[dtype] = time.monotonic() - start
+        table = rows(ours, recording.outputs)
+        print_table(table)
+        print(", ".join(f"{what} {spent:.1f} s" for what, spent in seconds.items()))
+        if flags.json:
+            report = {
+                "input": flags.input.name,
+                "against": (flags.activations or flags.reference).name,
+                "device": jax.devices()[0].device_kind,
+                "mask_ratio": recording.mask_ratio,
+                "seconds": seconds,
+                "config": dataclasses.asdict(config),
+                "rows": table,
+            }
+            with atomic_file(flags.json) as file:
+                file.write(json.dumps(report, indent=1).encode() + b"\n")
+
+
+if __name__ == "__main__":
+    main()
