@@ -67,6 +67,9 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     add("--json", type=Path, help="write the figures to this file")
     add("--latent_res", type=int, help="side of the latents, if not the checkpoint's own")
     add("--batch", type=int, help="images (default: 1)")
+    add(
+        "--seed", type=int, help="of the inputs (default: 0); near ties differ from one to the next"
+    )
     add("--mask_ratio", type=float, help="share of tokens dropped (default: 0)")
     add("--head_dim", type=int, help="width of an attention head, where the file cannot tell")
     flags = parser.parse_args(argv)
@@ -76,7 +79,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
             "--activations=FILE.npz (a recorded run); give one of them"
         )
     if flags.activations:
-        for name in ("record", "latent_res", "batch", "mask_ratio"):
+        for name in ("record", "latent_res", "batch", "seed", "mask_ratio"):
             if getattr(flags, name) is not None:
                 raise UserError(f"--{name} does not go with --activations; leave it out")
     return flags
@@ -105,7 +108,7 @@ def at_resolution(
     return config, {**tensors, "pos_embed": pos_embed}
 
 
-def draw_inputs(config: DiTConfig, batch: int, seed: int = 0) -> dict[str, np.ndarray]:
+def draw_inputs(config: DiTConfig, batch: int, seed: int) -> dict[str, np.ndarray]:
     """Inputs as the sampler gives them: unit latents and captions, noise levels log-normal."""
     rng = np.random.default_rng(seed)
     side, channels = config.input_size, config.in_channels
@@ -264,7 +267,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if flags.activations:
             recording = read_recording(flags.activations, config)
         else:
-            inputs, mask_ratio = draw_inputs(config, flags.batch or 1), flags.mask_ratio or 0.0
+            inputs = draw_inputs(config, flags.batch or 1, flags.seed or 0)
+            mask_ratio = flags.mask_ratio or 0.0
             outputs = run_reference(flags.reference, config, tensors, inputs, mask_ratio)
             recording = Recording(inputs, mask_ratio, outputs)
             seconds["reference"] = time.monotonic() - start
@@ -288,6 +292,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 "against": (flags.activations or flags.reference).name,
                 "device": jax.devices()[0].device_kind,
                 "mask_ratio": recording.mask_ratio,
+                "seed": flags.seed or 0,
                 "seconds": seconds,
                 "config": dataclasses.asdict(config),
                 "rows": table,

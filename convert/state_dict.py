@@ -14,7 +14,8 @@ from microdit_jax.errors import UserError
 
 # Where a state dict may lie: as it is, one level down, or in the training framework's nesting.
 NESTINGS = (("state", "model"), ("state_dict",), ("model",), ("module",), ())
-WRAPPERS = ("module.", "_orig_mod.")  # data parallelism and torch.compile prepend these
+# What data parallelism, torch.compile and FSDP insert into names.
+WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module")
 
 
 class StateDict(NamedTuple):
@@ -52,7 +53,7 @@ def strip_prefixes(tensors: Mapping[str, np.ndarray], part: str | None = None) -
     """Removes the names' wrappers, and selects one part of a larger model.
 
     Args:
-      tensors: names with `module.` and `_orig_mod.` anywhere before the part or inside it.
+      tensors: names with `module.` and `_orig_mod.` anywhere, before the part or inside it.
       part: the name of the wanted sub-module ("dit"); when some names have it, the others are
         left aside and this is noted. When none has, all are taken as its own.
     Raises:
@@ -69,7 +70,7 @@ def strip_prefixes(tensors: Mapping[str, np.ndarray], part: str | None = None) -
             top = short.split(".")[0]
             aside[top] = aside.get(top, 0) + 1
             continue
-        short = _unwrap(short.removeprefix(prefix)) if selected else short
+        short = short.removeprefix(prefix) if selected else short
         if short in result:
             doubled.append(short)
         result[short] = tensors[name]
@@ -84,9 +85,7 @@ def strip_prefixes(tensors: Mapping[str, np.ndarray], part: str | None = None) -
 
 
 def _unwrap(name: str) -> str:
-    while name.startswith(WRAPPERS):
-        name = name.split(".", 1)[1]
-    return name
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
 def read_state_dict(path: str | os.PathLike, part: str | None = None) -> StateDict:
