@@ -48,6 +48,16 @@ def adamw(
     )
 
 
+def apply_gradients(
+    optimizer: optax.GradientTransformation, grads: Any, opt_state: optax.OptState, params: Any
+) -> tuple[Any, optax.OptState]:
+    """One update: the new parameters and the new optimiser state."""
+    # Optax's own code mixes integers with floats, which strict promotion forbids.
+    with jax.numpy_dtype_promotion("standard"):
+        updates, opt_state = optimizer.update(grads, opt_state, params)
+    return optax.apply_updates(params, updates), opt_state
+
+
 def update_ema(
     ema: Any, params: Any, step: Int[Array, ""], *, smoothing: float, start_step: int
 ) -> Any:

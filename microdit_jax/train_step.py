@@ -1,4 +1,4 @@
-"""TrainState and the pure functions that move it; shared by training, compilation and benchmarks."""
+"""TrainState and the pure functions that move it, for training, compilation and benchmarks."""
 
 from collections.abc import Callable
 from typing import Any
@@ -98,8 +98,7 @@ def make_train_step(
             return losses.mean()
 
         loss, grads = jax.value_and_grad(mean_loss)(state.params)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        params, opt_state = optim.apply_gradients(optimizer, grads, state.opt_state, state.params)
         step = state.step + 1
         ema = state.ema
         if ema is not None:
@@ -108,7 +107,7 @@ def make_train_step(
             )
         metrics = {
             "loss": loss,
-            "grad_norm": optax.global_norm(grads),
+            "grad_norm": optax.tree.norm(grads),
             "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
         }
         return TrainState(step, params, opt_state, ema), metrics
@@ -119,7 +118,7 @@ def make_train_step(
 def make_eval_step(
     model: DiT, *, edm: EdmConfig, seed: int
 ) -> Callable[[Any, Batch], Float[Array, " n"]]:
-    """Unmasked loss of each image; the noise is f(seed, "draw" of the batch), the same every time."""
+    """Unmasked loss of each image; its noise is a function of seed and the batch's "draw"."""
 
     def eval_step(params: Any, batch: Batch) -> Float[Array, " n"]:
         key = jax.random.fold_in(jax.random.key(seed), batch["draw"])

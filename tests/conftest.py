@@ -4,7 +4,10 @@ import os
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+    os.environ.get("XLA_FLAGS", "")
+    + " --xla_force_host_platform_device_count=8"
+    # Tests compile hundreds of programs and run each once: half the compile time, slower code.
+    + " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 )
 
 from jaxtyping import install_import_hook  # noqa: E402
@@ -68,6 +71,20 @@ class GoldenDiT:
 
     def keys(self, prefix: str) -> list[str]:
         return [key for key in self.arrays if key.startswith(prefix)]
+
+
+@functools.cache
+def tiny_model():
+    """A network with every part of the real one, small enough to train in a test; never changed."""
+    from microdit_jax.models.dit import DiT, DiTConfig
+
+    return DiT(
+        DiTConfig(
+            input_size=8, in_channels=4, dim=32, depth=2, head_dim=8, multiple_of=16,
+            caption_channels=24, patch_mixer_depth=2, patch_mixer_dim=16,
+            patch_mixer_mlp_ratio=2.0, use_bias=False, num_experts=4, expert_capacity=2.0,
+        )
+    )  # fmt: skip
 
 
 @functools.cache

@@ -32,6 +32,6 @@ def test_decay_acts_on_every_parameter():
     params = {"norm": jnp.ones(3), "kernel": jnp.ones((2, 2))}
     optimizer = optim.adamw(optim.learning_rate(0.1), weight_decay=0.5)
     zero = {"norm": jnp.zeros(3), "kernel": jnp.zeros((2, 2))}
-    updates, _ = optimizer.update(zero, optimizer.init(params), params)
-    np.testing.assert_allclose(updates["norm"], -0.05, rtol=1e-6)
-    np.testing.assert_allclose(updates["kernel"], -0.05, rtol=1e-6)
+    after, _ = optim.apply_gradients(optimizer, zero, optimizer.init(params), params)
+    np.testing.assert_allclose(after["norm"], 0.95, rtol=1e-6)
+    np.testing.assert_allclose(after["kernel"], 0.95, rtol=1e-6)

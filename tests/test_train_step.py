@@ -1,11 +1,12 @@
 """Gradients and updates against the recorded reference; the train step's own promises."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import pytest
-from conftest import relative_l2
+from conftest import relative_l2, tiny_model
 
 from microdit_jax import diffusion, optim, train_step
 from microdit_jax.diffusion import EdmConfig
@@ -38,12 +39,9 @@ def worst(found, expected) -> float:
     return max(jax.tree.leaves(errors))
 
 
-@pytest.mark.parametrize("remat", ["none", "block"])
-def test_gradients_equal_the_reference(golden_small, remat):
-    grads = jax.grad(lambda p: recorded_loss(golden_small, p))(golden_small.params)
-    np.testing.assert_allclose(
-        optax.global_norm(grads), golden_small.arrays["grad_norm"], rtol=1e-4
-    )
+def test_gradients_equal_the_reference(golden_small):
+    grads = jax.jit(jax.grad(lambda p: recorded_loss(golden_small, p)))(golden_small.params)
+    np.testing.assert_allclose(optax.tree.norm(grads), golden_small.arrays["grad_norm"], rtol=1e-4)
     assert worst(grads, golden_small.tree("grad/")) < 1e-4
 
 
@@ -54,62 +52,79 @@ def test_three_adamw_steps_equal_the_reference(golden_small):
     step = jax.jit(jax.value_and_grad(lambda p: recorded_loss(golden_small, p)))
     for _ in range(3):
         loss, grads = step(params)
-        updates, opt_state = optimizer.update(grads, opt_state, params)
-        params = optax.apply_updates(params, updates)
+        params, opt_state = optim.apply_gradients(optimizer, grads, opt_state, params)
         losses.append(float(loss))
     np.testing.assert_allclose(losses, golden_small.arrays["train_losses"], rtol=1e-5)
     assert worst(params, golden_small.tree("after3steps/")) < 1e-4
 
 
-def make_step(golden, **changes):
+@functools.cache
+def tiny_step():
+    """A state and a jitted step of the tiny model, with an average from the second step on."""
     schedule = optim.learning_rate(1e-3)
     optimizer = optim.adamw(schedule)
-    options = {"edm": EDM, "mask_ratio": 0.75, "seed": 18, "ema_smoothing": 0.9} | changes
-    options.setdefault("ema_start_step", 1)
-    state = train_step.init_state(golden.model, optimizer, jax.random.key(0), with_ema=True)
-    return state, jax.jit(train_step.make_train_step(golden.model, optimizer, schedule, **options))
+    step = train_step.make_train_step(
+        tiny_model(),
+        optimizer,
+        schedule,
+        edm=EDM,
+        mask_ratio=0.75,
+        seed=18,
+        ema_smoothing=0.9,
+        ema_start_step=1,
+    )
+
+    def init(key):
+        return train_step.init_state(tiny_model(), optimizer, key, with_ema=True)
+
+    return jax.jit(init)(jax.random.key(0)), jax.jit(step)
 
 
-def batch_of(golden):
+def tiny_batch():
+    keys = jax.random.split(jax.random.key(1), 2)
     return {
-        "latents": golden["latents"],
-        "caption_latents": golden["y"],
-        "keep_caption": jnp.array([1.0, 0.0]),
+        "latents": jnp.broadcast_to(jax.random.normal(keys[0], (4, 1, 1, 1)), (4, 8, 8, 4)),
+        "caption_latents": jax.random.normal(keys[1], (4, 7, 24)),
+        "keep_caption": jnp.array([1.0, 0.0, 1.0, 1.0]),
     }
 
 
-def test_train_step_is_a_function_of_seed_and_step(golden_small):
-    state, step = make_step(golden_small)
-    batch = batch_of(golden_small)
-    one, metrics_one = step(state, batch)
-    again, metrics_again = step(state, batch)
+def test_train_step_is_a_function_of_seed_and_step():
+    state, step = tiny_step()
+    one, metrics_one = step(state, tiny_batch())
+    again, metrics_again = step(state, tiny_batch())
     assert metrics_one["loss"] == metrics_again["loss"]
     jax.tree.map(np.testing.assert_array_equal, one.params, again.params)
-    _, metrics_two = step(state.replace(step=state.step + 1), batch)
+    _, metrics_two = step(state.replace(step=state.step + 1), tiny_batch())
     assert metrics_two["loss"] != metrics_one["loss"]
 
 
-def test_training_learns_a_fixed_batch_and_ema_follows(golden_small):
-    state, step = make_step(golden_small)
+def test_training_learns_a_fixed_batch_and_ema_follows():
+    state, step = tiny_step()
     losses = []
-    for _ in range(30):
+    for _ in range(60):
         before = state
-        state, metrics = step(state, batch_of(golden_small))
+        state, metrics = step(state, tiny_batch())
         losses.append(float(metrics["loss"]))
         if int(state.step) == 1:  # until start_step the average is a copy
             jax.tree.map(np.testing.assert_array_equal, state.ema, state.params)
         if int(state.step) == 2:
             expected = jax.tree.map(lambda e, p: 0.9 * e + 0.1 * p, before.ema, state.params)
             assert worst(state.ema, expected) < 1e-6
-    assert np.mean(losses[-5:]) < 0.8 * np.mean(losses[:5])
+    assert np.mean(losses[-10:]) < 0.9 * np.mean(losses[:10])
 
 
-def test_dropped_caption_is_the_zero_caption(golden_small):
-    args = {"edm": EDM, "mask_ratio": 0.0}
-    key = jax.random.key(3)
-    batch = batch_of(golden_small) | {"keep_caption": jnp.zeros(2)}
-    dropped = train_step.batch_loss(golden_small.model, golden_small.params, batch, key, **args)
-    batch = batch_of(golden_small) | {"caption_latents": jnp.zeros_like(golden_small["y"])}
-    del batch["keep_caption"]
-    zero = train_step.batch_loss(golden_small.model, golden_small.params, batch, key, **args)
-    np.testing.assert_array_equal(dropped, zero)
+def test_dropped_caption_is_the_zero_caption():
+    state, _ = tiny_step()
+
+    @jax.jit
+    def loss(batch):
+        key = jax.random.key(3)
+        return train_step.batch_loss(
+            tiny_model(), state.params, batch, key, edm=EDM, mask_ratio=0.0
+        )
+
+    batch = tiny_batch()
+    dropped = loss(batch | {"keep_caption": jnp.zeros(4)})
+    zero = {"latents": batch["latents"], "caption_latents": 0 * batch["caption_latents"]}
+    np.testing.assert_allclose(dropped, loss(zero), rtol=1e-6)

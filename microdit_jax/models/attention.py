@@ -71,7 +71,9 @@ def attend(
         only); "splash" the Pallas kernel of TPUs.
     """
     if implementation == "xla":
-        return jax.nn.dot_product_attention(q, k, v, implementation="xla")
+        # JAX's own code mixes bfloat16 with float32, which strict promotion forbids.
+        with jax.numpy_dtype_promotion("standard"):
+            return jax.nn.dot_product_attention(q, k, v, implementation="xla")
     return {"cudnn": _cudnn, "splash": _splash}[implementation](q, k, v)
 
 

@@ -76,7 +76,8 @@ class DiTConfig:
       num_experts: experts of a mixture-of-experts feed-forward.
       expert_capacity: how many experts take a token, on average.
       experts_every_n: every n-th block has experts, never the backbone's last.
-      dtype: type of the computation; norms, softmax and routing stay float32.
+      dtype: type of the matrix products and attention; the residual stream, norms, softmax and
+        routing stay float32.
       param_dtype: type the parameters are stored in.
       attention: kernel, one of "xla", "cudnn" (NVIDIA, 16-bit) and "splash" (TPU).
       moe_dispatch: "gather" moves rows, "onehot" multiplies by one-hot matrices; equal results.
@@ -231,8 +232,8 @@ class CaptionBlock(nn.Module):
         mlp = FeedForward(
             4.0, cfg.multiple_of, cfg.use_bias, small_normal(0.02), zeros, name="mlp", **kinds
         )
-        y = y + attn(LayerNorm(cfg.norm_eps, name="norm1", **kinds)(y))
-        return y + mlp(LayerNorm(cfg.norm_eps, name="norm2", **kinds)(y))
+        y = y + attn(LayerNorm(cfg.norm_eps, cfg.param_dtype, name="norm1")(y)).astype(y.dtype)
+        return y + mlp(LayerNorm(cfg.norm_eps, cfg.param_dtype, name="norm2")(y)).astype(y.dtype)
 
 
 class DiTBlock(nn.Module):
@@ -254,12 +255,14 @@ class DiTBlock(nn.Module):
             "out_init": self.out_init,
         } | kinds
         hidden = d if shape.qkv_ratio == 1 else round_up(int(d * shape.qkv_ratio), 2 * cfg.head_dim)
-        self.norm1 = LayerNorm(cfg.norm_eps, **kinds)
-        self.norm2 = LayerNorm(cfg.norm_eps, **kinds)
-        self.norm3 = LayerNorm(cfg.norm_eps, **kinds)
+        self.norm1 = LayerNorm(cfg.norm_eps, cfg.param_dtype)
+        self.norm2 = LayerNorm(cfg.norm_eps, cfg.param_dtype)
+        self.norm3 = LayerNorm(cfg.norm_eps, cfg.param_dtype)
         self.attn = SelfAttention(dim=d, hidden=hidden, **heads)
         self.cross_attn = CrossAttention(hidden=d, **heads)
-        self.adaLN_modulation_1 = Linear(6 * d, kernel_init=zeros, **kinds)
+        self.adaLN_modulation_1 = Linear(
+            6 * d, kernel_init=zeros, dtype=jnp.float32, param_dtype=cfg.param_dtype
+        )
         if shape.is_moe:
             self.mlp = moe.ExpertChoiceFeedForward(
                 cfg.num_experts,
@@ -294,9 +297,12 @@ class DiTBlock(nn.Module):
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation
         if keys_values is None:
             keys_values = self.keys_values(y)
-        x = x + gate_msa[:, None, :] * self.attn(modulate(self.norm1(x), shift_msa, scale_msa))
-        x = x + self.cross_attn(self.norm2(x), keys_values)
-        return x + gate_mlp[:, None, :] * self.mlp(modulate(self.norm3(x), shift_mlp, scale_mlp))
+        # Each branch is computed in the config's type; the sum, x, stays float32.
+        branch = self.attn(modulate(self.norm1(x), shift_msa, scale_msa))
+        x = x + gate_msa[:, None, :] * branch.astype(x.dtype)
+        x = x + self.cross_attn(self.norm2(x), keys_values).astype(x.dtype)
+        branch = self.mlp(modulate(self.norm3(x), shift_mlp, scale_mlp))
+        return x + gate_mlp[:, None, :] * branch.astype(x.dtype)
 
 
 class Caption(NamedTuple):
@@ -321,11 +327,14 @@ class DiT(nn.Module):
         cfg = self.config
         kinds = {"dtype": cfg.dtype, "param_dtype": cfg.param_dtype}
         norm = {"eps": cfg.norm_eps} | kinds
+        plain_norm = {"eps": cfg.norm_eps, "param_dtype": cfg.param_dtype}
         self.x_embedder = PatchEmbed(cfg.dim, cfg.patch_size, **kinds)
-        self.t_embedder = TimestepEmbedder(cfg.dim, **kinds)
+        # One vector per image steers every token: float32 costs nothing here and keeps the error of
+        # 16-bit types to that of the token path.
+        self.t_embedder = TimestepEmbedder(cfg.dim, param_dtype=cfg.param_dtype)
         self.y_embedder = CaptionProjection(cfg.dim, **norm)
         self.y_emb_preprocess = CaptionBlock(cfg)
-        self.pooled_y_emb_process = Mlp(cfg.dim, **norm)
+        self.pooled_y_emb_process = Mlp(cfg.dim, **plain_norm)
         block = DiTBlock
         if cfg.remat != "none":
             block = nn.remat(DiTBlock, policy=REMAT_POLICIES[cfg.remat], methods=["__call__"])
@@ -345,11 +354,11 @@ class DiT(nn.Module):
         ]
         if cfg.mixer_projects:
             into = {"features": cfg.patch_mixer_dim, "use_bias": cfg.use_bias} | kinds
-            self.patch_mixer_map_xin_0 = LayerNorm(**norm)
+            self.patch_mixer_map_xin_0 = LayerNorm(**plain_norm)
             self.patch_mixer_map_xin_1 = Linear(**into)
-            self.patch_mixer_map_y_0 = LayerNorm(**norm)
+            self.patch_mixer_map_y_0 = LayerNorm(**plain_norm)
             self.patch_mixer_map_y_1 = Linear(**into)
-            self.patch_mixer_map_xout_0 = LayerNorm(**norm)
+            self.patch_mixer_map_xout_0 = LayerNorm(**plain_norm)
             self.patch_mixer_map_xout_1 = Linear(**into | {"features": cfg.dim})
         self.final_layer = FinalLayer(cfg.patch_size**2 * cfg.in_channels, **norm)
 
@@ -369,9 +378,10 @@ class DiT(nn.Module):
                 f"caption embeddings must be (n, l, {cfg.caption_channels}), found {y.shape}; is "
                 "this the text encoder that the model was trained with?"
             )
-        y = self.y_emb_preprocess(self.y_embedder(jnp.asarray(y, cfg.dtype)))
+        y = self.y_embedder(jnp.asarray(y, cfg.dtype)).astype(jnp.float32)
+        y = self.y_emb_preprocess(y)
         # Padding tokens count in the mean: the reference has no padding mask anywhere.
-        pooled = self.pooled_y_emb_process(y.mean(axis=1, dtype=jnp.float32).astype(cfg.dtype))
+        pooled = self.pooled_y_emb_process(y.mean(axis=1))
         y_mixer = y
         if cfg.mixer_projects:
             y_mixer = self.patch_mixer_map_y_1(self.patch_mixer_map_y_0(y))
@@ -399,13 +409,12 @@ class DiT(nn.Module):
                 "model of that input_size and in_channels, or the VAE this model was trained with"
             )
         keys_values = iter(caption.keys_values or ())
-        x = self.x_embedder(jnp.asarray(x, cfg.dtype))  # (n, t, d)
-        pos_embed = sincos_pos_embed(cfg.dim, cfg.grid, cfg.pos_interp_scale)
-        x = x + jnp.asarray(pos_embed, cfg.dtype)[None]
+        x = self.x_embedder(jnp.asarray(x, cfg.dtype)).astype(jnp.float32)  # (n, t, d)
+        x = x + sincos_pos_embed(cfg.dim, cfg.grid, cfg.pos_interp_scale)[None]
         c = self.t_embedder(t) + caption.pooled
 
         if cfg.mixer_projects:
-            x = self.patch_mixer_map_xin_1(self.patch_mixer_map_xin_0(x))
+            x = self.patch_mixer_map_xin_1(self.patch_mixer_map_xin_0(x)).astype(jnp.float32)
         for block in self.patch_mixer:
             x = block(x, caption.mixer_tokens, c, next(keys_values, None))
 
@@ -420,7 +429,7 @@ class DiT(nn.Module):
             x = masking.drop_tokens(x, mask)
 
         if cfg.mixer_projects:  # after masking, where it costs least
-            x = self.patch_mixer_map_xout_1(self.patch_mixer_map_xout_0(x))
+            x = self.patch_mixer_map_xout_1(self.patch_mixer_map_xout_0(x)).astype(jnp.float32)
         for block in self.blocks:
             x = block(x, caption.tokens, c, next(keys_values, None))
 

@@ -51,17 +51,16 @@ def normalise(x: Float[Array, "*b d"], eps: float) -> Float[Array, "*b d"]:
 
 
 class LayerNorm(nn.Module):
-    """Layer norm over the last axis, computed in float32, with a scale but never a bias."""
+    """Layer norm over the last axis, in and to float32, with a scale but never a bias."""
 
     eps: float
-    dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), self.param_dtype)
         y = normalise(x, self.eps)
-        return (y * jnp.broadcast_to(scale.astype(jnp.float32), y.shape)).astype(self.dtype)
+        return y * jnp.broadcast_to(scale.astype(jnp.float32), y.shape)
 
 
 class PatchEmbed(nn.Module):
@@ -169,7 +168,7 @@ class Mlp(nn.Module):
         kinds = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         init = nn.initializers.normal(0.02)
         x = gelu_tanh(Linear(self.dim, kernel_init=init, name="fc1", **kinds)(x))
-        x = LayerNorm(self.eps, name="norm", **kinds)(x)
+        x = LayerNorm(self.eps, self.param_dtype, name="norm")(x)
         return Linear(self.dim, kernel_init=init, name="fc2", **kinds)(x)
 
 
@@ -231,7 +230,13 @@ class FinalLayer(nn.Module):
     def __call__(self, x: Float[Array, "n t d"], c: Float[Array, "n d"]) -> Float[Array, "n t f"]:
         kinds = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         d = x.shape[-1]
-        modulation = Linear(2 * d, kernel_init=zeros, name="adaLN_modulation_1", **kinds)
+        modulation = Linear(
+            2 * d,
+            kernel_init=zeros,
+            dtype=jnp.float32,
+            param_dtype=self.param_dtype,
+            name="adaLN_modulation_1",
+        )
         shift, scale = jnp.split(modulation(gelu_tanh(c)), 2, axis=-1)
-        x = modulate(LayerNorm(self.eps, name="norm_final", **kinds)(x), shift, scale)
+        x = modulate(LayerNorm(self.eps, self.param_dtype, name="norm_final")(x), shift, scale)
         return Linear(self.out_features, kernel_init=zeros, name="linear", **kinds)(x)

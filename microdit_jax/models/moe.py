@@ -74,11 +74,12 @@ class ExpertChoiceFeedForward(nn.Module):
             e,
             use_bias=False,
             kernel_init=small_normal(0.02),
-            dtype=self.dtype,
+            dtype=jnp.float32,  # rounded logits tie, and ties route tokens at random
             param_dtype=self.param_dtype,
             name="gate",
         )
         weight, index = choose_tokens(gate(x), int(self.capacity * t / e))
         self.sow("intermediates", "routing", index)
+        x = x.astype(self.dtype)
         dispatch = {"gather": dispatch_gather, "onehot": dispatch_onehot}[self.dispatch]
         return dispatch(x, weight, index, w1.astype(self.dtype), w2.astype(self.dtype))
