@@ -25,7 +25,7 @@ def rules(config: DiTConfig) -> list[Rule]:
     ]
 
 
-@functools.lru_cache(maxsize=8)
+@functools.lru_cache(maxsize=32)
 def rename_table(config: DiTConfig) -> Sequence[Entry]:
     """Every parameter of the network with its torch name, both shapes and the transform."""
     latent = (1, config.input_size, config.input_size, config.in_channels)

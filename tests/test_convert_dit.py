@@ -93,7 +93,7 @@ def test_configs_are_read_off_the_files(golden):
             "experts_every_n": 3,
             "depth": 4,
             "qkv_multipliers": (0.5, 1.3),
-            "ffn_multipliers": (1, 2),
+            "ffn_multipliers": (1.0, 2.0),
         },
         {"multiple_of": 1, "ffn_multipliers": (0.7, 1.9, 2.3), "patch_mixer_mlp_ratio": 1.7},
         {"use_bias": True, "patch_size": 4, "in_channels": 3, "num_experts": 5},
