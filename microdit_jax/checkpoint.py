@@ -209,3 +209,109 @@ def _read_json(path: Path) -> dict:
         raise UserError(
             f"expected JSON in {path}, found damage ({error}); convert the checkpoint again"
         ) from error
+
+
+class RunCheckpoints:
+    """The training states of one run, <workdir>/checkpoints/<step>/, by Orbax's CheckpointManager.
+
+    Saving is asynchronous: training goes on while the state is written. A state appears whole or
+    not at all. A failed save raises at the next call.
+    """
+
+    def __init__(self, workdir: str | os.PathLike, *, keep: int = 2):
+        self.folder = Path(workdir).absolute() / "checkpoints"
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
+        self._manager = ocp.CheckpointManager(self.folder, options=options)
+
+    def latest_step(self) -> int | None:
+        """The newest complete step, or None."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, state: Any) -> None:
+        """Starts to write the state; a step that is there already is left alone."""
+        if step != self.latest_step():
+            with disk_errors(self.folder):
+                self._manager.save(step, args=ocp.args.StandardSave(state))
+
+    def restore(self, abstract_state: Any) -> Any:
+        """The newest state, of the given shapes, types and shardings (`jax.eval_shape`'s result).
+
+        Raises:
+          UserError: there is none, or it has other shapes: the config changed since.
+        """
+        step = self.latest_step()
+        if step is None:
+            raise UserError(f"expected a checkpoint in {self.folder}, found none; train first")
+        try:
+            return self._manager.restore(step, args=ocp.args.StandardRestore(abstract_state))
+        except (ValueError, KeyError) as error:
+            raise UserError(
+                f"checkpoint {step} in {self.folder} does not fit this config ({error}); use the "
+                "config it was trained with or another workdir"
+            ) from error
+
+    def close(self) -> None:
+        """Waits for the last save."""
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+    def __enter__(self) -> "RunCheckpoints":
+        return self
+
+    def __exit__(self, *exc_info) -> None:
+        self.close()
+
+
+RUN_FORMAT = "microdit_jax.run"
+
+
+def is_run(folder: str | os.PathLike) -> bool:
+    """Whether the folder is a training run's workdir."""
+    config = Path(folder) / "config.json"
+    return config.is_file() and _read_json(config).get("format") == RUN_FORMAT
+
+
+def write_run_metadata(workdir: str | os.PathLike, metadata: dict) -> None:
+    """Writes a run's config.json: what a stranger needs to use its checkpoints."""
+    _write_json(
+        Path(workdir) / "config.json", {"format": RUN_FORMAT, "version": VERSION} | metadata
+    )
+
+
+def read_run_metadata(workdir: str | os.PathLike) -> dict:
+    """config.json of a training run."""
+    if not is_run(workdir):
+        raise UserError(f"expected a training run (a --workdir) at {workdir}, found none")
+    return _read_json(Path(workdir) / "config.json")
+
+
+def load_run_params(
+    workdir: str | os.PathLike, abstract_params: Any, *, ema: bool
+) -> tuple[Params, int]:
+    """The newest parameters of a training run alone, without its optimiser state.
+
+    Args:
+      abstract_params: shapes, types and shardings to restore to.
+      ema: the moving average rather than the raw parameters.
+    Returns:
+      The parameters and the step.
+    """
+    folder = Path(workdir).absolute() / "checkpoints"
+    steps = [int(p.name) for p in folder.glob("*") if p.name.isdigit()]
+    if not steps:
+        raise UserError(f"expected a checkpoint in {folder}, found none; train first")
+    item = {"ema" if ema else "params": abstract_params}
+    args = ocp.args.PyTreeRestore(
+        item=item,
+        restore_args=ocp.checkpoint_utils.construct_restore_args(item),
+        partial_restore=True,
+    )
+    try:
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+            restored = checkpointer.restore(folder / str(max(steps)) / "default", args=args)
+    except (ValueError, KeyError) as error:
+        raise UserError(
+            f"checkpoint {max(steps)} in {folder} does not hold the model of its config ({error}); "
+            "try --ema=false if the run kept no average"
+        ) from error
+    return restored["ema" if ema else "params"], max(steps)

@@ -1,0 +1,1 @@
+"""Run configurations: Python files whose `get_config` returns an ml_collections.ConfigDict."""

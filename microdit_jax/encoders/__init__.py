@@ -1,0 +1,1 @@
+"""Frozen towers: what turns pictures into latents and captions into embeddings, and back."""
