@@ -62,23 +62,31 @@ class Rule:
     """Flax paths that fully match `pattern` belong to the torch tensor `name`.
 
     `name` may refer to the pattern's groups as re.sub does (r"\\1.weight"), or be a function of the
-    match; '/' becomes '.' and a list's glued index ("blocks_3") its own part ("blocks.3") after.
+    match; '/' becomes '.' and a list's glued index ("blocks_3") its own part ("blocks.3") after,
+    unless `exact`. Several names: the parameter is fused of these tensors, equal in shape, stacked
+    along their first axis before the transform (q, k and v of one projection).
     """
 
     pattern: str
-    name: str | Callable[[re.Match], str]
+    name: str | Callable[[re.Match], str] | Sequence[str]
     transform: Transform = SAME
+    exact: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """One line of the rename table."""
+    """One line of the rename table: a torch tensor, and the parameter it is, or is a part of.
+
+    Attributes:
+      part: (i, count): the tensor is the i-th of `count` that are fused into the parameter.
+    """
 
     path: str
     flax_shape: Shape
     torch_name: str
     torch_shape: Shape
     transform: Transform
+    part: tuple[int, int] = (0, 1)
 
 
 def torch_name(path: str) -> str:
@@ -121,10 +129,7 @@ def build_table(rules: Sequence[Rule], expected: Mapping[str, Any]) -> list[Entr
     for path, leaf in flatten(expected).items():
         for rule in rules:
             if match := re.fullmatch(rule.pattern, path):
-                name = rule.name(match) if callable(rule.name) else match.expand(rule.name)
-                shape = tuple(leaf.shape)
-                torch_shape = tuple(rule.transform.torch_shape(shape))
-                table.append(Entry(path, shape, torch_name(name), torch_shape, rule.transform))
+                table += _entries(rule, match, tuple(leaf.shape))
                 break
         else:
             raise ValueError(f"no rule matches the parameter {path}")
@@ -132,6 +137,22 @@ def build_table(rules: Sequence[Rule], expected: Mapping[str, Any]) -> list[Entr
     if doubled:
         raise ValueError(f"several parameters come from one tensor: {', '.join(doubled)}")
     return table
+
+
+def _entries(rule: Rule, match: re.Match, shape: Shape) -> list[Entry]:
+    """The table's lines for the parameter whose path is `match`."""
+    templates = [rule.name] if callable(rule.name) or isinstance(rule.name, str) else rule.name
+    names = [name(match) if callable(name) else match.expand(name) for name in templates]
+    if not rule.exact:
+        names = [torch_name(name) for name in names]
+    whole, count = tuple(rule.transform.torch_shape(shape)), len(names)
+    if count > 1 and whole[0] % count:
+        raise ValueError(f"{match[0]} {shape} does not fall into {count} equal tensors")
+    part_shape = (whole[0] // count, *whole[1:]) if count > 1 else whole
+    return [
+        Entry(match[0], shape, name, part_shape, rule.transform, (i, count))
+        for i, name in enumerate(names)
+    ]
 
 
 def is_finite(tensor: np.ndarray) -> bool:
@@ -201,6 +222,8 @@ def to_params(
 ) -> Params:
     """A state dict as Flax parameters, float32; views of its tensors wherever those are float32.
 
+    Fused parameters are copies.
+
     Args:
       buffers: further tensors the file must have that are not parameters.
       check_finite: read every value and name the tensors with NaN or infinite ones.
@@ -212,14 +235,12 @@ def to_params(
     _account(tensors, wanted, "tensors")
     if check_finite:
         check_values(tensors, progress)
-    return unflatten(
-        {
-            e.path: e.transform.to_flax(
-                tensors[e.torch_name].astype(np.float32, copy=False), e.flax_shape
-            )
-            for e in table
-        }
-    )
+    flat = {}
+    for path, entries in _by_path(table).items():
+        parts = [tensors[e.torch_name].astype(np.float32, copy=False) for e in entries]
+        whole = np.concatenate(parts) if len(parts) > 1 else parts[0]
+        flat[path] = entries[0].transform.to_flax(whole, entries[0].flax_shape)
+    return unflatten(flat)
 
 
 def to_tensors(params: Mapping[str, Any], table: Sequence[Entry]) -> dict[str, np.ndarray]:
@@ -230,7 +251,20 @@ def to_tensors(params: Mapping[str, Any], table: Sequence[Entry]) -> dict[str, n
     """
     flat = flatten(params)
     _account(flat, {e.path: e.flax_shape for e in table}, "parameters")
-    return {
-        e.torch_name: e.transform.to_torch(np.asarray(jax.device_get(flat[e.path])), e.torch_shape)
-        for e in table
-    }
+    tensors = {}
+    for path, entries in _by_path(table).items():
+        leaf = np.asarray(jax.device_get(flat[path]))
+        for e in entries:
+            i, count = e.part
+            whole = (e.torch_shape[0] * count, *e.torch_shape[1:]) if count > 1 else e.torch_shape
+            tensor = e.transform.to_torch(leaf, whole)
+            tensors[e.torch_name] = np.split(tensor, count)[i] if count > 1 else tensor
+    return tensors
+
+
+def _by_path(table: Sequence[Entry]) -> dict[str, list[Entry]]:
+    """The table's lines by parameter, the parts of a fused one in order."""
+    groups: dict[str, list[Entry]] = {}
+    for entry in table:
+        groups.setdefault(entry.path, []).append(entry)
+    return groups

@@ -75,6 +75,51 @@ def test_both_ways_bit_for_bit_and_without_copies():
     )
 
 
+FUSED = [
+    Rule(
+        r"layers_(\d+)/ln_1/(qkv)/kernel",
+        [rf"layers.\1.ln_1.{name}_0.weight" for name in "qkv"],
+        LINEAR,
+        exact=True,
+    ),
+    Rule(r"(.*)/bias", lambda match: f"{match[1]}.bias"),
+]
+
+
+def test_fused_parameters_both_ways_bit_for_bit():
+    expected = {"layers_7": {"ln_1": {"qkv": {"kernel": np.zeros((2, 12))}}}}
+    expected["fc_1"] = {"bias": np.zeros(5)}
+    table = build_table(FUSED, expected)
+    shapes = {e.torch_name: e.torch_shape for e in table}
+    names = [f"layers.7.ln_1.{name}_0.weight" for name in "qkv"]  # exact: ln_1 stays one part
+    assert shapes == dict.fromkeys(names, (4, 2)) | {"fc.1.bias": (5,)}
+    rng = np.random.default_rng(0)
+    given = {name: rng.standard_normal(shape, np.float32) for name, shape in shapes.items()}
+    kernel = to_params(given, table)["layers_7"]["ln_1"]["qkv"]["kernel"]
+    x = rng.standard_normal((3, 2), np.float32)
+    separate = np.concatenate([x @ given[name].T for name in names], axis=1)
+    np.testing.assert_allclose(x @ kernel, separate, rtol=1e-6)
+    back = to_tensors(to_params(given, table), table)
+    assert list(back) == list(shapes)
+    for name, tensor in given.items():
+        np.testing.assert_array_equal(back[name].view(np.uint32), tensor.view(np.uint32))
+    half = {name: tensor.astype(np.float16) for name, tensor in given.items()}
+    assert to_params(half, table)["layers_7"]["ln_1"]["qkv"]["kernel"].dtype == np.float32
+
+
+def test_faults_of_fused_parameters_name_the_tensor():
+    table = build_table(FUSED, {"layers_0": {"ln_1": {"qkv": {"kernel": np.zeros((2, 12))}}}})
+    given = {e.torch_name: np.zeros(e.torch_shape, np.float32) for e in table}
+    del given["layers.0.ln_1.k_0.weight"]
+    given["layers.0.ln_1.v_0.weight"] = np.zeros((2, 4), np.float32)
+    with pytest.raises(UserError) as caught:
+        to_params(given, table)
+    assert "missing: layers.0.ln_1.k_0.weight (4, 2)" in str(caught.value)
+    assert "ln_1.v_0.weight (expected (4, 2), found (2, 4))" in str(caught.value)
+    with pytest.raises(ValueError, match="does not fall into 3 equal tensors"):
+        build_table(FUSED, {"layers_0": {"ln_1": {"qkv": {"kernel": np.zeros((2, 10))}}}})
+
+
 def test_half_precision_is_widened():
     for dtype in (np.float16, ml_dtypes.bfloat16):
         given = tensors(dtype)
