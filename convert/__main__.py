@@ -6,18 +6,18 @@ import dataclasses
 import json
 import sys
 import time
-import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import jax
 import tqdm
 
-from convert import dit
-from convert.safetensors_file import read_safetensors, write_safetensors
-from convert.state_dict import read_state_dict
+from convert.inputs import CONFIG, Input, describe_source, find_input, read_note, read_tensors
+from convert.kinds import KINDS, Kind, make_config
+from convert.safetensors_file import write_safetensors
 from convert.torch_file import write_torch
 from microdit_jax.checkpoint import load_model, read_metadata, save_model, sha256
 from microdit_jax.errors import UserError, exit_on_user_error
@@ -26,6 +26,7 @@ BIG = 1 << 28  # bytes from which a progress bar is shown
 NOTE = "microdit_jax"  # where a written file says what it was made from
 EXAMPLE = """example:
   python -m convert --kind=dit --input=dit_4_channel_0.5B_synthetic_data.pt --output=models/dit
+  python -m convert --kind=vae --input=stable-diffusion-xl-base-1.0 --output=models/vae
   python -m convert --kind=dit --to=torch --input=models/dit --output=dit.safetensors
 """
 
@@ -45,34 +46,42 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--kind", choices=("dit",), default="dit", help="what the checkpoint is (default: dit)")
-    add("--input", required=True, type=Path, help=".pt, .bin or .safetensors; or a model folder")
-    add("--output", required=True, type=Path, help="model folder; or .pt or .safetensors")
+    add("--kind", choices=tuple(KINDS), default="dit", help="what the model is (default: dit)")
+    add("--input", required=True, type=Path, help=".pt, .bin, .safetensors, or a model's folder")
+    add("--output", required=True, type=Path, help="model folder; or .pt, .bin or .safetensors")
     add("--to", choices=("orbax", "torch"), default="orbax", help="direction (default: orbax)")
-    add("--head_dim", type=int, help="width of an attention head, where the file cannot tell")
-    add("--expert_capacity", type=float, help="experts per token (default: 2.0)")
-    add("--config", type=Path, help="JSON of DiTConfig's fields, instead of reading the file's")
+    add("--head_dim", type=int, help="dit: width of an attention head, if the file cannot tell")
+    add("--expert_capacity", type=float, help="dit: experts per token (default: 2.0)")
+    add("--scaling_factor", type=float, help="vae: of its latents, if there is no config.json")
+    add("--config", type=Path, help="JSON of the config, instead of reading the model's own")
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="type to write with --to=torch")
     flags = parser.parse_args(argv)
-    away = ("head_dim", "expert_capacity", "config") if flags.to == "torch" else ("dtype",)
-    for name in away:
+    options = {name for kind in KINDS.values() for name in kind.options}
+    for name in (options | {"config"}) if flags.to == "torch" else {"dtype"}:
         if getattr(flags, name) is not None:
             raise UserError(f"--{name} does not go with --to={flags.to}; leave it out")
+    for name in options - set(KINDS[flags.kind].options):
+        if getattr(flags, name) is not None:
+            raise UserError(f"--{name} does not go with --kind={flags.kind}; leave it out")
     return flags
 
 
 def to_orbax(flags: argparse.Namespace) -> None:
     """A PyTorch or safetensors file -> a model folder, unless that was done before."""
     start = time.monotonic()
-    options = {
-        "head_dim": flags.head_dim,
-        "expert_capacity": flags.expert_capacity,
-        "config": _read_config(flags.config) if flags.config else None,
-    }
+    kind, module = KINDS[flags.kind], KINDS[flags.kind].load()
+    source = _find_input(flags.input, kind)
+    if flags.config:
+        config = _read_config(flags.config, flags.kind)
+        source = source._replace(config=config, config_from=str(flags.config))
+    given = {name: getattr(flags, name) for name in kind.options}
+    options = {**given, "config": source.config}
     with ThreadPoolExecutor(1) as pool:
         if flags.output.exists():
             made_from = read_metadata(flags.output)
-            same = made_from.get("source", {}).get("sha256") == _source(flags.input)["sha256"]
+            same = (
+                made_from.get("source", {}).get("sha256") == describe_source(source.files)["sha256"]
+            )
             if same and made_from.get("options") == options:
                 return _say("nothing to do", f"{flags.output} is complete, from the same file")
             raise UserError(
@@ -80,29 +89,24 @@ def to_orbax(flags: argparse.Namespace) -> None:
                 f"{made_from.get('source')} with {made_from.get('options')}; "
                 "choose another --output or remove it"
             )
-        found = read_state_dict(flags.input, "dit")
-        source = pool.submit(_source, flags.input)  # while the tensors are read
-        if options["config"]:
-            config = dit.config_from_dict(options["config"])
-        else:
-            config = dit.infer_config(
-                found.tensors,
-                head_dim=flags.head_dim,
-                expert_capacity=2.0 if flags.expert_capacity is None else flags.expert_capacity,
-            )
+        found = read_tensors(source.files, module.PART)
+        about = pool.submit(describe_source, source.files)  # while the tensors are read
+        config = make_config(kind, found.tensors, source.config, given)
         num_bytes = sum(tensor.nbytes for tensor in found.tensors.values())
         dtypes = sorted({str(tensor.dtype) for tensor in found.tensors.values()})
         _say("input", f"{flags.input}, {num_bytes / 1e9:.2f} GB, {', '.join(dtypes)}")
-        for note in found.notes:
+        for note in source.notes + found.notes:
             _say("", note)
-        _say("config", describe(config))
+        _say("config", _describe(module, config))
+        if source.config_from:
+            _say("", f"read from {source.config_from}")
         with _bar("checking", num_bytes) as progress:
-            params = dit.from_torch(found.tensors, config, progress=progress)
+            params = module.from_torch(found.tensors, config, progress=progress)
         _say("writing", str(flags.output))
         metadata = {
             "kind": flags.kind,
             flags.kind: dataclasses.asdict(config),
-            "source": source.result(),
+            "source": about.result(),
             "options": options,
         }
         save_model(flags.output, params, metadata)
@@ -126,60 +130,52 @@ def to_torch(flags: argparse.Namespace) -> None:
     # The manifest has every file's checksum, so its own stands for the whole folder.
     note = json.dumps({"model": sha256(flags.input / "manifest.json"), "dtype": flags.dtype})
     if flags.output.exists():
-        if _read_note(flags.output) == note:
+        if read_note(flags.output, NOTE) == note:
             return _say("nothing to do", f"{flags.output} is complete, from the same model")
         raise UserError(
             f"expected {flags.output} not to exist, found a file made from something else; "
             "choose another --output or remove it"
         )
-    config = dit.config_from_dict(metadata[flags.kind])
+    module = KINDS[flags.kind].load()
+    config = module.config_from_dict(metadata[flags.kind])
     _say("input", f"{flags.input}, {metadata['parameters']:,} parameters")
-    _say("config", describe(config))
+    _say("config", _describe(module, config))
     host = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
     params, _ = load_model(flags.input, sharding=host)
-    tensors = dit.to_torch(params, config)
+    tensors = module.to_torch(params, config)
+    notes = {NOTE: note}
+    if hasattr(module, "config_json"):
+        notes[CONFIG] = json.dumps(module.config_json(config))
     num_bytes = sum(tensor.nbytes for tensor in tensors.values())
     with _bar("writing", num_bytes) as progress:
         kinds = {"dtype": flags.dtype, "progress": progress}
         if flags.output.suffix == ".safetensors":
-            write_safetensors(flags.output, tensors, {NOTE: note}, **kinds)
+            write_safetensors(flags.output, tensors, notes, **kinds)
         else:
-            write_torch(flags.output, tensors, notes={f"extra/{NOTE}": note.encode()}, **kinds)
+            members = {f"extra/{name}": text.encode() for name, text in notes.items()}
+            write_torch(flags.output, tensors, notes=members, **kinds)
     _say("output", str(flags.output))
     _say_time(start, num_bytes)
 
 
-def describe(config: dit.DiTConfig) -> str:
-    """A config in one line."""
-    mixer = f"mixer {config.patch_mixer_depth} x {config.patch_mixer_dim}"
-    return (
-        f"{config.depth} blocks of width {config.dim}, heads of {config.head_dim}, "
-        f"{mixer if config.use_patch_mixer else 'no mixer'}, {config.num_experts} experts, "
-        f"latents {config.in_channels} x {config.input_size} x {config.input_size}, "
-        f"pos_interp_scale {config.pos_interp_scale:g}, captions {config.caption_channels} wide"
-    )
+def _find_input(path: Path, kind: Kind) -> Input:
+    if not kind.stems:
+        return Input((path,), None, "", [])
+    return find_input(path, subfolder=kind.subfolder, stems=kind.stems, config_key=kind.config_key)
 
 
-def _read_config(path: Path) -> dict:
+def _describe(module: ModuleType, config: Any) -> str:
+    return module.describe(config) if hasattr(module, "describe") else str(config)
+
+
+def _read_config(path: Path, kind: str) -> dict:
     try:
         contents = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"expected JSON of a config at {path}, found {error}") from error
-    return contents.get("dit", contents)  # a model folder's config.json serves too
-
-
-def _source(path: Path) -> dict:
-    return {"file": path.name, "bytes": path.stat().st_size, "sha256": sha256(path)}
-
-
-def _read_note(path: Path) -> str | None:
-    """What a file written by this command says it was made from."""
-    if path.suffix == ".safetensors":
-        return read_safetensors(path)[1].get(NOTE)
-    with contextlib.suppress(zipfile.BadZipFile, KeyError, OSError):
-        with zipfile.ZipFile(path) as archive:
-            return archive.read(f"archive/extra/{NOTE}").decode()
-    return None
+    if not isinstance(contents, dict):
+        raise UserError(f"expected a JSON object at {path}, found {type(contents).__name__}")
+    return contents.get(kind, contents)  # a model folder's config.json serves too
 
 
 def _say(what: str, text: str) -> None:

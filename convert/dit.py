@@ -14,7 +14,9 @@ from microdit_jax.errors import UserError
 from microdit_jax.models.dit import DiTConfig
 from microdit_jax.models.layers import sincos_pos_embed
 
-__all__ = ["config_from_dict", "from_torch", "infer_config", "to_torch"]
+__all__ = ["PART", "config_from_dict", "describe", "from_torch", "infer_config", "to_torch"]
+
+PART = "dit"
 
 
 def from_torch(
@@ -101,3 +103,14 @@ def config_from_dict(fields: Mapping[str, Any]) -> DiTConfig:
             "correct or remove them"
         )
     return DiTConfig(**fields)
+
+
+def describe(config: DiTConfig) -> str:
+    """A config in one line."""
+    mixer = f"mixer {config.patch_mixer_depth} x {config.patch_mixer_dim}"
+    return (
+        f"{config.depth} blocks of width {config.dim}, heads of {config.head_dim}, "
+        f"{mixer if config.use_patch_mixer else 'no mixer'}, {config.num_experts} experts, "
+        f"latents {config.in_channels} x {config.input_size} x {config.input_size}, "
+        f"pos_interp_scale {config.pos_interp_scale:g}, captions {config.caption_channels} wide"
+    )

@@ -1,0 +1,106 @@
+"""The autoencoder with its weights as the pipeline sees one: pictures in, latents out, and back."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from microdit_jax.encoders.vae import AutoencoderKL, VaeConfig, sample_latents
+from microdit_jax.errors import UserError
+
+
+@functools.partial(jax.jit, static_argnames=("model", "method"))
+def _apply(params: Any, x: Float[Array, "n H W c"], *, model: AutoencoderKL, method: str) -> Any:
+    return model.apply({"params": params}, x, method=method)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class VaeCodec:
+    """An autoencoder with its weights, as the pipeline uses one.
+
+    Attributes:
+      name: says what latents are compatible with.
+      config: sizes, and the type of the computation.
+      params: parameters of `AutoencoderKL(config)`, on whatever device is to compute.
+      slice_size: pictures in one call of the network. Memory grows with it: about 1.5 GB each at
+        512 px in float32.
+    """
+
+    name: str
+    config: VaeConfig
+    params: Any
+    slice_size: int = 1
+
+    def __post_init__(self):
+        if self.slice_size < 1:
+            raise UserError(f"slice_size must be at least 1, found {self.slice_size}; raise it")
+
+    @property
+    def scaling_factor(self) -> float:
+        return self.config.scaling_factor
+
+    @property
+    def channels(self) -> int:
+        return self.config.latent_channels
+
+    def encode(
+        self,
+        images: Float[np.ndarray, "n H W colours"],
+        *,
+        noise: Float[np.ndarray, "n h w c"] | None = None,
+        key: Array | None = None,
+    ) -> Float[np.ndarray, "n h w c"]:
+        """Pictures (n, H, W, 3) in [-1, 1] -> raw latents (n, h, w, channels), float32.
+
+        Args:
+          noise: standard normal numbers to draw the latents with, or
+          key: a PRNG key to draw those with; with neither, the distribution's mode.
+        Raises:
+          UserError: sides that do not fit, both noise and key, or latents that are not finite.
+        """
+        if noise is not None and key is not None:
+            raise UserError("give either noise or key to encode with, found both")
+        mean, logvar = self._in_slices(images, "encode_moments")
+        if key is not None:
+            noise = jax.random.normal(key, mean.shape, jnp.float32)
+        latents = mean
+        if noise is not None:
+            latents = np.asarray(sample_latents(*map(jnp.asarray, (mean, logvar, noise))))
+        _check_finite(latents, "latents", self.config)
+        return latents
+
+    def decode(self, latents: Float[np.ndarray, "n h w c"]) -> Float[np.ndarray, "n H W 3"]:
+        """Raw latents (n, h, w, channels) -> pictures (n, H, W, 3), float32 in [-1, 1].
+
+        Raises:
+          UserError: another number of channels, or pictures that are not finite.
+        """
+        (images,) = self._in_slices(latents, "decode")
+        _check_finite(images, "pictures", self.config)
+        return np.clip(images, -1.0, 1.0)
+
+    def _in_slices(self, x: np.ndarray, method: str) -> list[np.ndarray]:
+        """The network's outputs; the last slice is filled up so that all run one program."""
+        if not len(x):
+            raise UserError("expected at least one picture for the VAE, found none")
+        size = min(self.slice_size, len(x))
+        model, slices = AutoencoderKL(self.config), []
+        for start in range(0, len(x), size):
+            count = min(size, len(x) - start)
+            filled = np.resize(np.arange(start, start + count), size)
+            rows = jnp.asarray(x[filled], jnp.float32)
+            out = jax.tree.leaves(_apply(self.params, rows, model=model, method=method))
+            slices.append([np.asarray(part)[:count] for part in out])
+        return [np.concatenate(parts) for parts in zip(*slices, strict=True)]
+
+
+def _check_finite(values: np.ndarray, what: str, config: VaeConfig) -> None:
+    if not np.isfinite(values).all():
+        raise UserError(
+            f"expected finite {what} from the VAE, found NaN or infinity; check what went in and "
+            f"its weights{', or use float32' if config.dtype != 'float32' else ''}"
+        )
