@@ -39,6 +39,12 @@ def test_cut_and_padding_at_every_length(length):
     np.testing.assert_array_equal(tokenizer.dropped(texts), dropped)
 
 
+def test_other_padding():
+    texts = ["", "cat", "cat " * 90]
+    zeros, ends = ClipTokenizer()(texts), ClipTokenizer(padding=END_OF_TEXT)(texts)
+    np.testing.assert_array_equal(ends, np.where(zeros == 0, END_OF_TEXT, zeros))
+
+
 def test_clean():
     assert clean("  â€œCAFÉ\n\tx&#39;S ") == "\"café x's"
     # Without a "<" in the text ftfy undoes every escape; otherwise two are undone.

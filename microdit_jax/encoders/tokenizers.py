@@ -18,8 +18,8 @@ VOCABULARY_SIZE = 49408
 class ClipTokenizer:
     """Texts to the ids of CLIP's byte-pair encoding, as open_clip's tokenizer gives them.
 
-    A row is START_OF_TEXT, the text, END_OF_TEXT, then zeros. A text that is too long is cut, with
-    END_OF_TEXT last; `dropped` says by how much. The empty text is the two markers alone. In a
+    A row is START_OF_TEXT, the text, END_OF_TEXT, then `padding`. A text that is too long is cut,
+    with END_OF_TEXT last; `dropped` says by how much. The empty text is the two markers alone. In a
     text "<start_of_text>" and "<end_of_text>" are the markers themselves, as in open_clip, while
     "<|startoftext|>" and "<|endoftext|>" are plain text.
 
@@ -27,13 +27,17 @@ class ClipTokenizer:
     except that it takes an apostrophe and a long s (U+017F) for the ending "'s" and this does not.
     """
 
-    def __init__(self, context_length: int = 77):
-        """Raises UserError where `context_length` leaves no room for the two markers."""
+    def __init__(self, context_length: int = 77, *, padding: int = PADDING):
+        """Raises UserError where `context_length` leaves no room for the two markers.
+
+        Stable Diffusion 1.x pads with END_OF_TEXT, 2.x and OpenCLIP with 0.
+        """
         if context_length < 2:
             raise UserError(
                 f"context_length: expected 2 or more, the two markers; found {context_length}"
             )
         self.context_length = context_length
+        self.padding = padding
 
     def __call__(self, texts: Any) -> Int32[np.ndarray, "n {self.context_length}"]:
         """The ids (n, context_length) int32 of a list of n texts.
@@ -42,7 +46,7 @@ class ClipTokenizer:
           UserError: `texts` is one string, not a list, or holds something that is no string.
         """
         encoded = _encode(texts)
-        ids = np.full((len(encoded), self.context_length), PADDING, np.int32)
+        ids = np.full((len(encoded), self.context_length), self.padding, np.int32)
         for row, tokens in zip(ids, encoded, strict=True):
             kept = tokens[: self.context_length - 2]
             row[: len(kept) + 2] = [START_OF_TEXT, *kept, END_OF_TEXT]

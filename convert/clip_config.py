@@ -1,0 +1,100 @@
+"""What OpenCLIP's and transformers' config files say of a CLIP's text tower."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from microdit_jax.encoders.clip_text import ClipTextConfig
+from microdit_jax.errors import UserError
+
+FILES = ("open_clip_config.json", "config.json")  # beside the weights, the more telling one first
+FIELDS = tuple(field.name for field in dataclasses.fields(ClipTextConfig))
+# transformers' names of activations.
+ACTIVATIONS = {
+    "quick_gelu": "quick_gelu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+}
+
+
+def find_config(weights: Path) -> dict[str, Any] | None:
+    """Contents of the open_clip_config.json or config.json beside a file of weights, or None.
+
+    Raises:
+      UserError: such a file that is not JSON.
+    """
+    for path in (weights.with_name(name) for name in FILES):
+        if path.is_file():
+            try:
+                contents = json.loads(path.read_text())
+            except ValueError as error:
+                raise UserError(
+                    f"expected JSON in {path}, found {error}; fetch it again"
+                ) from error
+            if isinstance(contents, dict) and {"model_cfg", "hidden_act", "text_config"} & set(
+                contents
+            ):
+                return contents
+    return None
+
+
+def stated_fields(config_json: Mapping[str, Any]) -> dict[str, Any]:
+    """ClipTextConfig's fields as far as a JSON file states them.
+
+    Args:
+      config_json: contents of open_clip_config.json or of transformers' config.json, of a text
+        model or a whole CLIP; or ClipTextConfig's fields.
+    Raises:
+      UserError: none of these, or a tower that is not CLIP's.
+    """
+    if "model_cfg" in config_json:
+        return _openclip_fields(config_json["model_cfg"])
+    if "hidden_act" in config_json or "text_config" in config_json:
+        return _transformers_fields(config_json.get("text_config") or config_json)
+    if unknown := [name for name in config_json if name not in FIELDS]:
+        raise UserError(
+            "expected open_clip_config.json (model_cfg), transformers' config.json (hidden_act) or "
+            f"fields of ClipTextConfig ({', '.join(FIELDS)}), found {', '.join(unknown[:8])}; give "
+            "the text tower's own config"
+        )
+    return {name: value for name, value in config_json.items() if value is not None}
+
+
+def _openclip_fields(model: Mapping[str, Any]) -> dict[str, Any]:
+    text = model.get("text_cfg", {})
+    for name in ("hf_model_name", "no_causal_mask", "embed_cls"):
+        if text.get(name):
+            raise UserError(
+                f"expected a causal CLIP text tower, found {name} {text[name]} in "
+                "open_clip_config.json; this tower is not supported"
+            )
+    sizes = ("width", "layers", "heads", "context_length", "vocab_size")
+    gelu = "gelu_tanh" if text.get("act_kwargs", {}).get("approximate") == "tanh" else "gelu"
+    return {
+        "activation": "quick_gelu" if model.get("quick_gelu") else gelu,
+        "norm_eps": text.get("norm_kwargs", {}).get("eps", 1e-5),
+        **{name: text[name] for name in sizes if name in text},
+    }
+
+
+def _transformers_fields(text: Mapping[str, Any]) -> dict[str, Any]:
+    act = text.get("hidden_act", "quick_gelu")  # transformers' default, which files may leave out
+    if act not in ACTIVATIONS:
+        raise UserError(
+            f"expected hidden_act {', '.join(ACTIVATIONS)} in config.json, found {act!r}; this "
+            "tower is not supported"
+        )
+    names = {
+        "width": "hidden_size",
+        "layers": "num_hidden_layers",
+        "heads": "num_attention_heads",
+        "context_length": "max_position_embeddings",
+        "vocab_size": "vocab_size",
+        "norm_eps": "layer_norm_eps",
+        "ffn": "intermediate_size",
+    }
+    stated = {ours: text[theirs] for ours, theirs in names.items() if theirs in text}
+    return {"activation": ACTIVATIONS[act], **stated}

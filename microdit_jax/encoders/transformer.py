@@ -1,0 +1,61 @@
+"""What the text towers share: attention with an additive bias, and padded batches."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+from jaxtyping import Array, Float, Float32, Int32
+
+from microdit_jax.errors import UserError
+
+BATCH = 4  # texts that a tower takes at once, unless told otherwise
+# Added to a score; finite, so that a row of nothing but padding gives a mean and not NaN.
+MASKED = np.finfo(np.float32).min
+
+
+def attend(
+    q: Float[Array, "n t f"],
+    k: Float[Array, "n l f"],
+    v: Float[Array, "n l f"],
+    bias: Float32[Array, "#n #h t l"],
+    *,
+    heads: int,
+    scale: float,
+) -> Float[Array, "n t f"]:
+    """softmax(scale q k^T + bias) v for each head, f = h c; scores and softmax in float32."""
+    q, k, v = (rearrange(x, "n s (h c) -> n s h c", h=heads) for x in (q, k, v))
+    scores = jnp.einsum("nthc,nlhc->nhtl", q, k, preferred_element_type=jnp.float32) * scale
+    weights = jax.nn.softmax(scores + jnp.broadcast_to(bias, scores.shape), axis=-1)
+    out = jnp.einsum("nhtl,nlhc->nthc", weights.astype(v.dtype), v)
+    return rearrange(out, "n t h c -> n t (h c)")
+
+
+def check_ids(ids: Int32[np.ndarray, "n l"], length: int, vocab_size: int, name: str) -> None:
+    """Raises UserError where a tower's positions or vocabulary do not cover the ids."""
+    if ids.shape[1] > length:
+        raise UserError(
+            f"{name}: expected at most {length} tokens, found {ids.shape[1]}; cut the texts"
+        )
+    if ids.size and not 0 <= ids.min() <= ids.max() < vocab_size:
+        raise UserError(
+            f"{name}: expected token ids 0 to {vocab_size - 1}, found {ids.min()} to {ids.max()}; "
+            "use the tower's own tokenizer"
+        )
+
+
+def in_batches(
+    function: Callable[..., Array], *arrays: np.ndarray, size: int
+) -> Float32[np.ndarray, "n l d"]:
+    """function(*arrays) in batches of exactly `size` rows, so that it compiles once.
+
+    The last batch is filled up with rows of zeros, whose results are cut off.
+    """
+    n, results = len(arrays[0]), []
+    for start in range(0, max(n, 1), size):
+        batch = [np.zeros((size, *a.shape[1:]), a.dtype) for a in arrays]
+        for rows, array in zip(batch, arrays, strict=True):
+            rows[: n - start] = array[start : start + size]
+        results.append(np.asarray(function(*batch), np.float32))
+    return np.concatenate(results)[:n]
