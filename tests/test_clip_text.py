@@ -20,9 +20,7 @@ def load(name: str):
     with np.load(GOLDEN / f"{name}.npz") as file:
         arrays = {key: file[key] for key in file.files}
     sizes = json.loads(str(arrays["config"]))
-    config = ClipTextConfig(
-        activation="quick_gelu" if sizes.pop("quick_gelu") else "gelu", **sizes
-    )
+    config = ClipTextConfig(activation="quick_gelu" if sizes.pop("quick_gelu") else "gelu", **sizes)
     prefix = "state_dict/"
     tensors = {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}
     return arrays, config, from_torch(tensors, config)

@@ -1,0 +1,278 @@
+"""The T5 v1.1 encoder and its tokenizer: texts to a vector a token.
+
+Alphabet as in microdit_jax.models: n batch, l tokens, d width, h heads, c head dim, f ffn hidden.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float32, Int, Int32
+
+from microdit_jax.encoders.transformer import BATCH, MASKED, attend, check_ids, in_batches
+from microdit_jax.errors import UserError
+
+PADDING = 0
+MAX_TOKENS = 120  # what the reference cuts captions to
+
+
+@dataclasses.dataclass(frozen=True)
+class T5Config:
+    """Sizes of a T5 v1.1 encoder, and how it is computed; the defaults are those of XXL.
+
+    Attributes:
+      width: d of a token's vector.
+      layers: blocks of attention and feed-forward.
+      heads: attention heads h.
+      head_dim: width c of a head; h c may differ from d.
+      ffn: hidden width f of the gated feed-forward.
+      vocab_size: rows of the token table.
+      buckets: rows of the table of relative positions, half of them for what comes after.
+      max_distance: from here on all distances share a bucket.
+      norm_eps: epsilon of every norm.
+      max_tokens: tokens l of a text, the end marker included.
+      dtype: type of the matrix products, "float32" or "bfloat16": T5 overflows in float16. The
+        residual stream, norms and softmax stay float32.
+      param_dtype: type the parameters are stored in.
+    """
+
+    width: int = 4096
+    layers: int = 24
+    heads: int = 64
+    head_dim: int = 64
+    ffn: int = 10240
+    vocab_size: int = 32128
+    buckets: int = 32
+    max_distance: int = 128
+    norm_eps: float = 1e-6
+    max_tokens: int = MAX_TOKENS
+    dtype: str = "float32"
+    param_dtype: str = "float32"
+
+    def __post_init__(self):
+        for name in ("dtype", "param_dtype"):
+            if getattr(self, name) not in ("float32", "bfloat16"):
+                raise UserError(
+                    f"{name} of T5 must be float32 or bfloat16 (it overflows in float16), "
+                    f"found {getattr(self, name)!r}"
+                )
+        if self.buckets < 4 or self.buckets % 4 or self.max_distance <= self.buckets // 4:
+            raise UserError(
+                "T5Config expects buckets in a multiple of 4 and max_distance above a quarter of "
+                f"them, found {self.buckets} and {self.max_distance}"
+            )
+
+
+def relative_buckets(length: int, buckets: int, max_distance: int) -> Int32[np.ndarray, "l l"]:
+    """The bucket of every (query, key) pair (Raffel et al. 2020, section 2.1).
+
+    Half of the buckets is for keys after the query. Of each half, half holds one distance each, and
+    the rest grow geometrically up to max_distance; the last one takes all beyond.
+    """
+    position = np.arange(length)
+    offset = position[None, :] - position[:, None]  # key - query
+    half, exact = buckets // 2, buckets // 4
+    distance = np.abs(offset)
+    # In float32, as the reference rounds.
+    steps = np.log(np.maximum(distance, 1).astype(np.float32) / np.float32(exact))
+    steps = steps / np.float32(math.log(max_distance / exact)) * np.float32(half - exact)
+    far = np.minimum(exact + steps.astype(np.int64), half - 1)
+    return (half * (offset > 0) + np.where(distance < exact, distance, far)).astype(np.int32)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) times a scale, in and to float32 (Zhang and Sennrich 2019); no mean, no bias."""
+
+    eps: float
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float32[Array, "n l d"]) -> Float32[Array, "n l d"]:
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), self.param_dtype)
+        x = x * jax.lax.rsqrt(jnp.square(x).mean(axis=-1, keepdims=True) + self.eps)
+        return x * jnp.broadcast_to(scale.astype(jnp.float32), x.shape)
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + ffn(norm(x)); no biases, no 1/sqrt(c)."""
+
+    config: T5Config
+
+    @nn.compact
+    def __call__(
+        self, x: Float32[Array, "n l d"], bias: Float32[Array, "n h l l"]
+    ) -> Float32[Array, "n l d"]:
+        config = self.config
+        inner = config.heads * config.head_dim
+        h = _norm(config, "layer_norm_0")(x)
+        q, k, v = (_linear(config, inner, f"attention_{name}")(h) for name in "qkv")
+        h = attend(q, k, v, bias, heads=config.heads, scale=1.0)
+        x = x + _linear(config, config.width, "attention_o")(h).astype(jnp.float32)
+        h = _norm(config, "layer_norm_1")(x)
+        gate = jax.nn.gelu(_linear(config, config.ffn, "ffn_wi_0")(h), approximate=True)
+        h = gate * _linear(config, config.ffn, "ffn_wi_1")(h)  # (n, l, f)
+        return x + _linear(config, config.width, "ffn_wo")(h).astype(jnp.float32)
+
+
+class T5(nn.Module):
+    """Token ids (n, l) and which of them are text -> (n, l, d), after the final norm.
+
+    Padding is seen by nobody, but has a vector too. Raffel et al. 2020 with the changes of v1.1.
+    """
+
+    config: T5Config
+
+    @nn.compact
+    def __call__(self, ids: Int[Array, "n l"], mask: Bool[Array, "n l"]) -> Float32[Array, "n l d"]:
+        config, l = self.config, ids.shape[1]  # noqa: E741
+        kinds = {"param_dtype": config.param_dtype}
+        x = nn.Embed(config.vocab_size, config.width, name="shared", **kinds)(ids)
+        x = x.astype(jnp.float32)
+        table = nn.Embed(config.buckets, config.heads, name="relative_attention_bias", **kinds)
+        near = table(relative_buckets(l, config.buckets, config.max_distance))  # (l, l, h)
+        near = near.transpose(2, 0, 1)[None].astype(jnp.float32)
+        unseen = jnp.where(mask, jnp.float32(0), MASKED)[:, None, None]
+        shape = (len(ids), config.heads, l, l)
+        bias = jnp.broadcast_to(near, shape) + jnp.broadcast_to(unseen, shape)
+        for i in range(config.layers):
+            x = Block(config, name=f"block_{i}")(x, bias)
+        return _norm(config, "final_layer_norm")(x)
+
+
+def _linear(config: T5Config, features: int, name: str) -> nn.Dense:
+    kinds = {"dtype": config.dtype, "param_dtype": config.param_dtype}
+    return nn.Dense(features, use_bias=False, name=name, **kinds)
+
+
+def _norm(config: T5Config, name: str) -> RMSNorm:
+    return RMSNorm(config.norm_eps, config.param_dtype, name=name)
+
+
+class T5Tokenizer:
+    """Texts to T5's ids and mask, by the tokenizer of a folder or of a repository on the hub."""
+
+    def __init__(self, source: str, max_tokens: int = MAX_TOKENS):
+        """Raises UserError where there is no T5 tokenizer at `source`, or no way to read it."""
+        try:
+            from transformers import AutoTokenizer
+        except ImportError as error:
+            raise UserError(
+                "T5's tokenizer needs transformers, found none; pip install transformers"
+            ) from error
+        try:
+            self._tokenizer = AutoTokenizer.from_pretrained(source)
+        # Whatever the library meets, from a missing file to one of another tokenizer.
+        except Exception as error:
+            raise UserError(
+                f"expected a T5 tokenizer (tokenizer.json or spiece.model) at {source}, found "
+                f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}; "
+                "give its folder; spiece.model needs pip install sentencepiece protobuf"
+            ) from error
+        if (self._tokenizer.pad_token_id, self._tokenizer.eos_token_id) != (PADDING, 1):
+            raise UserError(
+                f"expected T5's padding 0 and end marker 1 in the tokenizer of {source}, found "
+                f"{self._tokenizer.pad_token_id} and {self._tokenizer.eos_token_id}"
+            )
+        self.max_tokens = max_tokens
+
+    def __call__(
+        self, texts: Any
+    ) -> tuple[Int32[np.ndarray, "n {self.max_tokens}"], Bool[np.ndarray, "n {self.max_tokens}"]]:
+        """Ids (n, max_tokens) int32, and which are text; too long texts are cut, the marker last.
+
+        Raises:
+          UserError: `texts` is one string, not a list, or holds something that is no string.
+        """
+        encoded = self._encode(texts, truncation=True, max_length=self.max_tokens)
+        ids = np.full((len(encoded), self.max_tokens), PADDING, np.int32)
+        mask = np.zeros(ids.shape, bool)
+        for i, tokens in enumerate(encoded):
+            ids[i, : len(tokens)], mask[i, : len(tokens)] = tokens, True
+        return ids, mask
+
+    def dropped(self, texts: Any) -> Int32[np.ndarray, " n"]:
+        """How many tokens of each text `__call__` cuts off (n,) int32; raises as that does."""
+        lengths = np.array([len(tokens) for tokens in self._encode(texts)], np.int32)
+        return np.maximum(lengths - np.int32(self.max_tokens), np.int32(0))
+
+    def _encode(self, texts: Any, **options) -> list[list[int]]:
+        if not isinstance(texts, list | tuple | np.ndarray):
+            raise UserError(
+                f"texts: expected a list of strings; found {type(texts).__name__}; put it in a list"
+            )
+        for index, text in enumerate(texts):
+            if not isinstance(text, str):
+                raise UserError(
+                    f"texts: expected strings; found {type(text).__name__} at index {index}; "
+                    "decode bytes, or leave missing captions as ''"
+                )
+        return self._tokenizer(list(texts), **options)["input_ids"] if len(texts) else []
+
+
+class T5Encoder:
+    """A frozen T5 encoder, compiled once for each length of text.
+
+    Attributes:
+      name: what data and models carry to find it again.
+      tokenizer: its T5Tokenizer, or None: then only `encode` works.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        config: T5Config,
+        params: Mapping[str, Any],
+        tokenizer: T5Tokenizer | None = None,
+        *,
+        batch: int = BATCH,
+    ):
+        """Texts are encoded `batch` at a time, the last batch filled up; params: `T5`'s."""
+        self.name = name
+        self.config = config
+        self.params = params
+        self.tokenizer = tokenizer
+        self._batch = batch
+        self._apply = jax.jit(
+            lambda params, ids, mask: T5(config).apply({"params": params}, ids, mask)
+        )
+
+    @property
+    def width(self) -> int:
+        """Width of a token's vector."""
+        return self.config.width
+
+    @property
+    def max_tokens(self) -> int:
+        """Length to which `encode_text` pads and cuts."""
+        return self.config.max_tokens
+
+    def encode(
+        self, ids: Int32[np.ndarray, "n l"], attention_mask: np.ndarray | None = None
+    ) -> Float32[np.ndarray, "n l d"]:
+        """Vectors (n, l, width) float32 of token ids.
+
+        Args:
+          attention_mask: (n, l), nonzero where there is text; None: where the id is not padding.
+        Raises:
+          UserError: an id outside the vocabulary, or a mask of another shape.
+        """
+        check_ids(ids, ids.shape[1], self.config.vocab_size, self.name)
+        mask = ids != PADDING if attention_mask is None else np.asarray(attention_mask) != 0
+        if mask.shape != ids.shape:
+            raise UserError(
+                f"attention_mask: expected the shape {ids.shape} of the ids, found {mask.shape}"
+            )
+        run = functools.partial(self._apply, self.params)
+        return in_batches(run, ids, mask, size=self._batch)
+
+    def encode_text(self, texts: Any) -> Float32[np.ndarray, "n l d"]:
+        """Vectors (n, max_tokens, width) float32 of a list of texts; raises as T5Tokenizer."""
+        if self.tokenizer is None:
+            raise UserError(f"{self.name} was made without a tokenizer; give T5Tokenizer(FOLDER)")
+        return self.encode(*self.tokenizer(texts))
