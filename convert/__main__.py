@@ -15,9 +15,10 @@ from typing import Any
 import jax
 import tqdm
 
-from convert.inputs import CONFIG, Input, describe_source, find_input, read_note, read_tensors
-from convert.kinds import KINDS, Kind, make_config
+from convert.inputs import CONFIG, describe_source, find_input, read_note, read_tensors
+from convert.kinds import KINDS, make_config
 from convert.safetensors_file import write_safetensors
+from convert.state_dict import StateDict
 from convert.torch_file import write_torch
 from microdit_jax.checkpoint import load_model, read_metadata, save_model, sha256
 from microdit_jax.errors import UserError, exit_on_user_error
@@ -27,6 +28,7 @@ NOTE = "microdit_jax"  # where a written file says what it was made from
 EXAMPLE = """example:
   python -m convert --kind=dit --input=dit_4_channel_0.5B_synthetic_data.pt --output=models/dit
   python -m convert --kind=vae --input=stable-diffusion-xl-base-1.0 --output=models/vae
+  python -m convert --kind=clip_text --input=open_clip_pytorch_model.bin --output=models/clip
   python -m convert --kind=dit --to=torch --input=models/dit --output=dit.safetensors
 """
 
@@ -53,6 +55,10 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     add("--head_dim", type=int, help="dit: width of an attention head, if the file cannot tell")
     add("--expert_capacity", type=float, help="dit: experts per token (default: 2.0)")
     add("--scaling_factor", type=float, help="vae: of its latents, if there is no config.json")
+    add("--activation", help="clip_text: quick_gelu, gelu or gelu_tanh, if there is no config")
+    add("--heads", type=int, help="clip_text: attention heads, if there is no config")
+    add("--padding", type=int, help="clip_text: id after a text's end (default: its layout's)")
+    add("--max_tokens", type=int, help="t5: to which texts are cut (default: 120)")
     add("--config", type=Path, help="JSON of the config, instead of reading the model's own")
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="type to write with --to=torch")
     flags = parser.parse_args(argv)
@@ -70,7 +76,7 @@ def to_orbax(flags: argparse.Namespace) -> None:
     """A PyTorch or safetensors file -> a model folder, unless that was done before."""
     start = time.monotonic()
     kind, module = KINDS[flags.kind], KINDS[flags.kind].load()
-    source = _find_input(flags.input, kind)
+    source = find_input(flags.input, kind)
     if flags.config:
         config = _read_config(flags.config, flags.kind)
         source = source._replace(config=config, config_from=str(flags.config))
@@ -90,6 +96,9 @@ def to_orbax(flags: argparse.Namespace) -> None:
                 "choose another --output or remove it"
             )
         found = read_tensors(source.files, module.PART)
+        if hasattr(module, "select"):
+            selected = module.select(found.tensors)
+            found = StateDict(selected.tensors, found.notes + selected.notes)
         about = pool.submit(describe_source, source.files)  # while the tensors are read
         config = make_config(kind, found.tensors, source.config, given)
         num_bytes = sum(tensor.nbytes for tensor in found.tensors.values())
@@ -156,12 +165,6 @@ def to_torch(flags: argparse.Namespace) -> None:
             write_torch(flags.output, tensors, notes=members, **kinds)
     _say("output", str(flags.output))
     _say_time(start, num_bytes)
-
-
-def _find_input(path: Path, kind: Kind) -> Input:
-    if not kind.stems:
-        return Input((path,), None, "", [])
-    return find_input(path, subfolder=kind.subfolder, stems=kind.stems, config_key=kind.config_key)
 
 
 def _describe(module: ModuleType, config: Any) -> str:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from convert.files import map_bytes
+from convert.kinds import Kind
 from convert.safetensors_file import looks_like_safetensors, read_safetensors
 from convert.state_dict import StateDict, read_state_dict
 from microdit_jax.checkpoint import sha256
@@ -30,43 +31,47 @@ class Input(NamedTuple):
     notes: list[str]
 
 
-def find_input(path: Path, *, subfolder: str, stems: Sequence[str], config_key: str) -> Input:
+def find_input(path: Path, kind: Kind) -> Input:
     """The weights and the config of one model.
 
     Args:
-      path: a file; a folder in the layout of diffusers or transformers (config.json and weights,
-        whole or in shards with an index); or a pipeline's folder with that in `subfolder`.
-      stems: names, without suffix, that the weights may have in a folder, the best one first.
-      config_key: what this kind's config.json holds; one without it beside a single file belongs to
-        something else. Weights written by python -m convert carry their config themselves.
+      path: a file; a folder in the layout of diffusers, transformers or OpenCLIP (config.json and
+        weights, whole or in shards with an index); or a pipeline's folder with that inside.
     Raises:
       UserError: a folder without weights, or a config.json that is not JSON.
     """
+    if not kind.config_keys:
+        return Input((path,), None, "", [])
     if not path.is_dir():
-        config_file = path.with_name(CONFIG)
-        config = read_config(config_file)
-        if config_key in (config or {}):
-            return Input((path,), config, str(config_file), [])
+        # A config.json of another kind of model, beside a single file, belongs to something else.
+        if beside := _find_config(path.parent, kind):
+            return Input((path,), *beside, [])
         text = read_note(path, CONFIG)
         return Input((path,), json.loads(text) if text else None, path.name if text else "", [])
-    notes, folder = [], path
-    if not _weights(path, stems) and (path / subfolder).is_dir():
-        folder = path / subfolder
-        notes.append(f"taken from its folder {subfolder}")
-    files = _weights(folder, stems)
-    if not files:
-        wanted = " or ".join(f"{stem}{SUFFIXES[0]}" for stem in stems)
-        found = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
-        raise UserError(
-            f"expected {wanted} (or .bin) in {path} or its folder {subfolder}, found {found}; "
-            "give the weights' file or folder"
-        )
-    notes.append(f"weights in {', '.join(file.name for file in files)}")
-    config = read_config(folder / CONFIG)
-    return Input(files, config, "" if config is None else str(folder / CONFIG), notes)
+    for folder in (path, *(path / name for name in kind.subfolders)):
+        if files := _weights(folder, kind.stems):
+            config, config_from = _find_config(folder, kind) or (None, "")
+            notes = [] if folder == path else [f"taken from its folder {folder.name}"]
+            notes.append(f"weights in {', '.join(file.name for file in files)}")
+            return Input(files, config, config_from, notes)
+    wanted = " or ".join(f"{stem}{SUFFIXES[0]}" for stem in kind.stems)
+    found = ", ".join(sorted(p.name for p in path.iterdir())[:8]) or "nothing"
+    raise UserError(
+        f"expected {wanted} (or .bin) in {path} or its folder {' or '.join(kind.subfolders)}, "
+        f"found {found}; give the weights' file or folder"
+    )
 
 
-def read_tensors(files: Sequence[Path], part: str) -> StateDict:
+def _find_config(folder: Path, kind: Kind) -> tuple[dict[str, Any], str] | None:
+    """The contents and the path of the config that describes a kind's model in a folder."""
+    for file in (folder / name for name in kind.config_files):
+        config = read_config(file)
+        if config and set(kind.config_keys) & set(config):
+            return config, str(file)
+    return None
+
+
+def read_tensors(files: Sequence[Path], part: str | None) -> StateDict:
     """The tensors of all files together.
 
     Raises:

@@ -2,8 +2,8 @@
 
 A kind's module has PART (its name inside a larger checkpoint), infer_config(tensors, **options),
 from_torch(tensors, config, check_finite=, progress=), to_torch(params, config) and
-config_from_dict(fields), and may have describe(config) -> one line, and config_json(config) -> the
-config.json that belongs to the torch weights.
+config_from_dict(fields). It may have select(tensors) -> StateDict, without what else a file holds;
+describe(config) -> one line; and config_json(config) -> what belongs beside the torch weights.
 """
 
 import importlib
@@ -19,17 +19,19 @@ class Kind(NamedTuple):
     Attributes:
       module: where it is converted.
       options: flags that go to infer_config, when given.
-      config_key: a key of this kind's config.json, which then goes to infer_config as
-        `config_json`; empty when it has none and --config holds the config itself.
-      stems: how weights may be called, without suffix, in a model's folder.
-      subfolder: where a pipeline's folder has that model's.
+      config_keys: a config.json of this kind has one of them, and goes to infer_config as
+        `config_json`; empty when there is no such file and --config holds the config itself.
+      stems: how weights may be called, without suffix, in a model's folder, the best one first.
+      subfolders: where a pipeline's folder may have that model's.
+      config_files: how config.json may be called, the most telling one first.
     """
 
     module: str
     options: tuple[str, ...]
-    config_key: str = ""
+    config_keys: tuple[str, ...] = ()
     stems: tuple[str, ...] = ()
-    subfolder: str = ""
+    subfolders: tuple[str, ...] = ()
+    config_files: tuple[str, ...] = ("config.json",)
 
     def load(self) -> ModuleType:
         return importlib.import_module(self.module)
@@ -38,7 +40,26 @@ class Kind(NamedTuple):
 KINDS = {
     "dit": Kind("convert.dit", ("head_dim", "expert_capacity")),
     "vae": Kind(
-        "convert.vae", ("scaling_factor",), "latent_channels", ("diffusion_pytorch_model",), "vae"
+        "convert.vae",
+        ("scaling_factor",),
+        ("latent_channels", "scaling_factor"),
+        ("diffusion_pytorch_model",),
+        ("vae",),
+    ),
+    "clip_text": Kind(
+        "convert.clip_text",
+        ("activation", "heads", "padding"),
+        ("model_cfg", "hidden_act", "text_config"),
+        ("open_clip_model", "open_clip_pytorch_model", "model", "pytorch_model"),
+        ("text_encoder",),
+        ("open_clip_config.json", "config.json"),
+    ),
+    "t5": Kind(
+        "convert.t5",
+        ("max_tokens",),
+        ("d_model",),
+        ("model", "pytorch_model"),
+        ("text_encoder", "text_encoder_2", "text_encoder_3"),
     ),
 }
 
@@ -52,7 +73,7 @@ def make_config(kind: Kind, tensors: dict, config: dict | None, options: dict[st
     """
     module = kind.load()
     given = {name: value for name, value in options.items() if value is not None}
-    if kind.config_key:
+    if kind.config_keys:
         return module.infer_config(tensors, config_json=config, **given)
     if config is None:
         return module.infer_config(tensors, **given)

@@ -1,0 +1,90 @@
+import json
+
+import numpy as np
+import pytest
+from conftest import GOLDEN
+from test_convert_main import fails, run
+
+from convert.inputs import describe_source, find_input, read_tensors
+from convert.kinds import KINDS, make_config
+from convert.safetensors_file import read_safetensors, write_safetensors
+from convert.torch_file import write_torch
+from microdit_jax.checkpoint import load_model, read_metadata, sha256
+from microdit_jax.errors import UserError
+
+ONES = {"a": np.ones((2, 3), np.float32)}
+TOWERS = {"openclip_text_small": "clip_text", "t5_small": "t5"}
+
+
+def tensors_of(name: str) -> dict[str, np.ndarray]:
+    with np.load(GOLDEN / f"{name}.npz") as file:
+        prefix = "state_dict/"
+        return {k.removeprefix(prefix): file[k] for k in file.files if k.startswith(prefix)}
+
+
+def test_the_best_weights_and_the_config_that_fits(tmp_path):
+    kind = KINDS["clip_text"]
+    for stem in ("pytorch_model", "open_clip_pytorch_model"):
+        write_torch(tmp_path / f"{stem}.bin", ONES)
+    (tmp_path / "config.json").write_text('{"hidden_act": "gelu"}')
+    found = find_input(tmp_path, kind)
+    assert [file.name for file in found.files] == ["open_clip_pytorch_model.bin"]
+    assert found.config == {"hidden_act": "gelu"}
+    (tmp_path / "open_clip_config.json").write_text('{"model_cfg": {"quick_gelu": true}}')
+    found = find_input(tmp_path / "pytorch_model.bin", kind)
+    assert found.config == {"model_cfg": {"quick_gelu": True}}
+    assert found.config_from.endswith("open_clip_config.json")
+    assert find_input(tmp_path / "pytorch_model.bin", KINDS["t5"]).config is None
+
+
+def test_shards(tmp_path):
+    kind = KINDS["t5"]
+    for name in ("a", "b"):
+        write_safetensors(tmp_path / f"{name}.safetensors", {name: ONES["a"]})
+    index = {"weight_map": {"a": "a.safetensors", "b": "b.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    found = find_input(tmp_path, kind)
+    assert set(read_tensors(found.files, None).tensors) == {"a", "b"}
+    about = describe_source(found.files)
+    assert about["file"] == "a.safetensors, b.safetensors"
+    assert about["sha256"] not in [sha256(file) for file in found.files]
+    (tmp_path / "b.safetensors").unlink()
+    with pytest.raises(UserError, match="found nothing; check the path"):
+        read_tensors(found.files, None)
+    write_safetensors(tmp_path / "b.safetensors", ONES)
+    with pytest.raises(UserError, match="found a again in .*b.safetensors"):
+        read_tensors(found.files, None)
+
+
+def test_a_given_config_leaves_no_room_for_flags():
+    with pytest.raises(UserError, match="found --head_dim too; put them into the config"):
+        make_config(KINDS["dit"], {}, {"dim": 32}, {"head_dim": 8, "expert_capacity": None})
+
+
+@pytest.mark.parametrize("name", TOWERS)
+def test_towers_there_and_back(tmp_path, name, capsys):
+    kind, tensors = TOWERS[name], tensors_of(name)
+    with np.load(GOLDEN / f"{name}.npz") as file:
+        given = json.loads(str(file["config"]))
+    if given.pop("quick_gelu", False):
+        given["activation"] = "quick_gelu"
+    (tmp_path / "given.json").write_text(json.dumps(given))
+    config = KINDS[kind].load().infer_config(tensors, given)
+    write_safetensors(tmp_path / "tower.safetensors", tensors)
+    run(f"--kind={kind}", f"--input={tmp_path / 'tower.safetensors'}",
+        f"--config={tmp_path / 'given.json'}", f"--output={tmp_path / 'model'}")  # fmt: skip
+    assert KINDS[kind].load().describe(config) in capsys.readouterr().out
+    params, metadata = load_model(tmp_path / "model")
+    assert KINDS[kind].load().config_from_dict(metadata[kind]) == config
+    back = tmp_path / "back.safetensors"
+    run(f"--kind={kind}", "--to=torch", f"--input={tmp_path / 'model'}", f"--output={back}")
+    found, _ = read_safetensors(back)
+    for key in found:
+        np.testing.assert_array_equal(found[key], tensors[key])
+    # What was written brings its own config.
+    run(f"--kind={kind}", f"--input={back}", f"--output={tmp_path / 'again'}")
+    assert read_metadata(tmp_path / "again")["parameters"] == metadata["parameters"]
+    error = fails(
+        capsys, f"--kind={kind}", f"--input={back}", f"--output={tmp_path / 'x'}", "--head_dim=8"
+    )
+    assert f"--head_dim does not go with --kind={kind}" in error
