@@ -8,7 +8,7 @@ Example:
 from absl import app, flags
 from ml_collections import config_flags
 
-from microdit_jax.cli import run
+from microdit_jax.cli import read_config, run
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/, with its variant.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints, logs and samples go.")
@@ -19,7 +19,7 @@ def main(argv):
         raise app.UsageError(f"unexpected arguments {argv[1:]}")
     from microdit_jax.train import train  # after the flags: --help answers at once
 
-    train(CONFIG.value, WORKDIR.value)
+    train(read_config(CONFIG), WORKDIR.value)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,20 @@ def base() -> ConfigDict:
                 # MicroDiT_XL_2, MicroDiT_Tiny_2, or DiT to set every size by hand.
                 "arch": "MicroDiT_XL_2",
                 # Fields of microdit_jax.models.dit.DiTConfig over those of the arch.
-                "options": ConfigDict({"dtype": "bfloat16", "remat": "none"}, type_safe=False),
+                "options": ConfigDict(
+                    {
+                        "input_size": 32,
+                        "in_channels": 4,
+                        "caption_channels": 1024,
+                        "pos_interp_scale": 1.0,
+                        "dtype": "bfloat16",
+                        "param_dtype": "float32",
+                        "attention": "xla",
+                        "moe_dispatch": "gather",
+                        "remat": "none",
+                    },
+                    type_safe=False,
+                ),
             },
             "edm": {"P_mean": -0.6, "P_std": 1.2, "sigma_data": 0.9},
             "data": {

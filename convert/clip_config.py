@@ -1,15 +1,12 @@
 """What OpenCLIP's and transformers' config files say of a CLIP's text tower."""
 
 import dataclasses
-import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from microdit_jax.encoders.clip_text import ClipTextConfig
 from microdit_jax.errors import UserError
 
-FILES = ("open_clip_config.json", "config.json")  # beside the weights, the more telling one first
 FIELDS = tuple(field.name for field in dataclasses.fields(ClipTextConfig))
 # transformers' names of activations.
 ACTIVATIONS = {
@@ -18,27 +15,6 @@ ACTIVATIONS = {
     "gelu_new": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
 }
-
-
-def find_config(weights: Path) -> dict[str, Any] | None:
-    """Contents of the open_clip_config.json or config.json beside a file of weights, or None.
-
-    Raises:
-      UserError: such a file that is not JSON.
-    """
-    for path in (weights.with_name(name) for name in FILES):
-        if path.is_file():
-            try:
-                contents = json.loads(path.read_text())
-            except ValueError as error:
-                raise UserError(
-                    f"expected JSON in {path}, found {error}; fetch it again"
-                ) from error
-            if isinstance(contents, dict) and {"model_cfg", "hidden_act", "text_config"} & set(
-                contents
-            ):
-                return contents
-    return None
 
 
 def stated_fields(config_json: Mapping[str, Any]) -> dict[str, Any]:

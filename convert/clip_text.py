@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from convert.clip_config import find_config, stated_fields
+from convert.clip_config import stated_fields
 from convert.keymap import LINEAR, Entry, Params, Rule, build_table, to_params, to_tensors
 from convert.state_dict import StateDict
 from microdit_jax.checkpoint import load_model
@@ -24,7 +24,6 @@ __all__ = [
     "config_from_dict",
     "config_json",
     "describe",
-    "find_config",
     "from_torch",
     "infer_config",
     "load_encoder",

@@ -1,12 +1,13 @@
 """What every command shares: one line and exit status 2 for bad input, the compilation cache."""
 
 import os
-import sys
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import jax
 from absl import app, flags, logging
+from ml_collections import ConfigDict
 
 from microdit_jax.errors import UserError, exit_on_user_error
 
@@ -30,13 +31,9 @@ def run(main: Callable[[list[str]], None]) -> None:
     def parse(argv: list[str]) -> list[str]:
         try:
             return flags.FLAGS(argv)
-        except flags.Error as error:
-            raise UserError(f"{error}; see {argv[0]} --help") from error
-        # ml_collections' errors for a config file or key that is not there
-        except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-            if isinstance(error, UserError):
-                raise
-            raise UserError(f"{error}; see {argv[0]} --help and configs/common.py") from error
+        # What absl and ml_collections raise for flags, files, keys and values they cannot take
+        except (flags.Error, LookupError, AttributeError, TypeError, ValueError, OSError) as error:
+            raise UserError(f"{_last_words(error)}; see {argv[0]} --help") from error
 
     def guarded(argv: list[str]) -> None:
         logging.set_verbosity(logging.WARNING)  # Orbax tells every rename
@@ -44,7 +41,33 @@ def run(main: Callable[[list[str]], None]) -> None:
         with exit_on_user_error():
             main(argv)
 
-    if any(flag in ("--help", "-h", "-help", "--helpfull") for flag in sys.argv[1:]):
-        print(sys.modules["__main__"].__doc__.strip() + "\n")
     with exit_on_user_error():
         app.run(guarded, flags_parser=parse)
+
+
+def read_config(holder: flags.FlagHolder) -> ConfigDict:
+    """The configuration of a --config flag.
+
+    Raises:
+      UserError: there is no such file (ml_collections says so only when the flag is read).
+    """
+    config = holder.value
+    try:
+        config.keys()
+    except OSError as error:
+        raise UserError(
+            "--config must be a Python file with get_config, such as configs/demo.py, found none "
+            "there; ls configs/"
+        ) from error
+    return config
+
+
+def _last_words(error: Exception) -> str:
+    """The reason at the end of ml_collections' message, which may be a whole traceback."""
+    words = str(error).strip().splitlines()[-1].split("UserError: ")[-1].strip()
+    unknown_key = re.search(r"'(\w+)[\\\\']", str(error)) if "flag" not in str(error) else None
+    return (
+        f"unknown config key {unknown_key[1]!r}, configs/common.py has all"
+        if unknown_key
+        else words
+    )

@@ -10,6 +10,11 @@ from jaxtyping import Array, Int
 from microdit_jax.errors import UserError
 
 
+def lenient_promotion():
+    """For Optax's own code, which mixes integers with floats: strict promotion forbids that."""
+    return jax.numpy_dtype_promotion("standard")
+
+
 def learning_rate(
     peak: float, *, warmup_steps: int = 0, decay_steps: int = 0, final_ratio: float = 1.0
 ) -> optax.Schedule:
@@ -21,15 +26,23 @@ def learning_rate(
       decay_steps: step at which the cosine ends, counted from step 0; 0 keeps `peak`.
       final_ratio: the cosine's end over its peak.
     """
+    start = 0.0 if warmup_steps else peak
     if decay_steps:
         if decay_steps <= warmup_steps:
             raise UserError(
                 f"decay_steps must exceed warmup_steps ({warmup_steps}), found {decay_steps}"
             )
-        return optax.warmup_cosine_decay_schedule(
-            0.0 if warmup_steps else peak, peak, warmup_steps, decay_steps, final_ratio * peak
+        schedule = optax.warmup_cosine_decay_schedule(
+            start, peak, warmup_steps, decay_steps, final_ratio * peak
         )
-    return optax.linear_schedule(0.0 if warmup_steps else peak, peak, max(warmup_steps, 1))
+    else:
+        schedule = optax.linear_schedule(start, peak, max(warmup_steps, 1))
+
+    def rate(step):
+        with lenient_promotion():
+            return schedule(step)
+
+    return rate
 
 
 def adamw(
@@ -52,8 +65,7 @@ def apply_gradients(
     optimizer: optax.GradientTransformation, grads: Any, opt_state: optax.OptState, params: Any
 ) -> tuple[Any, optax.OptState]:
     """One update: the new parameters and the new optimiser state."""
-    # Optax's own code mixes integers with floats, which strict promotion forbids.
-    with jax.numpy_dtype_promotion("standard"):
+    with lenient_promotion():
         updates, opt_state = optimizer.update(grads, opt_state, params)
     return optax.apply_updates(params, updates), opt_state
 

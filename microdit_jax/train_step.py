@@ -7,7 +7,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from microdit_jax import diffusion, optim
 from microdit_jax.diffusion import EdmConfig
@@ -21,10 +21,11 @@ Metrics = dict[str, Array]
 class TrainState(flax.struct.PyTreeNode):
     """All that training carries from step to step.
 
-    step: updates done. params, ema: float32 trees; ema is None where none is kept.
+    step: updates done, int32 (). params, ema: float32 trees; ema is None where none is kept.
+    Trees of shapes, shardings and names take the same form, hence Any.
     """
 
-    step: Int[Array, ""]
+    step: Any
     params: Any
     opt_state: optax.OptState
     ema: Any | None

@@ -24,6 +24,11 @@ import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
+# Programs that several tests, or the last run, compiled already.
+jax.config.update(
+    "jax_compilation_cache_dir", str(pathlib.Path.home() / ".cache" / "microdit_jax" / "tests")
+)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 

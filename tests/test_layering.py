@@ -8,6 +8,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 # A module may import from its own entry and from those above it, never from those below.
 LAYERS = [
     {"microdit_jax.errors"},
+    {"microdit_jax.cli"},
     # Leaves: none imports another.
     {
         "microdit_jax.models",

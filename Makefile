@@ -1,0 +1,30 @@
+# `make demo` and `make test` set everything up in .venv first.
+PYTHON ?= python3
+BIN := .venv/bin
+DEMO := out/demo
+
+.PHONY: demo test lint setup clean
+setup: .venv/.ready
+
+.venv/.ready: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(f"Python 3.11 or 3.12 is needed, found {v[0]}.{v[1]}; run make PYTHON=python3.12" if not (3, 11) <= v[:2] <= (3, 12) else 0)'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+demo: setup  ## train a small MicroDiT from scratch, two stages, and draw what it was not shown
+	$(BIN)/python train_main.py --config=configs/demo.py:pretrain --workdir=$(DEMO)/pretrain
+	$(BIN)/python train_main.py --config=configs/demo.py:finetune --workdir=$(DEMO)/finetune
+	$(BIN)/python sample_main.py --model=$(DEMO)/finetune --heldout=24 --guidance_scale=3 --out=$(DEMO)
+	@echo "Look at $(DEMO)/samples.png: each real picture stands left of a sample of its caption."
+
+test: setup  ## all tests, on eight simulated CPU devices
+	$(BIN)/python -m pytest -q -n 2 --dist=worksteal --durations=10
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:
+	rm -rf out .venv

@@ -1,0 +1,47 @@
+"""Commands answer bad input with one line that names the fix, and exit status 2."""
+
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+def command(*args: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, *args], cwd=ROOT, capture_output=True, text=True)
+
+
+DEMO = "--config=configs/demo.py:pretrain"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (["train_main.py", DEMO, "--workdir=x", "--config.foo=1"], "unknown config key 'foo'"),
+        (["train_main.py", "--config=configs/demo.py:x", "--workdir=x"], "has stages pretrain"),
+        (["train_main.py", "--config=nope.py", "--workdir=x"], "--config must be a Python file"),
+        (["train_main.py", DEMO], "--workdir must have a value"),
+        (["train_main.py", DEMO, "--workdir=x", "--bogus"], "Unknown command line flag 'bogus'"),
+        (
+            ["train_main.py", DEMO, "--workdir=x", "--config.train.mask_ratio=1.0"],
+            "mask_ratio must be in [0, 1), found 1.0",
+        ),
+        (["sample_main.py", "--model=nope", "--prompt=a"], "found nothing at nope"),
+        (["sample_main.py", "--model=pyproject.toml", "--prompt=a"], "pyproject.toml"),
+        (["sample_main.py", "--prompt=a"], "--model must have a value"),
+    ],
+)
+def test_bad_input(args, message):
+    result = command(*args)
+    assert result.returncode == 2, result.stderr
+    assert message in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1, result.stderr
+    assert not (ROOT / "x").exists()
+
+
+def test_help_shows_an_example():
+    result = command("sample_main.py", "--help")
+    assert "python sample_main.py --model=" in result.stdout
