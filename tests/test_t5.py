@@ -133,6 +133,9 @@ def test_bad_input(tiny, tokenizer_folder, tmp_path, monkeypatch):
         tokenizer(["a", b"cat"])
     with pytest.raises(UserError, match="expected a T5 tokenizer .*give its folder"):
         T5Tokenizer(str(tmp_path))
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "T5Tokenizer"}')
+    with pytest.raises(UserError, match="expected T5's vocabulary .*found none; fetch the folder"):
+        T5Tokenizer(str(tmp_path))
     other = Tokenizer(models.WordLevel({"a": 0, "<pad>": 1, "</s>": 2}, unk_token="a"))
     other = PreTrainedTokenizerFast(tokenizer_object=other, pad_token="<pad>", eos_token="</s>")
     other.save_pretrained(tmp_path)

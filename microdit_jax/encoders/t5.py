@@ -6,6 +6,7 @@ Alphabet as in microdit_jax.models: n batch, l tokens, d width, h heads, c head 
 import dataclasses
 import functools
 import math
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,6 +20,7 @@ from microdit_jax.encoders.transformer import BATCH, MASKED, attend, check_ids, 
 from microdit_jax.errors import UserError
 
 PADDING = 0
+_MARKERS = ("<pad>", "</s>", "<unk>", "▁")
 MAX_TOKENS = 120  # what the reference cuts captions to
 
 
@@ -159,6 +161,8 @@ class T5Tokenizer:
 
     def __init__(self, source: str, max_tokens: int = MAX_TOKENS):
         """Raises UserError where there is no T5 tokenizer at `source`, or no way to read it."""
+        # It would tell that PyTorch is missing, which nothing here needs.
+        os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
         try:
             from transformers import AutoTokenizer
         except ImportError as error:
@@ -178,6 +182,12 @@ class T5Tokenizer:
             raise UserError(
                 f"expected T5's padding 0 and end marker 1 in the tokenizer of {source}, found "
                 f"{self._tokenizer.pad_token_id} and {self._tokenizer.eos_token_id}"
+            )
+        # Without its vocabulary's file the library makes one up of markers alone.
+        if all(w in _MARKERS or w.startswith("<extra_id_") for w in self._tokenizer.get_vocab()):
+            raise UserError(
+                f"expected T5's vocabulary (tokenizer.json or spiece.model) at {source}, found "
+                "none; fetch the folder again"
             )
         self.max_tokens = max_tokens
 
