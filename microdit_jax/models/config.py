@@ -1,0 +1,185 @@
+"""The network's sizes under the reference's names, and the two sizes of the paper."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+
+from microdit_jax.errors import UserError
+from microdit_jax.models import attention, moe
+
+# What a block keeps for its backward pass: everything; nothing but its input; or the results of
+# its weight matrices.
+REMAT_POLICIES = {
+    "none": None,
+    "block": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockShape:
+    """The sizes in which the blocks of one network differ."""
+
+    qkv_ratio: float
+    mlp_ratio: float
+    is_moe: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class DiTConfig:
+    """The network's sizes, under the reference's names and defaults, and how it is computed.
+
+    Attributes:
+      input_size: side of the latent image; 32 for 256 px, 64 for 512 px.
+      patch_size: side p of a patch.
+      in_channels: latent channels, in and out.
+      dim: width d of the backbone.
+      depth: blocks of the backbone.
+      head_dim: width c of an attention head.
+      multiple_of: feed-forward widths are rounded up to a multiple of this.
+      caption_channels: width of the caption embeddings.
+      pos_interp_scale: position coordinates are divided by this; 2 at 512 px.
+      norm_eps: epsilon of every layer norm.
+      depth_init: output projections start smaller in later blocks.
+      qkv_multipliers: self-attention's hidden width over d, one for each block, or for each of
+        several equal runs of blocks.
+      ffn_multipliers: the same for the feed-forward's hidden width.
+      use_patch_mixer: whether a mixer sees all patches before masking.
+      patch_mixer_depth, patch_mixer_dim, patch_mixer_qkv_ratio, patch_mixer_mlp_ratio: its sizes.
+      use_bias: biases in attention and dense feed-forwards.
+      num_experts: experts of a mixture-of-experts feed-forward.
+      expert_capacity: how many experts take a token, on average.
+      experts_every_n: every n-th block has experts, never the backbone's last.
+      dtype: type of the matrix products and attention; the residual stream, norms, softmax and
+        routing stay float32.
+      param_dtype: type the parameters are stored in.
+      attention: kernel, one of "xla", "cudnn" (NVIDIA, 16-bit) and "splash" (TPU).
+      moe_dispatch: "gather" moves rows, "onehot" multiplies by one-hot matrices; equal results.
+      remat: what the backward pass recomputes: "none", each whole "block", or all but "dots".
+    """
+
+    input_size: int = 32
+    patch_size: int = 2
+    in_channels: int = 4
+    dim: int = 1152
+    depth: int = 28
+    head_dim: int = 64
+    multiple_of: int = 256
+    caption_channels: int = 1024
+    pos_interp_scale: float = 1.0
+    norm_eps: float = 1e-6
+    depth_init: bool = True
+    qkv_multipliers: Sequence[float] = (1.0,)
+    ffn_multipliers: Sequence[float] = (4.0,)
+    use_patch_mixer: bool = True
+    patch_mixer_depth: int = 4
+    patch_mixer_dim: int = 512
+    patch_mixer_qkv_ratio: float = 1.0
+    patch_mixer_mlp_ratio: float = 1.0
+    use_bias: bool = True
+    num_experts: int = 8
+    expert_capacity: float = 1.0
+    experts_every_n: int = 2
+    dtype: str = "float32"
+    param_dtype: str = "float32"
+    attention: str = "xla"
+    moe_dispatch: str = "gather"
+    remat: str = "none"
+
+    def __post_init__(self):
+        for name in ("qkv_multipliers", "ffn_multipliers"):
+            object.__setattr__(self, name, tuple(float(r) for r in getattr(self, name)))
+        choices = {
+            "dtype": ("float32", "bfloat16", "float16"),
+            "param_dtype": ("float32", "bfloat16"),
+            "attention": attention.IMPLEMENTATIONS,
+            "moe_dispatch": moe.DISPATCHES,
+            "remat": tuple(REMAT_POLICIES),
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise UserError(
+                    f"{name} must be one of {', '.join(allowed)}, found {getattr(self, name)!r}"
+                )
+        splits = len(self.ffn_multipliers)
+        widths = [self.dim] + [self.patch_mixer_dim] * self.use_patch_mixer
+        for holds, expected in (
+            (self.input_size % self.patch_size == 0, "input_size a multiple of patch_size"),
+            (self.dim % 4 == 0, "dim a multiple of 4, for the position embedding"),
+            (all(w % self.head_dim == 0 for w in widths), "widths that are multiples of head_dim"),
+            (len(self.qkv_multipliers) == splits, "as many qkv_ as ffn_multipliers"),
+            (splits and self.depth % splits == 0, "a depth divisible by the count of multipliers"),
+            (self.experts_every_n >= 1, "experts_every_n of at least 1"),
+        ):
+            if not holds:
+                raise UserError(f"DiTConfig expects {expected}, found {self}")
+
+    @property
+    def grid(self) -> int:
+        """Tokens along one side of the image."""
+        return self.input_size // self.patch_size
+
+    @property
+    def num_tokens(self) -> int:
+        """Image tokens t."""
+        return self.grid**2
+
+    @property
+    def mixer_projects(self) -> bool:
+        """Whether tokens are projected into and out of the mixer's own width."""
+        return self.use_patch_mixer and self.patch_mixer_dim != self.dim
+
+    def mixer_blocks(self) -> list[BlockShape]:
+        """The mixer's blocks: experts in every n-th, from the second on."""
+        return [
+            BlockShape(
+                self.patch_mixer_qkv_ratio,
+                self.patch_mixer_mlp_ratio,
+                i > 0 and (i + 1) % self.experts_every_n == 0,
+            )
+            for i in range(self.patch_mixer_depth if self.use_patch_mixer else 0)
+        ]
+
+    def backbone_blocks(self) -> list[BlockShape]:
+        """The backbone's blocks: experts in every n-th, but never in the last."""
+        run = self.depth // len(self.ffn_multipliers)
+        return [
+            BlockShape(
+                self.qkv_multipliers[i // run],
+                self.ffn_multipliers[i // run],
+                i < self.depth - 1 and (i + 1) % self.experts_every_n == 0,
+            )
+            for i in range(self.depth)
+        ]
+
+
+def _micro_dit(
+    depth: int, sizes: dict, qkv_ratio: Sequence[float], mlp_ratio: Sequence[float], options: dict
+) -> DiTConfig:
+    """What both released sizes share: ratios that grow linearly over the depth, no biases."""
+    return DiTConfig(
+        depth=depth,
+        qkv_multipliers=np.linspace(*qkv_ratio, num=depth).tolist(),
+        ffn_multipliers=np.linspace(*mlp_ratio, num=depth).tolist(),
+        patch_mixer_mlp_ratio=4.0,
+        use_bias=False,
+        **{"expert_capacity": 2.0} | sizes | options,
+    )
+
+
+def MicroDiT_XL_2(  # noqa: N802  (the reference's name)
+    qkv_ratio: Sequence[float] = (0.5, 1.0), mlp_ratio: Sequence[float] = (0.5, 4.0), **options
+) -> DiTConfig:
+    """The 1.16 B parameter network of the paper; options are DiTConfig's fields."""
+    sizes = {"dim": 1024, "head_dim": 64, "patch_mixer_depth": 6, "patch_mixer_dim": 768}
+    return _micro_dit(28, sizes, qkv_ratio, mlp_ratio, options)
+
+
+def MicroDiT_Tiny_2(  # noqa: N802
+    qkv_ratio: Sequence[float] = (0.5, 1.0), mlp_ratio: Sequence[float] = (0.5, 4.0), **options
+) -> DiTConfig:
+    """The 201 M parameter network of the paper's ablations; options are DiTConfig's fields."""
+    sizes = {"dim": 512, "head_dim": 32, "patch_mixer_depth": 4, "patch_mixer_dim": 512}
+    return _micro_dit(16, sizes, qkv_ratio, mlp_ratio, options)
