@@ -12,7 +12,7 @@ The second continues from the first. `make demo` runs both and draws a grid of s
 from configs import common
 from microdit_jax.errors import UserError
 
-PRETRAIN_STEPS, STEPS = 1000, 2000
+PRETRAIN_STEPS, STEPS = 400, 1600
 
 
 def get_config(stage: str = "pretrain"):
@@ -29,12 +29,12 @@ def get_config(stage: str = "pretrain"):
             input_size=8,
             in_channels=config.data.channels,
             caption_channels=256,
-            dim=96,
-            depth=6,
+            dim=128,
+            depth=4,
             head_dim=32,
             multiple_of=32,
-            qkv_multipliers=(0.5, 0.6, 0.7, 0.8, 0.9, 1.0),
-            ffn_multipliers=(0.5, 1.2, 1.9, 2.6, 3.3, 4.0),
+            qkv_multipliers=(0.5, 0.75, 1.0, 1.0),
+            ffn_multipliers=(1.0, 2.0, 3.0, 4.0),
             patch_mixer_depth=2,
             patch_mixer_dim=64,
             patch_mixer_mlp_ratio=4.0,
@@ -43,11 +43,11 @@ def get_config(stage: str = "pretrain"):
             expert_capacity=2.0,
         )
     config.optim.update(
-        learning_rate=2e-3, warmup_steps=100, decay_steps=STEPS, final_ratio=0.05, clip_norm=1.0,
+        learning_rate=3e-3, warmup_steps=100, decay_steps=STEPS, final_ratio=0.05, clip_norm=1.0,
         weight_decay=0.05,
     )  # fmt: skip
     config.ema.update(enabled=True, smoothing=0.99, start_step=100)
-    config.train.update(batch_size=64, log_every=50, checkpoint_every=250, eval_every=1000)
+    config.train.update(batch_size=64, log_every=50, checkpoint_every=200, eval_every=400)
     config.eval.guidance_scale = 2.5
     if stage == "pretrain":
         config.train.update(steps=PRETRAIN_STEPS, mask_ratio=0.75)

@@ -16,7 +16,6 @@ from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
 from microdit_jax import assets, checkpoint, diffusion
 from microdit_jax.data.latents import Prepared, load_prepared
-from microdit_jax.data.sources import twemoji
 from microdit_jax.diffusion import EdmConfig
 from microdit_jax.encoders import registry
 from microdit_jax.errors import UserError, disk_errors
@@ -207,15 +206,15 @@ def from_run(model: assets.Model) -> LatentDiffusion:
 
 
 def choose_heldout(data: Prepared, count: int) -> list[int]:
-    """Indices of held-out captions made of words that training knows: spread evenly, always equal.
+    """Indices of held-out captions, spread evenly, the same every time.
 
     Raises:
       UserError: there are fewer.
     """
-    usable = twemoji.known_words(data.heldout.captions, data.train.captions)
-    if not 1 <= count <= len(usable):
-        raise UserError(f"expected 1 to {len(usable)} held-out captions, found {count} asked for")
-    return [usable[i] for i in np.linspace(0, len(usable) - 1, count).astype(int)]
+    total = len(data.heldout)
+    if not 1 <= count <= total:
+        raise UserError(f"expected 1 to {total} held-out captions, found {count} asked for")
+    return [int(i) for i in np.linspace(0, total - 1, count)]
 
 
 def heldout_pictures(model: assets.Model, count: int) -> tuple[list[str], np.ndarray]:

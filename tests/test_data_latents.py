@@ -42,8 +42,11 @@ def test_prepared_data_are_the_pictures_and_their_captions(counted, tmp_path):
     folder = prepare(tmp_path / "data")
     train, heldout, codec, meta = data.load_prepared(folder, PatchPCA.load)
     assert len(train) + len(heldout) == len(PICTURES) and len(heldout) > 0
-    assert all(map(twemoji.is_heldout, heldout.captions))
-    assert not any(map(twemoji.is_heldout, train.captions))
+    kept_out = twemoji.heldout_mask([picture.caption for picture in PICTURES])
+    assert [p.caption for p, out in zip(PICTURES, kept_out, strict=True) if out] == list(
+        heldout.captions
+    )
+    assert not set(heldout.captions) & set(train.captions)
     assert meta["vae"] == codec.name == train.vae == heldout.vae
     assert meta["text_encoder"] == TEXT_ENCODER.name
     assert meta["pictures"] == {"train": len(train), "heldout": len(heldout)}
@@ -131,8 +134,8 @@ def test_damaged_data_are_refused(counted, tmp_path, file):
 def test_an_older_version_is_refused_and_made_anew(counted, tmp_path):
     folder = prepare(tmp_path / "data")
     text = (folder / "meta.json").read_text()
-    (folder / "meta.json").write_text(text.replace('"version": 1', '"version": 0'))
-    with pytest.raises(UserError, match="version 1, in .* found data of version 0"):
+    (folder / "meta.json").write_text(text.replace('"version": 2', '"version": 1'))
+    with pytest.raises(UserError, match="version 2, in .* found data of version 1"):
         data.load_prepared(folder, PatchPCA.load)
     prepare(folder)
     assert len(counted) == 2 and data.load_prepared(folder, PatchPCA.load).train.captions

@@ -146,7 +146,7 @@ def test_initialisation_statistics():
         patch_mixer_depth=2, patch_mixer_dim=96, patch_mixer_mlp_ratio=4.0, use_bias=False,
         qkv_multipliers=(1.0,) * 4, ffn_multipliers=(4.0,) * 4, expert_capacity=2.0,
     )  # fmt: skip
-    params = init(config)
+    params = jax.jit(lambda: init(config))()
 
     def std(*path):
         leaf = params

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from conftest import relative_l2, tiny_model
+from conftest import load_golden, relative_l2, tiny_model
 
 from microdit_jax import diffusion, optim, train_step
 from microdit_jax.diffusion import EdmConfig
@@ -14,21 +14,26 @@ from microdit_jax.diffusion import EdmConfig
 EDM = EdmConfig()
 
 
-def recorded_loss(golden, params):
-    """The masked loss on the recorded batch, noise and mask."""
+@functools.cache
+def recorded_loss():
+    """params -> (masked loss on the recorded batch, noise and mask; its gradient)."""
+    golden = load_golden("dit_small")
 
-    def network(x, c_noise):
-        return golden.model.apply(
-            {"params": params},
-            x,
-            c_noise,
-            golden["y"],
-            mask_noise=golden["mask_noise"],
-            mask_ratio=0.75,
-        )
+    def loss(params):
+        def network(x, c_noise):
+            return golden.model.apply(
+                {"params": params},
+                x,
+                c_noise,
+                golden["y"],
+                mask_noise=golden["mask_noise"],
+                mask_ratio=0.75,
+            )
 
-    sigma = diffusion.training_sigma(golden["sigma_normal"], EDM)
-    return diffusion.edm_loss(network, golden["latents"], golden["noise"], sigma).mean()
+        sigma = diffusion.training_sigma(golden["sigma_normal"], EDM)
+        return diffusion.edm_loss(network, golden["latents"], golden["noise"], sigma).mean()
+
+    return jax.jit(jax.value_and_grad(loss))
 
 
 def worst(found, expected) -> float:
@@ -40,7 +45,7 @@ def worst(found, expected) -> float:
 
 
 def test_gradients_equal_the_reference(golden_small):
-    grads = jax.jit(jax.grad(lambda p: recorded_loss(golden_small, p)))(golden_small.params)
+    _, grads = recorded_loss()(golden_small.params)
     np.testing.assert_allclose(optax.tree.norm(grads), golden_small.arrays["grad_norm"], rtol=1e-4)
     assert worst(grads, golden_small.tree("grad/")) < 1e-4
 
@@ -49,10 +54,10 @@ def test_three_adamw_steps_equal_the_reference(golden_small):
     params = golden_small.params
     optimizer = optim.adamw(optim.learning_rate(2.4e-4), weight_decay=0.1, clip_norm=0.25)
     opt_state, losses = optimizer.init(params), []
-    step = jax.jit(jax.value_and_grad(lambda p: recorded_loss(golden_small, p)))
+    update = jax.jit(functools.partial(optim.apply_gradients, optimizer))
     for _ in range(3):
-        loss, grads = step(params)
-        params, opt_state = optim.apply_gradients(optimizer, grads, opt_state, params)
+        loss, grads = recorded_loss()(params)
+        params, opt_state = update(grads, opt_state, params)
         losses.append(float(loss))
     np.testing.assert_allclose(losses, golden_small.arrays["train_losses"], rtol=1e-5)
     assert worst(params, golden_small.tree("after3steps/")) < 1e-4

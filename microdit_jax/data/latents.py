@@ -18,7 +18,7 @@ from jaxtyping import Float
 from microdit_jax.data.sources import twemoji
 from microdit_jax.errors import UserError
 
-_FORMAT, _FORMAT_VERSION = "microdit_jax prepared latents", 1
+_FORMAT, _FORMAT_VERSION = "microdit_jax prepared latents", 2
 
 
 @runtime_checkable
@@ -152,7 +152,7 @@ def prepare_twemoji(
 
     pictures = twemoji.list_pictures()
     images = twemoji.read_images(pictures, resolution, progress=progress)
-    heldout = np.array([twemoji.is_heldout(picture.caption) for picture in pictures])
+    heldout = twemoji.heldout_mask([picture.caption for picture in pictures])
     codec = fit_codec(images[~heldout], **codec_settings)
     latents = codec.encode(images) * np.float32(codec.scaling_factor)
 

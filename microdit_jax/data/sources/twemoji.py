@@ -12,7 +12,7 @@ from pathlib import Path
 
 import emoji
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from PIL import Image
 from tqdm import tqdm
 
@@ -54,19 +54,24 @@ def caption_of(name: str) -> str:
     return " ".join(_WORDS.get(word, word) for word in words)
 
 
-def is_heldout(caption: str, fraction: float = 0.05) -> bool:
-    """Whether a caption is kept out of training: a hash of it alone, the same on every machine."""
+def heldout_mask(captions: Sequence[str], fraction: float = 0.05) -> Bool[np.ndarray, " n"]:
+    """Which captions are kept out of training: new combinations of words that training has.
+
+    A hash of the caption alone proposes them, the same on every machine; a caption with a word that
+    no training caption has goes back to training, since nobody can draw what they never saw.
+
+    Args:
+      captions: all of them, each once.
+      fraction: share proposed.
+    """
+    proposed = np.array([_hash_below(caption, fraction) for caption in captions], bool)
+    known = {word for i in np.flatnonzero(~proposed) for word in captions[i].split()}
+    return proposed & np.array([known.issuperset(caption.split()) for caption in captions], bool)
+
+
+def _hash_below(caption: str, fraction: float) -> bool:
     digest = hashlib.sha256(f"{_SPLIT_SALT}{caption}".encode()).digest()
     return int.from_bytes(digest[:8], "big") < fraction * 2**64
-
-
-def known_words(captions: Sequence[str], training_captions: Sequence[str]) -> list[int]:
-    """Indices of the captions made only of words which occur in `training_captions`.
-
-    These are what a model can be asked for: new combinations of things it has seen.
-    """
-    vocabulary = {word for caption in training_captions for word in caption.split()}
-    return [i for i, caption in enumerate(captions) if vocabulary.issuperset(caption.split())]
 
 
 def assets_folder() -> Path:
