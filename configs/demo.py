@@ -47,8 +47,8 @@ def get_config(stage: str = "pretrain"):
         weight_decay=0.05,
     )  # fmt: skip
     config.ema.update(enabled=True, smoothing=0.99, start_step=100)
-    config.train.update(batch_size=64, log_every=50, checkpoint_every=200, eval_every=400)
-    config.eval.guidance_scale = 2.5
+    config.train.update(batch_size=64, log_every=50, checkpoint_every=200, eval_every=800)
+    config.eval.guidance_scale = 3.0
     if stage == "pretrain":
         config.train.update(steps=PRETRAIN_STEPS, mask_ratio=0.75)
     else:
