@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Float32, Int32
 
 from microdit_jax.errors import UserError
 
-BATCH = 4  # texts that a tower takes at once, unless told otherwise
+BATCH = 2  # texts a tower takes at once, unless told otherwise: a prompt and the empty one
 # Added to a score; finite, so that a row of nothing but padding gives a mean and not NaN.
 MASKED = np.finfo(np.float32).min
 
