@@ -12,7 +12,7 @@ The second continues from the first. `make demo` runs both and draws a grid of s
 from configs import common
 from microdit_jax.errors import UserError
 
-PRETRAIN_STEPS, STEPS = 400, 1600
+PRETRAIN_STEPS, STEPS = 300, 1400
 
 
 def get_config(stage: str = "pretrain"):
@@ -39,6 +39,7 @@ def get_config(stage: str = "pretrain"):
             patch_mixer_dim=64,
             patch_mixer_mlp_ratio=4.0,
             use_bias=False,
+            init_std=0.06,
             num_experts=4,
             expert_capacity=2.0,
         )
@@ -47,7 +48,7 @@ def get_config(stage: str = "pretrain"):
         weight_decay=0.05,
     )  # fmt: skip
     config.ema.update(enabled=True, smoothing=0.99, start_step=100)
-    config.train.update(batch_size=64, log_every=50, checkpoint_every=200, eval_every=800)
+    config.train.update(batch_size=64, log_every=50, checkpoint_every=200, eval_every=700)
     config.eval.guidance_scale = 3.0
     if stage == "pretrain":
         config.train.update(steps=PRETRAIN_STEPS, mask_ratio=0.75)

@@ -85,6 +85,7 @@ class _Attention(nn.Module):
     use_bias: bool
     eps: float
     implementation: str
+    init_std: float
     out_init: Initializer = xavier
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
@@ -112,7 +113,7 @@ class SelfAttention(_Attention):
     dim: int = 0
 
     def setup(self):
-        self.qkv = self.linear(3 * self.hidden, small_normal(0.02))
+        self.qkv = self.linear(3 * self.hidden, small_normal(self.init_std))
         self.proj = self.linear(self.dim, self.out_init)
 
     def __call__(self, x: Float[Array, "n t d"]) -> Float[Array, "n t d"]:
@@ -126,8 +127,8 @@ class CrossAttention(_Attention):
     """Image tokens attend to caption tokens, whose keys and values can be computed ahead."""
 
     def setup(self):
-        self.q_linear = self.linear(self.hidden, small_normal(0.02))
-        self.kv_linear = self.linear(2 * self.hidden, small_normal(0.02))
+        self.q_linear = self.linear(self.hidden, small_normal(self.init_std))
+        self.kv_linear = self.linear(2 * self.hidden, small_normal(self.init_std))
         self.proj = self.linear(self.hidden, self.out_init)
 
     def keys_values(self, y: Float[Array, "n l d"]) -> KeysValues:

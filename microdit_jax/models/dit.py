@@ -55,12 +55,21 @@ class CaptionBlock(nn.Module):
             use_bias=cfg.use_bias,
             eps=cfg.norm_eps,
             implementation=cfg.attention,
+            init_std=cfg.init_std,
             out_init=zeros,
             name="attn",
             **kinds,
         )
+        hidden_init = small_normal(cfg.init_std)
         mlp = FeedForward(
-            4.0, cfg.multiple_of, cfg.use_bias, small_normal(0.02), zeros, name="mlp", **kinds
+            4.0,
+            cfg.multiple_of,
+            cfg.use_bias,
+            cfg.init_std,
+            hidden_init,
+            zeros,
+            name="mlp",
+            **kinds,
         )
         y = y + attn(LayerNorm(cfg.norm_eps, cfg.param_dtype, name="norm1")(y)).astype(y.dtype)
         return y + mlp(LayerNorm(cfg.norm_eps, cfg.param_dtype, name="norm2")(y)).astype(y.dtype)
@@ -82,6 +91,7 @@ class DiTBlock(nn.Module):
             "use_bias": cfg.use_bias,
             "eps": cfg.norm_eps,
             "implementation": cfg.attention,
+            "init_std": cfg.init_std,
             "out_init": self.out_init,
         } | kinds
         hidden = d if shape.qkv_ratio == 1 else round_up(int(d * shape.qkv_ratio), 2 * cfg.head_dim)
@@ -98,6 +108,7 @@ class DiTBlock(nn.Module):
                 cfg.num_experts,
                 cfg.expert_capacity,
                 round_up(int(d * shape.mlp_ratio), cfg.multiple_of),
+                cfg.init_std,
                 self.out_init,
                 cfg.moe_dispatch,
                 **kinds,
@@ -107,6 +118,7 @@ class DiTBlock(nn.Module):
                 shape.mlp_ratio,
                 cfg.multiple_of,
                 cfg.use_bias,
+                cfg.init_std,
                 self.out_init,
                 self.out_init,
                 **kinds,
@@ -161,14 +173,14 @@ class DiT(nn.Module):
         self.x_embedder = PatchEmbed(cfg.dim, cfg.patch_size, **kinds)
         # One vector per image steers every token: float32 costs nothing here and keeps the error of
         # 16-bit types to that of the token path.
-        self.t_embedder = TimestepEmbedder(cfg.dim, param_dtype=cfg.param_dtype)
-        self.y_embedder = CaptionProjection(cfg.dim, **norm)
+        self.t_embedder = TimestepEmbedder(cfg.dim, cfg.init_std, param_dtype=cfg.param_dtype)
+        self.y_embedder = CaptionProjection(cfg.dim, init_std=cfg.init_std, **norm)
         self.y_emb_preprocess = CaptionBlock(cfg)
-        self.pooled_y_emb_process = Mlp(cfg.dim, **plain_norm)
+        self.pooled_y_emb_process = Mlp(cfg.dim, init_std=cfg.init_std, **plain_norm)
         block = DiTBlock
         if cfg.remat != "none":
             block = nn.remat(DiTBlock, policy=REMAT_POLICIES[cfg.remat], methods=["__call__"])
-        mixer_std = 0.02 / math.sqrt(2 * cfg.depth)
+        mixer_std = cfg.init_std / math.sqrt(2 * cfg.depth)
         self.patch_mixer = [
             block(cfg, cfg.patch_mixer_dim, shape, small_normal(mixer_std))
             for shape in cfg.mixer_blocks()
@@ -178,7 +190,9 @@ class DiT(nn.Module):
                 cfg,
                 cfg.dim,
                 shape,
-                small_normal(0.02 / math.sqrt(2 * (i + 1 if cfg.depth_init else cfg.depth))),
+                small_normal(
+                    cfg.init_std / math.sqrt(2 * (i + 1 if cfg.depth_init else cfg.depth))
+                ),
             )
             for i, shape in enumerate(cfg.backbone_blocks())
         ]

@@ -136,13 +136,14 @@ class TimestepEmbedder(nn.Module):
     """c_noise (n,) -> (n, d): sin-cos features, then a two-layer MLP."""
 
     dim: int
+    init_std: float
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
 
     @nn.compact
     def __call__(self, t: Float[Array, " n"]) -> Float[Array, "n d"]:
         def linear(name: str) -> nn.Dense:
-            init = nn.initializers.normal(0.02)
+            init = small_normal(self.init_std)
             return Linear(
                 self.dim,
                 kernel_init=init,
@@ -160,13 +161,14 @@ class Mlp(nn.Module):
 
     dim: int
     eps: float
+    init_std: float
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "*b f"]) -> Float[Array, "*b d"]:
         kinds = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        init = nn.initializers.normal(0.02)
+        init = small_normal(self.init_std)
         x = gelu_tanh(Linear(self.dim, kernel_init=init, name="fc1", **kinds)(x))
         x = LayerNorm(self.eps, self.param_dtype, name="norm")(x)
         return Linear(self.dim, kernel_init=init, name="fc2", **kinds)(x)
@@ -177,12 +179,14 @@ class CaptionProjection(nn.Module):
 
     dim: int
     eps: float
+    init_std: float
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
 
     @nn.compact
     def __call__(self, y: Float[Array, "n l f"]) -> Float[Array, "n l d"]:
-        return Mlp(self.dim, self.eps, self.dtype, self.param_dtype, name="y_proj")(y)
+        kinds = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        return Mlp(self.dim, self.eps, self.init_std, name="y_proj", **kinds)(y)
 
 
 class FeedForward(nn.Module):
@@ -194,6 +198,7 @@ class FeedForward(nn.Module):
     mlp_ratio: float
     multiple_of: int
     use_bias: bool
+    init_std: float
     hidden_init: Initializer
     out_init: Initializer
     dtype: Dtype = jnp.float32
@@ -214,7 +219,7 @@ class FeedForward(nn.Module):
                 name=name,
             )
 
-        gate = nn.silu(linear(f, small_normal(0.02), "w1")(x))  # (n, t, f)
+        gate = nn.silu(linear(f, small_normal(self.init_std), "w1")(x))  # (n, t, f)
         return linear(d, self.out_init, "w3")(gate * linear(f, self.hidden_init, "w2")(x))
 
 

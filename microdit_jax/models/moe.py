@@ -59,6 +59,7 @@ class ExpertChoiceFeedForward(nn.Module):
     num_experts: int
     capacity: float
     hidden: int
+    init_std: float
     out_init: Initializer
     dispatch: str
     dtype: Dtype = jnp.float32
@@ -68,12 +69,12 @@ class ExpertChoiceFeedForward(nn.Module):
     def __call__(self, x: Float[Array, "n t d"]) -> Float[Array, "n t d"]:
         t, d = x.shape[1:]
         e, f = self.num_experts, self.hidden
-        w1 = self.param("w1", small_normal(0.02), (e, d, f), self.param_dtype)
+        w1 = self.param("w1", small_normal(self.init_std), (e, d, f), self.param_dtype)
         w2 = self.param("w2", self.out_init, (e, f, d), self.param_dtype)
         gate = Linear(
             e,
             use_bias=False,
-            kernel_init=small_normal(0.02),
+            kernel_init=small_normal(self.init_std),
             dtype=jnp.float32,  # rounded logits tie, and ties route tokens at random
             param_dtype=self.param_dtype,
             name="gate",
