@@ -10,7 +10,7 @@ setup: .venv/.ready
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(f"Python 3.11 or 3.12 is needed, found {v[0]}.{v[1]}; run make PYTHON=python3.12" if not (3, 11) <= v[:2] <= (3, 12) else 0)'
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/pip install -qq --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
 demo: setup  ## train a small MicroDiT from scratch, two stages, and draw what it was not shown

@@ -190,6 +190,15 @@ def test_initialisation_statistics():
     assert "bias" not in params["blocks_0"]["attn"]["qkv"]
 
 
+def test_init_std_is_followed():
+    config = dataclasses.replace(tiny_model().config, init_std=0.1)
+    params = jax.jit(lambda: init(config))()
+    qkv = params["blocks_0"]["attn"]["qkv"]["kernel"]
+    assert abs(float(jnp.std(qkv)) / 0.1 - 1) < 0.06
+    proj = params["blocks_0"]["cross_attn"]["proj"]["kernel"]
+    assert abs(float(jnp.std(proj)) / (0.1 / 2**0.5) - 1) < 0.1
+
+
 @pytest.mark.parametrize("case", ["xl2_256", "xl2_512", "odd"])
 def test_position_embedding(case):
     with np.load("tests/golden/pos_embed.npz") as file:
