@@ -24,8 +24,8 @@ from microdit_jax.models.dit import DiTConfig
 
 UNUSED = ("open_clip", "torchmetrics", "transformers")
 MODULE = "micro_diffusion.models.dit"
-# DiTConfig's fields that say how ours is computed; the reference's constructor lacks them.
-OURS_ONLY = ("dtype", "param_dtype", "attention", "moe_dispatch", "remat")
+# DiTConfig's fields of how ours is computed and initialised; the reference's constructor lacks them.
+OURS_ONLY = ("dtype", "param_dtype", "attention", "moe_dispatch", "remat", "init_std")
 
 
 def reference_arguments(config: DiTConfig) -> dict[str, Any]:
