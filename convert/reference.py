@@ -24,7 +24,7 @@ from microdit_jax.models.dit import DiTConfig
 
 UNUSED = ("open_clip", "torchmetrics", "transformers")
 MODULE = "micro_diffusion.models.dit"
-# DiTConfig's fields of how ours is computed and initialised; the reference's constructor lacks them.
+# Fields of how ours is computed and initialised; the constructor of the reference lacks them.
 OURS_ONLY = ("dtype", "param_dtype", "attention", "moe_dispatch", "remat", "init_std")
 
 
