@@ -25,6 +25,9 @@ from microdit_jax.models import dit, masking
 from microdit_jax.models.dit import DiT, DiTConfig
 from microdit_jax.train_step import TrainState
 
+# What of a record goes to the device
+BATCH_KEYS = ("latents", "caption_latents", "keep_caption")
+
 
 def model_config(config: ConfigDict) -> DiTConfig:
     """The network of a run configuration."""
@@ -257,6 +260,3 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
         bar.close()
         batches.close()
     return state
-
-
-BATCH_KEYS = ("latents", "caption_latents", "keep_caption")
