@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import tqdm
 
+from convert.arguments import Parser
 from convert.inputs import CONFIG, describe_source, find_input, read_note, read_tensors
 from convert.kinds import KINDS, make_config
 from convert.safetensors_file import write_safetensors
@@ -33,14 +34,9 @@ EXAMPLE = """example:
 """
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise UserError(f"{message}; see python -m convert --help")
-
-
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     """The command's flags; an unknown or bad one is a UserError."""
-    parser = _Parser(
+    parser = Parser(
         prog="python -m convert",
         description=__doc__,
         epilog=EXAMPLE,

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from convert.arguments import config_from_fields
 from convert.clip_config import stated_fields
 from convert.keymap import LINEAR, Entry, Params, Rule, build_table, to_params, to_tensors
 from convert.state_dict import StateDict
@@ -221,14 +222,7 @@ def config_from_dict(fields: Mapping[str, Any]) -> ClipTextConfig:
     Raises:
       UserError: a field that ClipTextConfig does not have.
     """
-    known = [field.name for field in dataclasses.fields(ClipTextConfig)]
-    unknown = [name for name in fields if name not in known]
-    if unknown:
-        raise UserError(
-            f"expected fields of ClipTextConfig ({', '.join(known)}), found {', '.join(unknown)}; "
-            "correct or remove them"
-        )
-    return ClipTextConfig(**fields)
+    return config_from_fields(ClipTextConfig, fields)
 
 
 def config_json(config: ClipTextConfig) -> dict[str, Any]:

@@ -1,12 +1,12 @@
 """MicroDiT: between the reference's state dict and our parameters."""
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
+from convert.arguments import config_from_fields
 from convert.dit_infer import infer_config, interp_scale
 from convert.dit_table import buffer_shapes, rename_table
 from convert.keymap import Params, to_params, to_tensors
@@ -95,14 +95,7 @@ def config_from_dict(fields: Mapping[str, Any]) -> DiTConfig:
     Raises:
       UserError: a field that DiTConfig does not have.
     """
-    known = [field.name for field in dataclasses.fields(DiTConfig)]
-    unknown = [name for name in fields if name not in known]
-    if unknown:
-        raise UserError(
-            f"expected fields of DiTConfig ({', '.join(known)}), found {', '.join(unknown)}; "
-            "correct or remove them"
-        )
-    return DiTConfig(**fields)
+    return config_from_fields(DiTConfig, fields)
 
 
 def describe(config: DiTConfig) -> str:

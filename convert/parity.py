@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from convert import dit
+from convert.arguments import Parser
 from convert.files import atomic_file
 from convert.keymap import torch_name
 from convert.reference import reference_arguments, run_reference
@@ -45,14 +46,9 @@ class Recording(NamedTuple):
     outputs: dict[str, np.ndarray]
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise UserError(f"{message}; see python -m convert.parity --help")
-
-
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     """The command's flags; an unknown or bad one is a UserError."""
-    parser = _Parser(
+    parser = Parser(
         prog="python -m convert.parity",
         description=__doc__,
         epilog=EXAMPLE,

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from convert.arguments import config_from_fields
 from convert.keymap import LINEAR, Entry, Params, Rule, build_table, to_params, to_tensors
 from convert.state_dict import StateDict
 from microdit_jax.checkpoint import load_model
@@ -169,14 +170,7 @@ def config_from_dict(fields: Mapping[str, Any]) -> T5Config:
     Raises:
       UserError: a field that T5Config does not have.
     """
-    known = [field.name for field in dataclasses.fields(T5Config)]
-    unknown = [name for name in fields if name not in known]
-    if unknown:
-        raise UserError(
-            f"expected fields of T5Config ({', '.join(known)}), found {', '.join(unknown)}; "
-            "correct or remove them"
-        )
-    return T5Config(**fields)
+    return config_from_fields(T5Config, fields)
 
 
 def config_json(config: T5Config) -> dict[str, Any]:
