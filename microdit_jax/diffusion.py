@@ -155,13 +155,63 @@ def sigma_steps(num_steps: int, config: EdmConfig = EdmConfig()) -> np.ndarray:
     return np.append((high + ramp * (low - high)) ** config.rho, 0.0)
 
 
+class HeunState(NamedTuple):
+    """Where the sampler stands between two network evaluations.
+
+    x: where D is to be evaluated; x_start: where the step began; slope_start: dx/dsigma there.
+    All (n, height, width, channels) float32.
+    """
+
+    x: Latents
+    x_start: Latents
+    slope_start: Latents
+
+
+def heun_start(noise: Latents, config: EdmConfig = EdmConfig()) -> HeunState:
+    """The state before the first evaluation: standard normal noise times sigma_max."""
+    x = noise.astype(jnp.float32) * np.float32(config.sigma_max)
+    # Three arrays, not one thrice: the state is donated from evaluation to evaluation.
+    return HeunState(x, jnp.copy(x), jnp.zeros_like(x))
+
+
+def heun_evaluations(num_steps: int, config: EdmConfig = EdmConfig()) -> dict[str, np.ndarray]:
+    """What `heun_evaluate` needs at each of the 2 num_steps - 1 evaluations, in order.
+
+    Row 2i evaluates D at sigma_i (a prediction, Euler), row 2i + 1 at sigma_{i+1} (its correction,
+    Heun); both then step from x_i by `step`. The last step, to sigma 0, is Euler's alone.
+
+    Returns:
+      "sigma" float32, "step" float32 and "corrects" bool, each (2 num_steps - 1,).
+    """
+    sigma = sigma_steps(num_steps, config)
+    current, following = sigma[:-1], sigma[1:]
+    return {
+        "sigma": np.stack([current, following], axis=1).reshape(-1)[:-1].astype(np.float32),
+        "step": np.repeat(following - current, 2)[:-1].astype(np.float32),
+        "corrects": (np.arange(2 * num_steps - 1) % 2).astype(bool),
+    }
+
+
+def heun_evaluate(denoise: Denoiser, state: HeunState, at: dict[str, Array]) -> HeunState:
+    """One evaluation of the network and the update it brings (EDM, Algorithm 1, no churn).
+
+    Args:
+      denoise: D(x, sigma) with sigma (n,).
+      at: one row of `heun_evaluations`; its values may be traced, so that one compiled program
+        serves every evaluation and any number of steps.
+    """
+    x, x_start, slope_start = state
+    slope = (x - denoise(x, jnp.broadcast_to(at["sigma"], x.shape[:1]))) / at["sigma"]
+    mean_slope = jnp.where(at["corrects"], 0.5 * (slope_start + slope), slope)
+    x_next = x_start + at["step"] * mean_slope
+    # A prediction keeps its starting point for the correction that follows.
+    return HeunState(x_next, jnp.where(at["corrects"], x_next, x_start), slope)
+
+
 def heun_sampler(
     denoise: Denoiser, noise: Latents, num_steps: int, config: EdmConfig = EdmConfig()
 ) -> Latents:
     """Deterministic second-order sampler (EDM, Algorithm 1, no churn), as one compiled loop.
-
-    The loop runs over the 2 num_steps - 1 network evaluations, alternately a prediction (Euler) and
-    its correction (Heun), so the network is traced once. The last step, to sigma 0, is Euler's.
 
     The reference keeps the trajectory in float64 and rounds to float32 at every network call. Here
     the noise levels are computed in float64 and the state is float32: each update rounds x by
@@ -176,24 +226,10 @@ def heun_sampler(
     Returns:
       Denoised latents, float32.
     """
-    sigma = sigma_steps(num_steps, config)
-    current, following = sigma[:-1], sigma[1:]
-    # Row 2i evaluates D at sigma_i, row 2i + 1 at sigma_{i+1}; both then step from x_i by `step`.
-    evaluations = {
-        "sigma": np.stack([current, following], axis=1).reshape(-1)[:-1].astype(np.float32),
-        "step": np.repeat(following - current, 2)[:-1].astype(np.float32),
-        "corrects": (np.arange(2 * num_steps - 1) % 2).astype(bool),
-    }
-
-    def evaluate(state, at):
-        x, x_start, slope_start = state
-        slope = (x - denoise(x, jnp.broadcast_to(at["sigma"], x.shape[:1]))) / at["sigma"]
-        mean_slope = jnp.where(at["corrects"], 0.5 * (slope_start + slope), slope)
-        x_next = x_start + at["step"] * mean_slope
-        # A prediction keeps its starting point for the correction that follows.
-        x_start = jnp.where(at["corrects"], x_next, x_start)
-        return (x_next, x_start, slope), None
-
-    x = noise.astype(jnp.float32) * np.float32(sigma[0])
-    state, _ = jax.lax.scan(evaluate, (x, x, jnp.zeros_like(x)), evaluations)
-    return state[0]
+    # The loop runs over evaluations, not steps, so that the network is traced once.
+    state, _ = jax.lax.scan(
+        lambda state, at: (heun_evaluate(denoise, state, at), None),
+        heun_start(noise, config),
+        heun_evaluations(num_steps, config),
+    )
+    return state.x
