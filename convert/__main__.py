@@ -1,30 +1,23 @@
 """Converts checkpoints: a PyTorch file into a model folder, and a model folder back into a file."""
 
 import argparse
-import contextlib
-import dataclasses
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from pathlib import Path
-from types import ModuleType
-from typing import Any
 
 import jax
-import tqdm
 
 from convert.arguments import Parser
-from convert.inputs import CONFIG, describe_source, find_input, read_note, read_tensors
-from convert.kinds import KINDS, make_config
+from convert.inputs import CONFIG, read_note
+from convert.kinds import KINDS
 from convert.safetensors_file import write_safetensors
-from convert.state_dict import StateDict
+from convert.to_folder import bar, convert_to_folder, describe, say, say_time
 from convert.torch_file import write_torch
-from microdit_jax.checkpoint import load_model, read_metadata, save_model, sha256
+from microdit_jax.checkpoint import load_model, read_metadata, sha256
 from microdit_jax.errors import UserError, exit_on_user_error
 
-BIG = 1 << 28  # bytes from which a progress bar is shown
 NOTE = "microdit_jax"  # where a written file says what it was made from
 EXAMPLE = """example:
   python -m convert --kind=dit --input=dit_4_channel_0.5B_synthetic_data.pt --output=models/dit
@@ -70,53 +63,9 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
 
 def to_orbax(flags: argparse.Namespace) -> None:
     """A PyTorch or safetensors file -> a model folder, unless that was done before."""
-    start = time.monotonic()
-    kind, module = KINDS[flags.kind], KINDS[flags.kind].load()
-    source = find_input(flags.input, kind)
-    if flags.config:
-        config = _read_config(flags.config, flags.kind)
-        source = source._replace(config=config, config_from=str(flags.config))
-    given = {name: getattr(flags, name) for name in kind.options}
-    options = {**given, "config": source.config}
-    with ThreadPoolExecutor(1) as pool:
-        if flags.output.exists():
-            made_from = read_metadata(flags.output)
-            same = (
-                made_from.get("source", {}).get("sha256") == describe_source(source.files)["sha256"]
-            )
-            if same and made_from.get("options") == options:
-                return _say("nothing to do", f"{flags.output} is complete, from the same file")
-            raise UserError(
-                f"expected {flags.output} not to exist, found a model made from "
-                f"{made_from.get('source')} with {made_from.get('options')}; "
-                "choose another --output or remove it"
-            )
-        found = read_tensors(source.files, module.PART)
-        if hasattr(module, "select"):
-            selected = module.select(found.tensors)
-            found = StateDict(selected.tensors, found.notes + selected.notes)
-        about = pool.submit(describe_source, source.files)  # while the tensors are read
-        config = make_config(kind, found.tensors, source.config, given)
-        num_bytes = sum(tensor.nbytes for tensor in found.tensors.values())
-        dtypes = sorted({str(tensor.dtype) for tensor in found.tensors.values()})
-        _say("input", f"{flags.input}, {num_bytes / 1e9:.2f} GB, {', '.join(dtypes)}")
-        for note in source.notes + found.notes:
-            _say("", note)
-        _say("config", _describe(module, config))
-        if source.config_from:
-            _say("", f"read from {source.config_from}")
-        with _bar("checking", num_bytes) as progress:
-            params = module.from_torch(found.tensors, config, progress=progress)
-        _say("writing", str(flags.output))
-        metadata = {
-            "kind": flags.kind,
-            flags.kind: dataclasses.asdict(config),
-            "source": about.result(),
-            "options": options,
-        }
-        save_model(flags.output, params, metadata)
-    _say("parameters", f"{read_metadata(flags.output)['parameters']:,}")
-    _say_time(start, num_bytes)
+    config = (_read_config(flags.config, flags.kind), str(flags.config)) if flags.config else None
+    given = {name: getattr(flags, name) for name in KINDS[flags.kind].options}
+    convert_to_folder(flags.kind, flags.input, flags.output, given=given, config=config)
 
 
 def to_torch(flags: argparse.Namespace) -> None:
@@ -136,15 +85,15 @@ def to_torch(flags: argparse.Namespace) -> None:
     note = json.dumps({"model": sha256(flags.input / "manifest.json"), "dtype": flags.dtype})
     if flags.output.exists():
         if read_note(flags.output, NOTE) == note:
-            return _say("nothing to do", f"{flags.output} is complete, from the same model")
+            return say("nothing to do", f"{flags.output} is complete, from the same model")
         raise UserError(
             f"expected {flags.output} not to exist, found a file made from something else; "
             "choose another --output or remove it"
         )
     module = KINDS[flags.kind].load()
     config = module.config_from_dict(metadata[flags.kind])
-    _say("input", f"{flags.input}, {metadata['parameters']:,} parameters")
-    _say("config", _describe(module, config))
+    say("input", f"{flags.input}, {metadata['parameters']:,} parameters")
+    say("config", describe(module, config))
     host = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
     params, _ = load_model(flags.input, sharding=host)
     tensors = module.to_torch(params, config)
@@ -152,19 +101,15 @@ def to_torch(flags: argparse.Namespace) -> None:
     if hasattr(module, "config_json"):
         notes[CONFIG] = json.dumps(module.config_json(config))
     num_bytes = sum(tensor.nbytes for tensor in tensors.values())
-    with _bar("writing", num_bytes) as progress:
+    with bar("writing", num_bytes) as progress:
         kinds = {"dtype": flags.dtype, "progress": progress}
         if flags.output.suffix == ".safetensors":
             write_safetensors(flags.output, tensors, notes, **kinds)
         else:
             members = {f"extra/{name}": text.encode() for name, text in notes.items()}
             write_torch(flags.output, tensors, notes=members, **kinds)
-    _say("output", str(flags.output))
-    _say_time(start, num_bytes)
-
-
-def _describe(module: ModuleType, config: Any) -> str:
-    return module.describe(config) if hasattr(module, "describe") else str(config)
+    say("output", str(flags.output))
+    say_time(start, num_bytes)
 
 
 def _read_config(path: Path, kind: str) -> dict:
@@ -175,23 +120,6 @@ def _read_config(path: Path, kind: str) -> dict:
     if not isinstance(contents, dict):
         raise UserError(f"expected a JSON object at {path}, found {type(contents).__name__}")
     return contents.get(kind, contents)  # a model folder's config.json serves too
-
-
-def _say(what: str, text: str) -> None:
-    print(f"{what:<14}{text}", flush=True)
-
-
-def _say_time(start: float, num_bytes: int) -> None:
-    seconds = time.monotonic() - start
-    _say("done in", f"{seconds:.1f} s, {num_bytes / 1e6 / seconds:.0f} MB/s")
-
-
-@contextlib.contextmanager
-def _bar(what: str, num_bytes: int) -> Iterator[Callable[[int], Any]]:
-    with tqdm.tqdm(
-        desc=what, total=num_bytes, unit="B", unit_scale=True, disable=num_bytes < BIG
-    ) as bar:
-        yield bar.update
 
 
 def main(argv: Sequence[str] | None = None) -> None:
