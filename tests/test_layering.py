@@ -18,6 +18,7 @@ LAYERS = [
         "microdit_jax.sharding",
         "microdit_jax.optim",
         "microdit_jax.data",
+        "microdit_jax.chips",
     },
     {"microdit_jax.checkpoint", "microdit_jax.metrics", "convert"},
     {"microdit_jax.assets", "microdit_jax.train_step", "microdit_jax.sample"},

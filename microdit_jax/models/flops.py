@@ -1,0 +1,76 @@
+"""Floating-point operations of the network, counted from its sizes alone.
+
+Counted are matrix products and attention, two operations for each multiply-add, as is usual for
+model FLOPs utilisation; norms, activations and gathers are left out, recomputation too.
+"""
+
+from microdit_jax.models import masking
+from microdit_jax.models.config import BlockShape, DiTConfig
+from microdit_jax.models.layers import round_up
+
+TRAIN_OVER_FORWARD = 3  # the backward pass takes two products for each of the forward pass
+
+
+def forward_flops(cfg: DiTConfig, mask_ratio: float, caption_length: int) -> int:
+    """Operations of one image's forward pass.
+
+    Args:
+      mask_ratio: share of the patches dropped after the mixer.
+      caption_length: caption tokens l; 77 for CLIP.
+    Raises:
+      UserError: a mask ratio outside [0, 1), or one that keeps no token.
+    """
+    d, d_mixer, t, l = cfg.dim, cfg.patch_mixer_dim, cfg.num_tokens, caption_length  # noqa: E741
+    kept = masking.num_kept(t, mask_ratio)
+    patch = cfg.patch_size**2 * cfg.in_channels
+
+    total = _linear(t, patch, d) + _linear(kept, d, patch) + _linear(1, d, 2 * d)  # ends
+    total += _linear(1, 512, d) + _linear(1, d, d)  # noise level
+    total += _linear(l, cfg.caption_channels, d) + _linear(l, d, d) + 2 * _linear(1, d, d)
+    total += _self_attention(l, d, d) + _swiglu(l, d, 4.0, cfg.multiple_of)  # caption block
+    if cfg.mixer_projects:
+        total += _linear(t + l, d, d_mixer) + _linear(kept, d_mixer, d)
+    total += sum(_block(cfg, shape, t, l, d_mixer) for shape in cfg.mixer_blocks())
+    total += sum(_block(cfg, shape, kept, l, d) for shape in cfg.backbone_blocks())
+    return total
+
+
+def train_flops(cfg: DiTConfig, mask_ratio: float, caption_length: int) -> int:
+    """Operations of one image's forward and backward pass, without any recomputation."""
+    return TRAIN_OVER_FORWARD * forward_flops(cfg, mask_ratio, caption_length)
+
+
+def _linear(rows: int, features_in: int, features_out: int) -> int:
+    return 2 * rows * features_in * features_out
+
+
+def _attention(queries: int, keys: int, hidden: int) -> int:
+    """Scores and the weighted sum, over all heads."""
+    return 2 * _linear(queries, hidden, keys)
+
+
+def _self_attention(t: int, d: int, hidden: int) -> int:
+    return _linear(t, d, 3 * hidden) + _attention(t, t, hidden) + _linear(t, hidden, d)
+
+
+def _swiglu(t: int, d: int, mlp_ratio: float, multiple_of: int) -> int:
+    return 3 * _linear(t, d, round_up(int(2 * int(d * mlp_ratio) / 3), multiple_of))
+
+
+def _experts(cfg: DiTConfig, t: int, d: int, mlp_ratio: float) -> int:
+    e, slots = cfg.num_experts, int(cfg.expert_capacity * t / cfg.num_experts)
+    total = _linear(t, d, e) + 2 * _linear(
+        e * slots, d, round_up(int(d * mlp_ratio), cfg.multiple_of)
+    )
+    if cfg.moe_dispatch == "onehot":  # tokens to slots and back
+        total += 2 * _linear(e * slots, t, d)
+    return total
+
+
+def _block(cfg: DiTConfig, shape: BlockShape, t: int, l: int, d: int) -> int:  # noqa: E741
+    hidden = d if shape.qkv_ratio == 1 else round_up(int(d * shape.qkv_ratio), 2 * cfg.head_dim)
+    total = _linear(1, cfg.dim, 6 * d) + _self_attention(t, d, hidden)
+    total += 2 * _linear(t, d, d) + _linear(l, d, 2 * d) + _attention(t, l, d)
+    if shape.is_moe:
+        return total + _experts(cfg, t, d, shape.mlp_ratio)
+    return total + _swiglu(t, d, shape.mlp_ratio, cfg.multiple_of)

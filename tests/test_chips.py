@@ -1,0 +1,28 @@
+"""Device names as JAX reports them, and the peak each is measured against."""
+
+import pytest
+
+from microdit_jax.chips import chip_of
+
+
+@pytest.mark.parametrize(
+    "device_kind, tflops",
+    [
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H200", 989),
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("TPU v4", 275),
+        ("TPU v5 lite", 197),
+        ("TPU v5", 459),
+        ("TPU v5p", 459),
+        ("TPU v6 lite", 918),
+    ],
+)
+def test_peak_of_known_devices(device_kind, tflops):
+    assert chip_of(device_kind).bfloat16_flops == tflops * 1e12
+
+
+@pytest.mark.parametrize("device_kind", ["cpu", "TPU v3", "NVIDIA H100 80GB HBM3 MIG 1g.10gb"])
+def test_nothing_is_claimed_for_others(device_kind):
+    assert chip_of(device_kind) is None
