@@ -39,5 +39,5 @@ def test_xla_counts_the_same_products():
     params = jax.eval_shape(model.init, jax.random.key(0), x, t, y)["params"]
     counted = jax.jit(forward).lower(params).cost_analysis()["flops"] / n
     ours = forward_flops(cfg, 0.75, l)
-    # XLA also counts what is elementwise, a good part at this size.
-    assert ours < counted < 2 * ours
+    # XLA also counts what is elementwise: 16 % more at this size.
+    assert ours < counted < 1.3 * ours
