@@ -5,9 +5,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Int
 
 from microdit_jax.errors import UserError
+
+EXPERT_WEIGHTS = ("w1", "w2")  # dense layers call theirs "kernel"
 
 
 def lenient_promotion():
@@ -53,12 +55,32 @@ def adamw(
     b1: float = 0.9,
     b2: float = 0.999,
     eps: float = 1e-8,
+    expert_multiplier: float = 1.0,
 ) -> optax.GradientTransformation:
-    """Global-norm clipping, then AdamW; the decay acts on every parameter, norms and biases too."""
-    return optax.chain(
-        optax.clip_by_global_norm(clip_norm),
-        optax.adamw(schedule, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay),
-    )
+    """Global-norm clipping, then AdamW; the decay acts on every parameter, norms and biases too.
+
+    Args:
+      expert_multiplier: learning rate of the experts' weights over that of all others; their decay,
+        being a part of the update, is multiplied too. The state is the same for every value.
+    """
+    update = optax.adamw(schedule, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)
+    if expert_multiplier != 1:
+        update = _scale_experts(update, expert_multiplier)
+    return optax.chain(optax.clip_by_global_norm(clip_norm), update)
+
+
+def _scale_experts(
+    inner: optax.GradientTransformation, multiplier: float
+) -> optax.GradientTransformation:
+    def scale(path, update):
+        is_expert = getattr(path[-1], "key", None) in EXPERT_WEIGHTS
+        return update * multiplier if is_expert else update
+
+    def update_fn(updates, state, params=None):
+        updates, state = inner.update(updates, state, params)
+        return jax.tree_util.tree_map_with_path(scale, updates), state
+
+    return optax.GradientTransformation(inner.init, update_fn)
 
 
 def apply_gradients(
@@ -68,6 +90,21 @@ def apply_gradients(
     with lenient_promotion():
         updates, opt_state = optimizer.update(grads, opt_state, params)
     return optax.apply_updates(params, updates), opt_state
+
+
+def update_if(finite: Bool[Array, ""], new: Any, old: Any) -> Any:
+    """`new` if `finite`, else `old`, leaf by leaf; the schedule's step count moves on either way.
+
+    So the learning rate stays a function of the step, however many updates were skipped.
+    """
+
+    def is_clock(node):
+        return isinstance(node, optax.ScaleByScheduleState)
+
+    def choose(new, old):
+        return new if is_clock(new) else jnp.where(finite, new, old)
+
+    return jax.tree.map(choose, new, old, is_leaf=is_clock)
 
 
 def update_ema(

@@ -1,27 +1,41 @@
-"""TrainState and the pure functions that move it, for training, compilation and benchmarks."""
+"""TrainState and the pure functions that move it, for training, compilation and benchmarks.
 
+  mesh = sharding.make_mesh(data=-1, fsdp=8, expert=1)
+  state = sharded_init(model, optimizer, key, mesh, with_ema=True)
+  step = jax.jit(make_train_step(model, optimizer, schedule, ..., mesh=mesh), donate_argnums=0)
+  state, metrics = step(state, sharding.put_batch(batch, mesh))
+
+Without a mesh everything is the same on one device. All randomness of an image is drawn from (seed,
+step, its place in the batch), so neither the mesh nor the number of micro-batches changes it.
+"""
+
+import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float
+from jax.sharding import AbstractMesh, Mesh
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int
 
-from microdit_jax import diffusion, optim
+from microdit_jax import diffusion, optim, sharding
 from microdit_jax.diffusion import EdmConfig
-from microdit_jax.models import masking
+from microdit_jax.errors import UserError
+from microdit_jax.models import dit, masking
 from microdit_jax.models.dit import DiT
 
 Batch = dict[str, Array]
-Metrics = dict[str, Array]
+Metrics = dict[str, Any]
 
 
 class TrainState(flax.struct.PyTreeNode):
     """All that training carries from step to step.
 
-    step: updates done, int32 (). params, ema: float32 trees; ema is None where none is kept.
+    step: steps done, int32 (). params, ema: float32 trees; ema is None where none is kept.
+    skipped: updates skipped in a row, for a loss or gradient that was not finite, int32 ().
     Trees of shapes, shardings and names take the same form, hence Any.
     """
 
@@ -29,8 +43,10 @@ class TrainState(flax.struct.PyTreeNode):
     params: Any
     opt_state: optax.OptState
     ema: Any | None
+    skipped: Any
 
 
+# ------------------------------------------------------------------------------ initialisation
 def init_state(
     model: DiT, optimizer: optax.GradientTransformation, key: Array, *, with_ema: bool
 ) -> TrainState:
@@ -41,43 +57,206 @@ def init_state(
     params = model.init(key, x, jnp.zeros(1, jnp.float32), y)["params"]
     # A copy, so that donating the state never donates one buffer twice.
     ema = jax.tree.map(jnp.copy, params) if with_ema else None
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), ema)
+    zero = jnp.zeros((), jnp.int32)
+    return TrainState(zero, params, optimizer.init(params), ema, jnp.copy(zero))
+
+
+def abstract_state(
+    model: DiT,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh | AbstractMesh,
+    *,
+    with_ema: bool,
+    replicate_below: int = sharding.REPLICATE_BELOW,
+) -> TrainState:
+    """Shapes, types and shardings of the state, without any array: to restore or compile into."""
+    init = functools.partial(init_state, model, optimizer, with_ema=with_ema)
+    shapes = jax.eval_shape(init, jax.random.key(0))
+    return jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        shapes,
+        sharding.shardings(shapes, mesh, replicate_below=replicate_below),
+    )
+
+
+def sharded_init(
+    model: DiT,
+    optimizer: optax.GradientTransformation,
+    key: Array,
+    mesh: Mesh,
+    *,
+    with_ema: bool,
+    replicate_below: int = sharding.REPLICATE_BELOW,
+) -> TrainState:
+    """`init_state`, each device computing its own shards: no device ever holds a whole copy."""
+    target = abstract_state(
+        model, optimizer, mesh, with_ema=with_ema, replicate_below=replicate_below
+    )
+    init = functools.partial(init_state, model, optimizer, with_ema=with_ema)
+    return jax.jit(init, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, target))(key)
+
+
+# ------------------------------------------------------------------------------ loss
+class Draws(NamedTuple):
+    """Randomness of n images: standard normals for sigma and noise, uniforms for the mask."""
+
+    sigma_normal: Float[Array, " n"]
+    noise: Float[Array, "n height width channels"]
+    mask_noise: Float[Array, "n t"]
+
+
+def draw(key: Array, position: Int[Array, " n"], model: DiT) -> Draws:
+    """Draws for the images at these places of the batch, each from a key of its own."""
+    cfg = model.config
+
+    def one(position):
+        sigma_key, noise_key, mask_key = jax.random.split(jax.random.fold_in(key, position), 3)
+        shape = (cfg.input_size, cfg.input_size, cfg.in_channels)
+        return Draws(
+            jax.random.normal(sigma_key, (), jnp.float32),
+            jax.random.normal(noise_key, shape, jnp.float32),
+            masking.draw_noise(mask_key, 1, cfg.num_tokens)[0],
+        )
+
+    return jax.vmap(one)(position)
+
+
+def with_position(batch: Batch) -> Batch:
+    """The batch with "position" (n,), each image's place in it, if it has none yet."""
+    n = batch["latents"].shape[0]
+    return {"position": jnp.arange(n, dtype=jnp.int32)} | batch
 
 
 def batch_loss(
     model: DiT, params: Any, batch: Batch, key: Array, *, edm: EdmConfig, mask_ratio: float
-) -> Float[Array, " n"]:
-    """EDM loss of each image of a batch, with all randomness from one key.
+) -> tuple[Float[Array, " n"], Float[Array, " n"]]:
+    """EDM loss of each image of a batch, and its noise level.
 
     Args:
       batch: "latents" (n, height, width, channels), "caption_latents" (n, l, caption), and
-        optionally "keep_caption" (n,), 0 where the caption is dropped (set to zero).
+        optionally "keep_caption" (n,), 0 where the caption is dropped (set to zero), and "position"
+        (n,) int32, which the image's randomness is drawn from.
       mask_ratio: share of patches dropped after the mixer; static.
+    Returns:
+      Loss and sigma, each (n,) float32.
     """
+    batch = with_position(batch)
     latents, y = batch["latents"], batch["caption_latents"].astype(jnp.float32)
     if "keep_caption" in batch:
         y = y * batch["keep_caption"][:, None, None]
-    n = latents.shape[0]
-    sigma_key, noise_key, mask_key = jax.random.split(key, 3)
-    sigma = diffusion.training_sigma(jax.random.normal(sigma_key, (n,), jnp.float32), edm)
-    noise = jax.random.normal(noise_key, latents.shape, jnp.float32)
-    mask_noise = masking.draw_noise(mask_key, n, model.config.num_tokens)
+    draws = draw(key, batch["position"], model)
+    sigma = diffusion.training_sigma(draws.sigma_normal, edm)
 
     def network(x, c_noise):
         return model.apply(
-            {"params": params}, x, c_noise, y, mask_noise=mask_noise, mask_ratio=mask_ratio
+            {"params": params}, x, c_noise, y, mask_noise=draws.mask_noise, mask_ratio=mask_ratio
         )
 
-    return diffusion.edm_loss(
+    loss = diffusion.edm_loss(
         network,
         latents,
-        noise,
+        draws.noise,
         sigma,
         sigma_data=edm.sigma_data,
         patch_size=model.config.patch_size,
     )
+    return loss, sigma
 
 
+# ------------------------------------------------------------------------------ gradients
+class Gradients(NamedTuple):
+    """Of the batch's mean loss: float32, sharded like the parameters. loss, sigma (n,)."""
+
+    grads: Any
+    loss: Float[Array, " n"]
+    sigma: Float[Array, " n"]
+
+
+def make_gradients(
+    model: DiT,
+    *,
+    edm: EdmConfig,
+    mask_ratio: float,
+    mesh: Mesh | AbstractMesh | None = None,
+    micro_batches: int = 1,
+    replicate_below: int = sharding.REPLICATE_BELOW,
+) -> Callable[[Any, Batch, Array], Gradients]:
+    """(params, batch, key) -> Gradients, over the mesh and micro-batch by micro-batch.
+
+    Weights are gathered once a step, matrices in the type that the network computes in (XL/2 in
+    bfloat16: 2.7 GB), and stay for all micro-batches. Each micro-batch's gradients are summed into
+    float32 shards at once, so that no more of them than one backward pass makes is ever whole. Sums
+    over axes that a weight is not split over wait for the last micro-batch.
+
+    Raises:
+      UserError: at the first call, a batch that does not divide.
+    """
+
+    def shard_gradients(specs, params, batch, key):
+        """On one device: its images, its shards. specs is None where there is no mesh."""
+        if specs is not None:
+            params = sharding.gather(dit.cast_matrices(params, model.config), specs)
+        devices = 1 if mesh is None else mesh.size
+        num_images = batch["latents"].shape[0] * devices
+
+        def scaled_loss(params, part):
+            loss, sigma = batch_loss(model, params, part, key, edm=edm, mask_ratio=mask_ratio)
+            return loss.sum() / num_images, (loss, sigma)
+
+        def part_gradients(part):
+            grads, (loss, sigma) = jax.grad(scaled_loss, has_aux=True)(params, part)
+            if specs is not None:
+                grads = sharding.scatter_sum(grads, specs)
+            return Gradients(grads, loss, sigma)
+
+        if micro_batches == 1:
+            total = part_gradients(batch)
+        else:
+            parts = jax.tree.map(lambda a: a.reshape(micro_batches, -1, *a.shape[1:]), batch)
+            total = _accumulate(part_gradients, parts)
+        if specs is not None:
+            total = total._replace(grads=sharding.sum_rest(total.grads, specs))
+        return total
+
+    def gradients(params: Any, batch: Batch, key: Array) -> Gradients:
+        devices, n = 1 if mesh is None else mesh.size, batch["latents"].shape[0]
+        if n % (devices * micro_batches):
+            raise UserError(
+                f"the batch must be a multiple of {devices} devices x {micro_batches} "
+                f"micro-batches, found {n} images; change train.batch_size or micro_batches"
+            )
+        batch = with_position(batch)
+        if mesh is None:
+            return shard_gradients(None, params, batch, key)
+        specs = sharding.specs(params, mesh, replicate_below=replicate_below)
+        return jax.shard_map(
+            functools.partial(shard_gradients, specs),
+            mesh=mesh,
+            in_specs=(specs, sharding.BATCH, P()),
+            out_specs=Gradients(specs, sharding.BATCH, sharding.BATCH),
+            # The sums over axes are written out; checking them would refuse Pallas kernels.
+            check_vma=False,
+        )(params, batch, key)
+
+    return gradients
+
+
+def _accumulate(part_gradients: Callable[[Batch], Gradients], parts: Batch) -> Gradients:
+    """Sums gradients over the first axis of `parts`; loss and sigma one after the other."""
+    first = jax.tree.map(lambda a: a[0], parts)
+    shapes = jax.eval_shape(part_gradients, first).grads
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, jnp.float32), shapes)
+
+    def add(total, part):
+        found = part_gradients(part)
+        total = jax.tree.map(lambda a, g: a + g.astype(jnp.float32), total, found.grads)
+        return total, (found.loss, found.sigma)
+
+    grads, (loss, sigma) = jax.lax.scan(add, zeros, parts)
+    return Gradients(grads, loss.reshape(-1), sigma.reshape(-1))
+
+
+# ------------------------------------------------------------------------------ steps
 def make_train_step(
     model: DiT,
     optimizer: optax.GradientTransformation,
@@ -88,17 +267,42 @@ def make_train_step(
     seed: int,
     ema_smoothing: float,
     ema_start_step: int,
+    mesh: Mesh | AbstractMesh | None = None,
+    micro_batches: int = 1,
+    module_grad_norms: bool = False,
+    replicate_below: int = sharding.REPLICATE_BELOW,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """One update, as a pure function of state and batch; its randomness is f(seed, step)."""
+    """One update, as a pure function of state and batch; its randomness is f(seed, step).
+
+    If the loss or the gradient's norm is not finite, weights, optimiser and average stay as they
+    were, and only the step (with it the schedule) moves on. That decision is made from sums over
+    all devices, so all hosts make the same.
+
+    Args:
+      mesh: where state and batch live; None for one device.
+      micro_batches: parts the batch is computed in, one after the other; the result is the same.
+      module_grad_norms: also report the gradient's norm of each part of the network.
+    Returns:
+      A function to jit, with the state donated. Its metrics: "loss", "grad_norm" (before clipping),
+      "learning_rate", float32 (); "skipped", 1 if the update was, and "skipped_in_a_row", int32 ();
+      "image_loss", "image_sigma" (n,) in the batch's order, sharded like it; if asked for,
+      "module_grad_norm", {module: float32 ()}.
+    """
+    gradients = make_gradients(
+        model,
+        edm=edm,
+        mask_ratio=mask_ratio,
+        mesh=mesh,
+        micro_batches=micro_batches,
+        replicate_below=replicate_below,
+    )
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
+        grads, image_loss, image_sigma = gradients(state.params, batch, key)
+        loss, grad_norm = image_loss.mean(), optax.tree.norm(grads)
+        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
 
-        def mean_loss(params):
-            losses = batch_loss(model, params, batch, key, edm=edm, mask_ratio=mask_ratio)
-            return losses.mean()
-
-        loss, grads = jax.value_and_grad(mean_loss)(state.params)
         params, opt_state = optim.apply_gradients(optimizer, grads, state.opt_state, state.params)
         step = state.step + 1
         ema = state.ema
@@ -106,23 +310,57 @@ def make_train_step(
             ema = optim.update_ema(
                 ema, params, step, smoothing=ema_smoothing, start_step=ema_start_step
             )
+        params, opt_state, ema = optim.update_if(
+            finite, (params, opt_state, ema), (state.params, state.opt_state, state.ema)
+        )
+        skipped = jnp.where(finite, 0, state.skipped + 1)
+        state = TrainState(step, params, opt_state, ema, skipped)
+        if mesh is not None:
+            places = sharding.shardings(state, mesh, replicate_below=replicate_below)
+            state = jax.lax.with_sharding_constraint(state, places)
         metrics = {
             "loss": loss,
-            "grad_norm": optax.tree.norm(grads),
-            "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
+            "grad_norm": grad_norm,
+            "learning_rate": jnp.asarray(schedule(step - 1), jnp.float32),
+            "skipped": 1 - finite.astype(jnp.int32),
+            "skipped_in_a_row": skipped,
+            "image_loss": image_loss,
+            "image_sigma": image_sigma,
         }
-        return TrainState(step, params, opt_state, ema), metrics
+        if module_grad_norms:
+            metrics["module_grad_norm"] = {k: optax.tree.norm(g) for k, g in grads.items()}
+        return state, metrics
 
     return train_step
 
 
 def make_eval_step(
-    model: DiT, *, edm: EdmConfig, seed: int
+    model: DiT,
+    *,
+    edm: EdmConfig,
+    seed: int,
+    mesh: Mesh | AbstractMesh | None = None,
+    replicate_below: int = sharding.REPLICATE_BELOW,
 ) -> Callable[[Any, Batch], Float[Array, " n"]]:
     """Unmasked loss of each image; its noise is a function of seed and the batch's "draw"."""
 
+    def shard_loss(specs, params, batch, key):
+        if specs is not None:
+            params = sharding.gather(dit.cast_matrices(params, model.config), specs)
+        return batch_loss(model, params, batch, key, edm=edm, mask_ratio=0.0)[0]
+
     def eval_step(params: Any, batch: Batch) -> Float[Array, " n"]:
         key = jax.random.fold_in(jax.random.key(seed), batch["draw"])
-        return batch_loss(model, params, batch, key, edm=edm, mask_ratio=0.0)
+        batch = with_position({k: v for k, v in batch.items() if k != "draw"})
+        if mesh is None:
+            return shard_loss(None, params, batch, key)
+        specs = sharding.specs(params, mesh, replicate_below=replicate_below)
+        return jax.shard_map(
+            functools.partial(shard_loss, specs),
+            mesh=mesh,
+            in_specs=(specs, sharding.BATCH, P()),
+            out_specs=sharding.BATCH,
+            check_vma=False,
+        )(params, batch, key)
 
     return eval_step

@@ -127,7 +127,7 @@ def test_dropped_caption_is_the_zero_caption():
         key = jax.random.key(3)
         return train_step.batch_loss(
             tiny_model(), state.params, batch, key, edm=EDM, mask_ratio=0.0
-        )
+        )[0]
 
     batch = tiny_batch()
     dropped = loss(batch | {"keep_caption": jnp.zeros(4)})

@@ -8,6 +8,16 @@ from jaxtyping import Array, Float, Int
 from microdit_jax.models.layers import Dtype, Initializer, Linear, small_normal
 
 DISPATCHES = ("gather", "onehot")
+EXPERT_AXIS = "expert"  # the mesh axis over which experts are split (sharding.py)
+
+
+def expert_devices() -> int:
+    """How many devices share the experts: the size of the mesh axis `expert` in `shard_map`, or 1.
+
+    Outside `shard_map` the code below names no device and the partitioner may place it.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    return mesh.shape[EXPERT_AXIS] if EXPERT_AXIS in mesh.manual_axes else 1
 
 
 def choose_tokens(
@@ -33,6 +43,22 @@ def experts(
     return jnp.einsum("enkf,efd->enkd", hidden, w2)
 
 
+def exchanged_experts(
+    x: Float[Array, "e n k d"], w1: Float[Array, "e_here d f"], w2: Float[Array, "e_here f d"]
+) -> Float[Array, "e n k d"]:
+    """`experts`, some of which live on other devices: tokens travel there and back.
+
+    Before the first all-to-all a device has the tokens of its n images for all e experts; after
+    it, those of all images of its expert group for its own e / devices experts.
+    """
+    if expert_devices() == 1:
+        return experts(x, w1, w2)
+    x = jax.lax.all_to_all(x, EXPERT_AXIS, split_axis=0, concat_axis=1, tiled=True)
+    return jax.lax.all_to_all(
+        experts(x, w1, w2), EXPERT_AXIS, split_axis=1, concat_axis=0, tiled=True
+    )
+
+
 def dispatch_gather(x, weight, index, w1, w2) -> Float[Array, "n t d"]:
     """Gathers the chosen tokens and scatter-adds the experts' outputs back into place."""
     n, t, d = x.shape
@@ -40,7 +66,7 @@ def dispatch_gather(x, weight, index, w1, w2) -> Float[Array, "n t d"]:
     flat = index.reshape(n, e * k)
     tokens = jnp.take_along_axis(x, flat[:, :, None], axis=1)  # (n, e k, d)
     tokens = tokens.reshape(n, e, k, d).transpose(1, 0, 2, 3)  # (e, n, k, d)
-    out = experts(tokens, w1, w2).transpose(1, 0, 2, 3)  # (n, e, k, d)
+    out = exchanged_experts(tokens, w1, w2).transpose(1, 0, 2, 3)  # (n, e, k, d)
     out = (out * weight[..., None].astype(x.dtype)).reshape(n, e * k, d)
     return jax.vmap(lambda i, o: jnp.zeros((t, d), x.dtype).at[i].add(o))(flat, out)
 
@@ -49,7 +75,7 @@ def dispatch_onehot(x, weight, index, w1, w2) -> Float[Array, "n t d"]:
     """The same by one-hot matrix products, as the reference does it: more FLOPs, no gathers."""
     chosen = jax.nn.one_hot(index, x.shape[1], dtype=x.dtype)  # (n, e, k, t)
     tokens = jnp.einsum("nekt,ntd->enkd", chosen, x)
-    out = experts(tokens, w1, w2)
+    out = exchanged_experts(tokens, w1, w2)
     return jnp.einsum("nekt,enkd->ntd", chosen * weight[..., None].astype(x.dtype), out)
 
 
@@ -69,8 +95,9 @@ class ExpertChoiceFeedForward(nn.Module):
     def __call__(self, x: Float[Array, "n t d"]) -> Float[Array, "n t d"]:
         t, d = x.shape[1:]
         e, f = self.num_experts, self.hidden
-        w1 = self.param("w1", small_normal(self.init_std), (e, d, f), self.param_dtype)
-        w2 = self.param("w2", self.out_init, (e, f, d), self.param_dtype)
+        e_here = e // expert_devices()
+        w1 = self.param("w1", small_normal(self.init_std), (e_here, d, f), self.param_dtype)
+        w2 = self.param("w2", self.out_init, (e_here, f, d), self.param_dtype)
         gate = Linear(
             e,
             use_bias=False,

@@ -1,0 +1,257 @@
+"""Where every array lives: the mesh, path rules for weights, and the exchanges between devices.
+
+The mesh has three axes. `data` copies the weights, `fsdp` splits them, `expert` splits the experts;
+the batch is split over all three. One rule, `param_spec`, places weights, optimiser moments and
+moving average alike, since the path of each ends with the weight's own.
+
+The train step computes its gradients inside `jax.shard_map`, where each device sees its own images
+and its own shards and the exchanges are written out: `gather` before the network, `scatter_sum`
+after it, and two all-to-alls in each expert layer (models/moe.py). Left to the partitioner, weights
+split over their columns pull activations along, and each `split` of a fused projection costs an
+all-to-all that no sharding rule asked for (19 in a step of six small blocks on a 2x4x1 mesh); it
+cannot place Pallas kernels at all.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from microdit_jax.errors import UserError
+
+AXES = ("data", "fsdp", "expert")
+EXPERT_WEIGHTS = ("w1", "w2")  # (e, d, f) and (e, f, d); dense layers call theirs "kernel"
+
+# Weights of fewer elements, and vectors, are copied to every device: 0.1 % of XL/2, and each would
+# cost a gather of its own.
+REPLICATE_BELOW = 2**14
+
+
+def make_mesh(
+    data: int = -1, fsdp: int = 1, expert: int = 1, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
+    """The mesh (data, fsdp, expert) over `devices`, by default all of every process.
+
+    Args:
+      data, fsdp, expert: sizes of the axes; one of them may be -1, the devices left over.
+    Raises:
+      UserError: sizes that do not multiply to the number of devices.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    sizes, count = {"data": data, "fsdp": fsdp, "expert": expert}, len(devices)
+    found = ", ".join(f"{axis}={size}" for axis, size in sizes.items())
+    free = [axis for axis, size in sizes.items() if size == -1]
+    if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
+        raise UserError(
+            f"mesh sizes must be positive, at most one of them -1 (the rest), found {found}"
+        )
+    given = math.prod(size for size in sizes.values() if size != -1)
+    if free and count % given == 0:
+        sizes[free[0]] = count // given
+    elif free or given != count:
+        raise UserError(
+            f"the mesh {found} takes {'a multiple of ' * bool(free)}{given} devices, found {count};"
+            f" choose sizes whose product divides {count} and set one of them to -1"
+        )
+    # Auto: sharding stays out of the arrays' types, and Flax and Optax need not know of it.
+    return jax.make_mesh(
+        tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices
+    )
+
+
+def param_spec(
+    path: Sequence[str],
+    shape: Sequence[int],
+    mesh: Mesh | AbstractMesh,
+    *,
+    replicate_below: int = REPLICATE_BELOW,
+) -> P:
+    """Where one weight, or an optimiser's copy of it, lives.
+
+    Expert weights are split over `expert` by expert. Then each weight is split over `fsdp` along
+    its largest axis that divides, the last among equals; vectors and weights of fewer than
+    `replicate_below` elements are not.
+
+    Args:
+      path: names from the tree's root to the weight; only the last one counts.
+    Raises:
+      UserError: the expert axis does not divide the experts.
+    """
+    spec: list[str | None] = [None] * len(shape)
+    is_expert = len(shape) == 3 and path[-1] in EXPERT_WEIGHTS
+    if is_expert and mesh.shape["expert"] > 1:
+        if shape[0] % mesh.shape["expert"]:
+            raise UserError(
+                f"the expert axis must divide the {shape[0]} experts of {'/'.join(path)}, found "
+                f"expert={mesh.shape['expert']}; choose another, or 1"
+            )
+        spec[0] = "expert"
+    fsdp = mesh.shape["fsdp"]
+    if fsdp > 1 and len(shape) > 1 and math.prod(shape) >= replicate_below:
+        divisible = [i for i in range(is_expert, len(shape)) if shape[i] % fsdp == 0]
+        if divisible:
+            spec[max(divisible, key=lambda i: (shape[i], i))] = "fsdp"
+    while spec and spec[-1] is None:
+        spec.pop()
+    return P(*spec)
+
+
+def names(path: Sequence[Any]) -> tuple[str, ...]:
+    """The keys of a JAX tree path as strings."""
+    return tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
+
+
+def specs(shapes: Any, mesh: Mesh | AbstractMesh, *, replicate_below: int = REPLICATE_BELOW) -> Any:
+    """A tree of PartitionSpecs by `param_spec`, for a tree of arrays or their shapes."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: param_spec(
+            names(path), leaf.shape, mesh, replicate_below=replicate_below
+        ),
+        shapes,
+    )
+
+
+def shardings(
+    shapes: Any, mesh: Mesh | AbstractMesh, *, replicate_below: int = REPLICATE_BELOW
+) -> Any:
+    """A tree of NamedShardings by `param_spec`: of parameters, or of a whole TrainState."""
+    return jax.tree.map(
+        lambda spec: NamedSharding(mesh, spec),
+        specs(shapes, mesh, replicate_below=replicate_below),
+        is_leaf=lambda leaf: isinstance(leaf, P),
+    )
+
+
+# ------------------------------------------------------------------------------ batches
+BATCH = P(AXES)  # the batch axis over all three
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Of arrays whose first axis is the batch."""
+    return NamedSharding(mesh, BATCH)
+
+
+def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """This process's share of a batch as part of the arrays that all processes make together.
+
+    Args:
+      batch: arrays (n / processes, ...), block p of the global batch on process p; scalars, equal
+        on all processes, stay whole.
+    Returns:
+      The same as global arrays (n, ...), and "position" (n,) int32: each image's place in the
+      batch, which its noise is drawn from, whatever device it lands on.
+    Raises:
+      UserError: the global batch does not divide over the devices.
+    """
+    rows = {name: len(value) for name, value in batch.items() if np.ndim(value)}
+    local, processes = next(iter(rows.values())), jax.process_count()
+    if set(rows.values()) != {local} or local * processes % mesh.size:
+        raise UserError(
+            f"the batch must be a multiple of {mesh.size} devices, found {rows} on each of "
+            f"{processes} processes; change train.batch_size"
+        )
+    position = jax.process_index() * local + np.arange(local, dtype=np.int32)
+    split, whole = batch_sharding(mesh), NamedSharding(mesh, P())
+    return {
+        name: jax.make_array_from_process_local_data(split if np.ndim(value) else whole, value)
+        for name, value in {"position": position, **batch}.items()
+    }
+
+
+# ------------------------------------------------- exchanges, inside shard_map over all three axes
+def gather(shards: Any, specs: Any) -> Any:
+    """Whole weights (but for the expert axis) from their shards over `fsdp`."""
+
+    def whole(shard, spec):
+        if "fsdp" not in spec:
+            return shard
+        return jax.lax.all_gather(shard, "fsdp", axis=spec.index("fsdp"), tiled=True)
+
+    return jax.tree.map(whole, shards, specs)
+
+
+def scatter_sum(grads: Any, specs: Any) -> Any:
+    """Gradients of the gathered weights, in float32, summed over `fsdp` into shards."""
+
+    def shard(grad, spec):
+        grad = grad.astype(jnp.float32)
+        if "fsdp" not in spec:
+            return grad
+        axis = spec.index("fsdp")
+        return jax.lax.psum_scatter(grad, "fsdp", scatter_dimension=axis, tiled=True)
+
+    return jax.tree.map(shard, grads, specs)
+
+
+def sum_rest(grads: Any, specs: Any) -> Any:
+    """Sums shards over the axes that their weights are not split over: once each step."""
+    leaves, tree = jax.tree.flatten(grads)
+    groups = defaultdict(list)
+    for i, spec in enumerate(tree.flatten_up_to(specs)):
+        groups[tuple(a for a in AXES if a not in spec and jax.lax.axis_size(a) > 1)].append(i)
+    for axes, members in groups.items():
+        if axes:  # one all-reduce for the whole group
+            summed = jax.lax.psum([leaves[i] for i in members], axes)
+            for i, leaf in zip(members, summed, strict=True):
+                leaves[i] = leaf
+    return tree.unflatten(leaves)
+
+
+# ------------------------------------------------------------------------------ table
+def _group(path: Sequence[str]) -> str:
+    experts = ", experts" if path[-1] in EXPERT_WEIGHTS else ""
+    for part, prefixes in (
+        ("patch mixer", ("patch_mixer",)),
+        ("backbone", ("blocks_",)),
+        ("text path", ("y_emb", "pooled_y_emb")),
+        ("patches and noise level in, patches out", ("x_embedder", "t_embedder", "final_layer")),
+    ):
+        if any(name.startswith(prefixes) for name in path):
+            return part + experts
+    return "counters"
+
+
+def table(
+    state_shapes: Any, mesh: Mesh | AbstractMesh, *, replicate_below: int = REPLICATE_BELOW
+) -> str:
+    """What of a TrainState lies where, as text: parameters and MiB on each device by group.
+
+    Args:
+      state_shapes: a TrainState of arrays or their shapes, with "params", "opt_state" and "ema".
+    """
+    columns = ("params", "opt_state", "ema")
+    count, tensors, size, split = (defaultdict(int) for _ in range(4))
+    for path, leaf in jax.tree_util.tree_flatten_with_path(state_shapes)[0]:
+        path = names(path)
+        spec = param_spec(path, leaf.shape, mesh, replicate_below=replicate_below)
+        held = math.prod(NamedSharding(mesh, spec).shard_shape(leaf.shape))
+        for group in (_group(path), "total"):
+            size[group, path[0]] += held * leaf.dtype.itemsize
+            if path[0] == "params":
+                tensors[group] += 1
+                count[group] += math.prod(leaf.shape)
+                split[group] += held
+    header = ("group", "tensors", "parameters", "per device", *(f"{c}, MiB" for c in columns))
+    rows = [
+        (
+            group,
+            f"{tensors[group]:,}",
+            f"{count[group]:,}",
+            f"{split[group]:,}",
+            *(f"{size[group, column] / 2**20:,.1f}" for column in columns),
+        )
+        for group in sorted(tensors, key=lambda g: (g == "total", -count[g]))
+    ]
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    lines = [
+        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])])
+        for row in (header, *rows)
+    ]
+    mesh_text = " x ".join(f"{axis} {mesh.shape[axis]}" for axis in AXES)
+    return "\n".join([f"mesh: {mesh_text}; MiB on each device", *lines])
