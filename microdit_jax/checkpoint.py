@@ -36,6 +36,32 @@ def sha256(path: str | os.PathLike) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def checksums(folder: Path) -> dict[str, list]:
+    """Of every file in the folder and below, by its path there: its size and sha256."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    with ThreadPoolExecutor() as pool:
+        sums = pool.map(lambda path: [path.stat().st_size, sha256(path)], files)
+        return {
+            path.relative_to(folder).as_posix(): found
+            for path, found in zip(files, sums, strict=True)
+        }
+
+
+def damage(folder: Path, files: Mapping[str, list]) -> list[str]:
+    """Every file of `checksums` that is missing or differs by now, with what is wrong with it."""
+
+    def fault(name: str) -> str | None:
+        path, (size, digest) = folder / name, files[name]
+        if not path.is_file():
+            return f"{name} (missing)"
+        if path.stat().st_size != size:
+            return f"{name} ({path.stat().st_size} bytes instead of {size})"
+        return None if sha256(path) == digest else f"{name} (contents changed)"
+
+    with ThreadPoolExecutor() as pool:
+        return [fault for fault in pool.map(fault, files) if fault]
+
+
 def save_model(folder: str | os.PathLike, params: Mapping[str, Any], metadata: dict) -> None:
     """Writes a model folder; it takes its name only once it is complete.
 
@@ -51,7 +77,7 @@ def save_model(folder: str | os.PathLike, params: Mapping[str, Any], metadata: d
     folder = Path(folder).absolute()
     if folder.exists():
         raise UserError(f"{folder} exists already; choose another name or remove it first")
-    paths = dict(_paths(params))
+    paths = dict(leaves_by_path(params))
     num_bytes = sum(leaf.size * np.dtype(leaf.dtype).itemsize for leaf in paths.values())
     partial = folder.with_name(f".{folder.name}.partial")
     with disk_errors(folder, num_bytes), _cleared(partial):
@@ -61,7 +87,7 @@ def save_model(folder: str | os.PathLike, params: Mapping[str, Any], metadata: d
             "version": VERSION,
             "parameters": sum(leaf.size for leaf in paths.values()),
         }
-        _write_json(partial / "config.json", config | metadata)
+        write_json(partial / "config.json", config | metadata)
         try:
             with _checkpointer() as checkpointer:
                 checkpointer.save(partial / "params", args=ocp.args.PyTreeSave(params))
@@ -72,12 +98,7 @@ def save_model(folder: str | os.PathLike, params: Mapping[str, Any], metadata: d
         arrays = {
             path: [str(np.dtype(leaf.dtype)), list(leaf.shape)] for path, leaf in paths.items()
         }
-        files = sorted(path for path in partial.rglob("*") if path.is_file())
-        with ThreadPoolExecutor() as pool:
-            sums = pool.map(lambda path: [path.stat().st_size, sha256(path)], files)
-        names = [path.relative_to(partial).as_posix() for path in files]
-        manifest = {"arrays": arrays, "files": dict(zip(names, sums, strict=True))}
-        _write_json(partial / "manifest.json", manifest)
+        write_json(partial / "manifest.json", {"arrays": arrays, "files": checksums(partial)})
         partial.rename(folder)
 
 
@@ -96,13 +117,13 @@ def load_model(
       UserError: not a model folder, or of a newer version, or a file is missing or damaged.
     """
     folder = Path(folder).absolute()
-    metadata, manifest = read_metadata(folder), _read_json(folder / "manifest.json")
+    metadata, manifest = read_metadata(folder), read_json(folder / "manifest.json")
     if verify:
-        _verify(folder, manifest["files"])
+        verify_model(folder)
     if sharding is None:
         sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     single = isinstance(sharding, jax.sharding.Sharding)
-    shardings = {} if single else dict(_paths(sharding))
+    shardings = {} if single else dict(leaves_by_path(sharding))
     abstract: Params = {}
     for path, (dtype, shape) in manifest["arrays"].items():
         *parents, last = path.split("/")
@@ -118,6 +139,20 @@ def load_model(
         return checkpointer.restore(folder / "params", args=args), metadata
 
 
+def verify_model(folder: str | os.PathLike) -> None:
+    """Compares every file of a model folder with its checksum.
+
+    Raises:
+      UserError: files are missing or damaged; it names them.
+    """
+    folder = Path(folder).absolute()
+    if faults := damage(folder, read_json(folder / "manifest.json")["files"]):
+        raise UserError(
+            f"expected the files of {folder} as they were written, found damage in "
+            f"{', '.join(faults)}; convert the checkpoint again or restore the folder"
+        )
+
+
 def read_metadata(folder: str | os.PathLike) -> dict:
     """config.json of a model folder, checked to be one this version can read.
 
@@ -131,7 +166,7 @@ def read_metadata(folder: str | os.PathLike) -> dict:
             f"expected a model folder (config.json, params/, manifest.json) at {folder}, found "
             f"{found}; convert a checkpoint first: python -m convert --help"
         )
-    metadata = _read_json(folder / "config.json")
+    metadata = read_json(folder / "config.json")
     if metadata.get("format") != FORMAT or metadata.get("version") != VERSION:
         raise UserError(
             f"expected {FORMAT} version {VERSION} in {folder}, found {metadata.get('format')} "
@@ -140,31 +175,11 @@ def read_metadata(folder: str | os.PathLike) -> dict:
     return metadata
 
 
-def _verify(folder: Path, files: Mapping[str, list]) -> None:
-    """Raises UserError naming every file that is missing or differs from its checksum."""
-
-    def fault(name: str) -> str | None:
-        path, (size, digest) = folder / name, files[name]
-        if not path.is_file():
-            return f"{name} (missing)"
-        if path.stat().st_size != size:
-            return f"{name} ({path.stat().st_size} bytes instead of {size})"
-        return None if sha256(path) == digest else f"{name} (contents changed)"
-
-    with ThreadPoolExecutor() as pool:
-        faults = [fault for fault in pool.map(fault, files) if fault]
-    if faults:
-        raise UserError(
-            f"expected the files of {folder} as they were written, found damage in "
-            f"{', '.join(faults)}; convert the checkpoint again or restore the folder"
-        )
-
-
-def _paths(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def leaves_by_path(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """The leaves of a nested dict with their paths, "a/b/c"."""
     for key, value in tree.items():
         if isinstance(value, Mapping):
-            yield from _paths(value, f"{prefix}{key}/")
+            yield from leaves_by_path(value, f"{prefix}{key}/")
         else:
             yield f"{prefix}{key}", value
 
@@ -198,120 +213,18 @@ def _cleared(partial: Path) -> Iterator[None]:
         raise
 
 
-def _write_json(path: Path, contents: dict) -> None:
-    path.write_text(json.dumps(contents, indent=1) + "\n")
+def write_json(path: Path, contents: dict) -> None:
+    """Writes indented JSON; a process killed meanwhile leaves the file as it was."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(contents, indent=1) + "\n")
+    partial.replace(path)
 
 
-def _read_json(path: Path) -> dict:
+def read_json(path: Path) -> dict:
+    """Reads JSON; damaged, it is a UserError."""
     try:
         return json.loads(path.read_text())
     except ValueError as error:
         raise UserError(
             f"expected JSON in {path}, found damage ({error}); convert the checkpoint again"
         ) from error
-
-
-class RunCheckpoints:
-    """The training states of one run, <workdir>/checkpoints/<step>/, by Orbax's CheckpointManager.
-
-    Saving is asynchronous: training goes on while the state is written. A state appears whole or
-    not at all. A failed save raises at the next call.
-    """
-
-    def __init__(self, workdir: str | os.PathLike, *, keep: int = 2):
-        self.folder = Path(workdir).absolute() / "checkpoints"
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
-        self._manager = ocp.CheckpointManager(self.folder, options=options)
-
-    def latest_step(self) -> int | None:
-        """The newest complete step, or None."""
-        return self._manager.latest_step()
-
-    def save(self, step: int, state: Any) -> None:
-        """Starts to write the state; a step that is there already is left alone."""
-        if step != self.latest_step():
-            with disk_errors(self.folder):
-                self._manager.save(step, args=ocp.args.StandardSave(state))
-
-    def restore(self, abstract_state: Any) -> Any:
-        """The newest state, of the given shapes, types and shardings (`jax.eval_shape`'s result).
-
-        Raises:
-          UserError: there is none, or it has other shapes: the config changed since.
-        """
-        step = self.latest_step()
-        if step is None:
-            raise UserError(f"expected a checkpoint in {self.folder}, found none; train first")
-        try:
-            return self._manager.restore(step, args=ocp.args.StandardRestore(abstract_state))
-        except (ValueError, KeyError) as error:
-            raise UserError(
-                f"checkpoint {step} in {self.folder} does not fit this config ({error}); use the "
-                "config it was trained with or another workdir"
-            ) from error
-
-    def close(self) -> None:
-        """Waits for the last save."""
-        self._manager.wait_until_finished()
-        self._manager.close()
-
-    def __enter__(self) -> "RunCheckpoints":
-        return self
-
-    def __exit__(self, *exc_info) -> None:
-        self.close()
-
-
-RUN_FORMAT = "microdit_jax.run"
-
-
-def is_run(folder: str | os.PathLike) -> bool:
-    """Whether the folder is a training run's workdir."""
-    config = Path(folder) / "config.json"
-    return config.is_file() and _read_json(config).get("format") == RUN_FORMAT
-
-
-def write_run_metadata(workdir: str | os.PathLike, metadata: dict) -> None:
-    """Writes a run's config.json: what a stranger needs to use its checkpoints."""
-    _write_json(
-        Path(workdir) / "config.json", {"format": RUN_FORMAT, "version": VERSION} | metadata
-    )
-
-
-def read_run_metadata(workdir: str | os.PathLike) -> dict:
-    """config.json of a training run."""
-    if not is_run(workdir):
-        raise UserError(f"expected a training run (a --workdir) at {workdir}, found none")
-    return _read_json(Path(workdir) / "config.json")
-
-
-def load_run_params(
-    workdir: str | os.PathLike, abstract_params: Any, *, ema: bool
-) -> tuple[Params, int]:
-    """The newest parameters of a training run alone, without its optimiser state.
-
-    Args:
-      abstract_params: shapes, types and shardings to restore to.
-      ema: the moving average rather than the raw parameters.
-    Returns:
-      The parameters and the step.
-    """
-    folder = Path(workdir).absolute() / "checkpoints"
-    steps = [int(p.name) for p in folder.glob("*") if p.name.isdigit()]
-    if not steps:
-        raise UserError(f"expected a checkpoint in {folder}, found none; train first")
-    item = {"ema" if ema else "params": abstract_params}
-    args = ocp.args.PyTreeRestore(
-        item=item,
-        restore_args=ocp.checkpoint_utils.construct_restore_args(item),
-        partial_restore=True,
-    )
-    try:
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-            restored = checkpointer.restore(folder / str(max(steps)) / "default", args=args)
-    except (ValueError, KeyError) as error:
-        raise UserError(
-            f"checkpoint {max(steps)} in {folder} does not hold the model of its config ({error}); "
-            "try --ema=false if the run kept no average"
-        ) from error
-    return restored["ema" if ema else "params"], max(steps)

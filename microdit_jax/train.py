@@ -14,8 +14,7 @@ import numpy as np
 import tqdm
 from ml_collections import ConfigDict
 
-from microdit_jax import checkpoint, optim, sample, train_step
-from microdit_jax.checkpoint import RunCheckpoints
+from microdit_jax import optim, run_checkpoint, sample, train_step
 from microdit_jax.data import latents, pipeline
 from microdit_jax.diffusion import EdmConfig
 from microdit_jax.encoders import registry
@@ -23,6 +22,7 @@ from microdit_jax.encoders.patch_pca import PatchPCA
 from microdit_jax.errors import UserError, disk_errors
 from microdit_jax.models import dit, masking
 from microdit_jax.models.dit import DiT, DiTConfig
+from microdit_jax.run_checkpoint import RunCheckpoints
 from microdit_jax.train_step import TrainState
 
 # What of a record goes to the device
@@ -149,7 +149,7 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
         (workdir / "samples").mkdir(parents=True, exist_ok=True)
         if not (workdir / "vae").exists():
             shutil.copytree(Path(config.data.folder) / "codec", workdir / "vae")
-        checkpoint.write_run_metadata(
+        run_checkpoint.write_run_metadata(
             workdir,
             {
                 "dit": dataclasses.asdict(cfg),
@@ -178,10 +178,10 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
         # 2. the newest checkpoint of another run: the next stage goes on from it;
         # 3. the initialisation.
         if checkpoints.latest_step() is not None:
-            state = checkpoints.restore(abstract_state)
+            state, _ = checkpoints.restore(abstract_state)
         elif config.init_from:
             with RunCheckpoints(config.init_from) as earlier:
-                state = earlier.restore(abstract_state)
+                state, _ = earlier.restore(abstract_state)
         else:
             state = jax.jit(init)(init_key)
         start = int(state.step)
@@ -242,7 +242,7 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
                     print(json.dumps(line), file=log, flush=True)
                     since, window = time.perf_counter(), []
                 if step % run.checkpoint_every == 0 or step == run.steps:
-                    checkpoints.save(step, state)
+                    checkpoints.save(step, state, {"step": step, "seed": config.seed})
                 if step % run.eval_every == 0 or step == run.steps:
                     params = state.ema if config.ema.enabled else state.params
                     losses = heldout_losses(

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from configs import demo
-from microdit_jax import assets, checkpoint, sample
+from microdit_jax import assets, run_checkpoint, sample
 from microdit_jax.encoders.tokenizers import ClipTokenizer
 from microdit_jax.errors import UserError
 from microdit_jax.train import load_data, model_config, train
@@ -48,7 +48,7 @@ def test_a_run_leaves_what_it_promises(trained):
     assert 0 < lines[0]["loss"] < 10 and {"right", "shuffled", "ratio"} == set(lines[-1]["heldout"])
     with Image.open(run / "samples" / "step_0000004.png") as image:
         assert image.width > 300
-    assert checkpoint.read_run_metadata(run)["has_ema"]
+    assert run_checkpoint.read_run_metadata(run)["has_ema"]
 
 
 def test_resuming_is_bit_exact(trained):

@@ -1,0 +1,277 @@
+"""Many processes as one run: who is there, waiting for each other by name, one deciding for all.
+
+Every wait has a time-out, and its error names the processes that are missing.
+"""
+
+import collections
+import contextlib
+import dataclasses
+import json
+import os
+import re
+import socket
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from jax._src.clusters import ClusterEnv  # the detection that jax.distributed.initialize runs
+from jax.experimental import multihost_utils
+
+from microdit_jax.errors import UserError
+
+BARRIER_SECONDS = 600.0
+_barriers: collections.Counter[str] = collections.Counter()
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One process of a job: where process 0 listens ("host:port"), how many, and which this is."""
+
+    coordinator_address: str
+    num_processes: int
+    process_id: int
+    local_device_ids: list[int] | None = None
+
+
+def initialize(
+    coordinator_address: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+    *,
+    timeout_seconds: float = 300.0,
+    heartbeat_seconds: int = 100,
+) -> bool:
+    """Joins the processes of a job into one JAX program; call it before anything uses a device.
+
+    What is None comes from the environment: SLURM, Open MPI, a TPU VM slice, GKE. Without flags
+    and without any of these, or for a single process, nothing happens.
+
+    Args:
+      coordinator_address: "host:port" of process 0, a port that is free there and open to all.
+      timeout_seconds: how long to wait for the others, from this process's own start.
+      heartbeat_seconds: a process silent for so long is given up, and all others stop.
+    Returns:
+      Whether there are several processes.
+    Raises:
+      UserError: some flags but not all; processes missing after the time-out, by number; two
+        processes with one number.
+    """
+    job = find_job(coordinator_address, num_processes, process_id, timeout_seconds)
+    if job is None or job.num_processes == 1:
+        return False
+    preflight(job, timeout_seconds)
+    # Without GPUs or TPUs, collectives between processes need gloo; others ignore the setting.
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.distributed.initialize(
+        job.coordinator_address,
+        job.num_processes,
+        job.process_id,
+        job.local_device_ids,
+        cluster_detection_method="deactivate",  # done above
+        initialization_timeout=max(1, int(timeout_seconds)),
+        heartbeat_timeout_seconds=heartbeat_seconds,
+    )
+    return True
+
+
+def find_job(
+    coordinator_address: str | None,
+    num_processes: int | None,
+    process_id: int | None,
+    timeout_seconds: float = 300.0,
+    environment: Mapping[str, str] = os.environ,
+) -> Job | None:
+    """The job that flags or else the cluster's environment describe; None where neither does."""
+    flags = {
+        "--coordinator_address": coordinator_address,
+        "--num_processes": num_processes,
+        "--process_id": process_id,
+    }
+    missing = [name for name, value in flags.items() if value is None]
+    local_device_ids = None
+    if len(missing) == 3:
+        # The coordinator's name is looked up until the time-out where the cluster knows it.
+        coordinator_address, num_processes, process_id, local_device_ids = (
+            ClusterEnv.auto_detect_unset_distributed_params(
+                None, None, None, None, None, max(1, int(timeout_seconds))
+            )
+        )
+        if coordinator_address is None or num_processes is None or process_id is None:
+            return None
+        if _tasks_per_node(environment) == {1}:
+            local_device_ids = None  # one process a node: it takes all devices, not the first
+    elif missing:
+        raise UserError(
+            f"expected {', '.join(flags)} together, found no {', '.join(missing)}; give all three, "
+            "or none on SLURM, GKE and TPU VMs"
+        )
+    if not re.fullmatch(r".+:\d+", coordinator_address):
+        raise UserError(
+            f"--coordinator_address must be host:port of process 0, found {coordinator_address!r}"
+        )
+    if not 0 <= process_id < num_processes:
+        raise UserError(
+            f"--process_id must be from 0 to {num_processes - 1} for {num_processes} processes, "
+            f"found {process_id}"
+        )
+    ids = None if local_device_ids is None else list(local_device_ids)
+    return Job(coordinator_address, num_processes, process_id, ids)
+
+
+def _tasks_per_node(environment: Mapping[str, str]) -> set[int]:
+    """The counts in SLURM's list, such as "2(x3),1"; empty outside SLURM."""
+    text = environment.get("SLURM_STEP_TASKS_PER_NODE", "")
+    return {int(count.split("(")[0]) for count in text.split(",") if count}
+
+
+# ------------------------------------------------------------------ preflight
+def preflight(job: Job, timeout_seconds: float) -> None:
+    """Waits until every process of the job has called; process 0 counts, on the coordinator's port.
+
+    jax.distributed.initialize would wait as long, but could not say for whom.
+
+    Raises:
+      UserError: on every process that is there, naming the numbers of those that are not.
+    """
+    host, _, port = job.coordinator_address.rpartition(":")
+    deadline = time.monotonic() + timeout_seconds
+    if job.process_id == 0:
+        fault = _count_processes(int(port), job.num_processes, deadline)
+    else:
+        fault = _call_process_0(host.strip("[]"), int(port), job, deadline)
+    if fault:
+        raise UserError(fault)
+
+
+def _count_processes(port: int, num_processes: int, deadline: float) -> str:
+    """Process 0's part: collects the calls, answers all of them at once; the fault or ""."""
+    start, fault = time.monotonic(), ""
+    seen: dict[int, str] = {0: socket.gethostname()}
+    calls: list[socket.socket] = []
+    dual = socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if dual else socket.AF_INET
+    try:
+        server = socket.create_server(
+            ("", port), family=family, backlog=num_processes, dualstack_ipv6=dual
+        )
+    except OSError as error:
+        return (
+            f"process 0 could not listen on port {port} ({error.strerror}); choose a free one by "
+            "--coordinator_address"
+        )
+    with server, contextlib.ExitStack() as stack:
+        while len(seen) < num_processes and not fault and time.monotonic() < deadline:
+            server.settimeout(max(0.01, deadline - time.monotonic()))
+            try:
+                call = stack.enter_context(server.accept()[0])
+                call.settimeout(5.0)
+                name = json.loads(call.makefile().readline())
+                number, origin, count = name["process_id"], name["host"], name["num_processes"]
+            except (OSError, ValueError, KeyError, TypeError):
+                continue  # not one of ours, or gone already
+            calls.append(call)
+            if count != num_processes:
+                fault = (
+                    f"expected the same --num_processes everywhere, found {num_processes} on "
+                    f"process 0 and {count} on process {number} ({origin})"
+                )
+            elif number in seen:
+                fault = (
+                    f"expected one process for each number, found --process_id={number} twice: on "
+                    f"{seen[number]} and on {origin}"
+                )
+            seen[number] = origin
+        if not fault and (missing := sorted(set(range(num_processes)) - set(seen))):
+            there = ", ".join(f"{number} ({origin})" for number, origin in sorted(seen.items()))
+            fault = (
+                f"expected {num_processes} processes within {time.monotonic() - start:.0f} s, "
+                f"found {there}; missing: {', '.join(map(str, missing))}; look at their logs, and "
+                f"whether they reach port {port} here"
+            )
+        for call in calls:
+            with contextlib.suppress(OSError):
+                call.sendall(json.dumps({"fault": fault}).encode() + b"\n")
+                call.recv(1)  # they hang up first: the port must be free for JAX at once
+    return fault
+
+
+def _call_process_0(host: str, port: int, job: Job, deadline: float) -> str:
+    """The others' part: calls until process 0 answers; the fault or ""."""
+    start = time.monotonic()
+    while True:
+        try:
+            with socket.create_connection((host, port), timeout=5.0) as call:
+                name = {"process_id": job.process_id, "num_processes": job.num_processes}
+                call.sendall(json.dumps(name | {"host": socket.gethostname()}).encode() + b"\n")
+                # Process 0 answers at its own deadline, which may be later than ours.
+                call.settimeout(2 * max(1.0, deadline - start))
+                return json.loads(call.makefile().readline())["fault"]
+        except (OSError, ValueError) as error:
+            if time.monotonic() > deadline:
+                return (
+                    f"process {job.process_id} expected process 0 at {host}:{port} within "
+                    f"{time.monotonic() - start:.0f} s, found nobody ({error}); missing: 0; check "
+                    "--coordinator_address, that process 0 runs and that its port is open"
+                )
+            time.sleep(0.2)
+
+
+# ------------------------------------------------------------------ together
+def barrier(name: str, *, timeout_seconds: float = BARRIER_SECONDS) -> None:
+    """Waits until every process is here; all must pass the same names in the same order.
+
+    Raises:
+      UserError: processes are missing after the time-out, by number.
+    """
+    if jax.process_count() == 1:
+        return
+    _barriers[name] += 1
+    try:
+        wait = ocp.multihost.get_barrier_sync_fn()
+        wait(key=f"{name}/{_barriers[name]}", timeout_ms=int(timeout_seconds * 1000))
+    except jax.errors.JaxRuntimeError as error:
+        missing = missing_processes(str(error))
+        who = f"missing: {', '.join(map(str, missing))}" if missing else str(error)
+        raise UserError(
+            f"expected all {jax.process_count()} processes at {name!r} within {timeout_seconds:g} "
+            f"s, found some only; {who}; look at their logs, then start all again"
+        ) from error
+
+
+def missing_processes(message: str) -> list[int]:
+    """The processes that a barrier's error of JAX's coordination service names as late."""
+    _, _, late = message.partition("timed out task names:")
+    return sorted({int(number) for number in re.findall(r"/task:(\d+)", late)})
+
+
+def from_first(name: str, function: Callable[[], Any]) -> Any:
+    """What `function` returns on process 0, which alone runs it, on every process.
+
+    Args:
+      name: what it does, for the time-out's error.
+      function: returns what JSON can hold.
+    Raises:
+      UserError: the one that it raised on process 0, on every process.
+    """
+    if jax.process_count() == 1:
+        return function()
+    text, fault = b"", None
+    if jax.process_index() == 0:
+        try:
+            text = json.dumps({"value": function()}).encode()
+        except Exception as error:
+            text, fault = json.dumps({"error": f"{error}"}).encode(), error
+    barrier(name)
+    length = -len(text) // 4096 * -4096  # few lengths, few compilations
+    length = int(multihost_utils.broadcast_one_to_all(np.int32(length)))
+    content = np.frombuffer(text.ljust(length), np.uint8)
+    content = np.asarray(multihost_utils.broadcast_one_to_all(content))
+    answer = json.loads(content.astype(np.uint8).tobytes())
+    if fault is not None:
+        raise fault
+    if "error" in answer:
+        raise UserError(answer["error"])
+    return answer["value"]

@@ -1,0 +1,339 @@
+"""Checkpoints of a training run, <workdir>/checkpoints/<step>/, by Orbax, with checksums.
+
+  state/         the whole TrainState, average of the weights included
+  metadata/      JSON: the run's config and the position in the data
+  manifest.json  size and sha256 of every file above
+
+The manifest is written before Orbax's commit, which renames the folder: a step is there whole, with
+its manifest, or not at all. A step without a good manifest was damaged later. Orbax restores a
+damaged file without a word, so restoring checks the manifest first and falls back to the newest
+step that is as it was written. With several processes the workdir must be one shared file system:
+each writes its shards, process 0 alone hashes, and its choice of the step is everybody's.
+"""
+
+import concurrent.futures
+import contextlib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers as policies
+
+from microdit_jax import checkpoint, hosts
+from microdit_jax.checkpoint import VERSION, read_json, write_json
+from microdit_jax.errors import UserError, disk_errors
+
+RUN_FORMAT = "microdit_jax.run"
+SAVE_SECONDS = 1800.0  # for the last save to be on disk
+
+
+class RunCheckpoints:
+    """The checkpoints of one run. Reading never changes a file; the first save makes the folder.
+
+    Saving is asynchronous: training goes on while the state is written. A failed save raises at
+    the next call, whichever it is.
+
+    Args:
+      workdir: the run's folder.
+      keep_last: how many of the newest steps stay on disk.
+      keep_every: steps that are multiples of it stay for good; 0 for none.
+      timeout_seconds: how long a save may take.
+    """
+
+    def __init__(
+        self,
+        workdir: str | os.PathLike,
+        *,
+        keep_last: int = 2,
+        keep_every: int = 0,
+        timeout_seconds: float = SAVE_SECONDS,
+    ):
+        if keep_last < 1 or keep_every < 0:
+            raise UserError(
+                "keep_last must be at least 1 and keep_every at least 0, found "
+                f"{keep_last} and {keep_every}"
+            )
+        self.workdir = Path(workdir).absolute()
+        self.folder = self.workdir / "checkpoints"
+        self._keep, self._timeout = (keep_last, keep_every), timeout_seconds
+        self._manager: _Manager | None = None
+        self._executor = concurrent.futures.ThreadPoolExecutor(1)
+        self._saving: concurrent.futures.Future | None = None
+        self._newest: int | None = None  # step last saved or restored
+
+    def all_steps(self) -> list[int]:
+        """The steps that were written whole, oldest first; not checked for damage."""
+        return hosts.from_first("list checkpoints", lambda: steps_on_disk(self.workdir))
+
+    def latest_step(self) -> int | None:
+        """The newest of `all_steps`, or None."""
+        return max(self.all_steps(), default=None)
+
+    def save(self, step: int, state: Any, metadata: Mapping[str, Any]) -> None:
+        """Starts to write the state; returns once it is copied, so that it may be donated.
+
+        The step saved or restored last is left alone. Newer ones, which `restore` found damaged,
+        move to <workdir>/damaged/ first.
+
+        Args:
+          state: tree of jax arrays; None leaves are allowed.
+          metadata: what JSON can hold, such as config, seed and step.
+        Raises:
+          UserError: the save before this failed, the disk is full, or processes are missing.
+        """
+        self.wait()
+        if step == self._newest:
+            return
+        num_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+        hosts.from_first(f"prepare checkpoint {step}", lambda: self._prepare(step, num_bytes))
+        if self._manager is None:
+            self._manager = _manager(self.folder, *self._keep, self._timeout)
+        args = ocp.args.Composite(
+            state=ocp.args.PyTreeSave(state), metadata=ocp.args.JsonSave(dict(metadata))
+        )
+        with self._save_errors(step):
+            self._manager.save(step, args=args, force=True)
+        self._newest = step
+        self._saving = self._executor.submit(self._manager.wait_until_finished)
+
+    def check(self) -> None:
+        """Raises what a save that has failed by now raised; costs nothing, for every step."""
+        if self._saving is not None and self._saving.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Waits until the last save is on disk.
+
+        Raises:
+          UserError: it failed, or is not done after `timeout_seconds`.
+        """
+        if self._saving is None:
+            return
+        saving, self._saving = self._saving, None
+        with self._save_errors(self._newest):
+            try:
+                saving.result(self._timeout)
+            except concurrent.futures.TimeoutError as error:
+                if saving.done():  # a time-out of Orbax itself, when a process does not finish
+                    raise
+                raise UserError(
+                    f"expected checkpoint {self._newest} on disk within {self._timeout:g} s, found "
+                    f"it unfinished; look at the file system of {self.folder}"
+                ) from error
+
+    def restore(self, abstract_state: Any, step: int | None = None) -> tuple[Any, dict]:
+        """A state, on whatever mesh and processes there are now, and what `save` was told of it.
+
+        Nothing but the restored arrays is held: no other state of this size should be alive.
+
+        Args:
+          abstract_state: shapes, types and shardings, `jax.ShapeDtypeStruct`s in the state's tree.
+          step: None takes the newest that is not damaged, and says so if that is not the newest.
+        Raises:
+          UserError: there is none, all are damaged, or it does not fit: the config changed.
+        """
+        self.wait()
+        found, metadata = good_step(self.workdir, step)
+        state = restore_state(self.folder / str(found), abstract_state, partial=False)
+        self._newest = found
+        return state, metadata
+
+    def close(self) -> None:
+        """Waits for the last save, which may raise here."""
+        manager, self._manager = self._manager, None
+        self._executor.shutdown(wait=False)
+        self.wait()
+        if manager is not None:  # after a failed save it would only raise that again, or hang
+            manager.close()
+
+    def __enter__(self) -> "RunCheckpoints":
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        if error is None:
+            self.close()
+            return
+        with contextlib.suppress(UserError):  # of the two, the first error is the one to see
+            self.close()
+
+    def _prepare(self, step: int, num_bytes: int) -> None:
+        """Room on the disk; no newer step in the way. For process 0."""
+        with disk_errors(self.folder, num_bytes):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            oldest = -1 if self._newest is None else self._newest
+            newer = [number for number in steps_on_disk(self.workdir) if number > oldest]
+            aside = self.workdir / "damaged"
+            if newer:
+                shutil.rmtree(aside, ignore_errors=True)
+                aside.mkdir()
+            for number in newer:
+                (self.folder / str(number)).rename(aside / str(number))
+                _say(f"moved checkpoint {number} to {aside / str(number)}; it may be deleted")
+
+    @contextlib.contextmanager
+    def _save_errors(self, step: int | None) -> Iterator[None]:
+        """Turns what Orbax raises for a failed save into a UserError; removes the half of it."""
+        try:
+            yield
+        except UserError:
+            raise
+        except BaseException as error:
+            if isinstance(error, KeyboardInterrupt | SystemExit):
+                raise
+            if jax.process_index() == 0:
+                for partial in _partials(self.folder):
+                    shutil.rmtree(partial, ignore_errors=True)
+            raise UserError(
+                f"could not write checkpoint {step} in {self.folder}: {_reason(error)}; free some "
+                "space or repair the disk; the older checkpoints are as they were, and the same "
+                "command goes on from them"
+            ) from error
+
+
+class _Manager(ocp.CheckpointManager):
+    def reached_preemption(self, step: int) -> bool:
+        # The training loop asks, once a step. Orbax would ask again from its own thread, with the
+        # step that it saves, which sets JAX's count back: the step agreed on could be a past one.
+        return False
+
+
+def _manager(folder: Path, keep_last: int, keep_every: int, timeout_seconds: float) -> _Manager:
+    keep = [policies.LatestN(keep_last)]
+    if keep_every:
+        keep.append(policies.EveryNSteps(keep_every))
+
+    def write_manifest() -> None:
+        # Orbax calls this on process 0 when all files are written, before the rename commits them.
+        (partial,) = _partials(folder)
+        files = checkpoint.checksums(partial)
+        # Orbax adds the time of the commit to its note afterwards; restoring does not read it.
+        del files["_CHECKPOINT_METADATA"]
+        write_json(partial / "manifest.json", {"files": files})
+
+    options = ocp.CheckpointManagerOptions(
+        preservation_policy=policies.AnyPreservationPolicy(keep),
+        cleanup_tmp_directories=True,
+        lightweight_initialize=True,
+        async_options=ocp.AsyncOptions(
+            timeout_secs=max(1, int(timeout_seconds)), post_finalization_callback=write_manifest
+        ),
+    )
+    # OCDBT packs many arrays and shards into few files; weights do not compress (8 % at a third of
+    # the speed, measured).
+    handler = ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_compression=False)
+    registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
+    registry.add("state", ocp.args.PyTreeSave, handler)
+    registry.add("metadata", ocp.args.JsonSave, ocp.JsonCheckpointHandler())
+    return _Manager(folder, options=options, handler_registry=registry)
+
+
+def _partials(folder: Path) -> list[Path]:
+    """Steps being written, or left by a run that was killed."""
+    return list(folder.glob("*.orbax-checkpoint-tmp*"))
+
+
+def _reason(error: BaseException) -> str:
+    """One line of an error of Orbax or TensorStore, which can be pages."""
+    full = ("No space left", "Disk quota exceeded", "File too large")
+    if any(words in str(error) for words in full):
+        return "the disk is full"
+    return (" ".join(str(error).split()) or type(error).__name__)[:300]
+
+
+def _say(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
+
+
+# ------------------------------------------------------------------ reading
+def steps_on_disk(workdir: str | os.PathLike) -> list[int]:
+    """The steps of a run that were written whole, oldest first; not checked for damage."""
+    folder = Path(workdir).absolute() / "checkpoints"
+    return sorted(int(path.name) for path in folder.glob("*") if path.name.isdigit())
+
+
+def step_damage(folder: Path) -> str:
+    """What is wrong with the files of one step, "" if nothing; reads every byte of them."""
+    try:
+        faults = checkpoint.damage(
+            folder, json.loads((folder / "manifest.json").read_text())["files"]
+        )
+    except FileNotFoundError:
+        return "manifest.json is missing"
+    except (ValueError, LookupError, TypeError, AttributeError):
+        return "manifest.json is damaged"
+    more = f" and {len(faults) - 2} more" if len(faults) > 2 else ""
+    return ", ".join(faults[:2]) + more
+
+
+def good_step(workdir: str | os.PathLike, step: int | None = None) -> tuple[int, dict]:
+    """The newest step that is as it was written, or `step` if it is, and its metadata.
+
+    Process 0 checks, the others hear of it; it says in a line what is damaged and what is used.
+
+    Raises:
+      UserError: there is no step, or none without damage.
+    """
+    folder = Path(workdir).absolute() / "checkpoints"
+
+    def choose() -> list:
+        steps = [s for s in steps_on_disk(workdir) if step in (None, s)]
+        if not steps:
+            which = "a checkpoint" if step is None else f"checkpoint {step}"
+            raise UserError(f"expected {which} in {folder}, found none; train first")
+        faults = []
+        for number in reversed(steps):
+            if fault := step_damage(folder / str(number)):
+                faults.append(f"step {number} is damaged: {fault}")
+                continue
+            if faults:
+                _say(f"{folder}: {'; '.join(faults)}; using step {number}")
+            return [number, read_json(folder / str(number) / "metadata" / "metadata")]
+        raise UserError(
+            f"expected a checkpoint in {folder} as it was written, found {'; '.join(faults)}; "
+            "restore the folder from a copy, or start again in another workdir"
+        )
+
+    number, metadata = hosts.from_first(f"check {folder}", choose)
+    return number, metadata
+
+
+def restore_state(folder: Path, abstract: Any, *, partial: bool) -> Any:
+    """The state of a step, or a part of it, with the shapes, types and shardings of `abstract`."""
+    args = ocp.args.PyTreeRestore(
+        item=abstract,
+        restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
+        partial_restore=partial,
+    )
+    try:
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+            return checkpointer.restore(folder / "state", args=args)
+    except (ValueError, KeyError) as error:
+        raise UserError(
+            f"checkpoint {folder} does not fit this config ({_reason(error)}); use the config it "
+            "was trained with or another workdir"
+        ) from error
+
+
+# ------------------------------------------------------------------ config.json of a run
+def is_run(folder: str | os.PathLike) -> bool:
+    """Whether the folder is a training run's workdir."""
+    config = Path(folder) / "config.json"
+    return config.is_file() and read_json(config).get("format") == RUN_FORMAT
+
+
+def write_run_metadata(workdir: str | os.PathLike, metadata: dict) -> None:
+    """Writes a run's config.json: what a stranger needs to use its checkpoints."""
+    write_json(Path(workdir) / "config.json", {"format": RUN_FORMAT, "version": VERSION} | metadata)
+
+
+def read_run_metadata(workdir: str | os.PathLike) -> dict:
+    """config.json of a training run."""
+    if not is_run(workdir):
+        raise UserError(f"expected a training run (a --workdir) at {workdir}, found none")
+    return read_json(Path(workdir) / "config.json")
