@@ -153,6 +153,11 @@ def verify_model(folder: str | os.PathLike) -> None:
         )
 
 
+def is_model(folder: str | os.PathLike) -> bool:
+    """Whether the folder is a model folder, of whatever version."""
+    return all((Path(folder) / name).is_file() for name in ("config.json", "manifest.json"))
+
+
 def read_metadata(folder: str | os.PathLike) -> dict:
     """config.json of a model folder, checked to be one this version can read.
 
@@ -160,7 +165,7 @@ def read_metadata(folder: str | os.PathLike) -> dict:
       UserError: it is not a model folder, or a newer version's.
     """
     folder = Path(folder).absolute()
-    if not (folder / "config.json").is_file() or not (folder / "manifest.json").is_file():
+    if not is_model(folder):
         found = "another folder" if folder.is_dir() else "a file" if folder.exists() else "nothing"
         raise UserError(
             f"expected a model folder (config.json, params/, manifest.json) at {folder}, found "
