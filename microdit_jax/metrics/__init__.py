@@ -1,0 +1,1 @@
+"""Scores of pictures: the Fréchet distance and its networks, CLIP score, GenEval."""

@@ -1,0 +1,115 @@
+"""Files of reference statistics: ours, and those of pytorch-fid, clean-fid and torch-fidelity."""
+
+import dataclasses
+import hashlib
+import json
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Float32
+
+from microdit_jax.errors import UserError, disk_errors
+from microdit_jax.metrics.frechet import Statistics
+
+ABOUT = "about"  # our file's JSON: what the features are and what they were computed from
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Reference:
+    """Statistics of real pictures, and where they come from.
+
+    Attributes:
+      statistics: mean and covariance.
+      features: (n, f) of every picture, where the file holds them; KID and recall need these.
+      about: what our files say: "features" (name of the feature space), "inputs" (hash of the
+        pictures), "count"; empty for the others' files.
+      digest: sha256 of the numbers, whatever file they came in.
+    """
+
+    statistics: Statistics
+    features: Float32[np.ndarray, "n f"] | None
+    about: dict[str, Any]
+
+    @property
+    def digest(self) -> str:
+        parts = (self.statistics.mean, self.statistics.covariance)
+        return hashlib.sha256(b"".join(part.tobytes() for part in parts)).hexdigest()
+
+    def check_features(self, name: str, width: int) -> None:
+        """Raises UserError where these are not features of that name and width."""
+        found = self.about.get("features")
+        if found not in (None, name) or len(self.statistics.mean) != width:
+            raise UserError(
+                f"expected reference statistics of {name}, {width} wide, found "
+                f"{found or 'unnamed ones'}, {len(self.statistics.mean)} wide; compute them again, "
+                "or choose the same features"
+            )
+
+
+def save_reference(
+    path: Path, features: Float[np.ndarray, "n f"], *, name: str, inputs: str, keep: bool = True
+) -> Reference:
+    """Writes statistics of features as .npz, with pytorch-fid's keys mu and sigma.
+
+    Args:
+      name: of the feature space.
+      inputs: a hash of the pictures.
+      keep: the features too, for KID, precision and recall.
+    """
+    statistics = Statistics.of(features)
+    about = {"features": name, "inputs": inputs, "count": len(features)}
+    arrays = {"mu": statistics.mean, "sigma": statistics.covariance}
+    if keep:
+        arrays["feats"] = np.asarray(features, np.float32)
+    write_npz(path, arrays | {ABOUT: np.array(json.dumps(about))})
+    return load_reference(path)
+
+
+def load_reference(path: Path) -> Reference:
+    """Reads .npz with mu and sigma (all of the four), or feats (clean-fid's for KID).
+
+    Raises:
+      UserError: no such file, damaged, or with neither.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+        about = json.loads(str(arrays.get(ABOUT, "{}")))
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(
+            f"expected .npz of reference statistics at {path}, could not read it ({error}); give "
+            "such a file or a folder of pictures"
+        ) from error
+    features = arrays.get("feats")
+    if features is not None:
+        features = np.asarray(features, np.float32)
+    if "mu" in arrays and "sigma" in arrays:
+        mean, covariance = (np.asarray(arrays[key], np.float64) for key in ("mu", "sigma"))
+        if mean.ndim != 1 or covariance.shape != 2 * mean.shape:
+            raise UserError(
+                f"expected mu (f,) and sigma (f, f) in {path}, found {mean.shape} and "
+                f"{covariance.shape}; give a file of statistics"
+            )
+        return Reference(Statistics(mean, covariance, about.get("count")), features, about)
+    if features is not None:
+        return Reference(Statistics.of(features), features, about)
+    raise UserError(
+        f"expected arrays mu and sigma, or feats, in {path}, found {', '.join(arrays) or 'none'}; "
+        "give a file of pytorch-fid, clean-fid, torch-fidelity or ours"
+    )
+
+
+def write_npz(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Writes .npz that takes its name only once it is whole."""
+    partial = path.with_name(f".{path.name}.partial")
+    with disk_errors(path, sum(array.nbytes for array in arrays.values())):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with partial.open("wb") as file:
+                np.savez(file, **arrays)
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
