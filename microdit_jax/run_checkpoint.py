@@ -13,10 +13,9 @@ each writes its shards, process 0 alone hashes, and its choice of the step is ev
 
 import concurrent.futures
 import contextlib
-import json
 import os
 import shutil
-import sys
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from orbax.checkpoint import checkpoint_managers as policies
 from microdit_jax import checkpoint, hosts
 from microdit_jax.checkpoint import VERSION, read_json, write_json
 from microdit_jax.errors import UserError, disk_errors
+from microdit_jax.run_restore import good_step, restore_state, say, steps_on_disk
 
 RUN_FORMAT = "microdit_jax.run"
 SAVE_SECONDS = 1800.0  # for the last save to be on disk
@@ -64,7 +64,7 @@ class RunCheckpoints:
         self._keep, self._timeout = (keep_last, keep_every), timeout_seconds
         self._manager: _Manager | None = None
         self._executor = concurrent.futures.ThreadPoolExecutor(1)
-        self._saving: concurrent.futures.Future | None = None
+        self._saving: tuple[int, concurrent.futures.Future] | None = None
         self._newest: int | None = None  # step last saved or restored
 
     def all_steps(self) -> list[int]:
@@ -99,12 +99,11 @@ class RunCheckpoints:
         )
         with self._save_errors(step):
             self._manager.save(step, args=args, force=True)
-        self._newest = step
-        self._saving = self._executor.submit(self._manager.wait_until_finished)
+        self._saving = step, self._executor.submit(self._manager.wait_until_finished)
 
     def check(self) -> None:
         """Raises what a save that has failed by now raised; costs nothing, for every step."""
-        if self._saving is not None and self._saving.done():
+        if self._saving is not None and self._saving[1].done():
             self.wait()
 
     def wait(self) -> None:
@@ -115,17 +114,19 @@ class RunCheckpoints:
         """
         if self._saving is None:
             return
-        saving, self._saving = self._saving, None
-        with self._save_errors(self._newest):
+        (step, saving), self._saving = self._saving, None
+        with self._save_errors(step):
             try:
                 saving.result(self._timeout)
             except concurrent.futures.TimeoutError as error:
                 if saving.done():  # a time-out of Orbax itself, when a process does not finish
                     raise
+                self._manager = None
                 raise UserError(
-                    f"expected checkpoint {self._newest} on disk within {self._timeout:g} s, found "
-                    f"it unfinished; look at the file system of {self.folder}"
+                    f"expected checkpoint {step} on disk within {self._timeout:g} s, found it "
+                    f"unfinished; look at the file system of {self.folder}"
                 ) from error
+        self._newest = step
 
     def restore(self, abstract_state: Any, step: int | None = None) -> tuple[Any, dict]:
         """A state, on whatever mesh and processes there are now, and what `save` was told of it.
@@ -146,10 +147,10 @@ class RunCheckpoints:
 
     def close(self) -> None:
         """Waits for the last save, which may raise here."""
-        manager, self._manager = self._manager, None
         self._executor.shutdown(wait=False)
         self.wait()
-        if manager is not None:  # after a failed save it would only raise that again, or hang
+        manager, self._manager = self._manager, None
+        if manager is not None:
             manager.close()
 
     def __enter__(self) -> "RunCheckpoints":
@@ -174,7 +175,7 @@ class RunCheckpoints:
                 aside.mkdir()
             for number in newer:
                 (self.folder / str(number)).rename(aside / str(number))
-                _say(f"moved checkpoint {number} to {aside / str(number)}; it may be deleted")
+                say(f"moved checkpoint {number} to {aside / str(number)}; it may be deleted")
 
     @contextlib.contextmanager
     def _save_errors(self, step: int | None) -> Iterator[None]:
@@ -186,9 +187,9 @@ class RunCheckpoints:
         except BaseException as error:
             if isinstance(error, KeyboardInterrupt | SystemExit):
                 raise
+            self._manager = None  # it would only raise the same again
             if jax.process_index() == 0:
-                for partial in _partials(self.folder):
-                    shutil.rmtree(partial, ignore_errors=True)
+                _remove_partials(self.folder)
             raise UserError(
                 f"could not write checkpoint {step} in {self.folder}: {_reason(error)}; free some "
                 "space or repair the disk; the older checkpoints are as they were, and the same "
@@ -238,86 +239,21 @@ def _partials(folder: Path) -> list[Path]:
     return list(folder.glob("*.orbax-checkpoint-tmp*"))
 
 
+def _remove_partials(folder: Path) -> None:
+    for _ in range(20):  # other files of the failed save may still be arriving
+        for partial in _partials(folder):
+            shutil.rmtree(partial, ignore_errors=True)
+        if not _partials(folder):
+            return
+        time.sleep(0.1)
+
+
 def _reason(error: BaseException) -> str:
     """One line of an error of Orbax or TensorStore, which can be pages."""
     full = ("No space left", "Disk quota exceeded", "File too large")
     if any(words in str(error) for words in full):
         return "the disk is full"
     return (" ".join(str(error).split()) or type(error).__name__)[:300]
-
-
-def _say(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
-
-
-# ------------------------------------------------------------------ reading
-def steps_on_disk(workdir: str | os.PathLike) -> list[int]:
-    """The steps of a run that were written whole, oldest first; not checked for damage."""
-    folder = Path(workdir).absolute() / "checkpoints"
-    return sorted(int(path.name) for path in folder.glob("*") if path.name.isdigit())
-
-
-def step_damage(folder: Path) -> str:
-    """What is wrong with the files of one step, "" if nothing; reads every byte of them."""
-    try:
-        faults = checkpoint.damage(
-            folder, json.loads((folder / "manifest.json").read_text())["files"]
-        )
-    except FileNotFoundError:
-        return "manifest.json is missing"
-    except (ValueError, LookupError, TypeError, AttributeError):
-        return "manifest.json is damaged"
-    more = f" and {len(faults) - 2} more" if len(faults) > 2 else ""
-    return ", ".join(faults[:2]) + more
-
-
-def good_step(workdir: str | os.PathLike, step: int | None = None) -> tuple[int, dict]:
-    """The newest step that is as it was written, or `step` if it is, and its metadata.
-
-    Process 0 checks, the others hear of it; it says in a line what is damaged and what is used.
-
-    Raises:
-      UserError: there is no step, or none without damage.
-    """
-    folder = Path(workdir).absolute() / "checkpoints"
-
-    def choose() -> list:
-        steps = [s for s in steps_on_disk(workdir) if step in (None, s)]
-        if not steps:
-            which = "a checkpoint" if step is None else f"checkpoint {step}"
-            raise UserError(f"expected {which} in {folder}, found none; train first")
-        faults = []
-        for number in reversed(steps):
-            if fault := step_damage(folder / str(number)):
-                faults.append(f"step {number} is damaged: {fault}")
-                continue
-            if faults:
-                _say(f"{folder}: {'; '.join(faults)}; using step {number}")
-            return [number, read_json(folder / str(number) / "metadata" / "metadata")]
-        raise UserError(
-            f"expected a checkpoint in {folder} as it was written, found {'; '.join(faults)}; "
-            "restore the folder from a copy, or start again in another workdir"
-        )
-
-    number, metadata = hosts.from_first(f"check {folder}", choose)
-    return number, metadata
-
-
-def restore_state(folder: Path, abstract: Any, *, partial: bool) -> Any:
-    """The state of a step, or a part of it, with the shapes, types and shardings of `abstract`."""
-    args = ocp.args.PyTreeRestore(
-        item=abstract,
-        restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
-        partial_restore=partial,
-    )
-    try:
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-            return checkpointer.restore(folder / "state", args=args)
-    except (ValueError, KeyError) as error:
-        raise UserError(
-            f"checkpoint {folder} does not fit this config ({_reason(error)}); use the config it "
-            "was trained with or another workdir"
-        ) from error
 
 
 # ------------------------------------------------------------------ config.json of a run

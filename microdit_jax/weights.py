@@ -9,7 +9,8 @@ import jax
 from microdit_jax import checkpoint, hosts
 from microdit_jax.checkpoint import Params, read_json
 from microdit_jax.errors import UserError
-from microdit_jax.run_checkpoint import good_step, is_run, read_run_metadata, restore_state
+from microdit_jax.run_checkpoint import is_run, read_run_metadata
+from microdit_jax.run_restore import good_step, restore_state
 
 
 def load_run_params(

@@ -1,0 +1,281 @@
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import threading
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from microdit_jax import checkpoint, run_checkpoint, run_restore
+from microdit_jax.errors import UserError
+from microdit_jax.run_checkpoint import RunCheckpoints
+
+ONE = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
+
+def mesh(*shape: int) -> jax.sharding.Mesh:
+    devices = jax.devices()[: int(np.prod(shape))]
+    axes = (jax.sharding.AxisType.Auto,) * 3
+    return jax.make_mesh(shape, ("data", "fsdp", "expert"), axes, devices=devices)
+
+
+def split(leaf, mesh: jax.sharding.Mesh) -> jax.NamedSharding:
+    """The first axis over fsdp, the second over expert, where they divide."""
+    names = [
+        name if size % mesh.shape[name] == 0 else None
+        for name, size in zip(("fsdp", "expert"), leaf.shape, strict=False)
+    ]
+    return jax.NamedSharding(mesh, jax.P(*names))
+
+
+def abstract(state, sharding=lambda leaf: ONE):
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding(leaf)), state
+    )
+
+
+class State(flax.struct.PyTreeNode):
+    """The parts of train_step.TrainState that matter here."""
+
+    step: Any
+    params: Any
+    opt_state: Any
+    ema: Any
+
+
+def make_state(step: int) -> State:
+    """A state of AdamW and an average, every number of it another for another step."""
+    rng = np.random.default_rng(step)
+    params = {
+        "blocks_0": {"kernel": rng.normal(size=(8, 16)), "experts": rng.normal(size=(4, 8, 6))},
+        "bias": rng.normal(size=5),
+    }
+    params = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), params)
+    opt_state = optax.adamw(1e-3).init(params)
+    opt_state = jax.tree.map(lambda a: a + jnp.asarray(step, a.dtype), opt_state)
+    ema = jax.tree.map(lambda p: p * 2, params)
+    return State(step=jnp.int32(step), params=params, opt_state=opt_state, ema=ema)
+
+
+def save_steps(workdir, *steps, **options):
+    with RunCheckpoints(workdir, **options) as checkpoints:
+        for step in steps:
+            checkpoints.save(step, make_state(step), {"step": step, "seed": 18})
+    run_checkpoint.write_run_metadata(workdir, {"has_ema": True})
+
+
+def restore(workdir, **options):
+    with RunCheckpoints(workdir) as checkpoints:
+        return checkpoints.restore(abstract(make_state(0)), **options)
+
+
+def assert_same(found, expected):
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    assert [a.dtype for a in jax.tree.leaves(found)] == [a.dtype for a in jax.tree.leaves(expected)]
+
+
+def files_of(workdir, step: int) -> list[pathlib.Path]:
+    folder = workdir / "checkpoints" / str(step)
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def flip(path: pathlib.Path, position: float = 0.5) -> None:
+    data = bytearray(path.read_bytes())
+    data[int(len(data) * position)] ^= 1
+    path.write_bytes(data)
+
+
+def largest(workdir, step: int) -> pathlib.Path:
+    return max(files_of(workdir, step), key=lambda path: path.stat().st_size)
+
+
+# ------------------------------------------------------------------ saved and restored
+def test_round_trip(tmp_path):
+    save_steps(tmp_path, 5, 10)
+    state, metadata = restore(tmp_path)
+    assert_same(state, make_state(10))
+    assert metadata == {"step": 10, "seed": 18}
+    state, metadata = restore(tmp_path, step=5)
+    assert_same(state, make_state(5))
+    assert metadata["step"] == 5
+    with pytest.raises(UserError, match="expected checkpoint 7 in .*, found none"):
+        restore(tmp_path, step=7)
+
+
+def test_a_state_without_an_average(tmp_path):
+    state = make_state(3).replace(ema=None)
+    with RunCheckpoints(tmp_path) as checkpoints:
+        checkpoints.save(3, state, {})
+        assert_same(checkpoints.restore(abstract(state))[0], state)
+
+
+def test_no_checkpoint(tmp_path):
+    with RunCheckpoints(tmp_path) as checkpoints:
+        assert checkpoints.latest_step() is None and checkpoints.all_steps() == []
+    with pytest.raises(UserError, match="expected a checkpoint in .*, found none; train first"):
+        restore(tmp_path)
+    assert not list(tmp_path.iterdir())  # reading leaves nothing
+
+
+def test_what_stays(tmp_path):
+    save_steps(tmp_path, *range(1, 10), keep_last=2, keep_every=4)
+    with RunCheckpoints(tmp_path) as checkpoints:
+        assert checkpoints.all_steps() == [4, 8, 9]
+    save_steps(tmp_path / "other", *range(1, 6), keep_last=3)
+    with RunCheckpoints(tmp_path / "other") as checkpoints:
+        assert checkpoints.all_steps() == [3, 4, 5]
+    with pytest.raises(UserError, match="keep_last must be at least 1"):
+        RunCheckpoints(tmp_path, keep_last=0)
+
+
+def test_a_donated_state_is_saved_as_it_was(tmp_path):
+    bump = jax.jit(lambda s: jax.tree.map(lambda a: a + jnp.ones((), a.dtype), s), donate_argnums=0)
+    state, expected = make_state(1), make_state(1)
+    with RunCheckpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, state, {})
+        bump(state)
+    assert_same(restore(tmp_path)[0], expected)
+
+
+@pytest.mark.parametrize(
+    "before, after", [((2, 2, 2), (8, 1, 1)), ((1, 8, 1), None), (None, (2, 2, 2))]
+)
+def test_another_mesh(tmp_path, before, after):
+    def placed(shape):
+        return (lambda leaf: ONE) if shape is None else (lambda leaf: split(leaf, mesh(*shape)))
+
+    expected = make_state(4)
+    state = jax.tree.map(lambda leaf: jax.device_put(leaf, placed(before)(leaf)), expected)
+    target = abstract(expected, placed(after))
+    with RunCheckpoints(tmp_path) as checkpoints:
+        checkpoints.save(4, state, {})
+        found, _ = checkpoints.restore(target)
+    assert_same(found, expected)
+    jax.tree.map(lambda leaf, want: leaf.sharding == want.sharding or pytest.fail(), found, target)
+
+
+def test_a_damaged_step_is_written_again(tmp_path, capfd):
+    save_steps(tmp_path, 5, 10)
+    flip(largest(tmp_path, 10))
+    with RunCheckpoints(tmp_path) as checkpoints:
+        checkpoints.restore(abstract(make_state(0)))
+        assert checkpoints.all_steps() == [5, 10]  # reading changes nothing
+        checkpoints.save(7, make_state(7), {"step": 7})
+        checkpoints.save(10, make_state(10), {"step": 10})
+    assert "moved checkpoint 10 to" in capfd.readouterr().err
+    assert [path.name for path in (tmp_path / "damaged").iterdir()] == ["10"]
+    assert_same(restore(tmp_path)[0], make_state(10))
+    assert run_restore.steps_on_disk(tmp_path) == [7, 10]
+
+
+def test_the_step_just_restored_is_left_alone(tmp_path):
+    save_steps(tmp_path, 5)
+    before = (tmp_path / "checkpoints" / "5" / "manifest.json").stat().st_mtime_ns
+    with RunCheckpoints(tmp_path) as checkpoints:
+        checkpoints.restore(abstract(make_state(0)))
+        checkpoints.save(5, make_state(6), {})
+    assert (tmp_path / "checkpoints" / "5" / "manifest.json").stat().st_mtime_ns == before
+
+
+# ------------------------------------------------------------------ saves that fail
+def test_what_a_killed_save_leaves_is_not_a_step(tmp_path):
+    save_steps(tmp_path, 5)
+    partial = tmp_path / "checkpoints" / "10.orbax-checkpoint-tmp"
+    (partial / "state").mkdir(parents=True)
+    assert_same(restore(tmp_path)[0], make_state(5))
+    assert partial.exists()  # another process may be writing it
+    with RunCheckpoints(tmp_path) as checkpoints:
+        checkpoints.restore(abstract(make_state(0)))
+        checkpoints.save(10, make_state(10), {})
+    assert_same(restore(tmp_path)[0], make_state(10))
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["10", "5"]
+
+
+FULL_DISK = """
+import resource, sys
+sys.path.insert(0, {tests!r})
+from test_run_checkpoint import *
+workdir = pathlib.Path(sys.argv[1])
+save_steps(workdir, 5)
+with RunCheckpoints(workdir) as checkpoints:
+    checkpoints.restore(abstract(make_state(0)))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+    checkpoints.save(10, make_state(10), {{}})
+    try:
+        checkpoints.wait()
+    except UserError as error:
+        print("told:", error)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
+"""
+
+
+def test_a_full_disk_while_writing(tmp_path):
+    """No file may grow over 1000 bytes: every write fails as on a full disk or quota."""
+    tests = os.path.dirname(__file__)
+    program = FULL_DISK.format(tests=tests)
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path)],
+        capture_output=True, text=True, cwd=os.path.dirname(tests),
+    )  # fmt: skip
+    assert "told: could not write checkpoint 10 in" in done.stdout, done.stderr
+    assert "the disk is full; free some space" in done.stdout
+    assert os.listdir(tmp_path / "checkpoints") == ["5"]
+    assert_same(restore(tmp_path)[0], make_state(5))
+
+
+def test_a_full_disk_before_writing(tmp_path, monkeypatch):
+    save_steps(tmp_path, 5)
+    with RunCheckpoints(tmp_path) as checkpoints:
+        checkpoints.restore(abstract(make_state(0)))
+        monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 10}))
+        with pytest.raises(UserError, match="found 0.00 GB free on its disk"):
+            checkpoints.save(10, make_state(10), {})
+    assert os.listdir(tmp_path / "checkpoints") == ["5"]
+
+
+def test_a_failed_save_raises_at_the_next_call(tmp_path, monkeypatch):
+    def fail(folder):
+        raise OSError(5, "Input/output error")
+
+    for call in ("check", "wait", "save", "close"):
+        checkpoints = RunCheckpoints(tmp_path / call)
+        monkeypatch.setattr(checkpoint, "checksums", fail)
+        checkpoints.save(1, make_state(1), {})
+        checkpoints._saving[1].exception()  # until it has failed
+        monkeypatch.undo()
+        arguments = (2, make_state(2), {}) if call == "save" else ()
+        with pytest.raises(UserError, match="could not write checkpoint 1 .*Input/output error"):
+            getattr(checkpoints, call)(*arguments)
+        assert os.listdir(tmp_path / call / "checkpoints") == []
+        if call != "close":  # a fault of the moment need not end the run
+            checkpoints.save(1, make_state(1), {})
+            checkpoints.close()
+            assert checkpoints.latest_step() == 1
+
+
+def test_a_save_that_hangs(tmp_path, monkeypatch):
+    release = threading.Event()
+    monkeypatch.setattr(checkpoint, "checksums", lambda folder: release.wait() and {})
+    checkpoints = RunCheckpoints(tmp_path, timeout_seconds=1.0)
+    checkpoints.save(1, make_state(1), {})
+    with pytest.raises(UserError, match="expected checkpoint 1 on disk within 1 s, found it unf"):
+        checkpoints.wait()
+    release.set()
+
+
+def test_config_of_a_run(tmp_path):
+    assert not run_checkpoint.is_run(tmp_path)
+    with pytest.raises(UserError, match="expected a training run"):
+        run_checkpoint.read_run_metadata(tmp_path)
+    run_checkpoint.write_run_metadata(tmp_path, {"has_ema": True})
+    assert run_checkpoint.is_run(tmp_path)
+    assert run_checkpoint.read_run_metadata(tmp_path)["has_ema"]
+    assert json.loads((tmp_path / "config.json").read_text())["format"] == "microdit_jax.run"
