@@ -1,0 +1,51 @@
+"""Whole files compressed as MDS shards are: zstd, gz, bz2, br (Brotli), snappy."""
+
+import cramjam
+
+_MODULES = {
+    "zstd": cramjam.zstd,
+    "gz": cramjam.gzip,
+    "bz2": cramjam.bzip2,
+    "br": cramjam.brotli,
+}
+NAMES = (*_MODULES, "snappy")
+_DEFAULT_LEVELS = {"zstd": 3, "gz": 9, "bz2": 9, "br": 11}
+
+
+def split(name: str) -> tuple[str, int | None]:
+    """ "zstd:7" -> ("zstd", 7); raises ValueError for what is not known."""
+    algorithm, _, level = name.partition(":")
+    if algorithm not in NAMES or (level and not level.isdecimal()):
+        raise ValueError(f"unknown compression {name!r}, known are {', '.join(NAMES)}")
+    return algorithm, int(level) if level else None
+
+
+def decompress(name: str, data: bytes, size: int) -> bytearray:
+    """The `size` bytes that `data` was made of; never takes more memory than that.
+
+    Raises:
+      ValueError: `data` is damaged, or holds another number of bytes.
+    """
+    algorithm, _ = split(name)
+    out = bytearray(size)
+    try:
+        if algorithm == "snappy":  # its raw format says the size first
+            if cramjam.snappy.decompress_raw_len(data) != size:
+                raise ValueError("it says another size")
+            written = cramjam.snappy.decompress_raw_into(data, out)
+        else:
+            written = _MODULES[algorithm].decompress_into(data, out)
+    except (cramjam.DecompressionError, ValueError, OSError) as error:
+        raise ValueError(f"{algorithm} data do not decompress to {size} bytes: {error}") from error
+    if written != size:
+        raise ValueError(f"{algorithm} data decompress to {written} bytes, expected {size}")
+    return out
+
+
+def compress(name: str, data: bytes) -> bytes:
+    """`data` compressed by "zstd", "gz:6" and the like."""
+    algorithm, level = split(name)
+    if algorithm == "snappy":
+        return bytes(cramjam.snappy.compress_raw(data))
+    level = _DEFAULT_LEVELS[algorithm] if level is None else level
+    return bytes(_MODULES[algorithm].compress(data, level=level))

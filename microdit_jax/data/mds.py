@@ -1,0 +1,301 @@
+"""Reader of MosaicML MDS datasets: random access through memory maps, without torch.
+
+Format (version 2 of mosaicml-streaming): index.json lists shards; a shard is
+  u32 n | u32 offset[n + 1], positions in the file | a JSON copy of the columns | n samples
+and a sample is one u32 size for each column of varying size, then the columns' bytes in order.
+"""
+
+import bisect
+import dataclasses
+import hashlib
+import itertools
+import json
+import mmap
+import os
+import struct
+import threading
+from pathlib import PurePosixPath
+from typing import Any, BinaryIO
+
+import numpy as np
+import xxhash
+
+from microdit_jax.data import compression, mds_encodings
+from microdit_jax.data.shard_files import ShardFiles
+from microdit_jax.errors import UserError
+
+INDEX = "index.json"
+# Shards kept mapped; the kernel allows 65,530 maps a process.
+_MAX_OPEN = 16_384
+
+
+@dataclasses.dataclass(frozen=True)
+class File:
+    """A shard's file as the index tells it: its name, its bytes, their hashes by algorithm."""
+
+    name: str
+    size: int
+    hashes: dict[str, str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """One shard of the index; `packed` is its compressed file, if it has one."""
+
+    samples: int
+    columns: dict[str, str]
+    raw: File
+    packed: File | None
+    compression: str | None
+
+
+class MdsReader:
+    """Random access to the samples of one MDS dataset; safe in threads.
+
+    Attributes:
+      columns: name -> encoding, the same for all shards, in stored (sorted) order.
+    """
+
+    def __init__(
+        self,
+        root: str | os.PathLike,
+        *,
+        cache: str | os.PathLike | None = None,
+        cache_bytes: int = 100 * 10**9,
+        check_hashes: bool = False,
+    ):
+        """Reads the index only; shards are opened when first used.
+
+        Args:
+          root: the folder or fsspec URL with index.json.
+          cache, cache_bytes: see `ShardFiles`.
+          check_hashes: compare each file with the index's hashes when it is first opened.
+        Raises:
+          UserError: the index is missing, damaged, or of what this cannot read.
+        """
+        self._files = ShardFiles(
+            root, cache=cache, cache_bytes=cache_bytes, on_evict=self._forget_file
+        )
+        self.shards = _read_index(self._files)
+        self.columns = self.shards[0].columns if self.shards else {}
+        self._encodings = {name: mds_encodings.parse(e) for name, e in self.columns.items()}
+        self._sizes = struct.Struct(f"<{sum(e.size is None for e in self._encodings.values())}I")
+        self._starts = [0, *itertools.accumulate(shard.samples for shard in self.shards)]
+        self._check_hashes = check_hashes
+        if check_hashes and not all(shard.raw.hashes for shard in self.shards):
+            raise UserError(
+                f"expected hashes in {self._files.location(INDEX)}, found none; read the dataset "
+                "without checking them, or write it with hashes"
+            )
+        self._views: dict[int, memoryview] = {}
+        self._number_of = {shard.raw.name: i for i, shard in enumerate(self.shards)}
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """The decoded sample; pictures stored as JPEG or PNG files stay bytes.
+
+        Raises:
+          UserError: the shard is missing or damaged; it and the sample are named.
+          IndexError: no such sample.
+        """
+        raw, sample = self.raw(index), {}
+        for name, encoding in self._encodings.items():
+            try:
+                sample[name] = encoding.decode(raw[name])
+            except (ValueError, KeyError, IndexError, TypeError, ArithmeticError) as error:
+                raise UserError(
+                    f"expected {self.columns[name]} in column {name} of {self.where(index)}, could "
+                    f"not decode its {len(raw[name])} bytes ({error}); copy the shard again"
+                ) from error
+        return sample
+
+    def raw(self, index: int) -> dict[str, memoryview]:
+        """The bytes of each column of a sample, where they lie in memory; raises as [] does."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"sample {index} of {len(self)}")
+        number = bisect.bisect_right(self._starts, index) - 1
+        view = self._views.get(number)
+        if view is None:
+            view = self._open(number)
+        begin, end = struct.unpack_from("<2I", view, 4 + 4 * (index - self._starts[number]))
+        columns, at = {}, begin + self._sizes.size
+        if at <= end:
+            varying = iter(self._sizes.unpack_from(view, begin))
+            for name, encoding in self._encodings.items():
+                size = next(varying) if encoding.size is None else encoding.size
+                columns[name] = view[at : at + size]
+                at += size
+        if at != end:
+            raise UserError(
+                f"expected {end - begin} bytes in {self.where(index)}, found columns of "
+                f"{at - begin} bytes; the shard is damaged: copy it again"
+            )
+        return columns
+
+    def where(self, index: int) -> str:
+        """ "sample 7 of FILE", for messages."""
+        number = bisect.bisect_right(self._starts, index) - 1
+        file = self._files.location(self.shards[number].raw.name)
+        return f"sample {index - self._starts[number]} of {file}"
+
+    def _open(self, number: int) -> memoryview:
+        shard = self.shards[number]
+        where = self._files.location(shard.raw.name)
+        try:
+            with self._open_raw(shard) as file:
+                view = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        except (OSError, ValueError) as error:
+            if isinstance(error, UserError):
+                raise
+            raise UserError(
+                f"expected a shard in {where}, could not open it ({error}); copy it again"
+            ) from error
+        if self._check_hashes:
+            _check_file_hashes(where, shard.raw, view)
+        _check_header(where, shard, view)
+        with self._lock:
+            while len(self._views) >= _MAX_OPEN:
+                del self._views[next(iter(self._views))]
+            self._views[number] = view
+        return view
+
+    def _open_raw(self, shard: Shard) -> BinaryIO:
+        """The uncompressed file; unpacked beside the compressed one, or in the cache, once."""
+        raw, packed = shard.raw, shard.packed
+        if packed is None or (self._files.is_local and self._files.exists(raw.name)):
+            return self._files.open(raw.name, raw.size)
+
+        def unpack() -> bytearray:
+            where = self._files.location(packed.name)
+            with self._files.open(packed.name, packed.size) as file:
+                data = file.read()
+            if self._check_hashes:
+                _check_file_hashes(where, packed, data)
+            try:
+                return compression.decompress(shard.compression, data, raw.size)
+            except ValueError as error:
+                raise UserError(
+                    f"expected {raw.size} bytes compressed in {where}, found damaged data "
+                    f"({error}); copy it again"
+                ) from error
+
+        return self._files.make(raw.name, raw.size, unpack)
+
+    def _forget_file(self, name: str) -> None:
+        """The cache removes a file: its map goes too, once no array refers to it any more."""
+        self._views.pop(self._number_of.get(name), None)
+
+
+def _read_index(files: ShardFiles) -> list[Shard]:
+    where = files.location(INDEX)
+    if not files.exists(INDEX):
+        raise UserError(
+            f"expected an MDS dataset with {where}, found no such file; name the folder that "
+            "holds it, or merge the indices of its parts (microdit_jax.data.mds_writer.merge_index)"
+        )
+    try:
+        index = json.loads(files.read(INDEX))
+        if index["version"] != 2:
+            raise ValueError(f"version {index['version']!r}, expected 2")
+        shards = [_parse_shard(entry) for entry in index["shards"]]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        what = f"no {error}" if isinstance(error, KeyError) else error
+        raise UserError(
+            f"expected an index of MDS shards in {where}, could not use it ({what}); write or copy "
+            "it again"
+        ) from error
+    for number, shard in enumerate(shards):
+        if shard.columns != shards[0].columns:
+            raise UserError(
+                f"expected the same columns in all shards of {where}, found {shard.columns} in "
+                f"shard {number} and {shards[0].columns} in the first; keep such datasets apart"
+            )
+    return shards
+
+
+def _parse_shard(entry: dict[str, Any]) -> Shard:
+    if entry["version"] != 2 or entry["format"] != "mds":
+        raise ValueError(
+            f"a shard of format {entry['format']!r} version {entry['version']!r}, expected mds 2"
+        )
+    names, encodings = entry["column_names"], entry["column_encodings"]
+    if len(set(names)) != len(names) or list(names) != sorted(names):
+        raise ValueError(f"columns {names} are not sorted, or not different")
+    if [mds_encodings.parse(e).size for e in encodings] != entry["column_sizes"]:
+        raise ValueError(f"sizes {entry['column_sizes']} do not fit the encodings {encodings}")
+    packed, method = entry["zip_data"], entry["compression"]
+    if (packed is None) != (method is None):
+        raise ValueError("compression and zip_data do not fit each other")
+    if method is not None:
+        compression.split(method)
+    samples = entry["samples"]
+    if type(samples) is not int or samples < 0:
+        raise ValueError(f"a shard of {samples!r} samples")
+    columns = dict(zip(names, encodings, strict=True))
+    raw = _parse_file(entry["raw_data"])
+    return Shard(samples, columns, raw, packed and _parse_file(packed), method)
+
+
+def _parse_file(entry: dict[str, Any]) -> File:
+    name, size = PurePosixPath(entry["basename"]), entry["bytes"]
+    if name.is_absolute() or ".." in name.parts or not name.parts:
+        raise ValueError(f"a file outside of the dataset, {entry['basename']!r}")
+    if type(size) is not int or size < 0:
+        raise ValueError(f"a file of {size!r} bytes")
+    return File(str(name), size, dict(entry["hashes"]))
+
+
+def _check_header(where: str, shard: Shard, view: memoryview) -> None:
+    """Everything reading relies on: the number of samples, and offsets that stay in the file."""
+    n = int.from_bytes(view[:4], "little")
+    header = 4 + 4 * (n + 1)
+    if n != shard.samples or header > len(view):
+        raise UserError(
+            f"expected {shard.samples} samples in {where}, found {n} in its header; it is damaged "
+            "or belongs to another index: copy both again"
+        )
+    offsets = np.frombuffer(view[4:header], "<u4")
+    if offsets[0] < header or offsets[-1] != len(view) or np.any(offsets[1:] < offsets[:-1]):
+        raise UserError(
+            f"expected rising offsets up to {len(view)} bytes in {where}, found others; it is "
+            "damaged: copy it again"
+        )
+    try:  # the shard's own copy of the columns; other writers may leave it out
+        columns = json.loads(bytes(view[header : offsets[0]]))
+        found = dict(zip(columns["column_names"], columns["column_encodings"], strict=True))
+    except (ValueError, KeyError, TypeError):
+        return
+    if found != shard.columns:
+        raise UserError(
+            f"expected columns {shard.columns} in {where}, found {found}; it belongs to another "
+            "index, or one of them is damaged: copy both again"
+        )
+
+
+def digest(algorithm: str, data: bytes | memoryview) -> str:
+    """Hexadecimal hash by the name the index gives it, such as "sha1" or "xxh64".
+
+    Raises:
+      ValueError: an unknown name.
+    """
+    if algorithm in xxhash.algorithms_available:
+        return getattr(xxhash, algorithm)(data).hexdigest()
+    if algorithm not in hashlib.algorithms_available or algorithm.startswith("shake"):
+        raise ValueError(f"unknown hash {algorithm!r}")
+    return hashlib.new(algorithm, data).hexdigest()
+
+
+def _check_file_hashes(where: str, file: File, data: bytes | memoryview) -> None:
+    for algorithm, expected in file.hashes.items():
+        try:
+            found = digest(algorithm, data)
+        except ValueError as error:
+            raise UserError(f"cannot check {where}: {error}; read without checking") from error
+        if found != expected:
+            raise UserError(
+                f"expected {algorithm} {expected} of {where}, found {found}; the file is damaged: "
+                "copy it again"
+            )

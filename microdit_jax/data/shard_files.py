@@ -1,0 +1,196 @@
+"""Files of a dataset as local paths: a folder's own, or copies of a URL's in a bounded cache."""
+
+import collections
+import hashlib
+import os
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import BinaryIO
+
+import fsspec
+
+from microdit_jax.errors import UserError, disk_errors
+
+_ATTEMPTS = 3  # to fetch a file; the second and third after 1 and 2 seconds
+
+
+class ShardFiles:
+    """Files below a local folder or an fsspec URL (gs://, s3://, https://, memory://, ...).
+
+    One process to a cache folder, or the bound holds for each process by itself. Safe in threads.
+
+    Attributes:
+      root: the folder or URL, without a trailing slash.
+      is_local: whether files are used where they are.
+    """
+
+    def __init__(
+        self,
+        root: str | os.PathLike,
+        *,
+        cache: str | os.PathLike | None = None,
+        cache_bytes: int = 100 * 10**9,
+        on_evict: Callable[[str], None] = lambda name: None,
+    ):
+        """`cache` keeps what is fetched or unpacked, `cache_bytes` at most.
+
+        A URL needs one; a local folder with one does not get its compressed shards unpacked beside
+        them but there. `on_evict` is called with the name of each file that goes.
+        """
+        self.root = str(root).rstrip("/").removeprefix("file://")
+        self.is_local = "://" not in self.root
+        self._filesystem, self._path = None, self.root
+        if not self.is_local:
+            if cache is None:
+                raise UserError(
+                    f"{self.root} is read through a cache on a local disk, found no folder for it; "
+                    "give one, such as --cache=/tmp/latents"
+                )
+            try:
+                self._filesystem, self._path = fsspec.core.url_to_fs(self.root)
+            except (ImportError, ValueError) as error:
+                raise UserError(f"{self.root} cannot be opened: {error}") from error
+        key = hashlib.sha256(self.root.encode()).hexdigest()[:16]
+        self._cache = None if cache is None else Path(cache) / key
+        self._cache_bytes, self._on_evict = cache_bytes, on_evict
+        self._lock = threading.Lock()
+        self._file_locks: dict[str, threading.Lock] = collections.defaultdict(threading.Lock)
+        self._kept: collections.OrderedDict[str, int] = collections.OrderedDict()
+        if self._cache is not None:  # what an earlier run left, oldest first
+            found = [path for path in self._cache.rglob("*") if path.is_file()]
+            for path in sorted(found, key=lambda path: path.stat().st_mtime):
+                if path.name.endswith(".partial"):
+                    path.unlink()
+                else:
+                    self._kept[path.relative_to(self._cache).as_posix()] = path.stat().st_size
+
+    def location(self, name: str) -> str:
+        """Where a file is, for people."""
+        return f"{self.root}/{name}"
+
+    def exists(self, name: str) -> bool:
+        """Whether the dataset has that file; asks the network for a URL."""
+        if self.is_local:
+            return Path(self.root, name).is_file()
+        return self._filesystem.isfile(f"{self._path}/{name}")
+
+    def read(self, name: str) -> bytes:
+        """A small file, never cached.
+
+        Raises:
+          UserError: there is none, or it cannot be read.
+        """
+        try:
+            if self.is_local:
+                return Path(self.root, name).read_bytes()
+            return self._filesystem.cat_file(f"{self._path}/{name}")
+        except OSError as error:
+            raise UserError(
+                f"expected the file {self.location(name)}, could not read it "
+                f"({_reason(error)}); check the path"
+            ) from error
+
+    def open(self, name: str, size: int) -> BinaryIO:
+        """A file of `size` bytes, open for reading; fetched first where it must be.
+
+        Raises:
+          UserError: it is missing, cannot be fetched, or has another size.
+        """
+        if not self.is_local:
+            return self.make(name, size, lambda: self._fetch(name, size))
+        path = Path(self.root, name)
+        try:
+            file = open(path, "rb")
+        except OSError as error:
+            raise UserError(
+                f"expected the file {path} of {size} bytes, found none ({_reason(error)}); "
+                "copy the dataset again"
+            ) from error
+        found = os.fstat(file.fileno()).st_size
+        if found != size:
+            file.close()
+        _check_size(path, size, found)
+        return file
+
+    def make(self, name: str, size: int, content: Callable[[], bytes | bytearray]) -> BinaryIO:
+        """A file that is kept in the cache, or beside the dataset, open for reading; made once.
+
+        Args:
+          size: its bytes; a file of another size is made anew.
+          content: called for the bytes if the file is not there.
+        """
+        path = (Path(self.root) if self._cache is None else self._cache) / name
+        with self._file_locks[name]:
+            file = _open_sized(path, size)
+            if file is None:
+                file = _write_and_open(path, content())
+        if self._cache is not None:
+            self._keep(name, size)
+        return file
+
+    def _fetch(self, name: str, size: int) -> bytes:
+        for attempt in range(1, _ATTEMPTS + 1):
+            try:
+                data = self._filesystem.cat_file(f"{self._path}/{name}")
+                break
+            except OSError as error:
+                missing = isinstance(error, FileNotFoundError)
+                if attempt == _ATTEMPTS or missing:
+                    raise UserError(
+                        f"expected the file {self.location(name)}, could not fetch it "
+                        f"({_reason(error)}); check the path and the network"
+                    ) from error
+                time.sleep(attempt)
+        _check_size(self.location(name), size, len(data))
+        return data
+
+    def _keep(self, name: str, size: int) -> None:
+        """Counts a file as just used, and removes the longest unused beyond the bound."""
+        gone = []
+        with self._lock:
+            self._kept[name] = size
+            self._kept.move_to_end(name)
+            while sum(self._kept.values()) > self._cache_bytes and len(self._kept) > 1:
+                gone.append(self._kept.popitem(last=False)[0])
+        for old in gone:
+            self._on_evict(old)
+            (self._cache / old).unlink(missing_ok=True)  # who has it open can read on
+
+
+def _open_sized(path: Path, size: int) -> BinaryIO | None:
+    try:
+        file = open(path, "rb")
+    except FileNotFoundError:
+        return None
+    if os.fstat(file.fileno()).st_size == size:
+        return file
+    file.close()
+    return None
+
+
+def _write_and_open(path: Path, data: bytes | bytearray) -> BinaryIO:
+    """Writes a file whole or not at all; it is open before another process could remove it."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    with disk_errors(path, len(data)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            partial.write_bytes(data)
+            file = open(partial, "rb")
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+    return file
+
+
+def _check_size(where: str | Path, expected: int, found: int) -> None:
+    if expected != found:
+        raise UserError(
+            f"expected {expected} bytes in {where}, found {found}; the file was cut off or "
+            "replaced: copy it again"
+        )
+
+
+def _reason(error: OSError) -> str:
+    return error.strerror or type(error).__name__
