@@ -61,6 +61,7 @@ KINDS = {
         ("model", "pytorch_model"),
         ("text_encoder", "text_encoder_2", "text_encoder_3"),
     ),
+    "inception": Kind("convert.inception", ()),
 }
 
 

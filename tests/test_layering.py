@@ -44,6 +44,7 @@ LAYERS = [
 # Within one layer, who may import whom: everything else of that layer is out of bounds.
 ALLOWED_BESIDE = {
     ("convert", "microdit_jax.checkpoint"),
+    ("convert", "microdit_jax.metrics"),
     ("microdit_jax.run_restore", "microdit_jax.checkpoint"),
     ("microdit_jax.run_checkpoint", "microdit_jax.checkpoint"),
     ("microdit_jax.run_checkpoint", "microdit_jax.run_restore"),
