@@ -91,7 +91,7 @@ class MdsWriter:
                 part = value if isinstance(value, bytes) else encoding.encode(value)
                 if encoding.size not in (None, len(part)):
                     raise ValueError(f"{len(part)} bytes, expected {encoding.size}")
-            except (ValueError, TypeError, KeyError, AttributeError) as error:
+            except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
                 raise UserError(f"column {name} cannot hold this value: {error}") from error
             if encoding.size is None:
                 sizes.append(len(part))
