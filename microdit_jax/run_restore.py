@@ -91,11 +91,12 @@ def restore_state(folder: Path, abstract: Any, *, partial: bool) -> Any:
 
 def _arrays(tree: Any) -> dict[str, tuple[tuple[int, ...], str]]:
     """Shape and type of every leaf by its path, with Orbax's names."""
-    flat = ocp.tree.to_flat_dict(ocp.tree.serialize_tree(tree, keep_empty_nodes=False), sep="/")
+    # Empty nodes stay at first: Orbax cannot leave out items amid a tuple.
+    flat = ocp.tree.to_flat_dict(ocp.tree.serialize_tree(tree, keep_empty_nodes=True), sep="/")
     return {
         path: (tuple(leaf.shape), jnp.dtype(leaf.dtype).name)
         for path, leaf in flat.items()
-        if leaf is not None
+        if hasattr(leaf, "shape")
     }
 
 
