@@ -8,7 +8,8 @@ import pytest
 from conftest import GOLDEN, relative_l2
 
 from convert.clip_text import from_torch
-from microdit_jax.encoders.clip_text import ACTIVATIONS, ClipText, ClipTextConfig, ClipTextEncoder
+from microdit_jax.encoders.clip_block import ACTIVATIONS
+from microdit_jax.encoders.clip_text import ClipText, ClipTextConfig, ClipTextEncoder
 from microdit_jax.encoders.tokenizers import END_OF_TEXT, START_OF_TEXT
 from microdit_jax.errors import UserError
 

@@ -1,6 +1,6 @@
 """CLIP's text transformer, of OpenCLIP and of Stable Diffusion: texts to a vector a token.
 
-Alphabet as in microdit_jax.models: n batch, l tokens, d width, h heads, c head dim, f ffn hidden.
+Alphabet as in microdit_jax.models: n batch, l tokens, d width.
 """
 
 import dataclasses
@@ -14,83 +14,24 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float32, Int, Int32
 
+from microdit_jax.encoders.clip_block import Block, TowerConfig, norm
 from microdit_jax.encoders.tokenizers import PADDING, VOCABULARY_SIZE, ClipTokenizer
-from microdit_jax.encoders.transformer import BATCH, MASKED, attend, check_ids, in_batches
-from microdit_jax.errors import UserError
-
-ACTIVATIONS = {
-    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),  # OpenAI's, and DFN5B's
-    "gelu": functools.partial(jax.nn.gelu, approximate=False),
-    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
-}
+from microdit_jax.encoders.transformer import BATCH, check_ids, in_batches
 
 
 @dataclasses.dataclass(frozen=True)
-class ClipTextConfig:
-    """Sizes of a text tower, and how it is computed; the defaults are DFN5B-CLIP-ViT-H-14-378's.
+class ClipTextConfig(TowerConfig):
+    """Sizes of a text tower; the defaults are DFN5B-CLIP-ViT-H-14-378's.
 
     Attributes:
-      width: d of a token's vector.
-      layers: transformer blocks.
-      heads: attention heads.
       context_length: tokens l of a text, both markers included.
       vocab_size: rows of the token table.
-      activation: "quick_gelu", "gelu" or "gelu_tanh"; the weights do not tell which.
-      norm_eps: epsilon of every layer norm.
-      ffn: hidden width f; None for 4 d.
       padding: id after a text's end: 0 (OpenCLIP, SD 2.x) or END_OF_TEXT (SD 1.x).
-      dtype: type of the matrix products; residual stream, norms and softmax stay float32.
-      param_dtype: type the parameters are stored in.
     """
 
-    width: int = 1024
-    layers: int = 24
-    heads: int = 16
     context_length: int = 77
     vocab_size: int = VOCABULARY_SIZE
-    activation: str = "quick_gelu"
-    norm_eps: float = 1e-5
-    ffn: int | None = None
     padding: int = PADDING
-    dtype: str = "float32"
-    param_dtype: str = "float32"
-
-    def __post_init__(self):
-        if self.ffn is None:
-            object.__setattr__(self, "ffn", 4 * self.width)
-        for name, allowed in {
-            "activation": tuple(ACTIVATIONS),
-            "dtype": ("float32", "bfloat16", "float16"),
-            "param_dtype": ("float32", "bfloat16", "float16"),
-        }.items():
-            if getattr(self, name) not in allowed:
-                raise UserError(
-                    f"{name} must be one of {', '.join(allowed)}, found {getattr(self, name)!r}"
-                )
-        if self.heads < 1 or self.width % self.heads:
-            raise UserError(
-                f"ClipTextConfig expects heads that divide the width {self.width}, "
-                f"found {self.heads}"
-            )
-
-
-class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)); attention looks back only."""
-
-    config: ClipTextConfig
-
-    @nn.compact
-    def __call__(self, x: Float32[Array, "n l d"]) -> Float32[Array, "n l d"]:
-        config, l = self.config, x.shape[1]  # noqa: E741
-        h = _norm(config, "ln_1")(x)
-        q, k, v = jnp.split(_linear(config, 3 * config.width, "attn_in_proj")(h), 3, axis=-1)
-        causal = jnp.where(jnp.tri(l, dtype=bool), jnp.float32(0), MASKED)  # (l, l)
-        scale = (config.width // config.heads) ** -0.5
-        h = attend(q, k, v, causal[None, None], heads=config.heads, scale=scale)
-        x = x + _linear(config, config.width, "attn_out_proj")(h).astype(jnp.float32)
-        h = _linear(config, config.ffn, "mlp_c_fc")(_norm(config, "ln_2")(x))  # (n, l, f)
-        h = ACTIVATIONS[config.activation](h)
-        return x + _linear(config, config.width, "mlp_c_proj")(h).astype(jnp.float32)
 
 
 class ClipText(nn.Module):
@@ -114,22 +55,8 @@ class ClipText(nn.Module):
         x = table(ids).astype(jnp.float32)
         x = x + jnp.broadcast_to(position[: ids.shape[1]].astype(jnp.float32), x.shape)
         for i in range(config.layers):
-            x = Block(config, name=f"resblocks_{i}")(x)
-        return _norm(config, "ln_final")(x)
-
-
-def _linear(config: ClipTextConfig, features: int, name: str) -> nn.Dense:
-    return nn.Dense(features, dtype=config.dtype, param_dtype=config.param_dtype, name=name)
-
-
-def _norm(config: ClipTextConfig, name: str) -> nn.LayerNorm:
-    return nn.LayerNorm(
-        config.norm_eps,
-        dtype=jnp.float32,
-        param_dtype=config.param_dtype,
-        use_fast_variance=False,  # E[x^2] - E[x]^2 cancels
-        name=name,
-    )
+            x = Block(config, causal=True, name=f"resblocks_{i}")(x)
+        return norm(config, "ln_final")(x)
 
 
 class ClipTextEncoder:
