@@ -1,22 +1,39 @@
 """Draws pictures from prompts, each with its settings inside the PNG, and a grid of them all.
 
 Examples:
+  python sample_main.py --model=dit_4_channel_37M_real_and_synthetic_data --seed=2024 \\
+    --num_images=4 --prompt="An elegant squirrel pirate on a ship"
+  python sample_main.py --model=dit.pt --vae=sdxl/vae --text_encoder=open_clip_pytorch_model.bin \\
+    --prompts=prompts.txt
   python sample_main.py --model=out/demo/finetune --prompt="woman mechanic dark skin tone"
-  python sample_main.py --model=out/demo/finetune --heldout=24 --out=out/demo
+  python sample_main.py --again=out/images/0000_a-red-apple.png
 """
 
+import collections
+import contextlib
+import functools
 import re
 import time
 from pathlib import Path
 
+import numpy as np
 import tqdm
 from absl import app, flags
 
-from microdit_jax.cli import run
+from microdit_jax.cli import compiled_programs, run
 from microdit_jax.errors import UserError
 
-MODEL = flags.DEFINE_string("model", None, "A training run's workdir.")
+MODEL = flags.DEFINE_string(
+    "model", None, "A released checkpoint's name, a .pt or .safetensors file, or a folder: a "
+    "training run's, or one made by python -m convert."
+)  # fmt: skip
+VAE = flags.DEFINE_string(
+    "vae", None, "Its VAE, as a file, a folder or a repository; default: the one it is known for."
+)
+TEXT_ENCODER = flags.DEFINE_string("text_encoder", None, "Its text encoder, likewise.")
 PROMPT = flags.DEFINE_multi_string("prompt", [], "What to draw; may be given several times.")
+PROMPTS = flags.DEFINE_string("prompts", None, "A text file with a prompt on each line.")
+AGAIN = flags.DEFINE_string("again", None, "Make the picture of this PNG again, from its settings.")
 HELDOUT = flags.DEFINE_integer(
     "heldout", 0, "Draw this many captions held out of training, beside the real pictures."
 )
@@ -29,67 +46,178 @@ NOISE = flags.DEFINE_enum(
 )
 BATCH = flags.DEFINE_integer("batch_size", 32, "Pictures drawn at a time.", lower_bound=1)
 DTYPE = flags.DEFINE_enum(
-    "dtype", None, ["float32", "bfloat16"], "Type of the computation; default: the model's own."
-)
+    "dtype", None, ["float32", "bfloat16"], "Type of the computation; default: a training run's "
+    "own, else bfloat16, on a CPU float32."
+)  # fmt: skip
 EMA = flags.DEFINE_boolean("ema", True, "Use the moving average of the weights where there is one.")
+FSDP = flags.DEFINE_integer(
+    "fsdp", 0, "Devices over which each weight is split; 0: one, or more where it does not fit.",
+    lower_bound=0,
+)  # fmt: skip
+WARMUP = flags.DEFINE_boolean(
+    "warmup", False, "Compile for these settings first; without prompts: only that."
+)
 OUT = flags.DEFINE_string("out", "out", "Folder for the pictures.")
+
+# What a picture is made of, and its PNG tells
+SETTINGS = (MODEL, VAE, TEXT_ENCODER, STEPS, GUIDANCE, SEED, NOISE, DTYPE, EMA)
 
 
 def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}; a prompt goes into --prompt")
     # After the flags: --help answers at once.
-    from microdit_jax import assets, sample
+    from microdit_jax import create, pictures
 
+    picture = _take_settings(pictures.read_settings(Path(AGAIN.value))) if AGAIN.value else None
+    if not MODEL.value:
+        raise UserError("flag --model must have a value; see sample_main.py --help")
+    prompts = [picture["prompt"]] if picture else _prompts()
     start = time.perf_counter()
-    model = assets.load_model(MODEL.value, ema=EMA.value, dtype=DTYPE.value)
-    if model.folder is None:
-        raise UserError(
-            f"--model must be a training run, which holds its codec; found {MODEL.value}"
-        )
-    pipe = sample.from_run(model)
-    print(f"{pipe.description}: loaded in {time.perf_counter() - start:.1f} s")
+    pipe, model = _load(create)
+    print(f"{pipe.description}: loaded in {time.perf_counter() - start:.1f} s", flush=True)
 
-    rows, prompts = [], list(PROMPT.value)
+    rows = []
     if HELDOUT.value:
-        if prompts:
-            raise UserError("give either --prompt or --heldout, found both")
-        prompts, real = sample.heldout_pictures(model, HELDOUT.value)
-        rows.append(pipe.decode(real))
-    if not prompts or not all(prompt.strip() for prompt in prompts):
-        raise UserError('expected a prompt, found an empty one; give --prompt="a red apple"')
+        prompts, real = create.heldout_pictures(model, HELDOUT.value)
+        rows.append(pipe.decode(real).repeat(NUM_IMAGES.value, axis=0))
     prompts = [prompt for prompt in prompts for _ in range(NUM_IMAGES.value)]
+    if WARMUP.value:
+        start, count = time.perf_counter(), len(prompts) or NUM_IMAGES.value
+        pipe.warm_up(count, batch_size=BATCH.value, guide=GUIDANCE.value > 1)
+        print(f"compiled in {time.perf_counter() - start:.1f} s{compiled_programs()}", flush=True)
+        if not prompts:
+            return
+    for prompt, dropped in zip(prompts, pipe.text_encoder.tokenizer.dropped(prompts), strict=True):
+        if dropped:
+            print(f"warning: the last {dropped} tokens of this prompt are cut: {prompt}")
 
-    settings = {
-        "model": pipe.description,
-        "num_inference_steps": STEPS.value,
-        "guidance_scale": GUIDANCE.value,
-        "seed": SEED.value,
-        "noise": NOISE.value,
-    }
-    start = time.perf_counter()
-    images = pipe.generate(
-        prompts,
-        guidance_scale=GUIDANCE.value,
-        num_inference_steps=STEPS.value,
-        seed=SEED.value,
-        noise=NOISE.value,
-        batch_size=BATCH.value,
-        progress=lambda batches: tqdm.tqdm(batches, desc="sampling", unit="batch"),
-    )
-    seconds = time.perf_counter() - start
-    out = Path(OUT.value)
-    for i, (prompt, image) in enumerate(zip(prompts, images, strict=True)):
+    chosen = [picture["index"]] if picture else list(range(len(prompts)))
+    total = picture["of"] if picture else len(prompts)
+    settings = {flag.name: flag.value for flag in SETTINGS} | {"of": total}
+    settings["made_with"] = pipe.description
+    out, wanted = Path(OUT.value), {}
+    for i, prompt in zip(chosen, prompts, strict=True):
         slug = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60]
-        about = settings | {"prompt": prompt, "index": i}
-        sample.save_png(out / "images" / f"{i:04d}_{slug}.png", image, about)
-    if HELDOUT.value:
-        rows[0] = rows[0].repeat(NUM_IMAGES.value, axis=0)
-    grid = sample.captioned_grid([*rows, images], prompts, columns=6)
-    sample.save_png(out / "samples.png", grid, settings | {"prompts": prompts})
-    print(f"{len(images)} pictures in {seconds:.1f} s, grid in {out / 'samples.png'}")
+        wanted[out / "images" / f"{i:04d}_{slug}.png"] = settings | {"prompt": prompt, "index": i}
+    _draw(pipe, wanted, total)
+    images = np.stack([pictures.read_png(path) for path in wanted])
+    grid = pictures.captioned_grid([*rows, images], prompts, columns=6)
+    pictures.save_png(out / "samples.png", grid, settings | {"prompts": prompts})
+    print(f"grid in {out / 'samples.png'}{compiled_programs()}")
+
+
+def _prompts() -> list[str]:
+    """The prompts of the flags; none with --heldout, which has its own, or to warm up alone."""
+    if sum(map(bool, (PROMPT.value, PROMPTS.value, HELDOUT.value))) > 1:
+        raise UserError("give one of --prompt, --prompts and --heldout, found several")
+    prompts = list(PROMPT.value)
+    if PROMPTS.value:
+        try:
+            lines = Path(PROMPTS.value).read_text().splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"expected a text file at {PROMPTS.value}, found {error}") from error
+        prompts = [line for line in lines if line.strip()]
+    optional = HELDOUT.value or WARMUP.value and not PROMPTS.value
+    if not (prompts or optional) or not all(prompt.strip() for prompt in prompts):
+        raise UserError('expected a prompt, found an empty one; give --prompt="a red apple"')
+    return prompts
+
+
+def _take_settings(picture: dict) -> dict:
+    """Takes the settings of a PNG for all flags that are not given, and returns them."""
+    if missing := {"prompt", "index", "of", *(f.name for f in SETTINGS)} - set(picture):
+        raise UserError(
+            f"expected the PNG of one picture in --again, found one that does not say "
+            f"{', '.join(sorted(missing))}; take one from the folder images/"
+        )
+    if PROMPT.value or PROMPTS.value or HELDOUT.value or NUM_IMAGES.value != 1:
+        raise UserError("--again draws one picture from its own prompt; give no other prompts")
+    for flag in SETTINGS:
+        if not flags.FLAGS[flag.name].present:
+            flags.FLAGS[flag.name].value = picture[flag.name]
+    return picture
+
+
+def _load(create):
+    """The pipeline of the flags, and its model."""
+    import jax
+
+    from microdit_jax import assets
+
+    mesh = functools.partial(create.fitting_mesh, fsdp=FSDP.value)
+    model = assets.load_model(MODEL.value, ema=EMA.value, dtype=DTYPE.value, mesh=mesh)
+    dtype = DTYPE.value
+    if dtype is None and model.folder is None:
+        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+        model = model.with_dtype(dtype)
+    model = model._replace(
+        vae=VAE.value or model.vae, text_encoder=TEXT_ENCODER.value or model.text_encoder
+    )
+    for flag, value in (("vae", model.vae), ("text_encoder", model.text_encoder)):
+        if value is None:
+            raise UserError(f"expected --{flag}, found none: {MODEL.value} is not known for one")
+    return create.from_model(model, dtype=dtype), model
+
+
+def _draw(pipe, wanted: dict[Path, dict], total: int) -> None:
+    """Draws the pictures that are not there yet, a batch at a time, and saves each at once."""
+    from microdit_jax.diffusion import heun_evaluations
+    from microdit_jax.noise import initial_noise
+    from microdit_jax.pictures import is_made_so, save_png
+
+    todo = [path for path, settings in wanted.items() if not is_made_so(path, settings)]
+    if len(todo) < len(wanted):
+        print(f"{len(wanted) - len(todo)} of {len(wanted)} pictures are there already")
+    if not todo:
+        return
+    cfg, guide = pipe.model.config, GUIDANCE.value > 1
+    noise = initial_noise(
+        NOISE.value, SEED.value, total, cfg.input_size, cfg.input_size, cfg.in_channels
+    )
+    size, seconds = min(BATCH.value, len(todo)), collections.Counter()
+    batches = [todo[i : i + size] for i in range(0, len(todo), size)]
+    evaluations = len(batches) * len(heun_evaluations(STEPS.value)["sigma"])
+    with tqdm.tqdm(total=evaluations, desc="sampling", unit="eval") as bar:
+
+        def watched(work):
+            for item in work:
+                yield item
+                bar.update()
+
+        for paths in batches:
+            asked = [wanted[path] for path in paths]
+            with _timed(seconds, "text"):
+                captions = pipe.encode([settings["prompt"] for settings in asked])
+            # The last batch is filled up here, so that it runs the same programs.
+            rows = np.resize(np.arange(len(paths)), size)
+            captions, x = captions[rows], noise[[settings["index"] for settings in asked]][rows]
+            with _timed(seconds, "compiling"):
+                pipe.programs(size, captions, guide)
+            with _timed(seconds, "sampling"):
+                latents = pipe.denoise(
+                    captions,
+                    x,
+                    guidance_scale=GUIDANCE.value,
+                    num_inference_steps=STEPS.value,
+                    batch_size=size,
+                    progress=watched,
+                )
+            with _timed(seconds, "decoding"):
+                images = pipe.decode(latents[: len(paths)])
+            for path, image, settings in zip(paths, images, asked, strict=True):
+                save_png(path, image, settings)
+    print(", ".join(f"{part} {value:.1f} s" for part, value in seconds.items()))
+    whole = sum(seconds.values())
+    print(f"{len(todo)} pictures in {whole:.1f} s, {len(todo) / whole:.3g} images/s")
+
+
+@contextlib.contextmanager
+def _timed(seconds: collections.Counter, part: str):
+    start = time.perf_counter()
+    yield
+    seconds[part] += time.perf_counter() - start
 
 
 if __name__ == "__main__":
-    flags.mark_flag_as_required("model")
     run(main)

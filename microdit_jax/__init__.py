@@ -10,7 +10,7 @@ __all__ = ["create_latent_diffusion"]
 def __getattr__(name: str) -> Any:
     # On first use: importing the network alone shall not import the whole pipeline.
     if name == "create_latent_diffusion":
-        from microdit_jax.sample import create_latent_diffusion
+        from microdit_jax.create import create_latent_diffusion
 
         return create_latent_diffusion
     raise AttributeError(f"module 'microdit_jax' has no attribute {name!r}")

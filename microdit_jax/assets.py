@@ -1,26 +1,45 @@
-"""Models by name or path: converted folders, training runs, and PyTorch files."""
+"""Networks, VAEs and text towers by name or path, each converted once and kept.
+
+What can be loaded: a released checkpoint or a repository by name (hub.py fetches it), a PyTorch or
+safetensors file or a folder of one, a folder made by python -m convert, and a training run.
+PyTorch files are converted into the user's cache folder, and the next run starts from there.
+"""
 
 import dataclasses
+import hashlib
+import json
+import math
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import filelock
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
-from convert.dit import config_from_dict, from_torch
-from convert.dit_infer import infer_config
-from convert.state_dict import read_state_dict
-from microdit_jax import checkpoint
+from convert import clip_text, t5, vae
+from convert.dit import config_from_dict
+from convert.inputs import find_input, read_config
+from convert.kinds import KINDS
+from convert.to_folder import convert_to_folder
+from microdit_jax import checkpoint, hub, run_checkpoint, sharding, weights
+from microdit_jax.cli import cache_folder
 from microdit_jax.diffusion import EdmConfig
-from microdit_jax.errors import UserError
+from microdit_jax.encoders import registry
+from microdit_jax.errors import UserError, disk_errors
 from microdit_jax.models.dit import DiT, DiTConfig
+
+# A mesh; or what gives one (or None) for so many bytes of weights; None is the first local device.
+Place = Mesh | Callable[[int], Mesh | None] | None
 
 
 class Model(NamedTuple):
     """A network with its weights, and what its maker said about it.
 
-    folder is the training run, or None; vae and text_encoder are names, or None where the file does
-    not say; description tells a person what was loaded.
+    folder is the training run, or None; vae and text_encoder are what load_codec and
+    load_text_encoder take, or None where nobody said; description tells a person what was loaded.
     """
 
     config: DiTConfig
@@ -31,57 +50,192 @@ class Model(NamedTuple):
     folder: Path | None
     description: str
 
-
-def abstract_params(config: DiTConfig) -> Any:
-    """Shapes and types of a network's parameters, on the first local device."""
-    x = jnp.zeros((1, config.input_size, config.input_size, config.in_channels), jnp.float32)
-    y = jnp.zeros((1, 1, config.caption_channels), jnp.float32)
-    init = DiT(config).init
-    shapes = jax.eval_shape(init, jax.random.key(0), x, jnp.zeros(1, jnp.float32), y)["params"]
-    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), shapes)
+    def with_dtype(self, dtype: str) -> "Model":
+        """The same model, computed in another type."""
+        return self._replace(config=dataclasses.replace(self.config, dtype=dtype))
 
 
-def load_model(name: str, *, ema: bool = True, dtype: str | None = None) -> Model:
-    """Loads a model folder (python -m convert), a training run, or a .pt / .safetensors file.
+def load_model(
+    name: str, *, ema: bool = True, dtype: str | None = None, mesh: Place = None
+) -> Model:
+    """A network by name or path.
 
     Args:
-      name: the path.
+      name: of a released checkpoint, with or without ".pt"; or the path of a .pt or .safetensors
+        file, of a model folder (python -m convert), or of a training run.
       ema: of a training run, the moving average of the weights, if it keeps one.
       dtype: type of the computation; None keeps the model's own.
+      mesh: where the weights go, by the rules of sharding.py.
     Raises:
       UserError: nothing usable there, or damaged.
     """
-    path = Path(name)
+    path, released = Path(name), hub.RELEASED.get(name.removesuffix(".pt"))
+    if released and not path.exists():
+        path = hub.released_checkpoint(name)
     if path.is_file():
-        state_dict = read_state_dict(path)
-        config = infer_config(state_dict)
-        params = jax.tree.map(jnp.asarray, from_torch(state_dict, config))
-        model = Model(config, params, EdmConfig(), None, None, None, f"{path.name}")
-    elif checkpoint.is_run(path):
-        meta = checkpoint.read_run_metadata(path)
-        config, ema = config_from_dict(meta["dit"]), ema and meta["has_ema"]
-        params, step = checkpoint.load_run_params(path, abstract_params(config), ema=ema)
-        kind = "moving average" if ema else "raw weights"
-        model = Model(
-            config,
-            params,
-            EdmConfig(**meta["edm"]),
-            meta["vae"],
-            meta["text_encoder"],
-            path,
-            f"{path}, step {step}, {kind}",
-        )
+        model = _from_folder(converted("dit", path), mesh)
+        model = model._replace(description=path.name)
+    elif run_checkpoint.is_run(path):
+        model = _from_run(path, ema, mesh)
     elif path.is_dir():
-        params, meta = checkpoint.load_model(path)
-        model = Model(
-            config_from_dict(meta["dit"]), params, EdmConfig(), None, None, None, f"{path}"
-        )
+        model = _from_folder(path, mesh)
     else:
         raise UserError(
-            f"--model must be a training run, a folder made by python -m convert, or a .pt or "
-            f".safetensors file, found nothing at {name}"
+            "--model must be a training run, a folder made by python -m convert, a .pt or "
+            f".safetensors file, or one of {', '.join(hub.RELEASED)}, found nothing at {name}"
         )
-    if dtype is not None:
-        model = model._replace(config=dataclasses.replace(model.config, dtype=dtype))
-    return model
+    if model.folder is None:
+        vae_name = hub.DEFAULT_VAES.get(model.config.in_channels)
+        model = model._replace(vae=vae_name, text_encoder=hub.DFN5B_CLIP)
+    return model if dtype is None else model.with_dtype(dtype)
+
+
+def untrained_model(config: DiTConfig, *, mesh: Place = None) -> Model:
+    """A network as it is before training; it names no VAE and no text encoder."""
+    places = jax.tree.map(lambda leaf: leaf.sharding, abstract_params(config, mesh))
+
+    def init(key):
+        return DiT(config).init(key, *_inputs(config))["params"]
+
+    params = jax.jit(init, out_shardings=places)(jax.random.key(0))
+    return Model(config, params, EdmConfig(), None, None, None, "untrained")
+
+
+def abstract_params(config: DiTConfig, mesh: Place = None) -> Any:
+    """Shapes, types and places of a network's parameters."""
+    init = DiT(config).init
+    shapes = jax.eval_shape(init, jax.random.key(0), *_inputs(config))["params"]
+    if callable(mesh):
+        mesh = mesh(sum(math.prod(s.shape) * s.dtype.itemsize for s in jax.tree.leaves(shapes)))
+    if mesh is None:
+        first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        places = jax.tree.map(lambda _: first, shapes)
+    else:
+        places = sharding.shardings(shapes, mesh)
+    return jax.tree.map(
+        lambda s, place: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), shapes, places
+    )
+
+
+def _inputs(config: DiTConfig) -> tuple[jax.Array, jax.Array, jax.Array]:
+    x = jnp.zeros((1, config.input_size, config.input_size, config.in_channels), jnp.float32)
+    return x, jnp.zeros(1, jnp.float32), jnp.zeros((1, 1, config.caption_channels), jnp.float32)
+
+
+def _from_folder(folder: Path, mesh: Place) -> Model:
+    metadata = checkpoint.read_metadata(folder)
+    if metadata["kind"] != "dit":
+        raise UserError(
+            f"expected a model of kind dit in {folder}, found {metadata['kind']}; that is not the "
+            "network: give it to --vae or --text_encoder"
+        )
+    config = config_from_dict(metadata["dit"])
+    places = jax.tree.map(lambda leaf: leaf.sharding, abstract_params(config, mesh))
+    params, _ = checkpoint.load_model(folder, sharding=places)
+    return Model(config, params, EdmConfig(), None, None, None, f"{folder}")
+
+
+def _from_run(path: Path, ema: bool, mesh: Place) -> Model:
+    metadata = run_checkpoint.read_run_metadata(path)
+    config, ema = config_from_dict(metadata["dit"]), ema and metadata["has_ema"]
+    params, step = weights.load_run_params(path, abstract_params(config, mesh), ema=ema)
+    kept = path / "vae"  # the codec that the run was trained with, where that is small
+    return Model(
+        config,
+        params,
+        EdmConfig(**metadata["edm"]),
+        str(kept) if kept.is_dir() else metadata["vae"],
+        metadata["text_encoder"],
+        path,
+        f"{path}, step {step}, {'moving average' if ema else 'raw weights'}",
+    )
+
+
+def load_text_encoder(name: str, *, dtype: str | None = None, mesh: Mesh | None = None) -> Any:
+    """A frozen text encoder, with `name`, `width`, `encode(ids)` and `encode_text(texts)`.
+
+    Args:
+      name: "table:width=W,tokens=L,seed=S"; or the path of a CLIP or T5, as a file, as a folder of
+        its library, or converted; or as hub.text_encoder takes it. A T5's folder has its tokenizer.
+      dtype: type of the computation; None keeps the model's own.
+      mesh: the devices that share the work, each with all weights; None: the first local device.
+    """
+    if name.startswith("table:"):
+        return registry.text_encoder(name)
+    path, given_name = Path(name), None
+    if not path.exists():
+        path, given_name = hub.text_encoder(name), name
+    tokenizer = {}
+    if _is_model(path):
+        folder, kind = path, checkpoint.read_metadata(path)["kind"]
+        source = path / "tokenizer"
+    else:
+        kind = _text_kind(path)
+        folder, source = converted(kind, path), path if path.is_dir() else path.parent
+    if kind not in ("clip_text", "t5"):
+        raise UserError(f"expected a text encoder at {name}, found a model of kind {kind}")
+    if kind == "t5" and source.is_dir():
+        tokenizer = {"tokenizer": str(source)}
+    return {"clip_text": clip_text, "t5": t5}[kind].load_encoder(
+        folder, given_name, dtype=dtype, sharding=_copies(mesh), batch=_tower_batch(), **tokenizer
+    )
+
+
+def load_codec(name: str, *, dtype: str | None = None, mesh: Mesh | None = None) -> Any:
+    """An image codec, with `name`, `channels`, `scaling_factor`, `encode` and `decode`.
+
+    Args:
+      name: the path of a VAE, as a file beside its config.json, as a folder, or converted, or of
+        the codec that a run on small data made; or as hub.vae takes it.
+      dtype: type of the computation; None keeps the model's own.
+      mesh: the devices that share the work, each with all weights; None: the first local device.
+    """
+    path = Path(name)
+    if (path / "codec.json").is_file():
+        return registry.image_codec(path)
+    if not path.exists():
+        path = hub.vae(name)
+    folder = path if _is_model(path) else converted("vae", path)
+    return vae.load_codec(folder, dtype=dtype, sharding=_copies(mesh))
+
+
+def converted(kind: str, path: Path) -> Path:
+    """The model folder of a PyTorch or safetensors file or folder, from the cache if it is there.
+
+    A file is known again by its path, size and time, without being read; what was made from an
+    older file at the same path is replaced. The folder's own files have checksums.
+    """
+    source = find_input(path, KINDS[kind])
+    stats = [(str(file.resolve()), file.stat()) for file in source.files]
+    made_from = {"files": [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]}
+    made_from["config"] = source.config
+    place = hashlib.sha256(json.dumps([name for name, _ in stats]).encode()).hexdigest()[:12]
+    folder = cache_folder() / "models" / f"{kind}-{source.files[0].stem}-{place}"
+    with disk_errors(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with filelock.FileLock(f"{folder}.lock"):  # another process may be at it
+            if folder.is_dir() and checkpoint.read_metadata(folder).get("cached") != made_from:
+                shutil.rmtree(folder)
+            if not folder.is_dir():
+                print(f"converting {path}, once, into {folder}", flush=True)
+                convert_to_folder(kind, path, folder, notes={"cached": made_from})
+    return folder
+
+
+def _is_model(path: Path) -> bool:
+    return all((path / name).is_file() for name in ("config.json", "manifest.json"))
+
+
+def _text_kind(path: Path) -> str:
+    """Whether weights, or a folder of them, are a CLIP's or a T5's."""
+    beside = read_config((path if path.is_dir() else path.parent) / "config.json") or {}
+    return "t5" if beside.get("model_type") == "t5" or "d_kv" in beside else "clip_text"
+
+
+def _copies(mesh: Mesh | None) -> jax.sharding.Sharding | None:
+    return None if mesh is None else jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+
+
+def _tower_batch() -> int:
+    """Texts at a time: few on a CPU, where a batch gains nothing and unused rows cost."""
+    return 2 if jax.default_backend() == "cpu" else 32

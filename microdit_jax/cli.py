@@ -1,5 +1,6 @@
 """What every command shares: one line and exit status 2 for bad input, the compilation cache."""
 
+import collections
 import os
 import re
 from collections.abc import Callable
@@ -22,7 +23,23 @@ def use_compilation_cache() -> None:
     """Keeps compiled programs between runs, unless JAX was told where already."""
     if not jax.config.jax_compilation_cache_dir:
         jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "xla"))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    jax.monitoring.register_event_listener(_count_event)
+
+
+_EVENTS = collections.Counter()
+
+
+def _count_event(event: str, **_) -> None:
+    _EVENTS[event] += 1
+
+
+def compiled_programs() -> str:
+    """What XLA had to do since this process started, to end a line of a report."""
+    compiled = _EVENTS["/jax/compilation_cache/cache_misses"]
+    found = _EVENTS["/jax/compilation_cache/cache_hits"]
+    return f"; {compiled} programs compiled, {found} from the cache"
 
 
 def run(main: Callable[[list[str]], None]) -> None:

@@ -82,17 +82,24 @@ def guided(network: Network, guidance_scale: Float[Array, ""] | float) -> Networ
     """Classifier-free guidance: F_uncond + g (F_cond - F_uncond), from one doubled batch.
 
     Args:
-      network: takes 2n latents; the first n get their captions, the others the zero caption.
+      network: takes 2n latents; rows 2i get image i's caption, rows 2i + 1 the zero caption (see
+        `interleave`: a batch split over devices keeps both rows of an image together).
       guidance_scale: g; may be traced, so that another value compiles nothing. For g <= 1 the
         reference does not guide at all: then do not wrap.
     """
 
     def network_with_guidance(x: Latents, c_noise: Float[Array, " n"]) -> Latents:
-        F_both = network(jnp.concatenate([x, x]), jnp.concatenate([c_noise, c_noise]))
-        F_cond, F_uncond = jnp.split(F_both.astype(jnp.float32), 2)
+        F_both = network(interleave(x, x), interleave(c_noise, c_noise)).astype(jnp.float32)
+        F_both = F_both.reshape(x.shape[0], 2, *x.shape[1:])
+        F_cond, F_uncond = F_both[:, 0], F_both[:, 1]
         return F_uncond + guidance_scale * (F_cond - F_uncond)
 
     return network_with_guidance
+
+
+def interleave(first: Float[Array, "n *s"], second: Float[Array, "n *s"]) -> Float[Array, "m *s"]:
+    """first[0], second[0], first[1], second[1], ...: (2n, ...)."""
+    return jnp.stack([first, second], axis=1).reshape(2 * first.shape[0], *first.shape[1:])
 
 
 def training_sigma(normal: Float[Array, " n"], config: EdmConfig) -> Float[Array, " n"]:
@@ -170,8 +177,9 @@ class HeunState(NamedTuple):
 def heun_start(noise: Latents, config: EdmConfig = EdmConfig()) -> HeunState:
     """The state before the first evaluation: standard normal noise times sigma_max."""
     x = noise.astype(jnp.float32) * np.float32(config.sigma_max)
-    # Three arrays, not one thrice: the state is donated from evaluation to evaluation.
-    return HeunState(x, jnp.copy(x), jnp.zeros_like(x))
+    # Three arrays, not one thrice: the state is donated from evaluation to evaluation. The zeros are
+    # computed from x, so that they lie where it lies on a mesh.
+    return HeunState(x, jnp.copy(x), 0 * x)
 
 
 def heun_evaluations(num_steps: int, config: EdmConfig = EdmConfig()) -> dict[str, np.ndarray]:

@@ -1,66 +1,120 @@
-"""From prompts to pictures: the pipeline, grids, and PNGs that say how they were made."""
+"""From prompts to pictures: a text tower, the network in its sampler, and a VAE."""
 
 import dataclasses
 import functools
-import json
+import itertools
 import secrets
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
-from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
-from microdit_jax import assets, checkpoint, diffusion
-from microdit_jax.data.latents import Prepared, load_prepared
-from microdit_jax.diffusion import EdmConfig
-from microdit_jax.encoders import registry
-from microdit_jax.errors import UserError, disk_errors
-from microdit_jax.models import dit
-from microdit_jax.models.dit import DiT
+from microdit_jax import diffusion, memory, sharding
+from microdit_jax.data.latents import Prepared
+from microdit_jax.diffusion import EdmConfig, HeunState
+from microdit_jax.encoders.placement import fetch, rows_sharding
+from microdit_jax.errors import UserError
+from microdit_jax.models.dit import Caption, DiT
 from microdit_jax.noise import initial_noise
+from microdit_jax.pictures import captioned_grid, save_png
+
+__all__ = ["LatentDiffusion", "captioned_grid", "choose_heldout", "save_png"]
 
 
-@functools.partial(jax.jit, static_argnames=("model", "edm", "num_steps", "guide"))
-def sample_latents(
+def _on_each_device(
+    function: Callable, mesh: Mesh | None, params: Any, rows: tuple, whole: tuple = ()
+) -> Any:
+    """function(params, *rows, *whole), each device with its own rows and all weights.
+
+    So pictures are computed as on one device, whatever the partitioner might think of, and Pallas
+    and cuDNN kernels work. Weights that are split over `fsdp` are gathered; experts split over
+    `expert` stay where they are and tokens travel.
+    """
+    if mesh is None:
+        return function(params, *rows, *whole)
+    specs = sharding.specs(params, mesh)
+
+    def local(shards, rows, whole):
+        return function(sharding.gather(shards, specs), *rows, *whole)
+
+    return jax.shard_map(
+        local,
+        mesh=mesh,
+        in_specs=(specs, sharding.BATCH, P()),
+        out_specs=sharding.BATCH,
+        check_vma=False,  # it would refuse Pallas kernels
+    )(params, rows, whole)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "guide", "mesh"))
+def encode_captions(
     params: Any,
     caption_latents: Float[Array, "n l caption"],
-    noise: Float[Array, "n height width channels"],
+    *,
+    model: DiT,
+    guide: bool,
+    mesh: Mesh | None,
+) -> Caption:
+    """What the network needs of n captions at every noise level, computed once.
+
+    Args:
+      guide: with it each caption is followed by the zero caption: rows as `diffusion.guided` has
+        them.
+      mesh: over which the batch is split, and perhaps the weights.
+    """
+
+    def encode(params, y):
+        if guide:
+            y = diffusion.interleave(y, jnp.zeros_like(y))
+        return model.apply({"params": params}, y, method="encode_caption")
+
+    return _on_each_device(encode, mesh, params, (caption_latents,))
+
+
+@functools.partial(
+    jax.jit, static_argnames=("model", "sigma_data", "guide", "mesh"), donate_argnames=("state",)
+)
+def evaluate_network(
+    params: Any,
+    caption: Caption,
+    state: HeunState,
+    at: dict[str, Array],
     guidance_scale: Float[Array, ""],
     *,
     model: DiT,
-    edm: EdmConfig,
-    num_steps: int,
+    sigma_data: float,
     guide: bool,
-) -> Float[Array, "n height width channels"]:
-    """Latents for caption embeddings and standard normal noise, as one compiled program.
-
-    What depends on the captions alone is computed once, outside the sampling loop.
+    mesh: Mesh | None,
+) -> HeunState:
+    """One of the sampler's evaluations; the same program serves all, whatever their number.
 
     Args:
-      guidance_scale: weight of guidance; traced, so any value runs the same program.
-      guide: whether to guide at all; twice the work.
+      at: a row of `diffusion.heun_evaluations`.
+      guidance_scale: traced, so that another value compiles nothing.
     """
-    y = caption_latents
-    if guide:
-        y = jnp.concatenate([y, jnp.zeros_like(y)])
-    caption = model.apply({"params": params}, y, method="encode_caption")
 
-    def network(x, c_noise):
-        return model.apply({"params": params}, x, c_noise, caption, method="predict")[0]
+    def evaluate(params, caption, state, at, guidance_scale):
+        def network(x, c_noise):
+            return model.apply({"params": params}, x, c_noise, caption, method="predict")[0]
 
-    if guide:
-        network = diffusion.guided(network, guidance_scale)
-    denoise = diffusion.denoiser(network, edm.sigma_data)
-    return diffusion.heun_sampler(denoise, noise, num_steps, edm)
+        if guide:
+            network = diffusion.guided(network, guidance_scale)
+        return diffusion.heun_evaluate(diffusion.denoiser(network, sigma_data), state, at)
+
+    return _on_each_device(evaluate, mesh, params, (caption, state), (at, guidance_scale))
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class LatentDiffusion:
-    """A network with its frozen towers: prompts in, pictures out."""
+    """A network with its frozen towers: prompts in, pictures out.
+
+    The weights say where things run: on a mesh, pictures are dealt out over all of its devices.
+    """
 
     model: DiT
     params: Any
@@ -68,141 +122,190 @@ class LatentDiffusion:
     text_encoder: Any
     codec: Any
     description: str = ""
+    _programs: dict = dataclasses.field(default_factory=dict, repr=False)
 
     def generate(
         self,
-        prompt: Sequence[str] | None = None,
+        prompt: str | Sequence[str] | None = None,
         tokenized_prompts: np.ndarray | None = None,
+        attention_mask: np.ndarray | None = None,
         guidance_scale: float = 5.0,
         num_inference_steps: int = 30,
         seed: int | None = None,
         return_only_latents: bool = False,
         *,
-        noise: str = "jax",
+        noise: str | Float[np.ndarray, "n h w c"] = "jax",
         batch_size: int = 32,
-        progress: Callable[[Sequence[slice]], Iterable[slice]] = iter,
+        progress: Callable[[Sequence[Any]], Iterable[Any]] | None = None,
     ) -> np.ndarray:
         """Draws one picture for each prompt.
 
         Args:
-          prompt: texts.
+          prompt: texts; one that is too long is cut, as `text_encoder.tokenizer` says.
           tokenized_prompts: token ids (n, l) int32, instead of texts.
+          attention_mask: (n, l), nonzero at text, for ids of T5, which sees no padding. CLIP's
+            towers see it, as they did in training, and take no notice of a mask.
           guidance_scale: classifier-free guidance; 1 or less means none.
           num_inference_steps: steps of the sampler, each two network evaluations but the last.
           seed: of the initial noise; None draws one.
           return_only_latents: skip the decoder.
+          noise: "jax", or "torch_cpu" / "torch_cuda" for the reference's own; or the standard
+            normal noise itself.
           batch_size: pictures drawn at a time; the last batch is filled up, so that every batch
-            runs the same program.
-          progress: wraps the sequence of batches, to show a bar.
-          noise: "jax", or "torch_cpu" / "torch_cuda" for the reference's own noise.
+            runs the same program. On a mesh, rounded up to its number of devices.
+          progress: wraps the sequence of network evaluations, to show a bar.
         Returns:
           float32 (n, H, W, 3) in [0, 1], or latents float32 (n, h, w, channels).
         Raises:
-          UserError: no prompt, or a value out of range; latents that are not finite.
+          UserError: no prompt, or a value out of range; not enough memory; latents that are not
+            finite.
         """
-        y = self._embed(prompt, tokenized_prompts)
-        seed = secrets.randbits(32) if seed is None else seed
-        cfg = self.model.config
-        x = initial_noise(noise, seed, len(y), cfg.input_size, cfg.input_size, cfg.in_channels)
-        size = min(batch_size, len(y))
-        latents = np.empty_like(x)
-        for rows in progress([slice(i, i + size) for i in range(0, len(y), size)]):
-            filled = np.resize(np.arange(len(y))[rows], size)
-            drawn = sample_latents(
-                self.params,
-                jnp.asarray(y[filled]),
-                jnp.asarray(x[filled]),
-                jnp.float32(guidance_scale),
-                model=self.model,
-                edm=self.edm,
-                num_steps=num_inference_steps,
-                guide=guidance_scale > 1,
-            )
-            latents[rows] = np.asarray(drawn)[: len(latents[rows])]
+        y = self.encode(prompt, tokenized_prompts, attention_mask)
+        latents = self.denoise(
+            y,
+            self._initial_noise(noise, seed, len(y)),
+            guidance_scale=guidance_scale,
+            num_inference_steps=num_inference_steps,
+            batch_size=batch_size,
+            progress=progress,
+        )
+        return latents if return_only_latents else self.decode(latents)
+
+    def encode(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        tokenized_prompts: np.ndarray | None = None,
+        attention_mask: np.ndarray | None = None,
+    ) -> Float[np.ndarray, "n l caption"]:
+        """Embeddings of texts or token ids, each different text computed once."""
+        if (prompt is None) == (tokenized_prompts is None):
+            raise UserError("give either prompt or tokenized_prompts, found both or neither")
+        if tokenized_prompts is not None:
+            ids = np.asarray(tokenized_prompts, np.int32)
+            masks = {} if attention_mask is None else {"attention_mask": attention_mask}
+            return self.text_encoder.encode(ids, **masks)
+        if attention_mask is not None:
+            raise UserError("attention_mask belongs to tokenized_prompts, found it with texts")
+        texts = [prompt] if isinstance(prompt, str) else list(prompt)
+        if not texts or not all(text.strip() for text in texts):
+            raise UserError('expected prompts, found none or an empty one; give --prompt="..."')
+        different = sorted(set(texts))
+        return self.text_encoder.encode_text(different)[[different.index(text) for text in texts]]
+
+    def denoise(
+        self,
+        caption_latents: Float[np.ndarray, "n l caption"],
+        noise: Float[np.ndarray, "n h w c"],
+        *,
+        guidance_scale: float,
+        num_inference_steps: int,
+        batch_size: int = 32,
+        progress: Callable[[Sequence[Any]], Iterable[Any]] | None = None,
+    ) -> Float[np.ndarray, "n h w c"]:
+        """Scaled latents (n, h, w, channels) float32 of n captions, from standard normal noise.
+
+        The other arguments, and what is raised, are `generate`'s.
+        """
+        y, x = caption_latents, noise
+        size, encode, evaluate = self.programs(batch_size, y, guidance_scale > 1)
+        place, _ = rows_sharding(self.params)
+        evaluations = diffusion.heun_evaluations(num_inference_steps, self.edm)
+        count, latents = len(evaluations["sigma"]), np.empty_like(x)
+        work = list(itertools.product(range(0, len(y), size), range(count)))
+        with memory.out_of_memory(f"a smaller batch_size than {size}"):
+            for start, i in work if progress is None else progress(work):
+                if i == 0:
+                    rows = np.resize(np.arange(len(y))[start : start + size], size)
+                    caption = encode(self.params, jax.device_put(y[rows], place))
+                    state = _start(jax.device_put(x[rows], place), edm=self.edm)
+                at = {name: values[i] for name, values in evaluations.items()}
+                state = evaluate(self.params, caption, state, at, np.float32(guidance_scale))
+                if progress is not None:
+                    jax.block_until_ready(state)  # or the bar would run ahead of the device
+                if i == count - 1:
+                    latents[start : start + size] = fetch(state.x)[: len(y) - start]
         if not np.isfinite(latents).all():
             raise UserError(
                 "expected finite latents, found NaN or infinity; check the weights, or use "
                 "dtype='float32' and a lower guidance_scale"
             )
-        return latents if return_only_latents else self.decode(latents)
+        return latents
 
     def decode(self, latents: Float[np.ndarray, "n h w c"]) -> Float[np.ndarray, "n H W 3"]:
         """Pictures in [0, 1] from scaled latents."""
         images = self.codec.decode(latents / np.float32(self.codec.scaling_factor))
         return np.clip(images / 2 + 0.5, 0, 1).astype(np.float32)
 
-    def _embed(self, prompt, tokenized_prompts) -> np.ndarray:
-        if (prompt is None) == (tokenized_prompts is None):
-            raise UserError("give either prompt or tokenized_prompts, found both or neither")
-        if tokenized_prompts is not None:
-            return self.text_encoder.encode(np.asarray(tokenized_prompts, np.int32))
-        prompt = [prompt] if isinstance(prompt, str) else list(prompt)
-        if not prompt:
-            raise UserError('expected at least one prompt, found none; give --prompt="..."')
-        return self.text_encoder.encode_text(prompt)
+    def programs(
+        self, batch_size: int, caption_latents: Float[np.ndarray, "n l caption"], guide: bool
+    ) -> tuple[int, Callable, Callable]:
+        """`encode_captions` and `evaluate_network`, compiled once for each shape.
+
+        Args:
+          batch_size: pictures drawn at a time, at most.
+          caption_latents: the captions; their number and length count, not what they say.
+        Returns:
+          The size of a batch, and the two programs.
+        Raises:
+          UserError: they need more memory than there is.
+        """
+        place, devices = rows_sharding(self.params)
+        size = -(-min(batch_size, len(caption_latents)) // devices) * devices
+        length = caption_latents.shape[1]
+        key = (size, length, guide)
+        if key not in self._programs:
+            cfg = self.model.config
+            rows = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32, sharding=place)
+            static = {"model": self.model, "guide": guide, "mesh": getattr(place, "mesh", None)}
+            y = rows((size, length, cfg.caption_channels))
+            encode = encode_captions.lower(self.params, y, **static).compile()
+            caption = jax.tree.map(
+                lambda info, at: jax.ShapeDtypeStruct(info.shape, info.dtype, sharding=at),
+                encode.out_info,
+                encode.output_shardings,
+            )
+            x = rows((size, cfg.input_size, cfg.input_size, cfg.in_channels))
+            at = {
+                name: jax.ShapeDtypeStruct((), values.dtype)
+                for name, values in diffusion.heun_evaluations(1).items()
+            }
+            evaluate = evaluate_network.lower(
+                self.params,
+                caption,
+                HeunState(x, x, x),
+                at,
+                jax.ShapeDtypeStruct((), jnp.float32),
+                sigma_data=self.edm.sigma_data,
+                **static,
+            ).compile()
+            memory.check_fit(evaluate, rows=size, what="batch_size")
+            self._programs[key] = encode, evaluate
+        return size, *self._programs[key]
+
+    def warm_up(self, num_images: int, *, batch_size: int = 32, guide: bool = True) -> None:
+        """Compiles all that `generate` runs for so many pictures, and keeps it for later runs."""
+        captions = self.encode(["a"] * num_images)
+        size, _, _ = self.programs(batch_size, captions, guide)
+        cfg = self.model.config
+        x = np.zeros((num_images, cfg.input_size, cfg.input_size, cfg.in_channels), np.float32)
+        _start(jax.device_put(x[:1].repeat(size, 0), rows_sharding(self.params)[0]), edm=self.edm)
+        self.decode(x)
+
+    def _initial_noise(self, noise, seed: int | None, count: int) -> np.ndarray:
+        cfg = self.model.config
+        shape = (count, cfg.input_size, cfg.input_size, cfg.in_channels)
+        if isinstance(noise, str):
+            return initial_noise(noise, secrets.randbits(32) if seed is None else seed, *shape)
+        if seed is not None or noise.shape != shape:
+            raise UserError(
+                f"expected noise {shape} and no seed, found noise {noise.shape} and seed {seed}"
+            )
+        return np.asarray(noise, np.float32)
 
 
-def create_latent_diffusion(
-    vae_name: str = "stabilityai/stable-diffusion-xl-base-1.0",
-    text_encoder_name: str = "openclip:hf-hub:apple/DFN5B-CLIP-ViT-H-14-378",
-    dit_arch: str = "MicroDiT_XL_2",
-    latent_res: int = 32,
-    in_channels: int = 4,
-    pos_interp_scale: float = 1.0,
-    dtype: str = "bfloat16",
-    checkpoint: str | None = None,
-) -> LatentDiffusion:
-    """Puts a pipeline together, with the reference's arguments and defaults.
-
-    Args:
-      vae_name: folder of the image codec.
-      text_encoder_name: name of the text encoder.
-      dit_arch: "MicroDiT_XL_2" or "MicroDiT_Tiny_2".
-      latent_res: side of the latents, 32 for 256 px.
-      in_channels: channels of the latents.
-      pos_interp_scale: 2 at 512 px.
-      dtype: type of the network's computation.
-      checkpoint: weights; None starts from the initialisation. A training run brings its own
-        network, codec and text encoder; the arguments above are not used then.
-    """
-    if checkpoint is not None:
-        loaded = assets.load_model(checkpoint, dtype=dtype)
-        if loaded.folder is not None:
-            return from_run(loaded)
-        config, params, description = loaded.config, loaded.params, loaded.description
-        for name, wanted in (("in_channels", in_channels), ("input_size", latent_res)):
-            if getattr(config, name) != wanted:
-                raise UserError(
-                    f"{checkpoint} has {name} {getattr(config, name)}, found {wanted} asked for; "
-                    f"pass {'latent_res' if name == 'input_size' else name}={getattr(config, name)}"
-                )
-    else:
-        arch = getattr(dit, dit_arch, None)
-        if dit_arch not in ("MicroDiT_XL_2", "MicroDiT_Tiny_2") or arch is None:
-            raise UserError(f"dit_arch must be MicroDiT_XL_2 or MicroDiT_Tiny_2, found {dit_arch}")
-        config = arch(
-            input_size=latent_res,
-            in_channels=in_channels,
-            pos_interp_scale=pos_interp_scale,
-            dtype=dtype,
-        )
-        params, description = None, "untrained"
-    text_encoder = registry.text_encoder(text_encoder_name)
-    codec = registry.image_codec(vae_name)
-    if params is None:
-        x = jnp.zeros((1, latent_res, latent_res, in_channels))
-        y = jnp.zeros((1, 1, config.caption_channels))
-        params = jax.jit(DiT(config).init)(jax.random.key(0), x, jnp.zeros(1), y)["params"]
-    return LatentDiffusion(DiT(config), params, EdmConfig(), text_encoder, codec, description)
-
-
-def from_run(model: assets.Model) -> LatentDiffusion:
-    """The pipeline of a training run, which names its own text encoder and holds its codec."""
-    text_encoder = registry.text_encoder(model.text_encoder)
-    codec = registry.image_codec(model.folder / "vae")
-    return LatentDiffusion(
-        DiT(model.config), model.params, model.edm, text_encoder, codec, model.description
-    )
+@functools.partial(jax.jit, static_argnames="edm")
+def _start(noise: Array, *, edm: EdmConfig) -> HeunState:
+    return diffusion.heun_start(noise, edm)
 
 
 def choose_heldout(data: Prepared, count: int) -> list[int]:
@@ -215,74 +318,3 @@ def choose_heldout(data: Prepared, count: int) -> list[int]:
     if not 1 <= count <= total:
         raise UserError(f"expected 1 to {total} held-out captions, found {count} asked for")
     return [int(i) for i in np.linspace(0, total - 1, count)]
-
-
-def heldout_pictures(model: assets.Model, count: int) -> tuple[list[str], np.ndarray]:
-    """Captions that a run was not trained on, and the latents of their pictures."""
-    folder = Path(checkpoint.read_run_metadata(model.folder)["config"]["data"]["folder"])
-    data = load_prepared(folder, registry.image_codec)
-    chosen = choose_heldout(data, count)
-    return [data.heldout.captions[i] for i in chosen], data.heldout.latents[chosen]
-
-
-def to_uint8(images: Float[np.ndarray, "n H W 3"]) -> np.ndarray:
-    """[0, 1] floats to bytes, rounded."""
-    return np.round(np.clip(images, 0, 1) * 255).astype(np.uint8)
-
-
-def save_png(path: Path, image: Float[np.ndarray, "H W 3"], settings: dict) -> None:
-    """Writes one picture whole or not at all, with its settings as the PNG text "microdit_jax"."""
-    info = PngImagePlugin.PngInfo()
-    info.add_text("microdit_jax", json.dumps(settings))
-    partial = path.with_name(f".{path.name}.partial")
-    with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(to_uint8(image[None])[0]).save(partial, format="PNG", pnginfo=info)
-        partial.replace(path)
-
-
-def captioned_grid(
-    rows: Sequence[Float[np.ndarray, "n H W 3"]],
-    captions: Sequence[str],
-    *,
-    columns: int,
-    min_side: int = 96,
-) -> Float[np.ndarray, "H_grid W_grid 3"]:
-    """A sheet of pictures with readable captions.
-
-    Args:
-      rows: pictures that belong together, side by side in one cell: (real, sample), say, or just
-        one entry; each (n, H, W, 3) in [0, 1].
-      captions: one for each cell.
-      columns: cells in a row.
-      min_side: small pictures are enlarged to at least this many pixels, without smoothing.
-    """
-    side = rows[0].shape[1]
-    scale = -(-min_side // side)
-    shown = [to_uint8(images).repeat(scale, axis=1).repeat(scale, axis=2) for images in rows]
-    side, pad, font = side * scale, 6, ImageFont.load_default(12)
-    width, text_height = len(rows) * side, 44
-    cell_width, cell_height = width + 2 * pad, side + text_height + 2 * pad
-    lines = -(-len(captions) // columns)
-    columns = min(columns, len(captions))
-    sheet = Image.new("RGB", (columns * cell_width, lines * cell_height), "white")
-    draw = ImageDraw.Draw(sheet)
-    for i, caption in enumerate(captions):
-        left, top = (i % columns) * cell_width + pad, (i // columns) * cell_height + pad
-        for j, images in enumerate(shown):
-            sheet.paste(Image.fromarray(images[i]), (left + j * side, top))
-        text = "\n".join(_wrap(caption, font, width)[:3])
-        draw.multiline_text((left, top + side + 2), text, fill="black", font=font, spacing=1)
-    return np.asarray(sheet, np.float32) / 255
-
-
-def _wrap(text: str, font, width: int) -> list[str]:
-    """Breaks a caption into lines that are at most `width` pixels wide."""
-    lines = [""]
-    for word in text.split():
-        longer = f"{lines[-1]} {word}".strip()
-        if font.getlength(longer) <= width or not lines[-1]:
-            lines[-1] = longer
-        else:
-            lines.append(word)
-    return lines

@@ -13,7 +13,7 @@ from microdit_jax.errors import UserError
 def network_for(golden, *, guidance=None, **options):
     y = golden["y"]
     if guidance is not None:
-        y = jnp.concatenate([y, jnp.zeros_like(y)])
+        y = diffusion.interleave(y, jnp.zeros_like(y))
 
     def network(x, c_noise):
         return golden.model.apply({"params": golden.params}, x, c_noise, y, **options)

@@ -4,7 +4,6 @@ Alphabet as in microdit_jax.models: n batch, l tokens, d width.
 """
 
 import dataclasses
-import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -95,7 +94,7 @@ class ClipTextEncoder:
           UserError: more tokens than positions, or an id outside the vocabulary.
         """
         check_ids(ids, self.config.context_length, self.config.vocab_size, self.name)
-        return in_batches(functools.partial(self._apply, self.params), ids, size=self._batch)
+        return in_batches(self._apply, self.params, ids, size=self._batch)
 
     def encode_text(self, texts: Any) -> Float32[np.ndarray, "n l d"]:
         """Vectors (n, context_length, width) float32 of a list of texts; raises as ClipTokenizer.

@@ -4,7 +4,6 @@ Alphabet as in microdit_jax.models: n batch, l tokens, d width, h heads, c head 
 """
 
 import dataclasses
-import functools
 import math
 import os
 from collections.abc import Mapping
@@ -278,8 +277,7 @@ class T5Encoder:
             raise UserError(
                 f"attention_mask: expected the shape {ids.shape} of the ids, found {mask.shape}"
             )
-        run = functools.partial(self._apply, self.params)
-        return in_batches(run, ids, mask, size=self._batch)
+        return in_batches(self._apply, self.params, ids, mask, size=self._batch)
 
     def encode_text(self, texts: Any) -> Float32[np.ndarray, "n l d"]:
         """Vectors (n, max_tokens, width) float32 of a list of texts; raises as T5Tokenizer."""

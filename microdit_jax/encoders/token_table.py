@@ -58,6 +58,11 @@ class TokenTable:
             )
         return cls(*map(int, match.groups()))
 
+    @property
+    def tokenizer(self) -> ClipTokenizer:
+        """Its tokenizer; `tokenizer.dropped(texts)` tells what `encode_text` cuts off."""
+        return ClipTokenizer(self.max_tokens)
+
     def encode(self, ids: Int32[np.ndarray, "n l"]) -> Float32[np.ndarray, "n l {self.width}"]:
         """Token vectors (n, l, width) float32, of rms 1 in expectation at each token.
 
@@ -85,7 +90,7 @@ class TokenTable:
 
     def encode_text(self, texts: Any) -> Float32[np.ndarray, "n {self.max_tokens} {self.width}"]:
         """Vectors (n, max_tokens, width) float32 of a list of texts; raises as ClipTokenizer."""
-        return self.encode(ClipTokenizer(self.max_tokens)(texts))
+        return self.encode(self.tokenizer(texts))
 
     def _rows(self, ids: Int32[np.ndarray, " u"]) -> Float32[np.ndarray, "u {self.width}"]:
         """N(0, 1) rows: Box-Muller on hashes of (seed, id, pair)."""

@@ -1,6 +1,7 @@
 """What the text towers share: attention with an additive bias, and padded batches."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ import numpy as np
 from einops import rearrange
 from jaxtyping import Array, Float, Float32, Int32
 
+from microdit_jax.encoders.placement import fetch, rows_sharding
 from microdit_jax.errors import UserError
 
 BATCH = 2  # texts a tower takes at once, unless told otherwise: a prompt and the empty one
@@ -46,16 +48,19 @@ def check_ids(ids: Int32[np.ndarray, "n l"], length: int, vocab_size: int, name:
 
 
 def in_batches(
-    function: Callable[..., Array], *arrays: np.ndarray, size: int
+    function: Callable[..., Array], params: Any, *arrays: np.ndarray, size: int
 ) -> Float32[np.ndarray, "n l d"]:
-    """function(*arrays) in batches of exactly `size` rows, so that it compiles once.
+    """function(params, *arrays) in batches of exactly `size` rows, so that it compiles once.
 
-    The last batch is filled up with rows of zeros, whose results are cut off.
+    The last batch is filled up with rows of zeros, whose results are cut off. On a mesh, `size` is
+    rounded up to its number of devices.
     """
+    sharding, multiple = rows_sharding(params)
+    size = -(-size // multiple) * multiple
     n, results = len(arrays[0]), []
     for start in range(0, max(n, 1), size):
         batch = [np.zeros((size, *a.shape[1:]), a.dtype) for a in arrays]
         for rows, array in zip(batch, arrays, strict=True):
             rows[: n - start] = array[start : start + size]
-        results.append(np.asarray(function(*batch), np.float32))
-    return np.concatenate(results)[:n]
+        results.append(fetch(function(params, *jax.device_put(batch, sharding))))
+    return np.concatenate(results)[:n].astype(np.float32)

@@ -1,0 +1,147 @@
+"""Puts pipelines together: a network by name, and the VAE and text encoder that belong to it."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from microdit_jax import assets, hub, memory, run_checkpoint, sharding
+from microdit_jax.data.latents import load_prepared
+from microdit_jax.encoders import registry
+from microdit_jax.encoders.placement import rows_sharding
+from microdit_jax.errors import UserError
+from microdit_jax.models import dit
+from microdit_jax.models.dit import DiT
+from microdit_jax.sample import LatentDiffusion, choose_heldout
+
+
+def create_latent_diffusion(
+    vae_name: str = hub.SDXL_VAE,
+    text_encoder_name: str = hub.DFN5B_CLIP,
+    dit_arch: str = "MicroDiT_XL_2",
+    latent_res: int = 32,
+    in_channels: int = 4,
+    pos_interp_scale: float = 1.0,
+    dtype: str = "bfloat16",
+    checkpoint: str | None = None,
+    *,
+    ema: bool = True,
+    mesh: assets.Place = None,
+) -> LatentDiffusion:
+    """Puts a pipeline together, with the reference's arguments and defaults.
+
+    Args:
+      vae_name: name of the VAE, as `assets.load_codec` takes it.
+      text_encoder_name: name of the text encoder, as `assets.load_text_encoder` takes it.
+      dit_arch: "MicroDiT_XL_2" or "MicroDiT_Tiny_2".
+      latent_res: side of the latents, 32 for 256 px.
+      in_channels: channels of the latents.
+      pos_interp_scale: 2 at 512 px.
+      dtype: type of the computation, of the network and the towers.
+      checkpoint: weights, as `assets.load_model` takes them; None starts from the initialisation. A
+        training run brings its own network, codec and text encoder; the arguments above but dtype
+        are not used then. Any other must be of the sizes asked for.
+      ema: of a training run, the moving average of the weights, if it keeps one.
+      mesh: devices to run on: from `sharding.make_mesh`, or `fitting_mesh`; None: the first.
+    Raises:
+      UserError: something is not there, is damaged, or does not fit the rest.
+    """
+    if checkpoint is not None:
+        model = assets.load_model(checkpoint, ema=ema, dtype=dtype, mesh=mesh)
+        if model.folder is None:
+            asked = {
+                "latent_res": (latent_res, model.config.input_size),
+                "in_channels": (in_channels, model.config.in_channels),
+                "pos_interp_scale": (pos_interp_scale, model.config.pos_interp_scale),
+            }
+            for name, (wanted, found) in asked.items():
+                if wanted != found:
+                    raise UserError(
+                        f"{checkpoint} has {name} {found}, found {wanted} asked for; pass "
+                        f"{name}={found}"
+                    )
+            model = model._replace(vae=vae_name, text_encoder=text_encoder_name)
+        return from_model(model, dtype=dtype)
+    if dit_arch not in ("MicroDiT_XL_2", "MicroDiT_Tiny_2"):
+        raise UserError(f"dit_arch must be MicroDiT_XL_2 or MicroDiT_Tiny_2, found {dit_arch}")
+    text_encoder = assets.load_text_encoder(text_encoder_name, dtype=dtype)
+    config = getattr(dit, dit_arch)(
+        input_size=latent_res,
+        in_channels=in_channels,
+        pos_interp_scale=pos_interp_scale,
+        caption_channels=text_encoder.width,
+        dtype=dtype,
+    )
+    model = assets.untrained_model(config, mesh=mesh)._replace(vae=vae_name)
+    return from_model(model, dtype=dtype, text_encoder=text_encoder)
+
+
+def from_model(
+    model: assets.Model, *, dtype: str | None = None, text_encoder: Any = None
+) -> LatentDiffusion:
+    """The pipeline of a model, with the codec and the text encoder that it names.
+
+    Args:
+      dtype: type of the towers' computation; None keeps their own.
+      text_encoder: one that is loaded already.
+    Raises:
+      UserError: one of them is not there, or does not fit the network.
+    """
+    cfg, mesh = model.config, getattr(rows_sharding(model.params)[0], "mesh", None)
+    if text_encoder is None:
+        text_encoder = assets.load_text_encoder(model.text_encoder, dtype=dtype, mesh=mesh)
+    if text_encoder.width != cfg.caption_channels:
+        raise UserError(
+            f"{model.description} takes caption embeddings {cfg.caption_channels} wide, found "
+            f"{text_encoder.width} from {text_encoder.name}; give the text encoder that it was "
+            "trained with"
+        )
+    codec = assets.load_codec(model.vae, dtype=dtype, mesh=mesh)
+    if codec.channels != cfg.in_channels:
+        raise UserError(
+            f"{model.description} makes latents of {cfg.in_channels} channels, found a VAE for "
+            f"{codec.channels}, {codec.name}; give the VAE that it was trained with"
+        )
+    return LatentDiffusion(
+        DiT(cfg), model.params, model.edm, text_encoder, codec, model.description
+    )
+
+
+def fitting_mesh(num_bytes: int, *, fsdp: int = 0) -> Mesh | None:
+    """A mesh of all local devices, which share the pictures; None for a single device.
+
+    Args:
+      num_bytes: of the network's weights.
+      fsdp: devices over which each weight is split; 0: as few as leave weights room enough.
+    """
+    devices = jax.local_devices()
+    if len(devices) == 1:
+        return None
+    if not fsdp:
+        free = memory.free_bytes(devices[0])
+        if free is not None and devices[0].platform == "cpu":
+            free //= len(devices)  # simulated devices share one memory
+        divisors = [n for n in range(1, len(devices) + 1) if len(devices) % n == 0]
+        # Half for the weights; the rest is for towers and activations.
+        fits = [n for n in divisors if free is None or num_bytes / n <= free / 2]
+        fsdp = min(fits, default=len(devices))
+    return sharding.make_mesh(fsdp=fsdp, devices=devices)
+
+
+def heldout_pictures(model: assets.Model, count: int) -> tuple[list[str], np.ndarray]:
+    """Captions that a run was not trained on, and the latents of their pictures."""
+    if model.folder is None:
+        raise UserError(
+            f"held-out captions need a training run, found {model.description}; give --prompt"
+        )
+    heldout = run_checkpoint.read_run_metadata(model.folder)["config"]["data"]["heldout"]
+    if heldout["source"] != "twemoji":
+        raise UserError(
+            f"--heldout draws captions of the embedded pictures, found a run with held-out data "
+            f"from {heldout['source'] or 'nowhere'}; give --prompt"
+        )
+    data = load_prepared(Path(heldout["folder"]), registry.image_codec)
+    chosen = choose_heldout(data, count)
+    return [data.heldout.captions[i] for i in chosen], data.heldout.latents[chosen]

@@ -1,0 +1,33 @@
+"""Where the rows of a batch go: to the devices that hold the weights."""
+
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding, Sharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Shaped
+
+
+def rows_sharding(params: Any) -> tuple[Sharding, int]:
+    """The sharding of a batch's leading axis, and the number that its rows must divide by.
+
+    Args:
+      params: weights; on a mesh, rows are dealt out over all of its devices, whether the weights
+        are copied or split there.
+    """
+    leaf = jax.tree.leaves(params)[0]
+    if not isinstance(leaf, jax.Array):
+        return jax.sharding.SingleDeviceSharding(jax.local_devices()[0]), 1
+    if isinstance(leaf.sharding, NamedSharding):
+        mesh = leaf.sharding.mesh
+        return NamedSharding(mesh, P(mesh.axis_names)), mesh.size
+    return leaf.sharding, 1
+
+
+def fetch(array: jax.Array) -> Shaped[np.ndarray, "..."]:
+    """A whole array in this host's memory, also where other hosts hold parts of it."""
+    if not array.is_fully_addressable:
+        everywhere = NamedSharding(array.sharding.mesh, P())
+        array = jax.jit(lambda x: x, out_shardings=everywhere)(array)
+    return np.asarray(array)
