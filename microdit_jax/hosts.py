@@ -10,8 +10,10 @@ import json
 import os
 import re
 import socket
+import sys
 import time
-from collections.abc import Callable, Mapping
+import traceback
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -77,6 +79,43 @@ def initialize(
     return True
 
 
+@contextlib.contextmanager
+def job(
+    coordinator_address: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+    *,
+    timeout_seconds: float = 300.0,
+    heartbeat_seconds: int = 100,
+) -> Iterator[None]:
+    """`initialize`, for a command's whole run: its error ends this process at once.
+
+    A Python program that ends otherwise waits for the others first, for minutes, and they for the
+    next collective. Ended, it is missed within `heartbeat_seconds`, and all others stop.
+    """
+    if not initialize(
+        coordinator_address,
+        num_processes,
+        process_id,
+        timeout_seconds=timeout_seconds,
+        heartbeat_seconds=heartbeat_seconds,
+    ):
+        yield
+        return
+    try:
+        yield
+    except BaseException as error:
+        if isinstance(error, SystemExit) and not error.code:
+            raise
+        if isinstance(error, UserError):
+            print(f"error: process {jax.process_index()}: {error}", file=sys.stderr)
+        else:
+            traceback.print_exception(error)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(2 if isinstance(error, UserError) else 1)
+
+
 def find_job(
     coordinator_address: str | None,
     num_processes: int | None,
@@ -93,12 +132,18 @@ def find_job(
     missing = [name for name, value in flags.items() if value is None]
     local_device_ids = None
     if len(missing) == 3:
-        # The coordinator's name is looked up until the time-out where the cluster knows it.
-        coordinator_address, num_processes, process_id, local_device_ids = (
-            ClusterEnv.auto_detect_unset_distributed_params(
-                None, None, None, None, None, max(1, int(timeout_seconds))
+        try:
+            coordinator_address, num_processes, process_id, local_device_ids = (
+                ClusterEnv.auto_detect_unset_distributed_params(
+                    None, None, None, None, None, max(1, int(timeout_seconds))
+                )
             )
-        )
+        except (RuntimeError, OSError, ValueError) as error:
+            raise UserError(
+                f"expected the cluster's environment to describe the job, found {error}; give "
+                f"{', '.join(flags)} instead, for one process --num_processes=1 --process_id=0 "
+                "--coordinator_address=localhost:1234"
+            ) from error
         if coordinator_address is None or num_processes is None or process_id is None:
             return None
         if _tasks_per_node(environment) == {1}:
@@ -243,8 +288,9 @@ def barrier(name: str, *, timeout_seconds: float = BARRIER_SECONDS) -> None:
 
 def missing_processes(message: str) -> list[int]:
     """The processes that a barrier's error of JAX's coordination service names as late."""
-    _, _, late = message.partition("timed out task names:")
-    return sorted({int(number) for number in re.findall(r"/task:(\d+)", late)})
+    late = message.partition("timed out task names:")[2].partition("RPC:")[0]
+    # "1, 2" today, "/job:jax_worker/replica:0/task:1, ..." in older versions of JAX
+    return sorted({int(number) for number in re.findall(r"(?:^|[\s,]|task:)(\d+)\b", late)})
 
 
 def from_first(name: str, function: Callable[[], Any]) -> Any:

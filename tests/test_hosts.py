@@ -1,0 +1,239 @@
+"""Processes on one machine, started as a cluster would start them."""
+
+import os
+import pathlib
+import re
+import socket
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+
+import pytest
+
+from microdit_jax import hosts
+from microdit_jax.errors import UserError
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+PROLOGUE = """
+import os, signal, sys, time
+import jax, numpy as np
+from microdit_jax import hosts, signals
+from microdit_jax.errors import UserError, exit_on_user_error
+"""
+
+
+def free_port() -> int:
+    with socket.create_server(("localhost", 0)) as server:
+        return server.getsockname()[1]
+
+
+def start(program: str, *arguments, devices: int = 4, **environment) -> subprocess.Popen:
+    """A Python process with its own simulated devices."""
+    env = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "PYTHONPATH": str(ROOT),
+    }
+    return subprocess.Popen(
+        [sys.executable, "-c", PROLOGUE + textwrap.dedent(program), *map(str, arguments)],
+        env=env | environment, cwd=ROOT, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
+def finish(processes, timeout=120) -> list[tuple[int, str, str]]:
+    """Exit status, stdout and stderr of each; none outlives the test."""
+    try:
+        texts = [process.communicate(timeout=timeout) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [(p.returncode, *text) for p, text in zip(processes, texts, strict=True)]
+
+
+# ------------------------------------------------------------------ who is there
+def test_nothing_to_join():
+    assert not hosts.initialize()
+    assert not hosts.initialize("localhost:1234", 1, 0)
+    hosts.barrier("alone")
+    assert hosts.from_first("alone", lambda: [1, "two"]) == [1, "two"]
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (("localhost:1234", None, None), "found no --num_processes, --process_id; give all three"),
+        ((None, 2, 1), "found no --coordinator_address;"),
+        (("localhost", 2, 1), "must be host:port of process 0, found 'localhost'"),
+        (("localhost:1234", 2, 2), "--process_id must be from 0 to 1 for 2 processes, found 2"),
+    ],
+)
+def test_flags_that_cannot_be(flags, words):
+    with pytest.raises(UserError, match=words):
+        hosts.initialize(*flags)
+
+
+SLURM = {
+    "SLURM_JOB_ID": "70001", "SLURM_STEP_NODELIST": "gpu[07-09]", "SLURM_NTASKS": "3",
+    "SLURM_PROCID": "2", "SLURM_LOCALID": "0",
+}  # fmt: skip
+
+
+def test_slurm(monkeypatch):
+    for name, value in SLURM.items():
+        monkeypatch.setenv(name, value)
+    address = f"gpu07:{65535 - 4096 + 1 + 70001 % 4096}"
+    assert hosts.find_job(None, None, None) == hosts.Job(address, 3, 2, [0])
+    # One task a node is given all of its devices, not JAX's default, the first.
+    monkeypatch.setenv("SLURM_STEP_TASKS_PER_NODE", "1(x3)")
+    assert hosts.find_job(None, None, None) == hosts.Job(address, 3, 2, None)
+    monkeypatch.setenv("SLURM_STEP_TASKS_PER_NODE", "2(x3),1")
+    assert hosts.find_job(None, None, None).local_device_ids == [0]
+
+
+def preflights(*jobs: hosts.Job, seconds: float = 1.5) -> list[str]:
+    """The error of each job's preflight, all at once; "" where all went well."""
+    errors = [""] * len(jobs)
+
+    def check(i):
+        try:
+            hosts.preflight(jobs[i], seconds)
+        except UserError as error:
+            errors[i] = str(error)
+
+    threads = [threading.Thread(target=check, args=(i,)) for i in range(len(jobs))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return errors
+
+
+def test_preflight():
+    address = f"localhost:{free_port()}"
+    began = time.monotonic()
+    jobs = [hosts.Job(address, 5, number) for number in range(5)]
+    assert preflights(*jobs, seconds=20.0) == [""] * 5
+    assert time.monotonic() - began < 10
+    assert preflights(*jobs, seconds=20.0) == [""] * 5  # the port is free again at once
+
+
+def test_preflight_names_the_missing():
+    address = f"localhost:{free_port()}"
+    there = preflights(*[hosts.Job(address, 5, number) for number in (0, 1, 3)])
+    name = re.escape(socket.gethostname())
+    assert len(set(there)) == 1  # the same on every process
+    assert re.match(
+        rf"expected 5 processes within [12] s, found 0 \({name}\), 1 \({name}\), 3 \({name}\); "
+        r"missing: 2, 4; look at",
+        there[0],
+    )
+
+
+def test_preflight_without_process_0():
+    (error,) = preflights(hosts.Job(f"localhost:{free_port()}", 2, 1))
+    assert "process 1 expected process 0 at localhost" in error and "missing: 0; check" in error
+
+
+def test_preflight_finds_confusion():
+    address = f"localhost:{free_port()}"
+    errors = preflights(*[hosts.Job(address, 4, number) for number in (0, 1, 1)])
+    assert "found --process_id=1 twice" in errors[0] == errors[1] == errors[2]
+    errors = preflights(hosts.Job(address, 3, 0), hosts.Job(address, 2, 1))
+    assert "found 3 on process 0 and 2 on process 1" in errors[0] == errors[1]
+    with socket.create_server(("", 0)) as server:
+        port = server.getsockname()[1]
+        errors = preflights(hosts.Job(f"localhost:{port}", 2, 0))
+        assert f"process 0 could not listen on port {port}" in errors[0]
+
+
+def test_what_is_not_a_process_of_ours_is_ignored():
+    port, errors = free_port(), []
+    thread = threading.Thread(
+        target=lambda: errors.extend(preflights(hosts.Job(f"localhost:{port}", 2, 0)))
+    )
+    thread.start()
+    for content in (b"GET / HTTP/1.1\r\n\r\n", b'{"process_id": 1}\n', b"[]\n"):
+        deadline = time.monotonic() + 5
+        while True:
+            try:
+                with socket.create_connection(("localhost", port), timeout=1) as call:
+                    call.sendall(content)
+                break
+            except OSError:
+                assert time.monotonic() < deadline
+    thread.join()
+    assert "; missing: 1;" in errors[0]
+
+
+# ------------------------------------------------------------------ together
+def test_two_processes_as_slurm_starts_them():
+    program = """
+    assert hosts.initialize(timeout_seconds=60.0)
+    assert (jax.process_count(), jax.device_count(), jax.local_device_count()) == (2, 8, 4)
+    hosts.barrier("twice", timeout_seconds=30.0)
+    hosts.barrier("twice", timeout_seconds=30.0)
+    ran = []
+    print(hosts.from_first("read", lambda: ran.append(1) or {"é": [1, None] * 3000})["é"][:2], ran)
+    def fail():
+        raise UserError("expected good, found bad")
+    try:
+        hosts.from_first("fail", fail)
+    except UserError as error:
+        print(error)
+    """
+    job = SLURM | {"SLURM_JOB_ID": str(free_port() % 4096), "SLURM_NTASKS": "2"}
+    job |= {"SLURM_STEP_NODELIST": "localhost", "SLURM_STEP_TASKS_PER_NODE": "1(x2)"}
+    results = finish([start(program, **job | {"SLURM_PROCID": str(i)}) for i in range(2)])
+    assert [status for status, _, _ in results] == [0, 0], results
+    for number, (_, text, _) in enumerate(results):
+        lines = [line for line in text.splitlines() if "[Gloo]" not in line]
+        assert lines == [f"[1, None] {[[1], []][number]}", "expected good, found bad"]
+
+
+def test_a_late_process_is_named_and_not_waited_for():
+    program = """
+    number = int(sys.argv[2])
+    with exit_on_user_error(), hosts.job(sys.argv[1], 3, number, timeout_seconds=60.0):
+        assert jax.device_count() == 3
+        if number == 2:
+            time.sleep(300)
+        hosts.barrier("save", timeout_seconds=2.0)
+    """
+    address = f"localhost:{free_port()}"
+    processes = [start(program, address, number, devices=1) for number in range(3)]
+    try:
+        ((status, _, text),) = finish(processes[:1], timeout=60)  # long before the third wakes up
+    finally:
+        for process in processes[1:]:
+            process.kill()
+            process.communicate()
+    assert status == 2
+    assert re.search(
+        "error: process 0: expected all 3 processes at 'save' within 2 s, found some only; "
+        "missing: 2; look at their logs", text,
+    )  # fmt: skip
+
+
+def test_names_in_the_error_of_a_barrier():
+    old = "Some timed out task names:\n/job:jax_worker/replica:0/task:1, /job:w/replica:0/task:12"
+    assert hosts.missing_processes(old) == [1, 12]
+    assert hosts.missing_processes("first task: 3. timed out task names: 1, 2 RPC: /x.9/B") == [
+        1,
+        2,
+    ]
+    assert hosts.missing_processes("connection lost") == []
+
+
+def test_a_missing_process_ends_the_others():
+    """The preflight of the real command: process 1 of 2 never comes."""
+    program = """
+    with exit_on_user_error(), hosts.job(sys.argv[1], 2, 0, timeout_seconds=2.0):
+        raise AssertionError("not to be reached")
+    """
+    ((status, _, text),) = finish([start(program, f"localhost:{free_port()}")])
+    assert status == 2
+    assert "expected 2 processes within 2 s, found 0" in text and "; missing: 1; look" in text
