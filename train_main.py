@@ -1,8 +1,11 @@
-"""Trains one stage of MicroDiT; the same command again resumes.
+"""Trains MicroDiT, one stage or several; the same command again resumes.
 
-Example:
+Examples:
   python train_main.py --config=configs/demo.py:pretrain --workdir=out/demo/pretrain \
       --config.train.batch_size=32
+  python train_main.py --config=configs/recipe.py:mesh=-1x8x1 --workdir=runs/all
+
+With several processes (docs/scaling.md), start this on each of them.
 """
 
 from absl import app, flags
@@ -10,16 +13,39 @@ from ml_collections import config_flags
 
 from microdit_jax.cli import read_config, run
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/, with its variant.")
+CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/, with its variants.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints, logs and samples go.")
+COORDINATOR = flags.DEFINE_string(
+    "coordinator_address", None, "host:port of process 0; not needed on SLURM, GKE and TPU VMs."
+)
+NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes train together.")
+PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
+TIMEOUT = flags.DEFINE_float("join_timeout", 300, "Seconds to wait for the other processes.")
+HEARTBEAT = flags.DEFINE_integer(
+    "heartbeat_timeout", 100, "Seconds of silence after which a process is given up."
+)
 
 
 def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}")
-    from microdit_jax.train import train  # after the flags: --help answers at once
+    from microdit_jax import hosts  # after the flags: --help answers at once
 
-    train(read_config(CONFIG), WORKDIR.value)
+    config = read_config(CONFIG)
+    hosts.initialize(
+        COORDINATOR.value,
+        NUM_PROCESSES.value,
+        PROCESS_ID.value,
+        timeout_seconds=TIMEOUT.value,
+        heartbeat_seconds=HEARTBEAT.value,
+    )
+    from microdit_jax import recipe
+    from microdit_jax.train import train
+
+    if "stages" in config:
+        recipe.run(config, WORKDIR.value)
+    else:
+        train(config, WORKDIR.value)
 
 
 if __name__ == "__main__":

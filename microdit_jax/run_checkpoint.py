@@ -227,8 +227,8 @@ def _manager(folder: Path, keep_last: int, keep_every: int, timeout_seconds: flo
     )
     # OCDBT packs many arrays and shards into few files; weights do not compress (8 % at a third of
     # the speed, measured).
-    # Of an array that several devices hold alike, each device may write a part: a program to compile
-    # for every part, so not for small ones (10 s less at a run's first save, measured).
+    # Of an array that several devices hold alike each may write a part, a program to compile for
+    # each part: so not for small ones (10 s less at a run's first save, measured).
     arrays = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=64 * 2**20)
     handler = ocp.PyTreeCheckpointHandler(
         use_ocdbt=True,

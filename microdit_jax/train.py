@@ -1,200 +1,129 @@
 """Training, read top to bottom."""
 
+import contextlib
 import dataclasses
 import json
 import shutil
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
-import tqdm
 from ml_collections import ConfigDict
 
-from microdit_jax import optim, run_checkpoint, sample, train_step
-from microdit_jax.data import latents, pipeline
+from microdit_jax import hosts, run_checkpoint, sharding, train_step
+from microdit_jax.chips import chip_of
+from microdit_jax.data import pipeline
 from microdit_jax.diffusion import EdmConfig
-from microdit_jax.encoders import registry
-from microdit_jax.encoders.patch_pca import PatchPCA
-from microdit_jax.errors import UserError, disk_errors
-from microdit_jax.models import dit, masking
-from microdit_jax.models.dit import DiT, DiTConfig
+from microdit_jax.errors import disk_errors
+from microdit_jax.heldout import Evaluation
+from microdit_jax.metric_writer import MetricWriter
+from microdit_jax.models import flops, masking
+from microdit_jax.models.dit import DiT
+from microdit_jax.progress import Progress, StepTrace
 from microdit_jax.run_checkpoint import RunCheckpoints
+from microdit_jax.run_config import (
+    RunData,
+    check_data,
+    check_intervals,
+    load_data,
+    make_optimizer,
+    model_config,
+    num_micro_batches,
+    vae_and_text_encoder,
+)
+from microdit_jax.signals import StopRequest
+from microdit_jax.start import starting_state
 from microdit_jax.train_step import TrainState
 
-# What of a record goes to the device
+# What of a record goes to the devices
 BATCH_KEYS = ("latents", "caption_latents", "keep_caption")
-
-
-def model_config(config: ConfigDict) -> DiTConfig:
-    """The network of a run configuration."""
-    arches = {
-        "MicroDiT_XL_2": dit.MicroDiT_XL_2,
-        "MicroDiT_Tiny_2": dit.MicroDiT_Tiny_2,
-        "DiT": DiTConfig,
-    }
-    arch, options = config.model.arch, config.model.options.to_dict()
-    if arch not in arches:
-        raise UserError(f"model.arch must be one of {', '.join(arches)}, found {arch!r}")
-    known = {field.name for field in dataclasses.fields(DiTConfig)}
-    if unknown := sorted(set(options) - known):
-        raise UserError(
-            f"model.options takes fields of DiTConfig, found {', '.join(unknown)}; known are "
-            f"{', '.join(sorted(known))}"
-        )
-    return arches[arch](**options)
-
-
-def load_data(config: ConfigDict) -> latents.Prepared:
-    """The prepared pictures of a run; prepares them first where that has not been done."""
-    data = config.data
-    if data.source != "twemoji":
-        raise UserError(f"data.source must be twemoji, found {data.source!r}")
-    folder = Path(data.folder)
-    latents.prepare_twemoji(
-        folder,
-        resolution=data.resolution,
-        fit_codec=PatchPCA.fit,
-        codec_settings={"patch": data.patch, "channels": data.channels},
-        text_encoder=registry.text_encoder(data.text_encoder),
-    )
-    return latents.load_prepared(folder, PatchPCA.load)
-
-
-def check_fit(cfg: DiTConfig, data: latents.Prepared) -> None:
-    """Raises UserError where latents or captions are not of the network's sizes."""
-    source = data.train
-    expected = (cfg.input_size, cfg.input_size, cfg.in_channels)
-    if source.latents.shape[1:] != expected:
-        raise UserError(
-            f"the model takes latents {expected}, found {source.latents.shape[1:]} in the data; "
-            "set model.options.input_size and in_channels, or prepare data of that size"
-        )
-    if source.caption_latents.shape[-1] != cfg.caption_channels:
-        raise UserError(
-            f"the model takes caption embeddings {cfg.caption_channels} wide, found "
-            f"{source.caption_latents.shape[-1]}; set model.options.caption_channels"
-        )
-
-
-def heldout_losses(
-    eval_step: Callable, params: Any, source: latents.LatentSource, *, draws: int
-) -> dict[str, float]:
-    """Loss on held-out pictures with their own captions, and with those of other pictures.
-
-    A network that ignores its captions has a ratio of 1; the lower, the more it follows them.
-    """
-    batch = {"latents": jnp.asarray(source.latents, jnp.float32)}
-    captions = jnp.asarray(source.caption_latents, jnp.float32)
-    losses = {}
-    for name, y in (("right", captions), ("shuffled", jnp.roll(captions, len(source) // 2, 0))):
-        draw = [
-            eval_step(params, batch | {"caption_latents": y, "draw": jnp.uint32(i)}).mean()
-            for i in range(draws)
-        ]
-        losses[name] = float(np.mean(draw))
-    return losses | {"ratio": losses["right"] / losses["shuffled"]}
-
-
-def heldout_grid(
-    model: DiT, params: Any, edm: EdmConfig, data: latents.Prepared, config: ConfigDict
-) -> np.ndarray:
-    """Held-out pictures as decoded from their latents, each beside a sample of its caption."""
-    chosen = sample.choose_heldout(data, config.eval.num_samples)
-    captions = [data.heldout.captions[i] for i in chosen]
-    encoder = registry.text_encoder(data.meta["text_encoder"])
-    pipe = sample.LatentDiffusion(model, params, edm, encoder, data.codec)
-    images = pipe.generate(
-        captions,
-        guidance_scale=config.eval.guidance_scale,
-        num_inference_steps=config.eval.num_inference_steps,
-        seed=config.seed,
-    )
-    real = pipe.decode(data.heldout.latents[chosen])
-    return sample.captioned_grid([real, images], captions, columns=6)
 
 
 def train(config: ConfigDict, workdir: str | Path) -> TrainState:
     """Trains one stage; the same call again resumes, and returns at once when all is done.
 
-    Leaves in the workdir: config.json, vae/ (the codec), checkpoints/, metrics.jsonl (a line each
-    `log_every` steps and each evaluation) and samples/.
+    All processes call it. On SIGTERM or SIGINT it saves and returns early.
 
+    Leaves in the workdir: config.json, checkpoints/, metrics.jsonl (a line each `log_every` steps
+    and each evaluation), tensorboard/, samples/, nonfinite/ where updates were skipped, profile/
+    where asked for, and vae/ where the data made their codec.
+
+    Returns:
+      The last state; its step is below config.train.steps after a signal.
     Raises:
-      UserError: a config that cannot be run, data or checkpoints that do not fit it, a loss that is
-        not finite.
+      UserError: a config that cannot be run, data or checkpoints that do not fit it, too many
+        updates in a row that are not finite.
     """
-    workdir = Path(workdir)
-    # ---------------------------------------------------------------- data and network
-    cfg, edm, run = model_config(config), EdmConfig(**config.edm), config.train
+    workdir, run = Path(workdir), config.train
+    first_process = jax.process_index() == 0
+    # ---------------------------------------------------------------- mesh, network, data
+    mesh = sharding.make_mesh(**config.mesh)
+    micro_batches = num_micro_batches(config, mesh)
+    cfg, edm = model_config(config), EdmConfig(**config.edm)
     masking.num_kept(cfg.num_tokens, run.mask_ratio)
-    data = load_data(config)
-    check_fit(cfg, data)
+    check_intervals(config)
     model = DiT(cfg)
-    schedule = optim.learning_rate(
-        config.optim.learning_rate,
-        warmup_steps=config.optim.warmup_steps,
-        decay_steps=config.optim.decay_steps,
-        final_ratio=config.optim.final_ratio,
-    )
-    optimizer = optim.adamw(
-        schedule, weight_decay=config.optim.weight_decay, clip_norm=config.optim.clip_norm
-    )
+    optimizer, schedule = make_optimizer(config)
+    data = load_data(config)
+    caption_length = check_data(cfg, data)
+    made_by = vae_and_text_encoder(config, data)
 
-    # ---------------------------------------------------------------- workdir
-    with disk_errors(workdir / "config.json"):
-        (workdir / "samples").mkdir(parents=True, exist_ok=True)
-        if not (workdir / "vae").exists():
-            shutil.copytree(Path(config.data.folder) / "codec", workdir / "vae")
-        run_checkpoint.write_run_metadata(
-            workdir,
-            {
-                "dit": dataclasses.asdict(cfg),
-                "edm": dataclasses.asdict(edm),
-                "has_ema": config.ema.enabled,
-                "vae": data.meta["vae"],
-                "text_encoder": data.meta["text_encoder"],
-                "attribution": data.meta["attribution"],
-                "config": config.to_dict(),
-            },
+    with contextlib.ExitStack() as stack:
+        # ------------------------------------------------------------ state
+        checkpoints = stack.enter_context(
+            RunCheckpoints(workdir, keep_last=run.keep_last, keep_every=run.keep_every)
         )
-
-    # ---------------------------------------------------------------- state
-    def init(key):
-        return train_step.init_state(model, optimizer, key, with_ema=config.ema.enabled)
-
-    init_key = jax.random.fold_in(jax.random.key(config.seed), 0x1217)
-    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    abstract_state = jax.tree.map(
-        lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding),
-        jax.eval_shape(init, init_key),
-    )
-    with RunCheckpoints(workdir) as checkpoints:
-        # Where the state comes from, in this order:
-        # 1. the newest checkpoint of this workdir: the same command resumes;
-        # 2. the newest checkpoint of another run: the next stage goes on from it;
-        # 3. the initialisation.
-        if checkpoints.latest_step() is not None:
-            state, _ = checkpoints.restore(abstract_state)
-        elif config.init_from:
-            with RunCheckpoints(config.init_from) as earlier:
-                state, _ = earlier.restore(abstract_state)
-        else:
-            state = jax.jit(init)(init_key)
+        state, resumed, origin = starting_state(
+            config, workdir, checkpoints, model, optimizer, mesh, made_by
+        )
         start = int(state.step)
-        print(
-            f"{workdir}: {sum(p.size for p in jax.tree.leaves(state.params)):,} parameters, "
-            f"step {start} of {run.steps}, {len(data.train):,} training and "
-            f"{len(data.heldout):,} held-out pictures, mask ratio {run.mask_ratio}"
-        )
+        if first_process:
+            print(sharding.table(state, mesh))
+            print(
+                f"{workdir}: {origin}, step {start} of {run.steps}; "
+                f"{sum(map(len, data.sources)):,} training and {len(data.heldout):,} held-out "
+                f"pictures; mask ratio {run.mask_ratio}; {micro_batches} micro-batches of "
+                f"{run.batch_size // mesh.size // micro_batches} images on each of {mesh.size} "
+                f"devices, {jax.devices()[0].device_kind}",
+                flush=True,
+            )
         if start >= run.steps:
-            print(f"{workdir}: done already")
+            if first_process:
+                print(f"{workdir}: done already")
             return state
+        metadata = {"dit": dataclasses.asdict(cfg), "edm": dataclasses.asdict(edm), **made_by}
+        hosts.from_first(
+            f"begin {workdir}", lambda: begin_workdir(config, workdir, data, metadata, resumed)
+        )
 
-        # ------------------------------------------------------------ loop
+        # ------------------------------------------------------------ records
+        writer = None
+        if first_process:
+            writer = MetricWriter(
+                workdir,
+                restored_step=None if resumed is None else start,
+                tensorboard=config.log.tensorboard,
+                wandb_project=config.log.wandb,
+                config=config.to_dict(),
+            )
+            stack.callback(writer.close)
+        chip = chip_of(jax.devices()[0].device_kind)
+        progress = Progress(
+            workdir,
+            writer,
+            start=start,
+            total=run.steps,
+            resumed=resumed or {},
+            log_every=run.log_every,
+            max_skipped=run.max_skipped,
+            images_per_step=run.batch_size,
+            flops_per_image=flops.train_flops(cfg, run.mask_ratio, caption_length),
+            peak_flops=chip.bfloat16_flops if chip and cfg.dtype == "bfloat16" else None,
+            dataset_names=data.names,
+        )
+        stack.callback(progress.close)
+
+        # ------------------------------------------------------------ the compiled step
         step_fn = jax.jit(
             train_step.make_train_step(
                 model,
@@ -205,58 +134,98 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
                 seed=config.seed,
                 ema_smoothing=config.ema.smoothing,
                 ema_start_step=config.ema.start_step,
+                mesh=mesh,
+                micro_batches=micro_batches,
+                module_grad_norms=run.module_grad_norms,
             ),
             donate_argnums=0,
         )
-        eval_step = jax.jit(train_step.make_eval_step(model, edm=edm, seed=config.seed))
+        evaluate = Evaluation(model, edm, mesh, data, config, workdir, writer, progress.say)
+        trace = StepTrace(workdir / "profile", start + config.profile.start, config.profile.steps)
+
+        # ------------------------------------------------------------ data
         dataset = pipeline.make_dataset(
-            [data.train],
+            data.sources,
+            data.weights,
             seed=config.seed,
             batch_size=run.batch_size,
             caption_drop=config.data.caption_drop,
             process_index=jax.process_index(),
             process_count=jax.process_count(),
         )
-        batches = pipeline.batches(dataset, start)
-        bar = tqdm.tqdm(total=run.steps, initial=start, desc=workdir.name, unit="step")
-        since, window = time.perf_counter(), []
-        with open(workdir / "metrics.jsonl", "a") as log:
-            for step in range(start + 1, run.steps + 1):
+        batches = pipeline.batches(dataset, start, threads=config.data.threads)
+        stack.enter_context(contextlib.closing(batches))
+
+        # ------------------------------------------------------------ loop
+        stop = stack.enter_context(StopRequest())
+        if resumed is None:
+            with progress.paused():
+                evaluate.losses(start, state)
+        for step in range(start + 1, run.steps + 1):
+            with progress.waiting_for_data():
                 batch = next(batches)
-                state, metrics = step_fn(state, {k: batch[k] for k in BATCH_KEYS})
-                window.append(metrics["loss"])
-                bar.update()
-                if step % run.log_every == 0 or step == run.steps:
-                    loss = float(np.mean(jax.device_get(window)))
-                    if not np.isfinite(loss):
-                        raise UserError(
-                            f"the loss is not finite around step {step}; start again from the "
-                            "last checkpoint with a lower optim.learning_rate or clip_norm"
-                        )
-                    seconds = time.perf_counter() - since
-                    line = {"step": step, "loss": loss} | {
-                        name: float(metrics[name]) for name in ("grad_norm", "learning_rate")
-                    }
-                    line["images_per_second"] = len(window) * run.batch_size / seconds
-                    bar.set_postfix(loss=f"{loss:.3f}", lr=f"{line['learning_rate']:.1e}")
-                    print(json.dumps(line), file=log, flush=True)
-                    since, window = time.perf_counter(), []
-                if step % run.checkpoint_every == 0 or step == run.steps:
-                    checkpoints.save(step, state, {"step": step, "seed": config.seed})
-                if step % run.eval_every == 0 or step == run.steps:
-                    params = state.ema if config.ema.enabled else state.params
-                    losses = heldout_losses(
-                        eval_step, params, data.heldout, draws=config.eval.draws
-                    )
-                    print(json.dumps({"step": step, "heldout": losses}), file=log, flush=True)
-                    bar.write(
-                        f"step {step}: held-out loss {losses['right']:.4f} with right captions, "
-                        f"{losses['shuffled']:.4f} with shuffled ones, ratio {losses['ratio']:.3f}"
-                    )
-                    grid = heldout_grid(model, params, edm, data, config)
-                    settings = {"step": step, "attribution": data.meta["attribution"]}
-                    sample.save_png(workdir / "samples" / f"step_{step:07d}.png", grid, settings)
-                    since = time.perf_counter()
-        bar.close()
-        batches.close()
+            device_batch = sharding.put_batch({name: batch[name] for name in BATCH_KEYS}, mesh)
+            with trace(step), jax.transfer_guard("disallow"):
+                state, metrics = step_fn(state, device_batch)
+            progress.push(step, metrics, batch)
+            checkpoints.check()
+
+            stopping = stop.agreed(step)
+            last = step == run.steps
+            evaluating = last or step % run.eval_every == 0
+            saving = last or stopping or step % run.checkpoint_every == 0
+            if evaluating or saving:
+                progress.catch_up()
+            if evaluating:
+                with progress.paused():
+                    evaluate.losses(step, state)
+                    evaluate.grid(step, state)
+            # Last, so that whatever belongs to this step is written before the step is saved.
+            if saving:
+                saved = {"step": step, "config": config.to_dict(), **progress.metadata()}
+                checkpoints.save(step, state, saved)
+            if stopping and not last:
+                checkpoints.wait()
+                progress.say(f"{workdir}: stopped and saved at step {step}; same command goes on")
+                break
     return state
+
+
+def begin_workdir(
+    config: ConfigDict,
+    workdir: Path,
+    data: RunData,
+    metadata: dict[str, Any],
+    resumed: dict[str, Any] | None,
+) -> None:
+    """Writes config.json and the data's own codec; says what of the config changed on resume."""
+    with disk_errors(workdir / "config.json"):
+        workdir.mkdir(parents=True, exist_ok=True)
+        if data.codec is not None:
+            shutil.copytree(data.codec, workdir / "vae", dirs_exist_ok=True)
+        run_checkpoint.write_run_metadata(
+            workdir,
+            metadata
+            | {
+                "has_ema": config.ema.enabled,
+                "attribution": data.attribution,
+                "config": config.to_dict(),
+            },
+        )
+    if resumed is not None:
+        for change in changes(resumed["config"], config.to_dict()):
+            print(f"{workdir}: since step {resumed['step']} the config changed: {change}")
+
+
+def changes(old: Any, new: Any, name: str = "") -> list[str]:
+    """The values that differ between two configurations, one of them read from JSON."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = sorted(old.keys() | new.keys())
+        return [
+            change
+            for key in keys
+            for change in changes(old.get(key), new.get(key), f"{name}.{key}".strip("."))
+        ]
+    # JSON has no tuples.
+    same = json.loads(json.dumps(old)) == json.loads(json.dumps(new))
+    return [] if same else [f"{name} {old!r} -> {new!r}"]

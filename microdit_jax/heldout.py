@@ -1,0 +1,208 @@
+"""What training is measured by: loss on held-out pictures at fixed noise, a grid of samples."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from microdit_jax import assets, sharding, train_step
+from microdit_jax.data.pipeline import Source
+from microdit_jax.diffusion import EdmConfig
+from microdit_jax.errors import UserError
+from microdit_jax.metric_writer import MetricWriter
+from microdit_jax.models.dit import DiT
+from microdit_jax.pictures import captioned_grid, save_png
+from microdit_jax.run_config import RunData
+from microdit_jax.sample import LatentDiffusion
+from microdit_jax.train_step import TrainState
+
+# The noise is the same at every evaluation of every run, whatever its own seed.
+NOISE_SEED = 0x4E1D
+
+
+class HeldoutLoss:
+    """Loss on held-out pictures with their own captions, and with those of other pictures.
+
+    A network that ignores its captions has a ratio of 1; the lower, the more it follows them.
+
+    Args:
+      num_images: how many, spread evenly over the source.
+      batch_size: images at a time, of all processes together.
+      draws: noise draws for each image.
+    """
+
+    def __init__(
+        self,
+        model: DiT,
+        edm: EdmConfig,
+        mesh: Mesh,
+        source: Source,
+        *,
+        num_images: int,
+        batch_size: int,
+        draws: int,
+    ):
+        self._source, self._draws, self._mesh = source, draws, mesh
+        count = min(num_images, len(source))
+        self._chosen = np.linspace(0, len(source) - 1, count).astype(int)
+        # Filled up to whole batches of one size that divides over the devices.
+        self._size = -(-min(batch_size, count) // mesh.size) * mesh.size
+        loss = train_step.make_eval_step(model, edm=edm, seed=NOISE_SEED, mesh=mesh)
+
+        def summed(params, batch):
+            images = {name: value for name, value in batch.items() if name != "weight"}
+            return jnp.sum(loss(params, images) * batch["weight"])
+
+        self._summed = jax.jit(summed)
+
+    def __call__(self, params: Any) -> dict[str, float]:
+        """The mean losses {"right", "shuffled"} and their "ratio"; all processes call it."""
+        sums = {"right": [], "shuffled": []}
+        for number, (batch, weight) in enumerate(self._batches()):
+            for i in range(self._draws):
+                draw = {"draw": np.uint32(number * self._draws + i)}
+                for captions, losses in sums.items():
+                    part = {"latents": batch["latents"], "caption_latents": batch[captions]}
+                    placed = sharding.put_batch(part | draw | {"weight": weight}, self._mesh)
+                    losses.append(self._summed(params, placed))
+        total = len(self._chosen) * self._draws
+        means = {name: float(sum(jax.device_get(found))) / total for name, found in sums.items()}
+        return means | {"ratio": means["right"] / means["shuffled"]}
+
+    def _batches(self) -> Iterator[tuple[dict[str, np.ndarray], np.ndarray]]:
+        """This process's rows of each batch, and 1 for each image, 0 for what fills up."""
+        count, half = len(self._chosen), len(self._chosen) // 2
+        local = self._size // jax.process_count()
+        for start in range(0, count, self._size):
+            rows = start + jax.process_index() * local + np.arange(local)
+            images = [self._source[int(self._chosen[row % count])] for row in rows]
+            others = [self._source[int(self._chosen[(row + half) % count])] for row in rows]
+            yield (
+                {
+                    "latents": np.stack([record["latents"] for record in images]),
+                    "right": np.stack([record["caption_latents"] for record in images]),
+                    "shuffled": np.stack([record["caption_latents"] for record in others]),
+                },
+                (rows < count).astype(np.float32),
+            )
+
+
+class Evaluation:
+    """Evaluates a run, raw weights and moving average, and records what came out.
+
+    Args:
+      writer: None on processes that do not write.
+      say: prints a line.
+    """
+
+    def __init__(
+        self,
+        model: DiT,
+        edm: EdmConfig,
+        mesh: Mesh,
+        data: RunData,
+        config: ConfigDict,
+        workdir: Path,
+        writer: MetricWriter | None,
+        say: Callable[[str], None],
+    ):
+        settings = config.eval
+        self._loss = HeldoutLoss(
+            model,
+            edm,
+            mesh,
+            data.heldout,
+            num_images=settings.num_images,
+            batch_size=settings.batch_size,
+            draws=settings.draws,
+        )
+        self._grid = Grid(model, edm, data, config) if settings.num_samples else None
+        self._folder, self._attribution = workdir / "samples", data.attribution
+        self._writer, self._say = writer, say
+
+    def losses(self, step: int, state: TrainState) -> None:
+        """Held-out losses, as one line of the records; all processes call it."""
+        kinds = {"raw": state.params} | ({} if state.ema is None else {"ema": state.ema})
+        losses = {kind: self._loss(params) for kind, params in kinds.items()}
+        if self._writer is not None:
+            self._writer.write(step, {"heldout": losses})
+        for kind, found in losses.items():
+            self._say(
+                f"step {step}: held-out loss of the {kind} weights {found['right']:.4f} with right "
+                f"captions, {found['shuffled']:.4f} with shuffled ones, ratio {found['ratio']:.3f}"
+            )
+
+    def grid(self, step: int, state: TrainState) -> None:
+        """Samples of the average, where one is kept, as samples/step_*.png; all processes call."""
+        if self._grid is None:
+            return
+        image = self._grid(state.params if state.ema is None else state.ema)
+        if self._writer is not None:
+            about = {"step": step, "attribution": self._attribution}
+            save_png(self._folder / f"step_{step:07d}.png", image, about)
+            self._writer.image(step, "samples", image)
+
+
+class _Embedded:
+    """Stands in for a text encoder whose few texts are embedded already, and which is not kept."""
+
+    def __init__(self, encoder: Any, texts: list[str]):
+        different = sorted(set(texts))
+        self.name, self.width = encoder.name, encoder.width
+        self._known = dict(zip(different, encoder.encode_text(different), strict=True))
+
+    def encode_text(self, texts: list[str]) -> np.ndarray:
+        return np.stack([self._known[text] for text in texts])
+
+
+class Grid:
+    """Samples for the same captions and noise at every evaluation.
+
+    The captions are the config's prompts, or, where it has none, held-out captions, each sample
+    then beside the real picture as decoded from its latents. The text encoder is needed once, here;
+    the codec stays, on the process that writes.
+
+    Raises:
+      UserError: no captions, or a tower that is not there.
+    """
+
+    def __init__(self, model: DiT, edm: EdmConfig, data: RunData, config: ConfigDict):
+        self._model, self._edm, self._settings = model, edm, config.eval
+        self._seed, self._real, count = config.seed, None, config.eval.num_samples
+        if config.eval.prompts:
+            self._captions = list(config.eval.prompts[:count])
+        elif data.captions:
+            chosen = np.linspace(0, len(data.heldout) - 1, min(count, len(data.heldout)))
+            self._captions = [data.captions[int(i)] for i in chosen]
+            self._real = np.stack([data.heldout[int(i)]["latents"] for i in chosen])
+        else:
+            raise UserError(
+                "eval.prompts is empty and the held-out set has no captions; give prompts, or set "
+                "eval.num_samples=0 for no grid"
+            )
+        encoder = assets.load_text_encoder(config.data.text_encoder)
+        self._text = _Embedded(encoder, self._captions)
+        self._codec = None
+        if jax.process_index() == 0:
+            self._codec = assets.load_codec(str(data.codec or config.data.vae))
+
+    def __call__(self, params: Any) -> np.ndarray | None:
+        """The grid (H, W, 3) in [0, 1], on process 0; all processes call it."""
+        pipe = LatentDiffusion(self._model, params, self._edm, self._text, self._codec)
+        latents = pipe.generate(
+            self._captions,
+            guidance_scale=self._settings.guidance_scale,
+            num_inference_steps=self._settings.num_inference_steps,
+            seed=self._seed,
+            return_only_latents=True,
+        )
+        if self._codec is None:
+            return None
+        shown = [latents] if self._real is None else [self._real, latents]
+        rows = [pipe.decode(row) for row in shown]
+        return captioned_grid(rows, self._captions, columns=6 if len(rows) == 2 else 8)

@@ -1,0 +1,34 @@
+"""Several stages, one after the other, as one run."""
+
+from pathlib import Path
+
+import jax
+from ml_collections import ConfigDict
+
+from microdit_jax.errors import UserError
+from microdit_jax.run_checkpoint import RunCheckpoints
+from microdit_jax.train import train
+
+
+def run(config: ConfigDict, workdir: str | Path) -> bool:
+    """Trains the stages of `config.stages`, each in its folder of the workdir.
+
+    The same call again passes over the stages that are done, and resumes in the right one.
+
+    Returns:
+      Whether all are done; not so after a signal.
+    Raises:
+      UserError: a stage that the config does not have; what `train` raises.
+    """
+    for name in config.stages:
+        if name not in config:
+            raise UserError(f"config.stages names {name}, found no such stage in the config")
+    for number, name in enumerate(config.stages):
+        stage, folder = config[name], Path(workdir) / name
+        with RunCheckpoints(folder) as checkpoints:
+            done = (checkpoints.latest_step() or 0) >= stage.train.steps
+        if jax.process_index() == 0:
+            print(f"stage {number + 1} of {len(config.stages)}, {name}{': done' * done}")
+        if not done and int(train(stage, folder).step) < stage.train.steps:
+            return False
+    return True

@@ -1,0 +1,226 @@
+"""What a run configuration stands for: the network, the mesh, the optimiser, the data."""
+
+import dataclasses
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import optax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from microdit_jax import hosts, optim
+from microdit_jax.data import latents
+from microdit_jax.data.pipeline import Record, Source
+from microdit_jax.encoders import registry
+from microdit_jax.encoders.patch_pca import PatchPCA
+from microdit_jax.errors import UserError
+from microdit_jax.models import dit
+from microdit_jax.models.dit import DiTConfig
+
+DATASET_KEYS = {"source", "folder", "weight"}
+
+
+def model_config(config: ConfigDict) -> DiTConfig:
+    """The network of a run configuration."""
+    arches = {
+        "MicroDiT_XL_2": dit.MicroDiT_XL_2,
+        "MicroDiT_Tiny_2": dit.MicroDiT_Tiny_2,
+        "DiT": DiTConfig,
+    }
+    arch, options = config.model.arch, config.model.options.to_dict()
+    if arch not in arches:
+        raise UserError(f"model.arch must be one of {', '.join(arches)}, found {arch!r}")
+    known = {field.name for field in dataclasses.fields(DiTConfig)}
+    if unknown := sorted(set(options) - known):
+        raise UserError(
+            f"model.options takes fields of DiTConfig, found {', '.join(unknown)}; known are "
+            f"{', '.join(sorted(known))}"
+        )
+    return arches[arch](**options)
+
+
+def make_optimizer(config: ConfigDict) -> tuple[optax.GradientTransformation, optax.Schedule]:
+    """The optimiser of a run configuration, and its learning rate by step."""
+    part = config.optim
+    schedule = optim.learning_rate(
+        part.learning_rate,
+        warmup_steps=part.warmup_steps,
+        decay_steps=part.decay_steps,
+        final_ratio=part.final_ratio,
+    )
+    optimizer = optim.adamw(
+        schedule,
+        weight_decay=part.weight_decay,
+        clip_norm=part.clip_norm,
+        expert_multiplier=part.expert_multiplier,
+    )
+    return optimizer, schedule
+
+
+def num_micro_batches(config: ConfigDict, mesh: Mesh) -> int:
+    """In how many parts each device computes its share of a batch.
+
+    Raises:
+      UserError: the batch does not divide by the devices, or the share by the parts.
+    """
+    size, wanted = config.train.batch_size, config.train.micro_batch_size
+    if size % mesh.size:
+        raise UserError(
+            f"train.batch_size must be a multiple of the {mesh.size} devices, found {size}"
+        )
+    share = size // mesh.size
+    if not 0 < wanted < share:
+        return 1
+    if share % wanted:
+        raise UserError(
+            f"train.micro_batch_size must divide the {share} images of each device, found {wanted}"
+        )
+    return share // wanted
+
+
+def check_intervals(config: ConfigDict) -> None:
+    """Raises UserError where something is to happen every 0 steps or fewer."""
+    for name in ("steps", "batch_size", "log_every", "eval_every", "checkpoint_every"):
+        if config.train[name] < 1:
+            raise UserError(f"train.{name} must be at least 1, found {config.train[name]}")
+
+
+# ------------------------------------------------------------------ data
+class RunData(NamedTuple):
+    """What a run trains on and is measured by.
+
+    sources, weights: for `pipeline.make_dataset`; a record's "source" is its number in `names`.
+    heldout: records that training does not see; `captions` are theirs where they are known.
+    codec: the folder of the codec where the run's data made one, else None.
+    """
+
+    sources: list[Source]
+    weights: list[float]
+    names: list[str]
+    heldout: Source
+    captions: tuple[str, ...] | None
+    codec: Path | None
+    attribution: str
+
+
+class _Numbered:
+    """A source whose records say which source they come from."""
+
+    def __init__(self, source: Source, number: int):
+        self._source, self._number = source, np.int32(number)
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> Record:
+        return {**self._source[index], "source": self._number}
+
+
+def load_data(config: ConfigDict) -> RunData:
+    """Opens the datasets of a run; prepares the embedded pictures where that was not done yet.
+
+    Raises:
+      UserError: no datasets, an unknown source, or one that does not open.
+    """
+    entries = [_checked(entry) for entry in config.data.datasets]
+    if not entries:
+        raise UserError("data.datasets must name at least one dataset, found none")
+    opened = [_open(config, entry, "train") for entry in entries]
+    heldout = _open(config, config.data.heldout.to_dict(), "heldout")
+    sources = [_Numbered(source, i) for i, source in enumerate(opened)]
+    prepared = [source for source in (*opened, heldout) if isinstance(source, latents.LatentSource)]
+    for source in prepared[1:]:
+        source.check_made_by(vae=prepared[0].vae, text_encoder=prepared[0].text_encoder)
+    return RunData(
+        sources,
+        [
+            float(entry["weight"]) * len(source)
+            for entry, source in zip(entries, opened, strict=True)
+        ],
+        [entry["folder"] for entry in entries],
+        heldout,
+        getattr(heldout, "captions", None),
+        Path(config.data.heldout.folder) / "codec" if prepared else None,
+        latents.twemoji.ATTRIBUTION if prepared else "",
+    )
+
+
+def _checked(entry: Any) -> dict[str, Any]:
+    if not hasattr(entry, "keys") or set(entry.keys()) != DATASET_KEYS:
+        raise UserError(
+            f"each of data.datasets must be a dictionary of {', '.join(sorted(DATASET_KEYS))}, "
+            f"found {entry}"
+        )
+    return dict(entry)
+
+
+def _open(config: ConfigDict, entry: dict[str, Any], split: str) -> Source:
+    kinds: dict[str, Callable[[ConfigDict, str, str], Source]] = {"twemoji": _open_twemoji}
+    if entry["source"] not in kinds:
+        raise UserError(
+            f"a dataset's source must be one of {', '.join(kinds)}, found {entry['source']!r}"
+        )
+    return kinds[entry["source"]](config, entry["folder"], split)
+
+
+def _open_twemoji(config: ConfigDict, folder: str, split: str) -> latents.LatentSource:
+    """The embedded emoji pictures; the folder is prepared first, by one process, if need be."""
+    pattern = r"patch_pca:patch=(\d+),channels=(\d+),resolution=(\d+)"
+    match = re.fullmatch(pattern, config.data.vae)
+    if match is None:
+        raise UserError(
+            "data.vae for the source twemoji must be like "
+            f"patch_pca:patch=4,channels=8,resolution=32, found {config.data.vae!r}"
+        )
+    patch, channels, resolution = map(int, match.groups())
+
+    def prepare():
+        latents.prepare_twemoji(
+            Path(folder),
+            resolution=config.data.resolution,
+            fit_codec=PatchPCA.fit,
+            codec_settings={"patch": patch, "channels": channels},
+            text_encoder=registry.text_encoder(config.data.text_encoder),
+            codec_resolution=resolution,
+        )
+
+    hosts.from_first(f"prepare {folder}", prepare)
+    train, heldout, *_ = latents.load_prepared(Path(folder), PatchPCA.load)
+    return train if split == "train" else heldout
+
+
+def check_data(cfg: DiTConfig, data: RunData) -> int:
+    """Raises UserError where records do not fit the network; returns the caption tokens l."""
+    expected, lengths = (cfg.input_size, cfg.input_size, cfg.in_channels), set()
+    for name, source in zip(
+        (*data.names, "data.heldout"), (*data.sources, data.heldout), strict=True
+    ):
+        record = source[0]
+        if record["latents"].shape != expected:
+            raise UserError(
+                f"the model takes latents {expected}, found {record['latents'].shape} in {name}; "
+                "set model.options.input_size and in_channels, or prepare data of that size"
+            )
+        length, width = record["caption_latents"].shape
+        if width != cfg.caption_channels:
+            raise UserError(
+                f"the model takes caption embeddings {cfg.caption_channels} wide, found {width} in "
+                f"{name}; set model.options.caption_channels"
+            )
+        lengths.add(length)
+    if len(lengths) > 1:
+        raise UserError(
+            f"all datasets must have captions of the same length, found {sorted(lengths)} tokens"
+        )
+    return lengths.pop()
+
+
+def vae_and_text_encoder(config: ConfigDict, data: RunData) -> dict[str, str]:
+    """The names of what made the data, as a run's config.json carries them."""
+    source = data.heldout
+    if isinstance(source, latents.LatentSource):
+        return {"vae": source.vae, "text_encoder": source.text_encoder}
+    return {"vae": config.data.vae, "text_encoder": config.data.text_encoder}
