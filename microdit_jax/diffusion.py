@@ -177,8 +177,8 @@ class HeunState(NamedTuple):
 def heun_start(noise: Latents, config: EdmConfig = EdmConfig()) -> HeunState:
     """The state before the first evaluation: standard normal noise times sigma_max."""
     x = noise.astype(jnp.float32) * np.float32(config.sigma_max)
-    # Three arrays, not one thrice: the state is donated from evaluation to evaluation. The zeros are
-    # computed from x, so that they lie where it lies on a mesh.
+    # Three arrays, not one thrice: the state is donated from evaluation to evaluation. The zeros
+    # come from x, so that they lie where it lies on a mesh.
     return HeunState(x, jnp.copy(x), 0 * x)
 
 
