@@ -122,15 +122,16 @@ def _first_local(repository: str, names: Sequence[str]) -> Path | None:
 
 def _fetch_first(repository: str, names: Sequence[str]) -> Path:
     import huggingface_hub  # a second to import, and not needed where files are given by hand
-    from huggingface_hub import errors
+    from huggingface_hub import constants, errors
 
     why: tuple[str, Exception | None] = ("it has no such file", None)
     for name in names:
         try:
-            with disk_errors(Path(huggingface_hub.constants.HF_HUB_CACHE) / "models"):
+            with disk_errors(Path(constants.HF_HUB_CACHE) / "models"):
                 return Path(huggingface_hub.hf_hub_download(repository, name))
         except errors.LocalEntryNotFoundError as error:
             why = ("no network, or offline mode", error)
+            continue  # the other one may be in the cache
         except errors.EntryNotFoundError:
             continue
         except errors.GatedRepoError as error:

@@ -1,0 +1,170 @@
+"""The pipeline: the same picture whatever the batch and the devices; what it refuses."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import relative_l2, tiny_model
+
+from microdit_jax import assets, diffusion, memory, sharding
+from microdit_jax.diffusion import EdmConfig
+from microdit_jax.encoders.token_table import TokenTable
+from microdit_jax.encoders.vae import AutoencoderKL, VaeConfig
+from microdit_jax.encoders.vae_codec import VaeCodec
+from microdit_jax.errors import UserError
+from microdit_jax.noise import initial_noise
+from microdit_jax.sample import LatentDiffusion
+
+PROMPTS = ["red apple", "dog face", "woman mechanic", "red apple", "a", "b c", "cat", "sun"]
+OPTIONS = {"num_inference_steps": 2, "seed": 3, "guidance_scale": 2.0}
+VAE = VaeConfig((8, 8), 4, 0.5, norm_num_groups=4)
+
+
+@functools.cache
+def weights():
+    """Random weights of the tiny network and a VAE, none of them zero."""
+    model, keys = tiny_model(), jax.random.split(jax.random.key(0), 3)
+    shapes = assets.abstract_params(model.config)
+    leaves, tree = jax.tree.flatten(shapes)
+    normals = [
+        0.1 * jax.random.normal(key, leaf.shape, leaf.dtype)
+        for key, leaf in zip(jax.random.split(keys[0], len(leaves)), leaves, strict=True)
+    ]
+    images = jnp.zeros((1, 4, 4, 3), jnp.float32)
+    return tree.unflatten(normals), AutoencoderKL(VAE).init(keys[1], images)["params"]
+
+
+def pipeline(mesh=None) -> LatentDiffusion:
+    model, (params, vae) = tiny_model(), weights()
+    if mesh is not None:
+        params = jax.device_put(params, sharding.shardings(params, mesh))
+        vae = jax.device_put(vae, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
+    codec = VaeCodec("vae", VAE, vae)
+    return LatentDiffusion(model, params, EdmConfig(), TokenTable(24, 7, 0), codec, "tiny")
+
+
+@functools.cache
+def expected() -> np.ndarray:
+    return pipeline().generate(PROMPTS, **OPTIONS)
+
+
+def test_pictures():
+    images = expected()
+    assert images.shape == (8, 16, 16, 3) and images.dtype == np.float32
+    assert 0 <= images.min() and images.max() <= 1
+    assert np.abs(images[0] - images[3]).max() > 0.01  # one prompt, two noises
+    other = pipeline().generate(PROMPTS, **OPTIONS | {"seed": 4})
+    assert np.abs(other - images).max() > 0.01
+
+
+@pytest.mark.parametrize("mesh", [None, (2, 1, 1), (8, 1, 1), (2, 2, 2), (1, 8, 1)])
+@pytest.mark.parametrize("batch_size", [1, 3, 8])
+def test_the_same_pictures_on_any_devices_in_any_batch(mesh, batch_size):
+    if mesh is not None:
+        mesh = sharding.make_mesh(*mesh, devices=jax.devices()[: np.prod(mesh)])
+    images = pipeline(mesh).generate(PROMPTS, batch_size=batch_size, **OPTIONS)
+    np.testing.assert_allclose(images, expected(), atol=1e-4)
+
+
+def test_equals_the_sampler_in_one_program():
+    pipe = pipeline()
+    params, model = pipe.params, pipe.model
+    noise = initial_noise("jax", 3, 8, 8, 8, 4)
+    y = pipe.encode(PROMPTS)
+    np.testing.assert_array_equal(y[0], y[3])
+    both = diffusion.interleave(jnp.asarray(y), jnp.zeros_like(y))
+    network = diffusion.guided(
+        lambda x, t: model.apply({"params": params}, x, t, both)[0], jnp.float32(2.0)
+    )
+    sample = jax.jit(lambda x: diffusion.heun_sampler(diffusion.denoiser(network), x, 2))(noise)
+    latents = pipe.generate(PROMPTS, return_only_latents=True, **OPTIONS)
+    assert relative_l2(latents, sample) < 1e-5
+    np.testing.assert_allclose(pipe.decode(latents), expected(), atol=1e-6)
+
+
+def test_any_number_of_steps_and_any_guidance_run_one_program():
+    pipe = pipeline()
+    for steps, guidance in ((1, 2.0), (3, 7.0)):
+        pipe.generate(["a"], num_inference_steps=steps, guidance_scale=guidance, seed=0)
+    assert len(pipe._programs) == 1
+    (programs,) = pipe._programs.values()
+    pipe.generate(["b"], num_inference_steps=1, guidance_scale=1.0, seed=0)
+    assert len(pipe._programs) == 2 and pipe._programs[1, 7, True] is programs
+
+
+def test_given_noise_and_token_ids():
+    pipe = pipeline()
+    ids = pipe.text_encoder.tokenizer(PROMPTS)
+    options = {k: v for k, v in OPTIONS.items() if k != "seed"}
+    noise = initial_noise("jax", 3, 8, 8, 8, 4)
+    images = pipe.generate(tokenized_prompts=ids, noise=noise, **options)
+    np.testing.assert_array_equal(images, expected())
+
+
+def test_progress_is_one_tick_an_evaluation():
+    ticks = []
+
+    def watched(work):
+        for item in work:
+            ticks.append(item)
+            yield item
+
+    images = pipeline().generate(PROMPTS, batch_size=4, progress=watched, **OPTIONS)
+    assert len(ticks) == 2 * 3
+    np.testing.assert_allclose(images, expected(), atol=1e-4)
+
+
+def test_warming_up_compiles_what_is_needed_later():
+    pipe = pipeline()
+    pipe.warm_up(8, batch_size=8)
+    before = dict(pipe._programs)
+    pipe.generate(PROMPTS, **OPTIONS)
+    assert pipe._programs == before
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({}, "either prompt or tokenized_prompts"),
+        ({"prompt": []}, "found none or an empty one"),
+        ({"prompt": ["a", " "]}, "found none or an empty one"),
+        ({"prompt": "a", "attention_mask": np.ones((1, 7))}, "belongs to tokenized_prompts"),
+        ({"prompt": "a", "noise": "torch"}, "expected one of jax, torch_cpu"),
+        ({"prompt": "a", "noise": np.zeros((1, 4, 4, 4)), "seed": None}, r"expected noise \(1, 8"),
+        ({"prompt": "a", "num_inference_steps": 0}, "must be at least 1, found 0"),
+    ],
+)
+def test_refused(arguments, message):
+    with pytest.raises(UserError, match=message):
+        pipeline().generate(**OPTIONS | arguments)
+
+
+def test_latents_that_are_not_finite_are_refused():
+    pipe = pipeline()
+    broken = jax.tree.map(lambda p: p * np.float32(np.nan), pipe.params)
+    with pytest.raises(UserError, match="expected finite latents"):
+        dataclasses.replace(pipe, params=broken).generate(["dog"], **OPTIONS)
+
+
+def test_a_batch_that_does_not_fit_is_refused_with_one_that_would(monkeypatch):
+    free = 2_000_000
+    monkeypatch.setattr(memory, "free_bytes", lambda device: free)
+    with pytest.raises(UserError, match=r"batch_size=64 needs .*; batch_size=(\d+) would fit") as e:
+        pipeline().generate(["a"] * 64, batch_size=64, **OPTIONS)
+    fitting = int(str(e.value).split("; batch_size=")[1].split()[0])
+    assert 1 <= fitting < 64
+    free = 1000
+    with pytest.raises(UserError, match="not even one picture"):
+        pipeline().generate(["a"] * 64, batch_size=64, **OPTIONS)
+
+
+def test_running_out_of_memory_is_one_line():
+    with pytest.raises(UserError, match="ran out of memory; use a smaller one"):
+        with memory.out_of_memory("a smaller one"):
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating")
+    with pytest.raises(jax.errors.JaxRuntimeError):
+        with memory.out_of_memory("a smaller one"):
+            raise jax.errors.JaxRuntimeError("INTERNAL: something else")
