@@ -1,20 +1,14 @@
 """How the commands read their flags, and the kinds of model the fields of their configs."""
 
-import argparse
 import dataclasses
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-from microdit_jax.errors import UserError
+from microdit_jax.errors import Parser, UserError
+
+__all__ = ["Parser", "config_from_fields"]
 
 Config = TypeVar("Config")
-
-
-class Parser(argparse.ArgumentParser):
-    """An argument parser whose complaints are UserErrors that name its --help."""
-
-    def error(self, message: str):
-        raise UserError(f"{message}; see {self.prog} --help")
 
 
 def config_from_fields(cls: type[Config], fields: Mapping[str, Any]) -> Config:

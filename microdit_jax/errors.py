@@ -1,5 +1,6 @@
-"""The one exception that users are meant to see."""
+"""The one exception that users are meant to see, and who raises and catches it in commands."""
 
+import argparse
 import contextlib
 import errno
 import os
@@ -17,6 +18,13 @@ class UserError(ValueError):
 
     def __init__(self, message: str):
         super().__init__(" ".join(str(message).split()))
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose complaints are UserErrors that name its --help."""
+
+    def error(self, message: str):
+        raise UserError(f"{message}; see {self.prog} --help")
 
 
 @contextlib.contextmanager

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Float
 
+from microdit_jax.data.records import check_made_by
 from microdit_jax.data.sources import twemoji
 from microdit_jax.errors import UserError
 
@@ -77,24 +78,18 @@ class LatentSource:
         return len(self.latents)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """latents float32 (h, w, c), caption_latents float32 (l, width), index int32."""
+        """The record, as described in `microdit_jax.data.records`; its id is its index."""
         return {
             "latents": self.latents[index].astype(np.float32),
             "caption_latents": self.caption_latents[index].astype(np.float32),
+            "caption": self.captions[index],
+            "id": str(index),
             "index": np.int32(index),
         }
 
     def check_made_by(self, *, vae: str, text_encoder: str) -> None:
         """Raises UserError unless the data come from this VAE and this text encoder."""
-        for kind, expected, found in (
-            ("VAE", vae, self.vae),
-            ("text encoder", text_encoder, self.text_encoder),
-        ):
-            if expected != found:
-                raise UserError(
-                    f"expected data made with the {kind} {expected}, found data made with {found}: "
-                    f"prepare the data with {expected}, or use a model trained with {found}"
-                )
+        check_made_by((vae, text_encoder), (self.vae, self.text_encoder))
 
 
 class Prepared(NamedTuple):

@@ -1,0 +1,78 @@
+"""Opens stored latents by where they are: an MDS dataset, or a TFDS one in ArrayRecord files."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from microdit_jax.data import mds
+from microdit_jax.data.mds import MdsReader
+from microdit_jax.data.records import SIDECAR, LatentInfo, Store, StoredLatents, infer_info
+from microdit_jax.data.shard_files import ShardFiles
+from microdit_jax.errors import UserError
+
+ARRAY_RECORD = "dataset_info.json"  # TFDS's own name for its description
+
+
+def open_latents(
+    root: str | os.PathLike,
+    *,
+    resolution: int,
+    vae: str | None = None,
+    text_encoder: str | None = None,
+    caption_tokens: int = 77,
+    captions: str = "embeddings",
+    tokenizer: Callable[[list[str]], np.ndarray] | None = None,
+    **options: Any,
+) -> StoredLatents:
+    """The records of a dataset of latents; a source for `pipeline.make_dataset`.
+
+    Args:
+      root: a local folder, or for MDS also an fsspec URL.
+      resolution: pixels of a side of the pictures whose latents are wanted.
+      vae, text_encoder, caption_tokens: what made the data; needed where no latents.json says so,
+        as in the reference's datasets. Where one does, other names are an error.
+      captions, tokenizer: see `StoredLatents`.
+      options: `cache`, `cache_bytes` and `check_hashes` of `MdsReader`.
+    Raises:
+      UserError: no dataset, a damaged one, or one made by something else.
+    """
+    store, sidecar = open_store(root, **options)
+    if sidecar is None:
+        if not len(store):
+            raise UserError(f"expected records in {root}, found an empty dataset; leave it out")
+        sidecar = infer_info(
+            store, vae=vae, text_encoder=text_encoder, caption_tokens=caption_tokens
+        )
+    source = StoredLatents(
+        store, sidecar, resolution=resolution, captions=captions, tokenizer=tokenizer
+    )
+    source.check_made_by(vae=vae or source.vae, text_encoder=text_encoder or source.text_encoder)
+    return source
+
+
+def open_store(root: str | os.PathLike, **options: Any) -> tuple[Store, LatentInfo | None]:
+    """The stored bytes of a dataset, and its sidecar if it has one; arguments as `open_latents`."""
+    cache = options.get("cache")
+    files = ShardFiles(root, cache=cache)
+    sidecar = None
+    if files.exists(SIDECAR):
+        sidecar = LatentInfo.from_json(files.read(SIDECAR), files.location(SIDECAR))
+    if files.exists(mds.INDEX):
+        return MdsReader(root, **options), sidecar
+    if files.is_local and Path(root, ARRAY_RECORD).is_file():
+        if unused := {name for name, value in options.items() if value}:
+            raise UserError(
+                f"{', '.join(sorted(unused))} is for MDS datasets, found ArrayRecord files in "
+                f"{root}, which are checked as they are read, from a local or mounted disk"
+            )
+        from microdit_jax.data.arrayrecord import ArrayRecordStore  # TFDS takes a while to import
+
+        return ArrayRecordStore(root), sidecar
+    raise UserError(
+        f"expected a dataset of latents in {root}, found neither {mds.INDEX} (MDS) nor "
+        f"{ARRAY_RECORD} (ArrayRecord); check the path, or merge the indices of its parts "
+        "(microdit_jax.data.mds_writer.merge_index)"
+    )
