@@ -54,6 +54,14 @@ KINDS = {
         ("text_encoder",),
         ("open_clip_config.json", "config.json"),
     ),
+    "clip": Kind(
+        "convert.clip",
+        (),
+        ("model_cfg", "vision_config", "image"),
+        ("open_clip_model", "open_clip_pytorch_model", "model", "pytorch_model"),
+        (),
+        ("open_clip_config.json", "config.json"),
+    ),
     "t5": Kind(
         "convert.t5",
         ("max_tokens",),

@@ -23,7 +23,7 @@ def synthetic_tensor(name: str, shape: Sequence[int], seed: int) -> np.ndarray:
     r = rng.standard_normal(tuple(shape), dtype=np.float32)
     if len(shape) < 2:
         is_norm = ("norm" in name or "ln_" in name) and name.endswith("weight")
-        return np.float32(1) * is_norm + np.float32(0.1) * r
+        return np.asarray(np.float32(1) * is_norm + np.float32(0.1) * r)
     fan_in = shape[1] if len(shape) == 3 else math.prod(shape[1:])
     return (r / np.float64(math.sqrt(fan_in))).astype(np.float32)  # divided in float64
 

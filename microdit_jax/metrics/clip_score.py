@@ -1,0 +1,37 @@
+"""CLIP score: how well pictures fit their texts, by the cosine of a CLIP's embeddings."""
+
+import numpy as np
+from jaxtyping import Float, Float64
+
+from microdit_jax.errors import UserError
+
+
+def cosines(
+    images: Float[np.ndarray, "n e"], texts: Float[np.ndarray, "n e"]
+) -> Float64[np.ndarray, " n"]:
+    """The cosine of each picture's embedding with its text's, in float64.
+
+    Raises:
+      UserError: not as many of either, or of another width.
+    """
+    if images.shape != texts.shape:
+        raise UserError(
+            f"expected embeddings of pictures and of their texts, found {images.shape} and "
+            f"{texts.shape}; give one text for each picture, from the same CLIP"
+        )
+    images, texts = (np.asarray(x, np.float64) for x in (images, texts))
+    lengths = np.linalg.norm(images, axis=1) * np.linalg.norm(texts, axis=1)
+    return (images * texts).sum(axis=1) / lengths
+
+
+def clip_score(images: Float[np.ndarray, "n e"], texts: Float[np.ndarray, "n e"]) -> float:
+    """max(0, 100 mean cos), as torchmetrics has it (Hessel et al. 2021, arXiv:2104.08718, w = 100).
+
+    Tables often leave out the factor 100: 0.30 there is 30 here.
+
+    Raises:
+      UserError: no pictures, or embeddings that do not belong together.
+    """
+    if not len(images):
+        raise UserError("CLIP score: expected one or more pictures, found none")
+    return max(0.0, 100 * float(cosines(images, texts).mean()))
