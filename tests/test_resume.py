@@ -1,0 +1,172 @@
+"""The real command, killed and started again until it is done, against a run left in peace."""
+
+import json
+import os
+import pathlib
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from microdit_jax.data import latents
+from microdit_jax.encoders import registry
+from microdit_jax.encoders.patch_pca import PatchPCA
+from microdit_jax.run_restore import steps_on_disk
+
+ROOT = pathlib.Path(__file__).parent.parent
+# By hand: KILLS=10 .venv/bin/python -m pytest -q tests/test_resume.py
+KILLS = int(os.environ.get("KILLS", "3"))
+STEPS = 60
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    """The embedded pictures, prepared once."""
+    folder = tmp_path_factory.mktemp("data")
+    latents.prepare_twemoji(
+        folder,
+        resolution=32,
+        fit_codec=PatchPCA.fit,
+        codec_settings={"patch": 4, "channels": 8},
+        text_encoder=registry.text_encoder("table:width=256,tokens=16,seed=0"),
+    )
+    return folder
+
+
+class Command:
+    """train_main.py of one workdir, as a process with as many simulated devices as the tests."""
+
+    def __init__(self, data, workdir, *flags: str):
+        environment = os.environ | {
+            "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "PYTHONPATH": str(ROOT),
+        }
+        self.workdir, self._output = workdir, pathlib.Path(f"{workdir}.txt")
+        with open(self._output, "a") as output:
+            self.process = subprocess.Popen(
+                [
+                    sys.executable, "train_main.py", f"--config=tests/tiny_config.py:{data}",
+                    f"--workdir={workdir}", f"--config.train.steps={STEPS}", *flags,
+                ],
+                cwd=ROOT, env=environment, stdout=output, stderr=output,
+            )  # fmt: skip
+
+    def wait_for_step(self, step: int, *, saving: bool) -> None:
+        """Until a line of this step is there, or, if `saving`, a half-written checkpoint."""
+        while self.process.poll() is None:
+            if saving and list(self.workdir.glob("checkpoints/*.orbax-checkpoint-tmp*")):
+                return
+            if not saving and last_step(self.workdir) >= step:
+                return
+            time.sleep(0.002)
+        pytest.fail(f"the run ended by itself:\n{self.text()}")
+
+    def finish(self) -> int:
+        try:
+            return self.process.wait(timeout=240)
+        finally:
+            self.process.kill()
+
+    def text(self) -> str:
+        return self._output.read_text()
+
+
+def lines(workdir) -> list[dict]:
+    """metrics.jsonl but for what was measured with a clock, and for a line being written."""
+    path = workdir / "metrics.jsonl"
+    whole = path.read_text().splitlines(keepends=True) if path.exists() else []
+    found = [json.loads(line) for line in whole if line.endswith("\n")]
+    return [{name: v for name, v in line.items() if name != "speed"} for line in found]
+
+
+def last_step(workdir) -> int:
+    return max((line["step"] for line in lines(workdir)), default=0)
+
+
+def state_of(workdir, step: int) -> dict[str, np.ndarray]:
+    """Every array of a checkpoint by its path."""
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        state = checkpointer.restore(workdir / "checkpoints" / str(step) / "state")
+    flat = ocp.tree.to_flat_dict(state, sep="/")
+    return {path: np.asarray(leaf) for path, leaf in flat.items() if hasattr(leaf, "shape")}
+
+
+def assert_equal_runs(found, expected):
+    """Bit for bit: weights, optimiser, average, counters; and what was logged."""
+    one, other = state_of(found, STEPS), state_of(expected, STEPS)
+    assert one.keys() == other.keys()
+    assert {path.split("/")[0] for path in one} >= {"params", "opt_state", "ema", "step"}
+    for path, leaf in one.items():
+        assert leaf.dtype == other[path].dtype
+        assert leaf.tobytes() == other[path].tobytes(), path
+    assert lines(found) == lines(expected)
+
+
+@pytest.fixture(scope="session")
+def unbroken(data, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("unbroken") / "run"
+    command = Command(data, workdir)
+    assert command.finish() == 0, command.text()
+    assert [line["step"] for line in lines(workdir) if "loss" in line] == list(range(1, STEPS + 1))
+    return workdir
+
+
+def test_killed_at_random_moments(data, unbroken, tmp_path):
+    """Every second kill hits a checkpoint that is being written."""
+    workdir, rng = tmp_path / "run", random.Random(KILLS)
+    seen = []
+    for number in range(KILLS):
+        command, before = Command(data, workdir), max(steps_on_disk(workdir), default=0)
+        saving = number % 2 == 0
+        command.wait_for_step(rng.randint(before + 1, before + 8), saving=saving)
+        time.sleep(rng.random() * 0.05)
+        command.process.send_signal(signal.SIGKILL)
+        assert command.finish() == -signal.SIGKILL
+        partial = [path.name for path in workdir.glob("checkpoints/*tmp*")]
+        seen.append((last_step(workdir), steps_on_disk(workdir), partial))
+    print(f"killed after step, with checkpoints, and partial ones: {seen}")
+    command = Command(data, workdir)
+    assert command.finish() == 0, command.text()
+    assert "is damaged" not in command.text()
+    assert_equal_runs(workdir, unbroken)
+
+
+def test_asked_to_stop(data, unbroken, tmp_path):
+    workdir = tmp_path / "run"
+    command = Command(data, workdir)
+    command.wait_for_step(20, saving=False)
+    command.process.send_signal(signal.SIGTERM)
+    began = time.monotonic()
+    assert command.finish() == 0, command.text()
+    assert time.monotonic() - began < 20
+    stopped = last_step(workdir)
+    assert 20 <= stopped < STEPS and max(steps_on_disk(workdir)) == stopped  # saved where it was
+    assert "SIGTERM: saving and stopping" in command.text()
+    command = Command(data, workdir)
+    assert command.finish() == 0, command.text()
+    assert_equal_runs(workdir, unbroken)
+
+
+def test_damage_goes_back_one_checkpoint(data, unbroken, tmp_path):
+    workdir = shutil.copytree(unbroken, tmp_path / "run")
+    older, newest = sorted(steps_on_disk(workdir))[-2:]
+    path = max(workdir.glob(f"checkpoints/{newest}/**/d/*"), key=lambda path: path.stat().st_size)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    command = Command(data, workdir)
+    assert command.finish() == 0, command.text()
+    assert f"step {newest} is damaged" in command.text()
+    assert f"using step {older}" in command.text()
+    assert (workdir / "damaged" / str(newest)).is_dir()
+    assert_equal_runs(workdir, unbroken)
