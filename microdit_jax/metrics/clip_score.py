@@ -7,7 +7,7 @@ from microdit_jax.errors import UserError
 
 
 def cosines(
-    images: Float[np.ndarray, "n e"], texts: Float[np.ndarray, "n e"]
+    images: Float[np.ndarray, "n e"], texts: Float[np.ndarray, "m k"]
 ) -> Float64[np.ndarray, " n"]:
     """The cosine of each picture's embedding with its text's, in float64.
 
@@ -24,7 +24,7 @@ def cosines(
     return (images * texts).sum(axis=1) / lengths
 
 
-def clip_score(images: Float[np.ndarray, "n e"], texts: Float[np.ndarray, "n e"]) -> float:
+def clip_score(images: Float[np.ndarray, "n e"], texts: Float[np.ndarray, "m k"]) -> float:
     """max(0, 100 mean cos), as torchmetrics has it (Hessel et al. 2021, arXiv:2104.08718, w = 100).
 
     Tables often leave out the factor 100: 0.30 there is 30 here.
