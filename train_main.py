@@ -32,20 +32,20 @@ def main(argv):
     from microdit_jax import hosts  # after the flags: --help answers at once
 
     config = read_config(CONFIG)
-    hosts.initialize(
+    with hosts.job(
         COORDINATOR.value,
         NUM_PROCESSES.value,
         PROCESS_ID.value,
         timeout_seconds=TIMEOUT.value,
         heartbeat_seconds=HEARTBEAT.value,
-    )
-    from microdit_jax import recipe
-    from microdit_jax.train import train
+    ):
+        from microdit_jax import recipe
+        from microdit_jax.train import train
 
-    if "stages" in config:
-        recipe.run(config, WORKDIR.value)
-    else:
-        train(config, WORKDIR.value)
+        if "stages" in config:
+            recipe.run(config, WORKDIR.value)
+        else:
+            train(config, WORKDIR.value)
 
 
 if __name__ == "__main__":

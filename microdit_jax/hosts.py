@@ -25,6 +25,7 @@ from jax.experimental import multihost_utils
 from microdit_jax.errors import UserError
 
 BARRIER_SECONDS = 600.0
+WORK_SECONDS = 3600.0  # of one process while the others wait
 _barriers: collections.Counter[str] = collections.Counter()
 
 
@@ -293,12 +294,15 @@ def missing_processes(message: str) -> list[int]:
     return sorted({int(number) for number in re.findall(r"(?:^|[\s,]|task:)(\d+)\b", late)})
 
 
-def from_first(name: str, function: Callable[[], Any]) -> Any:
+def from_first(
+    name: str, function: Callable[[], Any], *, timeout_seconds: float = WORK_SECONDS
+) -> Any:
     """What `function` returns on process 0, which alone runs it, on every process.
 
     Args:
       name: what it does, for the time-out's error.
       function: returns what JSON can hold.
+      timeout_seconds: how long it may take, such as for checking a large checkpoint.
     Raises:
       UserError: the one that it raised on process 0, on every process.
     """
@@ -310,7 +314,7 @@ def from_first(name: str, function: Callable[[], Any]) -> Any:
             text = json.dumps({"value": function()}).encode()
         except Exception as error:
             text, fault = json.dumps({"error": f"{error}"}).encode(), error
-    barrier(name)
+    barrier(name, timeout_seconds=timeout_seconds)
     length = -len(text) // 4096 * -4096  # few lengths, few compilations
     length = int(multihost_utils.broadcast_one_to_all(np.int32(length)))
     content = np.frombuffer(text.ljust(length), np.uint8)
