@@ -1,0 +1,116 @@
+"""GenEval (Ghosh et al. 2023, arXiv:2310.11513): its prompts, its folders, and its scores.
+
+The benchmark asks for four pictures of each of 553 prompts; its own detector, which needs Python
+3.8 or 3.9 and old libraries, says which are right (docs/evaluation.md has a container for it), and
+here its answers become the six scores and their mean.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from microdit_jax.errors import UserError
+
+TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
+SAMPLES = 4  # pictures of each prompt
+_RESULT_KEYS = ("tag", "correct", "metadata")
+
+
+class Scores(NamedTuple):
+    """Shares of right pictures.
+
+    tasks is in TASKS' order, without those that have no picture; overall is their mean, which the
+    benchmark's tables give; images and prompts are how many there were, and correct_prompts the
+    share of prompts with a right picture.
+    """
+
+    tasks: dict[str, float]
+    overall: float
+    images: int
+    prompts: int
+    correct_images: float
+    correct_prompts: float
+
+
+def read_prompts(path: Path) -> list[dict[str, Any]]:
+    """The lines of the benchmark's evaluation_metadata.jsonl; each has "tag" and "prompt".
+
+    Raises:
+      UserError: not such a file.
+    """
+    lines = _read_lines(path)
+    for number, line in enumerate(lines, 1):
+        if line.get("tag") not in TASKS or not str(line.get("prompt", "")).strip():
+            raise UserError(
+                f"expected lines with a prompt and a tag ({', '.join(TASKS)}) in {path}, found "
+                f"line {number}: {json.dumps(line)[:120]}; give evaluation_metadata.jsonl"
+            )
+    return lines
+
+
+def write_metadata(folder: Path, prompts: Sequence[dict[str, Any]]) -> None:
+    """Lays out the folder for the detector: NNNNN/metadata.jsonl for each prompt.
+
+    Raises:
+      UserError: the folder was made for other prompts.
+    """
+    for number, prompt in enumerate(prompts):
+        path, text = folder / f"{number:05d}" / "metadata.jsonl", json.dumps(prompt)
+        if path.exists() and path.read_text() != text:
+            raise UserError(
+                f"expected {path} to hold {text}, found another prompt; choose another folder"
+            )
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    extra = folder / f"{len(prompts):05d}"
+    if extra.exists():
+        raise UserError(
+            f"expected {len(prompts)} prompts in {folder}, found more ({extra.name}); choose "
+            "another folder"
+        )
+
+
+def picture_path(folder: Path, index: int, samples: int = SAMPLES) -> Path:
+    """Where the index-th picture goes when each prompt is drawn `samples` times in a row."""
+    prompt, sample = divmod(index, samples)
+    return folder / f"{prompt:05d}" / "samples" / f"{sample:04d}.png"
+
+
+def scores(path: Path) -> Scores:
+    """The benchmark's scores from the results.jsonl that its evaluate_images.py writes.
+
+    Raises:
+      UserError: not such a file, or a task the benchmark does not have.
+    """
+    lines = _read_lines(path)
+    for number, line in enumerate(lines, 1):
+        if any(key not in line for key in _RESULT_KEYS) or line["tag"] not in TASKS:
+            raise UserError(
+                f"expected lines with {', '.join(_RESULT_KEYS)} in {path}, found line {number}: "
+                f"{json.dumps(line)[:120]}; give the detector's results.jsonl"
+            )
+    by_task = {task: [bool(x["correct"]) for x in lines if x["tag"] == task] for task in TASKS}
+    tasks = {task: sum(right) / len(right) for task, right in by_task.items() if right}
+    by_prompt: dict[str, bool] = {}
+    for line in lines:
+        by_prompt[line["metadata"]] = by_prompt.get(line["metadata"], False) or line["correct"]
+    return Scores(
+        tasks,
+        sum(tasks.values()) / len(tasks),
+        len(lines),
+        len(by_prompt),
+        sum(bool(line["correct"]) for line in lines) / len(lines),
+        sum(map(bool, by_prompt.values())) / len(by_prompt),
+    )
+
+
+def _read_lines(path: Path) -> list[dict[str, Any]]:
+    try:
+        text = path.read_text()
+        lines = [json.loads(line) for line in text.splitlines() if line.strip()]
+    except (OSError, ValueError) as error:
+        raise UserError(f"expected a file of JSON lines at {path}, found {error}") from error
+    if not lines or not all(isinstance(line, dict) for line in lines):
+        raise UserError(f"expected JSON objects, one a line, in {path}, found none or others")
+    return lines
