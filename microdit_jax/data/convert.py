@@ -182,9 +182,7 @@ def _parser() -> Parser:
     parser.add_argument("--records_per_shard", type=int, default=1000)
     parser.add_argument("--compression", help="of MDS shards: zstd, gz:6, ...")
     parser.add_argument("--cache", help="a local folder for shards fetched from a URL")
-    parser.add_argument(
-        "--check_hashes", action="store_true", help="of MDS files, if they have any"
-    )
+    parser.add_argument("--check_hashes", action="store_true", help="if an MDS dataset has them")
     parser.add_argument("--process_index", type=int, default=0, help="which process this is")
     parser.add_argument("--process_count", type=int, default=1, help="how many share the work")
     return parser

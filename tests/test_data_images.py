@@ -1,0 +1,112 @@
+"""Pictures: the reference's transform bit for bit, and files of every kind and state."""
+
+import io
+import time
+
+import numpy as np
+import pytest
+from conftest import GOLDEN
+from PIL import Image
+
+from microdit_jax.data import images
+from microdit_jax.data.images import decode, resize_and_crop, to_float
+
+RNG = np.random.default_rng(0)
+PICTURE = Image.fromarray(RNG.integers(0, 256, (40, 60, 3), np.uint8))
+
+
+def encoded(image, format, **options):
+    file = io.BytesIO()
+    image.save(file, format, **options)
+    return file.getvalue()
+
+
+def test_equal_to_torchvision():
+    """Golden: Resize(bicubic), CenterCrop, ToTensor, Normalize(0.5, 0.5) of torchvision 0.29.1."""
+    with np.load(GOLDEN / "image_transform.npz") as golden:
+        names = [name for name in golden.files if "_" in name]
+        assert len(names) == 12
+        for name in names:
+            size, resolution = name.split("_")
+            found = to_float(resize_and_crop(Image.fromarray(golden[size]), int(resolution)))
+            np.testing.assert_array_equal(found, golden[name], strict=True)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "1", "P", "CMYK", "YCbCr"])
+def test_modes_are_converted(mode):
+    format = "TIFF" if mode == "YCbCr" else "JPEG" if mode == "CMYK" else "PNG"
+    picture = PICTURE.convert(mode)
+    found = decode(encoded(picture, format))
+    assert found.mode == "RGB" and found.size == (60, 40)
+    if format != "JPEG":
+        np.testing.assert_array_equal(np.asarray(found), np.asarray(picture.convert("RGB")))
+    assert np.asarray(found).std() > 20
+
+
+def test_transparent_pixels_turn_white():
+    pixels = np.zeros((4, 4, 4), np.uint8)
+    pixels[0] = (255, 0, 0, 255)
+    pixels[1] = (255, 0, 0, 128)
+    for mode in ("RGBA", "LA", "PA", "P"):
+        image = Image.fromarray(pixels).convert("RGBA" if mode == "P" else mode)
+        if mode == "P":
+            image = image.quantize(8, Image.Quantize.FASTOCTREE)
+        found = np.asarray(decode(encoded(image, "TIFF" if mode == "PA" else "PNG")))
+        assert (found[2:] == 255).all() and not (found[0] == 255).all()
+
+
+def test_sixteen_bit_grey_keeps_its_range():
+    pixels = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
+    found = np.asarray(decode(encoded(Image.fromarray(pixels), "PNG")))[..., 0]
+    np.testing.assert_array_equal(found, pixels >> 8)
+
+
+def test_animations_give_their_first_picture():
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    for format in ("GIF", "WEBP", "PNG"):
+        file = encoded(frames[0], format, save_all=True, append_images=frames[1:])
+        red, green, blue = np.asarray(decode(file))[0, 0].tolist()
+        assert red > 240 and green < 10 and blue < 10
+
+
+def test_enormous_pictures_are_refused_before_they_take_memory():
+    start = time.monotonic()
+    huge = encoded(Image.new("1", (20_000, 20_000)), "PNG")
+    with pytest.raises(ValueError, match="more than 100 megapixels"):
+        decode(huge)
+    assert time.monotonic() - start < 10
+    wide = decode(encoded(Image.new("L", (20_000, 300)), "PNG"))
+    assert resize_and_crop(wide, 256).shape == (256, 256, 3)
+    with pytest.raises(ValueError, match="a strip of 3000000x1 pixels"):
+        resize_and_crop(Image.new("RGB", (3_000_000, 1)), 256)
+    with pytest.raises(ValueError, match="more than 0 megapixels"):
+        decode(PICTURE, max_pixels=100)
+
+
+def test_damaged_files_give_short_reasons():
+    with pytest.raises(ValueError, match="not a picture"):
+        decode(b"")
+    with pytest.raises(ValueError, match="floating point"):
+        decode(encoded(PICTURE.convert("F"), "TIFF"))
+    whole = {format: encoded(PICTURE, format) for format in ("JPEG", "PNG", "GIF", "WEBP", "BMP")}
+    refused = 0
+    for trial in range(400):
+        rng = np.random.default_rng(trial)
+        data = bytearray(whole[list(whole)[trial % 5]])
+        if trial % 2:
+            data = data[: rng.integers(len(data))]
+        else:
+            for _ in range(5):
+                data[rng.integers(min(len(data), 200))] ^= 1 << rng.integers(8)
+        try:
+            assert decode(bytes(data)).mode == "RGB"
+        except ValueError as error:
+            assert "\n" not in str(error) and len(str(error)) < 100
+            refused += 1
+    assert refused > 150
+
+
+def test_bytes_become_minus_one_to_one():
+    found = to_float(np.array([[[0, 255, 128]]], np.uint8))
+    np.testing.assert_allclose(found, [[[-1, 1, 1 / 255]]], atol=1e-7)
+    assert images.MAX_PIXELS == 100_000_000
