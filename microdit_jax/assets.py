@@ -105,7 +105,7 @@ def abstract_params(config: DiTConfig, mesh: Place = None) -> Any:
     """Shapes, types and places of a network's parameters."""
     init = DiT(config).init
     shapes = jax.eval_shape(init, jax.random.key(0), *_inputs(config))["params"]
-    if callable(mesh):
+    if not isinstance(mesh, Mesh | None):
         mesh = mesh(sum(math.prod(s.shape) * s.dtype.itemsize for s in jax.tree.leaves(shapes)))
     if mesh is None:
         first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])

@@ -1,0 +1,225 @@
+"""Networks and towers by path: converted once, found again, refused where they do not fit."""
+
+import dataclasses
+import functools
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import tiny_model
+from test_vae import load_vae
+
+import microdit_jax
+from convert import clip_text, dit
+from convert.__main__ import main as convert_main
+from convert.safetensors_file import write_safetensors
+from convert.torch_file import write_torch
+from microdit_jax import assets, create, hub, sharding
+from microdit_jax.encoders.clip_text import ClipText, ClipTextConfig
+from microdit_jax.errors import UserError
+from microdit_jax.models.dit import DiT
+
+CLIP = ClipTextConfig(width=24, layers=1, heads=2, context_length=12)
+
+
+def same(found, expected) -> None:
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+@functools.cache
+def tensors() -> dict[str, dict[str, np.ndarray]]:
+    """State dicts of a network, a text tower and a VAE that fit together."""
+    config = tiny_model().config
+    shapes = assets.abstract_params(config)
+    leaves, tree = jax.tree.flatten(shapes)
+    random = np.random.default_rng(0)
+    normals = [0.1 * random.standard_normal(leaf.shape, np.float32) for leaf in leaves]
+    ids = jnp.zeros((1, 12), jnp.int32)
+    tower = jax.jit(ClipText(CLIP).init)(jax.random.key(0), ids)["params"]
+    return {
+        "dit": dit.to_torch(tree.unflatten(normals), config),
+        "clip_text": clip_text.to_torch(jax.tree.map(np.asarray, tower), CLIP),
+        "vae": load_vae("vae_small").tensors,
+    }
+
+
+@pytest.fixture
+def files(tmp_path, monkeypatch):
+    """dit.pt, clip/open_clip_pytorch_model.bin and vae/, as people have them."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    write_torch(tmp_path / "dit.pt", tensors()["dit"])
+    for name in ("clip", "vae"):
+        (tmp_path / name).mkdir()
+    write_torch(tmp_path / "clip" / "open_clip_pytorch_model.bin", tensors()["clip_text"])
+    text = {"context_length": 12, "vocab_size": CLIP.vocab_size}
+    text |= {"width": 24, "heads": 2, "layers": 1}
+    model = {"model_cfg": {"embed_dim": 24, "quick_gelu": True, "text_cfg": text}}
+    (tmp_path / "clip" / "open_clip_config.json").write_text(json.dumps(model))
+    write_safetensors(tmp_path / "vae" / "diffusion_pytorch_model.safetensors", tensors()["vae"])
+    (tmp_path / "vae" / "config.json").write_text(json.dumps(load_vae("vae_small").config_json))
+    return tmp_path
+
+
+def pipeline(files, **options):
+    model = assets.load_model(str(files / "dit.pt"), **options)
+    model = model._replace(vae=str(files / "vae"), text_encoder=str(files / "clip"))
+    return create.from_model(model)
+
+
+def test_a_pt_file_is_converted_once(files, capsys):
+    model = assets.load_model(str(files / "dit.pt"))
+    assert (model.config.input_size, model.config.dim, model.description) == (8, 32, "dit.pt")
+    same(model.params, dit.from_torch(tensors()["dit"], model.config))
+    assert "converting" in capsys.readouterr().out
+    (files / "dit.pt").chmod(0)  # not even read again
+    again = assets.load_model(str(files / "dit.pt"), dtype="bfloat16")
+    same(again.params, model.params)
+    assert again.config == dataclasses.replace(model.config, dtype="bfloat16")
+    assert capsys.readouterr().out == ""
+
+
+def test_a_replaced_file_is_converted_again(files, capsys):
+    assets.load_model(str(files / "dit.pt"))
+    changed = {name: 2 * tensor for name, tensor in tensors()["dit"].items()}
+    changed["pos_embed"] = tensors()["dit"]["pos_embed"]
+    (files / "dit.pt").unlink()
+    write_torch(files / "dit.pt", changed)
+    model = assets.load_model(str(files / "dit.pt"))
+    same(model.params, dit.from_torch(changed, model.config))
+    folders = [p for p in (files / "cache" / "microdit_jax" / "models").iterdir() if p.is_dir()]
+    assert len(folders) == 1
+
+
+def test_a_damaged_cache_is_noticed(files):
+    assets.load_model(str(files / "dit.pt"))
+    (folder,) = (files / "cache" / "microdit_jax" / "models").glob("dit-*/params")
+    largest = max((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    data = bytearray(largest.read_bytes())
+    data[100] ^= 1
+    largest.write_bytes(data)
+    with pytest.raises(UserError, match="contents changed"):
+        assets.load_model(str(files / "dit.pt"))
+
+
+def test_prompt_to_picture(files):
+    options = {"num_inference_steps": 2, "seed": 0, "guidance_scale": 3.0}
+    pipe = pipeline(files)
+    images = pipe.generate(["an apple", "a dog"], **options)
+    assert images.shape == (2, 32, 32, 3) and np.isfinite(images).all()
+    assert np.abs(images[0] - images[1]).max() > 0.01
+    by_contract = microdit_jax.create_latent_diffusion(
+        str(files / "vae"), str(files / "clip"), latent_res=8, dtype="float32",
+        checkpoint=str(files / "dit.pt"),
+    )  # fmt: skip
+    again = by_contract.generate(["an apple", "a dog"], **options)
+    np.testing.assert_allclose(again, images, atol=1e-5)
+
+
+def test_on_a_mesh(files):
+    expected = pipeline(files).generate("a dog", num_inference_steps=1, seed=0)
+    pipe = pipeline(files, mesh=functools.partial(create.fitting_mesh, fsdp=2))
+    assert jax.tree.leaves(pipe.params)[0].sharding.mesh.shape["fsdp"] == 2
+    assert len(jax.tree.leaves(pipe.codec.params)[0].devices()) == 8
+    found = pipe.generate("a dog", num_inference_steps=1, seed=0)
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+def test_weights_are_split_where_they_do_not_fit(monkeypatch):
+    monkeypatch.setattr(create.memory, "free_bytes", lambda device: 8 * 100)
+    assert create.fitting_mesh(50).shape["fsdp"] == 1
+    assert create.fitting_mesh(51).shape["fsdp"] == 2
+    assert create.fitting_mesh(10_000).shape["fsdp"] == 8
+    assert create.fitting_mesh(50, fsdp=4).shape["fsdp"] == 4
+
+
+def test_converted_folders_are_taken_as_they_are(files, capsys):
+    for kind, source in (("dit", "dit.pt"), ("clip_text", "clip"), ("vae", "vae")):
+        output = files / "models" / kind
+        convert_main([f"--kind={kind}", f"--input={files / source}", f"--output={output}"])
+    capsys.readouterr()
+    model = assets.load_model(str(files / "models" / "dit"))
+    model = model._replace(
+        vae=str(files / "models" / "vae"), text_encoder=str(files / "models" / "clip_text")
+    )
+    images = create.from_model(model).generate("a dog", num_inference_steps=1, seed=0)
+    expected = pipeline(files).generate("a dog", num_inference_steps=1, seed=0)
+    np.testing.assert_array_equal(images, expected)
+    with pytest.raises(UserError, match="expected a model of kind dit .*, found vae"):
+        assets.load_model(str(files / "models" / "vae"))
+    with pytest.raises(UserError, match="expected a text encoder at .*kind vae"):
+        assets.load_text_encoder(str(files / "models" / "vae"))
+
+
+def test_a_released_checkpoint_by_name(files):
+    folder = hub.local_folder(hub.REPOSITORY) / "ckpts"
+    folder.mkdir(parents=True)
+    shutil.copy(files / "dit.pt", folder / "dit_4_channel_22M_real_only_data.pt")
+    model = assets.load_model("dit_4_channel_22M_real_only_data")
+    assert (model.vae, model.text_encoder) == (hub.SDXL_VAE, hub.DFN5B_CLIP)
+    tower = hub.local_folder("apple/DFN5B-CLIP-ViT-H-14-378")
+    shutil.copytree(files / "clip", tower)
+    encoder = assets.load_text_encoder(model.text_encoder)
+    assert encoder.name == hub.DFN5B_CLIP and encoder.width == 24
+
+
+def test_a_wrong_vae_and_a_wrong_text_encoder(files):
+    model = assets.load_model(str(files / "dit.pt"))
+    sixteen = load_vae("vae_small_16ch")
+    folder = files / "other"
+    folder.mkdir()
+    write_safetensors(folder / "diffusion_pytorch_model.safetensors", sixteen.tensors)
+    (folder / "config.json").write_text(json.dumps(sixteen.config_json))
+    wrong = model._replace(vae=str(folder), text_encoder=str(files / "clip"))
+    with pytest.raises(UserError, match="latents of 4 channels, found a VAE for 16"):
+        create.from_model(wrong)
+    wrong = model._replace(text_encoder="table:width=16,tokens=8,seed=0")
+    with pytest.raises(UserError, match="embeddings 24 wide, found 16"):
+        create.from_model(wrong)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"latent_res": 32}, "has latent_res 8, found 32 asked for; pass latent_res=8"),
+        ({"in_channels": 16}, "pass in_channels=4"),
+        ({"pos_interp_scale": 2.0}, r"pass pos_interp_scale=1\.0"),
+    ],
+)
+def test_sizes_that_the_checkpoint_does_not_have(files, change, message):
+    with pytest.raises(UserError, match=message):
+        microdit_jax.create_latent_diffusion(
+            checkpoint=str(files / "dit.pt"), **{"latent_res": 8} | change
+        )
+
+
+def test_a_half_downloaded_file(files):
+    data = (files / "dit.pt").read_bytes()
+    (files / "half.pt").write_bytes(data[: len(data) // 2])
+    with pytest.raises(UserError):
+        assets.load_model(str(files / "half.pt"))
+    weights = files / "vae" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(UserError):
+        assets.load_codec(str(files / "vae"))
+    assert not list((files / "cache" / "microdit_jax" / "models").glob("*/params"))
+
+
+def test_nothing_there():
+    with pytest.raises(UserError, match="or one of dit_4_channel_22M.*, found nothing at nope"):
+        assets.load_model("nope")
+    with pytest.raises(UserError, match="dit_arch must be"):
+        microdit_jax.create_latent_diffusion(dit_arch="DiT")
+
+
+def test_untrained(files):
+    config = tiny_model().config
+    x, t = jnp.zeros((1, 8, 8, 4), jnp.float32), jnp.zeros(1, jnp.float32)
+    y = jnp.zeros((1, 1, 24), jnp.float32)
+    expected = jax.jit(DiT(config).init)(jax.random.key(0), x, t, y)["params"]
+    same(assets.untrained_model(config).params, expected)
+    mesh = sharding.make_mesh(fsdp=8)
+    leaf = jax.tree.leaves(assets.untrained_model(config, mesh=mesh).params)[0]
+    assert leaf.sharding.mesh == mesh
