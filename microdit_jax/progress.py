@@ -46,7 +46,7 @@ class Progress:
         log_every: int,
         max_skipped: int,
         images_per_step: int,
-        flops_per_image: float,
+        flops_per_image: int,
         peak_flops: float | None,
         dataset_names: list[str],
     ):

@@ -1,5 +1,6 @@
 """The state that a stage starts from."""
 
+import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -54,7 +55,9 @@ def starting_state(
     with_ema = config.ema.enabled
     abstract = train_step.abstract_state(model, optimizer, mesh, with_ema=with_ema)
     full, alone = (
-        name.format(workdir=workdir) for name in (config.init_from, config.init_weights_from)
+        # Without ".." after a folder that may not exist yet
+        os.path.normpath(name.format(workdir=workdir)) if name else ""
+        for name in (config.init_from, config.init_weights_from)
     )
     if full and alone:
         raise UserError(

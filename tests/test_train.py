@@ -1,4 +1,4 @@
-"""The real training loop and the real pipeline on a shrunken demo, killed and resumed."""
+"""The real training loop and the real pipeline on a shrunken demo: resumed, continued, poisoned."""
 
 import json
 
@@ -8,53 +8,92 @@ import pytest
 from PIL import Image
 
 from configs import demo
-from microdit_jax import assets, run_checkpoint, sample
-from microdit_jax.encoders.tokenizers import ClipTokenizer
+from microdit_jax import assets, recipe, run_checkpoint, sharding
+from microdit_jax import train as train_module
 from microdit_jax.errors import UserError
-from microdit_jax.train import load_data, model_config, train
+from microdit_jax.metric_writer import read_metrics
+from microdit_jax.models.dit import DiT
+from microdit_jax.run_checkpoint import RunCheckpoints
+from microdit_jax.run_config import make_optimizer, model_config
+from microdit_jax.start import starting_state
+from microdit_jax.train import changes, train
 
 
 def tiny_config(folder, stage="pretrain", **changes):
     config = demo.get_config(stage)
-    config.data.folder = str(folder / "data")
+    config.data.datasets = ({"source": "twemoji", "folder": str(folder / "data"), "weight": 1.0},)
+    config.data.heldout.folder = str(folder / "data")
     config.model.options.update(
         dim=16, depth=2, head_dim=8, multiple_of=8, patch_mixer_dim=8, num_experts=2,
         qkv_multipliers=(1.0,), ffn_multipliers=(1.0,), patch_mixer_mlp_ratio=1.0,
     )  # fmt: skip
-    config.train.update(steps=4, batch_size=8, log_every=2, checkpoint_every=2, eval_every=100)
-    config.eval.update(draws=1, num_samples=2, num_inference_steps=2)
+    config.train.update(steps=4, batch_size=8, log_every=3, checkpoint_every=2, eval_every=100)
+    config.eval.update(num_images=16, batch_size=16, draws=1, num_samples=0)
     config.ema.start_step = 1
+    config.log.tensorboard = False
     config.train.update(changes)
     return config
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A run of four steps without interruption."""
+    """A run of four steps without interruption, with everything that is recorded."""
     folder = tmp_path_factory.mktemp("runs")
-    return folder, train(tiny_config(folder), folder / "whole")
+    config = tiny_config(folder, module_grad_norms=True)
+    config.log.tensorboard = True
+    config.eval.update(num_samples=2, num_inference_steps=2)
+    config.profile.update(start=2, steps=1)
+    return folder, train(config, folder / "whole")
 
 
 def same(a, b):
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
+def without_clock(lines):
+    """What two equal runs must record alike."""
+    dropped = ("speed", "module_grad_norm")
+    return [{k: v for k, v in line.items() if k not in dropped} for line in lines]
+
+
 def test_a_run_leaves_what_it_promises(trained):
     folder, state = trained
     run = folder / "whole"
     assert int(state.step) == 4
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == [2, 4, 4]
-    assert 0 < lines[0]["loss"] < 10 and {"right", "shuffled", "ratio"} == set(lines[-1]["heldout"])
+    begin, *lines, end = read_metrics(run)
+    assert [line["step"] for line in (begin, *lines, end)] == [0, 3, 4, 4]
+    for line in begin, end:
+        assert set(line["heldout"]) == {"raw", "ema"}
+        assert set(line["heldout"]["ema"]) == {"right", "shuffled", "ratio"}
+    assert 0 < lines[0]["loss"] < 10 and lines[0]["skipped"] == 0
+    speed = lines[0]["speed"]
+    assert speed["images_per_second"] * speed["seconds_per_step"] == pytest.approx(8)
+    assert 0 <= speed["data_wait"] < 1 and "mfu" not in speed
+    assert set(lines[0]["module_grad_norm"]) == set(state.params)
     with Image.open(run / "samples" / "step_0000004.png") as image:
         assert image.width > 300
-    assert run_checkpoint.read_run_metadata(run)["has_ema"]
+    assert list((run / "tensorboard").iterdir()) and list((run / "profile").rglob("*.xplane.pb"))
+    about = run_checkpoint.read_run_metadata(run)
+    assert about["has_ema"] and about["config"]["train"]["steps"] == 4
 
 
-def test_resuming_is_bit_exact(trained):
+def test_stopped_and_resumed_is_bit_exact_with_its_records(trained, monkeypatch, capsys):
     folder, state = trained
-    train(tiny_config(folder, steps=2), folder / "resumed")
-    same(train(tiny_config(folder), folder / "resumed"), state)
+    with monkeypatch.context() as patch:
+        # As a signal during step 2, amid the three steps of a line
+        patch.setattr(train_module.StopRequest, "agreed", lambda self, step: step == 2)
+        stopped = train(tiny_config(folder), folder / "resumed")
+    assert int(stopped.step) == 2
+    assert "stopped and saved at step 2" in capsys.readouterr().out
+    # What a run killed after its last save leaves: later lines, and the half of one.
+    with open(folder / "resumed" / "metrics.jsonl", "a") as file:
+        file.write('{"step": 3, "loss": 9.0}\n{"step": 4, "lo')
+    config = tiny_config(folder)
+    config.eval.batch_size = 8
+    same(train(config, folder / "resumed"), state)
+    assert "since step 2 the config changed: eval.batch_size 16 -> 8" in capsys.readouterr().out
+    expected, found = (read_metrics(folder / run) for run in ("whole", "resumed"))
+    assert without_clock(found[:-1]) == without_clock(expected[:-1])
 
 
 def test_done_runs_return_at_once(trained, capsys):
@@ -63,12 +102,96 @@ def test_done_runs_return_at_once(trained, capsys):
     assert "done already" in capsys.readouterr().out
 
 
-def test_the_next_stage_goes_on_from_the_first(trained, capsys):
+def test_two_stages_as_one_run(trained, capsys):
     folder, _ = trained
-    config = tiny_config(folder, "finetune", steps=5)
+    config = demo.get_config()
+    with config.unlocked():
+        config.pretrain = tiny_config(folder, steps=2)
+        config.finetune = tiny_config(folder, "finetune", steps=3)
+    assert recipe.run(config, folder / "both")
+    out = capsys.readouterr().out
+    assert f"full state of {folder}/both/pretrain, step 2, step 2 of 3" in out
+    assert recipe.run(config, folder / "both")
+    out = capsys.readouterr().out
+    assert "stage 1 of 2, pretrain: done" in out and "stage 2 of 2, finetune: done" in out
+
+
+def test_weights_alone_start_anew_on_another_mesh(trained):
+    folder, state = trained
+    config = tiny_config(folder)
+    config.init_weights_from = "{workdir}/../whole"
+    mesh = sharding.make_mesh(2, 2, 2)
+    with RunCheckpoints(folder / "anew") as checkpoints:
+        found = starting_state(
+            config,
+            folder / "anew",
+            checkpoints,
+            DiT(model_config(config)),
+            make_optimizer(config)[0],
+            mesh,
+            {"vae": "patch_pca:patch=4,channels=8,images=3563x32x32"},
+        )
+    assert found.resumed is None and "step 4, moving average" in found.description
+    same(found.state.params, state.ema)
+    same(found.state.ema, state.ema)
+    assert int(found.state.step) == 0
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(found.state.opt_state))
+    assert all(leaf.sharding.mesh == mesh for leaf in jax.tree.leaves(found.state))
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"init_from": "whole", "init_weights_from": "whole"}, "give one of"),
+        ({"init_from": "whole"}, "is at step 4 already, found 4; raise it"),
+        ({"init_from": "nowhere"}, "expected a training run"),
+        ({"init_weights_from": "nowhere"}, "expected a model folder"),
+    ],
+)
+def test_starts_that_cannot_be(trained, change, message):
+    folder, _ = trained
+    config = tiny_config(folder)
+    config.update({name: str(folder / value) for name, value in change.items()})
+    with pytest.raises(UserError, match=message):
+        train(config, folder / "never")
+    assert not (folder / "never").exists()
+
+
+def test_other_towers_than_the_first_run_s_are_refused(trained):
+    folder, _ = trained
+    config = tiny_config(folder, steps=9)
     config.init_from = str(folder / "whole")
-    assert int(train(config, folder / "second").step) == 5
-    assert "step 4 of 5" in capsys.readouterr().out
+    config.data.text_encoder = "table:width=256,tokens=16,seed=1"
+    config.data.datasets[0]["folder"] = config.data.heldout.folder = str(folder / "other")
+    with pytest.raises(UserError, match="was trained with the text_encoder table:.*seed=0, found"):
+        train(config, folder / "never")
+
+
+def test_a_poisoned_batch_is_skipped_counted_and_written_down(trained, monkeypatch, capsys):
+    folder, _ = trained
+    batches = train_module.pipeline.batches
+
+    def poisoned(dataset, start_step, **options):
+        for step, batch in enumerate(batches(dataset, start_step, **options), start_step + 1):
+            if step == 3:
+                batch["latents"][5] = np.nan
+                indices.append(batch["index"].tolist())
+            yield batch
+
+    indices = []
+    monkeypatch.setattr(train_module.pipeline, "batches", poisoned)
+    state = train(tiny_config(folder, steps=6, log_every=1), folder / "poisoned")
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((state.params, state.ema)))
+    lines = [line for line in read_metrics(folder / "poisoned") if "loss" in line]
+    assert [line["loss"] is None for line in lines] == [False, False, True, False, False, False]
+    assert [line["skipped"] for line in lines] == [0, 0, 1, 1, 1, 1]
+    assert 0.1 < lines[-1]["loss"] < 3
+    found = json.loads((folder / "poisoned" / "nonfinite" / "step_3.json").read_text())
+    assert found["images_not_finite"] == [5] and found["index"] == indices[0]
+    assert found["dataset"] == [str(folder / "data")] * 8
+    assert len(found["sigma"]) == 8 and min(found["sigma"]) > 0
+    assert found["loss"][5] == "nan" and 0 < float(found["loss"][0]) < 100
+    assert "step 3: not finite, update skipped (1 in a row, 1 in all)" in capsys.readouterr().out
 
 
 def test_the_average_is_what_is_sampled(trained):
@@ -79,72 +202,7 @@ def test_the_average_is_what_is_sampled(trained):
     assert "moving average" in model.description
 
 
-def test_generate(trained):
-    folder, _ = trained
-    pipe = sample.create_latent_diffusion(checkpoint=str(folder / "whole"), dtype="float32")
-    prompts = ["red apple", "dog face", "woman mechanic dark skin tone"]
-    options = {"num_inference_steps": 2, "seed": 3, "guidance_scale": 2.0}
-    images = pipe.generate(prompts, **options)
-    assert images.shape == (3, 32, 32, 3) and images.dtype == np.float32
-    assert 0 <= images.min() and images.max() <= 1
-    # The same picture for the same (seed, prompt), whatever the batch.
-    in_twos = pipe.generate(prompts, batch_size=2, **options)
-    np.testing.assert_allclose(in_twos, images, atol=1e-4)
-    latents = pipe.generate(prompts, return_only_latents=True, **options)
-    np.testing.assert_allclose(pipe.decode(latents), images, atol=1e-6)
-    other = pipe.generate(prompts, **options | {"seed": 4})
-    assert np.abs(other - images).max() > 0.05
-    ids = ClipTokenizer(context_length=16)(prompts)
-    from_ids = pipe.generate(tokenized_prompts=ids, **options)
-    np.testing.assert_array_equal(from_ids, images)
-    with pytest.raises(UserError, match="at least one prompt"):
-        pipe.generate([])
-    with pytest.raises(UserError, match="either prompt or tokenized_prompts"):
-        pipe.generate()
-
-
-def test_not_finite_latents_are_refused(trained):
-    folder, _ = trained
-    pipe = sample.create_latent_diffusion(checkpoint=str(folder / "whole"), dtype="float32")
-    broken = jax.tree.map(lambda p: p * np.float32(np.nan), pipe.params)
-    pipe = sample.LatentDiffusion(pipe.model, broken, pipe.edm, pipe.text_encoder, pipe.codec)
-    with pytest.raises(UserError, match="finite latents"):
-        pipe.generate(["dog"], num_inference_steps=2, guidance_scale=2.0)
-
-
-def test_pictures_carry_their_settings(tmp_path):
-    image = np.linspace(0, 1, 12, dtype=np.float32).reshape(2, 2, 3)
-    sample.save_png(tmp_path / "a" / "x.png", image, {"seed": 7})
-    with Image.open(tmp_path / "a" / "x.png") as file:
-        assert json.loads(file.text["microdit_jax"]) == {"seed": 7}
-        np.testing.assert_array_equal(np.asarray(file), np.round(image * 255))
-    assert len(list((tmp_path / "a").iterdir())) == 1
-
-
-def test_grid_puts_pictures_side_by_side():
-    red, blue = np.zeros((2, 2, 8, 8, 3), np.float32)
-    red[..., 0], blue[..., 2] = 1, 1
-    grid = sample.captioned_grid([red, blue], ["one", "two"], columns=2, min_side=8)
-    np.testing.assert_array_equal(grid[8, 8], [1, 0, 0])
-    np.testing.assert_array_equal(grid[8, 8 + 8], [0, 0, 1])
-
-
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        ({"in_channels": 3}, "found .*in the data; set model.options.input_size"),
-        ({"caption_channels": 8}, "set model.options.caption_channels"),
-    ],
-)
-def test_data_that_do_not_fit_are_refused(trained, change, message):
-    folder, _ = trained
-    config = tiny_config(folder)
-    config.model.options.update(change)
-    with pytest.raises(UserError, match=message):
-        train(config, folder / "never")
-
-
-def test_another_config_in_the_same_workdir_is_refused(trained):
+def test_another_network_in_the_same_workdir_is_refused(trained):
     folder, _ = trained
     config = tiny_config(folder, steps=9)
     config.model.options.dim = 24
@@ -152,14 +210,7 @@ def test_another_config_in_the_same_workdir_is_refused(trained):
         train(config, folder / "whole")
 
 
-def test_unknown_names_are_refused(tmp_path):
-    config = tiny_config(tmp_path)
-    config.model.arch = "UNet"
-    with pytest.raises(UserError, match="model.arch must be one of"):
-        model_config(config)
-    config = tiny_config(tmp_path)
-    config.data.source = "laion"
-    with pytest.raises(UserError, match="data.source must be twemoji"):
-        load_data(config)
-    with pytest.raises(AttributeError):
-        config.train.mask_ration = 0.5
+def test_changes_between_a_config_and_one_from_json():
+    old = {"a": {"b": 1, "c": [1, 2]}, "d": None}
+    assert changes(old, {"a": {"b": 1, "c": (1, 2)}, "d": None}) == []
+    assert changes(old, {"a": {"b": 2, "c": (1, 2)}, "d": None}) == ["a.b 1 -> 2"]
