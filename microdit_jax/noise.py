@@ -19,7 +19,14 @@ KINDS = ("jax", "torch_cpu", "torch_cuda")
 
 
 def initial_noise(
-    kind: str, seed: Any, num_images: int, height: int, width: int, channels: int
+    kind: str,
+    seed: Any,
+    num_images: int,
+    height: int,
+    width: int,
+    channels: int,
+    *,
+    first: int = 0,
 ) -> Float32[np.ndarray, "{num_images} {height} {width} {channels}"]:
     """Standard normal noise for `num_images` latents, channels-last.
 
@@ -30,6 +37,7 @@ def initial_noise(
         seed, transposed; there image i depends on the batch, and for "torch_cuda" on the GPU
         (see `torch_cuda_randn`; its default GPU is taken).
       seed: an int in [0, 2**64).
+      first: index of the first image, for a part of a larger set; "jax" only.
     Returns:
       (num_images, height, width, channels) float32.
     Raises:
@@ -41,13 +49,18 @@ def initial_noise(
     if min(num_images, height, width, channels) < 1:
         sizes = (num_images, height, width, channels)
         raise UserError(f"noise: expected images, height, width, channels >= 1; found {sizes}")
+    if first and kind != "jax":
+        raise UserError(f"noise {kind} depends on the whole batch, found images from {first} on")
     if kind == "jax":
         # One program per image, not a batched one: the compiler cannot round it differently in
         # another batch. The key is made from its two words because `jax.random.key` drops the upper
         # 32 bits of a Python int.
         words = np.array([seed >> 32, seed & 0xFFFFFFFF], np.uint32)
         shape = (height, width, channels)
-        images = [_normal_image(words, np.uint32(i), shape=shape) for i in range(num_images)]
+        images = [
+            _normal_image(words, np.uint32(i), shape=shape)
+            for i in range(first, first + num_images)
+        ]
         return np.stack([np.asarray(image) for image in images])
     randn = torch_cpu_randn if kind == "torch_cpu" else torch_cuda_randn
     channels_first = randn(seed, (num_images, channels, height, width))

@@ -176,3 +176,10 @@ def test_bad_kind_and_sizes_are_user_errors():
         noise.initial_noise("jax", 0, **SIZES | {"num_images": 0})
     with pytest.raises(UserError, match="1 to 2.*29 - 1 values; found 536870912"):
         noise.torch_cuda_randn(0, (2**29,))
+
+
+def test_a_part_of_a_larger_set():
+    whole = noise.initial_noise("jax", 5, 7, 4, 4, 2)
+    np.testing.assert_array_equal(noise.initial_noise("jax", 5, 3, 4, 4, 2, first=4), whole[4:])
+    with pytest.raises(UserError, match="noise torch_cpu depends on the whole batch"):
+        noise.initial_noise("torch_cpu", 5, 3, 4, 4, 2, first=4)
