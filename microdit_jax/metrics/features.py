@@ -1,0 +1,146 @@
+"""Pictures to feature vectors, on all devices of this process: Inception's, or small ones."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float32, UInt8
+
+from microdit_jax.encoders.placement import fetch, rows_sharding
+from microdit_jax.errors import UserError
+from microdit_jax.metrics.inception import InceptionConfig, make_inception
+from microdit_jax.metrics.resize import resize, to_inputs
+
+# FID's usual names of Inception's layers, by the number of features.
+LAYERS = {64: "pool_1", 192: "pool_2", 768: "mixed_6e", 2048: "pool_3"}
+SMALL_SIDE, SMALL_WIDTHS = 32, (16, 32, 64)
+
+
+class FeatureNetwork:
+    """A frozen network from pictures of bytes to vectors, in batches over all local devices.
+
+    Attributes:
+      name: of the feature space; statistics of one do not go with another's.
+      width: features of a picture.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        width: int,
+        params: Any,
+        apply: Callable[[Any, Array], Array],
+        prepare: Callable[[Sequence[np.ndarray]], np.ndarray],
+        *,
+        batch: int = 32,
+    ):
+        """Pictures are prepared and taken `batch` at a time, the last batch filled up.
+
+        Args:
+          params: the network's; copied to every device unless they are on a mesh already.
+          apply: (params, what `prepare` gives) -> (n, width).
+        """
+        self.name, self.width, self._prepare, self._batch = name, width, prepare, batch
+        placed = any(
+            isinstance(getattr(leaf, "sharding", None), NamedSharding)
+            for leaf in jax.tree.leaves(params)
+        )
+        self._params = params if placed else on_all_devices(params)
+        self._apply = jax.jit(apply)
+
+    def __call__(
+        self, images: Sequence[UInt8[np.ndarray, "_ _ 3"]]
+    ) -> Float32[np.ndarray, "n {self.width}"]:
+        """Features (n, width) of pictures of bytes, of any size."""
+        sharding, devices = rows_sharding(self._params)
+        size, results = -(-self._batch // devices) * devices, []
+        for start in range(0, len(images), size):
+            rows = self._prepare(images[start : start + size])
+            filled = np.zeros((size, *rows.shape[1:]), rows.dtype)
+            filled[: len(rows)] = rows
+            results.append(fetch(self._apply(self._params, jax.device_put(filled, sharding))))
+        return np.concatenate([np.zeros((0, self.width), np.float32), *results])[: len(images)]
+
+
+def on_all_devices(params: Any) -> Any:
+    """A copy of the parameters on each device of this process."""
+    mesh = jax.make_mesh(
+        (jax.local_device_count(),), ("data",), axis_types=(AxisType.Auto,),
+        devices=jax.local_devices(),
+    )  # fmt: skip
+    return jax.device_put(params, NamedSharding(mesh, P()))
+
+
+def inception_features(
+    config: InceptionConfig,
+    params: Any,
+    *,
+    weights: str,
+    mode: str = "clean",
+    dimensions: int = 2048,
+    batch: int = 32,
+) -> FeatureNetwork:
+    """The features of FID.
+
+    Args:
+      weights: a hash of them, for the name.
+      mode: how pictures are resized, one of metrics.resize.MODES.
+      dimensions: 2048, or an earlier layer's 64, 192 or 768, averaged over its pixels.
+    """
+    if dimensions not in LAYERS:
+        raise UserError(
+            f"dimensions must be one of {', '.join(map(str, LAYERS))}, found {dimensions}"
+        )
+    network, layer = make_inception(config), LAYERS[dimensions]
+
+    def apply(params, x):
+        found = getattr(network.apply({"params": params}, x), layer)
+        return found.mean(axis=(1, 2)) if found.ndim == 4 else found
+
+    name = f"inception:weights={weights[:12]},layer={layer},resize={mode}"
+    width = dimensions // config.divisor
+    return FeatureNetwork(
+        name, width, params, apply, lambda images: to_inputs(images, mode), batch=batch
+    )
+
+
+def small_features(*, batch: int = 64) -> FeatureNetwork:
+    """112 features of 32 px pictures that need no download: a fixed random convolutional network.
+
+    Means over pixels after each of three layers, with He's normal weights from a fixed seed. They
+    tell better from worse pictures of one small data set, and nothing else: a Fréchet distance in
+    them is not comparable with any published FID.
+    """
+    rng = np.random.RandomState(0)  # whose stream numpy keeps for good
+    params, channels = [], 3
+    for width in SMALL_WIDTHS:
+        kernel = rng.standard_normal((3, 3, channels, width)) * np.sqrt(2 / (9 * channels))
+        params.append(kernel.astype(np.float32))
+        channels = width
+
+    def apply(params, x):
+        means = []
+        for kernel in params:
+            x = jax.lax.conv_general_dilated(
+                x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"),
+                precision=jax.lax.Precision.HIGHEST,
+            )  # fmt: skip
+            x = jax.nn.relu(x)
+            means.append(x.mean(axis=(1, 2)))
+            n, height, width, c = x.shape
+            x = x.reshape(n, height // 2, 2, width // 2, 2, c).mean(axis=(2, 4))
+        return jnp.concatenate(means, axis=-1)
+
+    return FeatureNetwork(
+        "small_random_network:v1", sum(SMALL_WIDTHS), params, apply, _small_inputs, batch=batch
+    )
+
+
+def _small_inputs(images: Sequence[UInt8[np.ndarray, "_ _ 3"]]) -> Float32[np.ndarray, "n H W 3"]:
+    """Pictures as 32 x 32 floats in [-1, 1]."""
+    side = SMALL_SIDE
+    return np.stack([resize(image, height=side, width=side) for image in images]) / 127.5 - 1
