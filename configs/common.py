@@ -72,8 +72,9 @@ def base() -> ConfigDict:
             },
             "edm": {"P_mean": -0.6, "P_std": 1.2, "sigma_data": 0.9},
             "data": {
-                # Each {"source", "folder", "weight"}: a record of a set with weight 2 is seen twice
-                # as often as one of a set with weight 1.
+                # Each {"source", "folder", "weight"}. Sources: "latents", precomputed, in MDS or
+                # ArrayRecord files; "twemoji", the embedded pictures. A record of a set with weight
+                # 2 is seen twice as often as one of a set with weight 1.
                 "datasets": (),
                 # {"source", "folder"}, of pictures that training does not see.
                 "heldout": ConfigDict({"source": "", "folder": ""}),
@@ -81,6 +82,7 @@ def base() -> ConfigDict:
                 # What made the latents and caption embeddings.
                 "vae": "stabilityai/stable-diffusion-xl-base-1.0",
                 "text_encoder": "openclip:hf-hub:apple/DFN5B-CLIP-ViT-H-14-378",
+                "cache": "",  # folder for the shards of sets at a URL
                 "caption_drop": 0.1,
                 "threads": 4,  # that read, in each process
             },
@@ -133,9 +135,9 @@ def base() -> ConfigDict:
     ).lock()
 
 
-def mds(*folders: str) -> tuple[dict, ...]:
-    """Datasets of MDS shards, each record as often as any other."""
-    return tuple({"source": "mds", "folder": folder, "weight": 1.0} for folder in folders)
+def latents(*folders: str) -> tuple[dict, ...]:
+    """Datasets of stored latents, each record as often as any other."""
+    return tuple({"source": "latents", "folder": folder, "weight": 1.0} for folder in folders)
 
 
 # ------------------------------------------------------------------ variants

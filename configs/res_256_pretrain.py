@@ -16,14 +16,16 @@ def get_config(variants: str = ""):
     config = common.base()
     config.edm.update(P_mean=-0.6, P_std=1.2)
     config.data.resolution = 256
-    config.data.datasets = common.mds(
+    config.data.datasets = common.latents(
         "datadir/sa1b/mds_latents_sdxl1_dfnclipH14",
         "datadir/cc12m/mds_latents_sdxl1_dfnclipH14",
         "datadir/textcaps/mds_latents_sdxl1_dfnclipH14",
         "datadir/jdb/mds_latents_sdxl1_dfnclipH14/train",
         "datadir/diffdb/mds_latents_sdxl1_dfnclipH14",
     )
-    config.data.heldout.update(source="mds", folder="datadir/coco2014/mds_latents_sdxl1_dfnclipH14")
+    config.data.heldout.update(
+        source="latents", folder="datadir/coco2014/mds_latents_sdxl1_dfnclipH14"
+    )
     config.optim.update(
         learning_rate=2.4e-4, warmup_steps=2500, decay_steps=STEPS, final_ratio=0.33, clip_norm=0.25
     )

@@ -23,13 +23,15 @@ def get_config(variants: str = ""):
     config.model.options.update(input_size=64, pos_interp_scale=2.0)
     config.edm.update(P_mean=0.0, P_std=0.6)
     config.data.resolution = 512
-    config.data.datasets = common.mds(
+    config.data.datasets = common.latents(
         "datadir/sa1b/mds_latents_sdxl1_dfnclipH14",
         "datadir/cc12m/mds_minres512_latents_sdxl1_dfnclipH14",
         "datadir/textcaps/mds_latents_sdxl1_dfnclipH14",
         "datadir/jdb/mds_latents_sdxl1_dfnclipH14/train",
     )
-    config.data.heldout.update(source="mds", folder="datadir/coco2014/mds_latents_sdxl1_dfnclipH14")
+    config.data.heldout.update(
+        source="latents", folder="datadir/coco2014/mds_latents_sdxl1_dfnclipH14"
+    )
     config.optim.update(learning_rate=8e-5, warmup_steps=500, clip_norm=0.5)
     config.ema.update(enabled=True, smoothing=0.99975, start_step=25_000)
     config.train.update(

@@ -13,7 +13,6 @@ from ml_collections import ConfigDict
 from microdit_jax import assets, sharding, train_step
 from microdit_jax.data.pipeline import Source
 from microdit_jax.diffusion import EdmConfig
-from microdit_jax.errors import UserError
 from microdit_jax.metric_writer import MetricWriter
 from microdit_jax.models.dit import DiT
 from microdit_jax.pictures import captioned_grid, save_png
@@ -168,7 +167,7 @@ class Grid:
     the codec stays, on the process that writes.
 
     Raises:
-      UserError: no captions, or a tower that is not there.
+      UserError: a tower that is not there.
     """
 
     def __init__(self, model: DiT, edm: EdmConfig, data: RunData, config: ConfigDict):
@@ -176,15 +175,10 @@ class Grid:
         self._seed, self._real, count = config.seed, None, config.eval.num_samples
         if config.eval.prompts:
             self._captions = list(config.eval.prompts[:count])
-        elif data.captions:
-            chosen = np.linspace(0, len(data.heldout) - 1, min(count, len(data.heldout)))
-            self._captions = [data.captions[int(i)] for i in chosen]
-            self._real = np.stack([data.heldout[int(i)]["latents"] for i in chosen])
         else:
-            raise UserError(
-                "eval.prompts is empty and the held-out set has no captions; give prompts, or set "
-                "eval.num_samples=0 for no grid"
-            )
+            chosen = np.linspace(0, len(data.heldout) - 1, min(count, len(data.heldout)))
+            self._captions = [data.heldout_caption(int(i)) for i in chosen]
+            self._real = np.stack([data.heldout[int(i)]["latents"] for i in chosen])
         encoder = assets.load_text_encoder(config.data.text_encoder)
         self._text = _Embedded(encoder, self._captions)
         self._codec = None

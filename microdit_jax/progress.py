@@ -84,6 +84,14 @@ class Progress:
         yield
         self._since += time.perf_counter() - begin
 
+    @contextlib.contextmanager
+    def compiling(self) -> Iterator[None]:
+        """Around the first step, which is given to the devices once it is compiled."""
+        begin = time.perf_counter()
+        with self.paused():
+            yield
+        self.say(f"compiled the training step in {time.perf_counter() - begin:.0f} s")
+
     def push(self, step: int, metrics: Mapping[str, Any], batch: Mapping[str, np.ndarray]) -> None:
         """Takes note of a step that was just given to the devices.
 
@@ -202,7 +210,7 @@ class Progress:
 
 
 class StepTrace:
-    """A jax.profiler trace of some steps, for XProf or Perfetto, around them as `with trace(step)`.
+    """A jax.profiler trace of some steps, for XProf or Perfetto.
 
     Args:
       folder: where the trace goes.
@@ -212,15 +220,15 @@ class StepTrace:
     def __init__(self, folder: Path, first: int, steps: int):
         self._folder, self._first, self._last = folder, first, first + steps - 1
 
-    @contextlib.contextmanager
-    def __call__(self, step: int) -> Iterator[None]:
-        inside = self._first <= step <= self._last
-        if inside and step == self._first:
+    def before(self, step: int) -> None:
+        """Starts the trace at its first step."""
+        if step == self._first <= self._last:
             jax.profiler.start_trace(str(self._folder))
-        with jax.profiler.StepTraceAnnotation("train", step_num=step):
-            yield
-        if inside and step == self._last:
-            jax.effects_barrier()
+
+    def after(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Ends the trace once the devices are done with its last step."""
+        if step == self._last >= self._first:
+            jax.block_until_ready(metrics)
             jax.profiler.stop_trace()
 
 

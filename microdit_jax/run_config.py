@@ -2,7 +2,6 @@
 
 import dataclasses
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,8 +11,11 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from microdit_jax import hosts, optim
-from microdit_jax.data import latents
+from microdit_jax.data.latents import LatentSource, load_prepared, prepare_twemoji
 from microdit_jax.data.pipeline import Record, Source
+from microdit_jax.data.records import StoredLatents
+from microdit_jax.data.sources.twemoji import ATTRIBUTION
+from microdit_jax.data.stores import open_latents
 from microdit_jax.encoders import registry
 from microdit_jax.encoders.patch_pca import PatchPCA
 from microdit_jax.errors import UserError
@@ -21,6 +23,8 @@ from microdit_jax.models import dit
 from microdit_jax.models.dit import DiTConfig
 
 DATASET_KEYS = {"source", "folder", "weight"}
+# What of a record goes into a batch
+RECORD_KEYS = ("latents", "caption_latents", "index")
 
 
 def model_config(config: ConfigDict) -> DiTConfig:
@@ -93,7 +97,8 @@ class RunData(NamedTuple):
     """What a run trains on and is measured by.
 
     sources, weights: for `pipeline.make_dataset`; a record's "source" is its number in `names`.
-    heldout: records that training does not see; `captions` are theirs where they are known.
+    heldout: records that training does not see.
+    made_by: names of the "vae" and the "text_encoder" of all of them.
     codec: the folder of the codec where the run's data made one, else None.
     """
 
@@ -101,13 +106,19 @@ class RunData(NamedTuple):
     weights: list[float]
     names: list[str]
     heldout: Source
-    captions: tuple[str, ...] | None
+    made_by: dict[str, str]
     codec: Path | None
     attribution: str
 
+    def heldout_caption(self, index: int) -> str:
+        """The text of a held-out record."""
+        if isinstance(self.heldout, LatentSource):
+            return self.heldout.captions[index]
+        return self.heldout[index]["caption"]
+
 
 class _Numbered:
-    """A source whose records say which source they come from."""
+    """A source's arrays alone, each record with the number of its source."""
 
     def __init__(self, source: Source, number: int):
         self._source, self._number = source, np.int32(number)
@@ -116,35 +127,37 @@ class _Numbered:
         return len(self._source)
 
     def __getitem__(self, index: int) -> Record:
-        return {**self._source[index], "source": self._number}
+        record = self._source[index]
+        return {name: record[name] for name in RECORD_KEYS} | {"source": self._number}
 
 
 def load_data(config: ConfigDict) -> RunData:
     """Opens the datasets of a run; prepares the embedded pictures where that was not done yet.
 
     Raises:
-      UserError: no datasets, an unknown source, or one that does not open.
+      UserError: no datasets, an unknown source, one that does not open, or that other towers made.
     """
     entries = [_checked(entry) for entry in config.data.datasets]
     if not entries:
         raise UserError("data.datasets must name at least one dataset, found none")
+    heldout_entry = config.data.heldout.to_dict()
     opened = [_open(config, entry, "train") for entry in entries]
-    heldout = _open(config, config.data.heldout.to_dict(), "heldout")
-    sources = [_Numbered(source, i) for i, source in enumerate(opened)]
-    prepared = [source for source in (*opened, heldout) if isinstance(source, latents.LatentSource)]
-    for source in prepared[1:]:
-        source.check_made_by(vae=prepared[0].vae, text_encoder=prepared[0].text_encoder)
+    heldout = _open(config, heldout_entry, "heldout")
+    made_by = {"vae": heldout.vae, "text_encoder": heldout.text_encoder}
+    for source in opened:
+        source.check_made_by(**made_by)
+    notes = [getattr(getattr(source, "info", None), "attribution", "") for source in opened]
+    has_codec = heldout_entry["source"] == "twemoji"
+    if has_codec:
+        notes.append(ATTRIBUTION)
     return RunData(
-        sources,
-        [
-            float(entry["weight"]) * len(source)
-            for entry, source in zip(entries, opened, strict=True)
-        ],
+        [_Numbered(source, i) for i, source in enumerate(opened)],
+        [entry["weight"] * len(source) for entry, source in zip(entries, opened, strict=True)],
         [entry["folder"] for entry in entries],
         heldout,
-        getattr(heldout, "captions", None),
-        Path(config.data.heldout.folder) / "codec" if prepared else None,
-        latents.twemoji.ATTRIBUTION if prepared else "",
+        made_by,
+        Path(heldout_entry["folder"]) / "codec" if has_codec else None,
+        "; ".join(dict.fromkeys(note for note in notes if note)),
     )
 
 
@@ -158,7 +171,7 @@ def _checked(entry: Any) -> dict[str, Any]:
 
 
 def _open(config: ConfigDict, entry: dict[str, Any], split: str) -> Source:
-    kinds: dict[str, Callable[[ConfigDict, str, str], Source]] = {"twemoji": _open_twemoji}
+    kinds = {"latents": _open_latents, "twemoji": _open_twemoji}
     if entry["source"] not in kinds:
         raise UserError(
             f"a dataset's source must be one of {', '.join(kinds)}, found {entry['source']!r}"
@@ -166,7 +179,19 @@ def _open(config: ConfigDict, entry: dict[str, Any], split: str) -> Source:
     return kinds[entry["source"]](config, entry["folder"], split)
 
 
-def _open_twemoji(config: ConfigDict, folder: str, split: str) -> latents.LatentSource:
+def _open_latents(config: ConfigDict, folder: str, split: str) -> StoredLatents:
+    """Stored latents, MDS or ArrayRecord; training and held-out pictures lie in different ones."""
+    data = config.data
+    return open_latents(
+        folder,
+        resolution=data.resolution,
+        vae=data.vae,
+        text_encoder=data.text_encoder,
+        **({"cache": data.cache} if "://" in folder and data.cache else {}),
+    )
+
+
+def _open_twemoji(config: ConfigDict, folder: str, split: str) -> LatentSource:
     """The embedded emoji pictures; the folder is prepared first, by one process, if need be."""
     pattern = r"patch_pca:patch=(\d+),channels=(\d+),resolution=(\d+)"
     match = re.fullmatch(pattern, config.data.vae)
@@ -178,7 +203,7 @@ def _open_twemoji(config: ConfigDict, folder: str, split: str) -> latents.Latent
     patch, channels, resolution = map(int, match.groups())
 
     def prepare():
-        latents.prepare_twemoji(
+        prepare_twemoji(
             Path(folder),
             resolution=config.data.resolution,
             fit_codec=PatchPCA.fit,
@@ -188,7 +213,7 @@ def _open_twemoji(config: ConfigDict, folder: str, split: str) -> latents.Latent
         )
 
     hosts.from_first(f"prepare {folder}", prepare)
-    train, heldout, *_ = latents.load_prepared(Path(folder), PatchPCA.load)
+    train, heldout, *_ = load_prepared(Path(folder), PatchPCA.load)
     return train if split == "train" else heldout
 
 
@@ -216,11 +241,3 @@ def check_data(cfg: DiTConfig, data: RunData) -> int:
             f"all datasets must have captions of the same length, found {sorted(lengths)} tokens"
         )
     return lengths.pop()
-
-
-def vae_and_text_encoder(config: ConfigDict, data: RunData) -> dict[str, str]:
-    """The names of what made the data, as a run's config.json carries them."""
-    source = data.heldout
-    if isinstance(source, latents.LatentSource):
-        return {"vae": source.vae, "text_encoder": source.text_encoder}
-    return {"vae": config.data.vae, "text_encoder": config.data.text_encoder}

@@ -29,7 +29,6 @@ from microdit_jax.run_config import (
     make_optimizer,
     model_config,
     num_micro_batches,
-    vae_and_text_encoder,
 )
 from microdit_jax.signals import StopRequest
 from microdit_jax.start import starting_state
@@ -66,7 +65,6 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
     optimizer, schedule = make_optimizer(config)
     data = load_data(config)
     caption_length = check_data(cfg, data)
-    made_by = vae_and_text_encoder(config, data)
 
     with contextlib.ExitStack() as stack:
         # ------------------------------------------------------------ state
@@ -74,7 +72,7 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
             RunCheckpoints(workdir, keep_last=run.keep_last, keep_every=run.keep_every)
         )
         state, resumed, origin = starting_state(
-            config, workdir, checkpoints, model, optimizer, mesh, made_by
+            config, workdir, checkpoints, model, optimizer, mesh, data.made_by
         )
         start = int(state.step)
         if first_process:
@@ -91,7 +89,7 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
             if first_process:
                 print(f"{workdir}: done already")
             return state
-        metadata = {"dit": dataclasses.asdict(cfg), "edm": dataclasses.asdict(edm), **made_by}
+        metadata = {"dit": dataclasses.asdict(cfg), "edm": dataclasses.asdict(edm)} | data.made_by
         hosts.from_first(
             f"begin {workdir}", lambda: begin_workdir(config, workdir, data, metadata, resumed)
         )
@@ -165,8 +163,12 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
             with progress.waiting_for_data():
                 batch = next(batches)
             device_batch = sharding.put_batch({name: batch[name] for name in BATCH_KEYS}, mesh)
-            with trace(step), jax.transfer_guard("disallow"):
+            trace.before(step)
+            compiling = progress.compiling() if step == start + 1 else contextlib.nullcontext()
+            annotation = jax.profiler.StepTraceAnnotation("train", step_num=step)
+            with compiling, annotation, jax.transfer_guard("disallow"):
                 state, metrics = step_fn(state, device_batch)
+            trace.after(step, metrics)
             progress.push(step, metrics, batch)
             checkpoints.check()
 

@@ -51,7 +51,7 @@ def test_constants(stage):
     assert config.model.options.dtype == "bfloat16" and config.model.arch == "MicroDiT_XL_2"
     assert len(set(config.eval.prompts)) == 16 == config.eval.num_samples
     assert (config.eval.guidance_scale, config.eval.num_inference_steps) == (5.0, 30)
-    assert all(entry["source"] == "mds" for entry in config.data.datasets)
+    assert all(entry["source"] == "latents" for entry in config.data.datasets)
     assert "coco2014" in config.data.heldout.folder
     diffusion_db = [entry for entry in config.data.datasets if "diffdb" in entry["folder"]]
     assert len(diffusion_db) == (config.data.resolution == 256)
