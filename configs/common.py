@@ -235,7 +235,7 @@ def _runlocal(config: ConfigDict) -> None:
     # Small networks take, and need, larger steps.
     optim.update(learning_rate=12.5 * optim.learning_rate, clip_norm=4 * optim.clip_norm)
     ema.smoothing = 0.95 if ema.enabled else ema.smoothing
-    run.update(batch_size=64, micro_batch_size=run.micro_batch_size // 2)
+    run.update(batch_size=64, micro_batch_size=run.micro_batch_size // 4)
     run.update(log_every=10, eval_every=100, checkpoint_every=100)
     config.eval.update(
         num_images=512, batch_size=512, draws=2, num_samples=8, num_inference_steps=10,

@@ -38,7 +38,12 @@ LAYERS = [
     {"microdit_jax.assets", "microdit_jax.train_step", "microdit_jax.sample"},
     {"microdit_jax.create"},
     {"microdit_jax.evaluate", "microdit_jax.metric_writer", "microdit_jax.run_config"},
-    {"microdit_jax.heldout", "microdit_jax.progress", "microdit_jax.start"},
+    {
+        "microdit_jax.heldout",
+        "microdit_jax.progress",
+        "microdit_jax.start",
+        "microdit_jax.plot",
+    },
     {"microdit_jax.train", "microdit_jax.xla"},
     {"microdit_jax.recipe"},
     {"microdit_jax", "configs", "train_main", "sample_main"},

@@ -1,0 +1,1 @@
+"""Measurements that take minutes, each a command: python -m benchmarks.NAME."""

@@ -1,0 +1,106 @@
+"""Time per step of the training loop over that of the bare jitted step.
+
+  python -m benchmarks.loop_overhead --steps=500
+
+The loop is `train` itself on the demo's configuration: data, progress, metrics.jsonl, TensorBoard,
+and a checkpoint every 50 steps. After every 50 of its steps, in place of an evaluation, the same
+compiled step runs 50 times on one batch that is on the devices already. Taking turns, both see the
+same machine, whatever else runs on it.
+"""
+
+import json
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import jax
+from absl import app, flags
+
+from configs import demo
+from microdit_jax import sharding, train_step
+from microdit_jax import train as train_module
+from microdit_jax.cli import run
+from microdit_jax.data import pipeline
+from microdit_jax.metric_writer import read_metrics
+from microdit_jax.run_config import make_optimizer
+
+STEPS = flags.DEFINE_integer("steps", 500, "Steps of the loop, and as many bare ones.")
+STAGE = flags.DEFINE_string("stage", "pretrain", "Of the demo: pretrain or finetune.")
+EVERY = 50
+
+
+class BareSteps:
+    """Stands in for the evaluation: as many bare steps as the loop has just made, on the clock."""
+
+    seconds: list[float] = []
+
+    def __init__(self, model, edm, mesh, data, config, workdir, writer, say):
+        optimizer, schedule = make_optimizer(config)
+        step = train_step.make_train_step(
+            model,
+            optimizer,
+            schedule,
+            edm=edm,
+            mask_ratio=config.train.mask_ratio,
+            seed=config.seed,
+            ema_smoothing=config.ema.smoothing,
+            ema_start_step=config.ema.start_step,
+            mesh=mesh,
+        )
+        self._step = jax.jit(step, donate_argnums=0)
+        self._state = train_step.sharded_init(
+            model, optimizer, jax.random.key(0), mesh, with_ema=config.ema.enabled
+        )
+        dataset = pipeline.make_dataset(
+            data.sources, data.weights, seed=0, batch_size=config.train.batch_size,
+            caption_drop=config.data.caption_drop,
+        )  # fmt: skip
+        batch = {name: dataset[0][name] for name in train_module.BATCH_KEYS}
+        self._batch = sharding.put_batch(batch, mesh)
+
+    def losses(self, step, state):
+        jax.block_until_ready(state)
+        begin = time.perf_counter()
+        for _ in range(EVERY):
+            self._state, _ = self._step(self._state, self._batch)
+        jax.block_until_ready(self._state)
+        self.seconds.append((time.perf_counter() - begin) / EVERY)
+
+    def grid(self, step, state):
+        pass
+
+
+def main(argv):
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments {argv[1:]}")
+    config = demo.get_config(STAGE.value)
+    config.init_from = ""
+    config.train.update(
+        steps=STEPS.value, log_every=EVERY, eval_every=EVERY, checkpoint_every=EVERY
+    )
+    train_module.Evaluation = BareSteps
+    with tempfile.TemporaryDirectory() as folder:
+        train_module.train(config, Path(folder) / "run")
+        lines = read_metrics(Path(folder) / "run")
+    # The first of each compiles; a loop's checkpoint falls into the fifty steps after it.
+    loop = [line["speed"]["seconds_per_step"] for line in lines][1:]
+    bare = BareSteps.seconds[2:]
+    ratios = sorted(a / b for a, b in zip(loop, bare, strict=True))
+    result = {
+        "loop_seconds_per_step": statistics.median(loop),
+        "bare_seconds_per_step": statistics.median(bare),
+        "ratio": statistics.median(ratios),
+        "ratio_lowest": ratios[0],
+        "ratio_highest": ratios[-1],
+        "data_wait": statistics.median(line["speed"]["data_wait"] for line in lines[1:]),
+        "windows": len(loop),
+        "steps_in_a_window": EVERY,
+        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "jax": jax.__version__,
+    }
+    print(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    run(main)
