@@ -37,7 +37,12 @@ LAYERS = [
     },
     {"microdit_jax.assets", "microdit_jax.train_step", "microdit_jax.sample"},
     {"microdit_jax.create"},
-    {"microdit_jax.evaluate", "microdit_jax.metric_writer", "microdit_jax.run_config"},
+    {
+        "microdit_jax.data.precompute",
+        "microdit_jax.evaluate",
+        "microdit_jax.metric_writer",
+        "microdit_jax.run_config",
+    },
     {
         "microdit_jax.heldout",
         "microdit_jax.progress",

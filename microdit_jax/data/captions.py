@@ -69,6 +69,10 @@ _ENDS = [
     (r"['_,\-:+]$", ""),
     (r"^\.\S+$", ""),
 ]
+# Text in which there is nothing to mend or to unescape
+_PLAIN = re.compile("[ -%'-~]*")
+# BeautifulSoup warns of captions that look like names of files or addresses
+warnings.filterwarnings("ignore", category=bs4.MarkupResemblesLocatorWarning)
 
 
 def clean(caption: str) -> str:
@@ -82,13 +86,14 @@ def clean(caption: str) -> str:
 def _clean_once(text: str) -> str:
     text = urllib.parse.unquote_plus(text).strip().lower()
     text = _replace(text, _BEFORE_HTML)
-    with warnings.catch_warnings():  # that a caption looks like a file's name or an address
-        warnings.simplefilter("ignore", bs4.MarkupResemblesLocatorWarning)
+    if "<" in text or "&" in text:  # no other text changes, and most have neither
         text = bs4.BeautifulSoup(text, features="html.parser").text
     text = _replace(text, _SYMBOLS)
     if len(re.findall("[-_]", text)) > 3:  # this-is-my-cute-cat
         text = re.sub("[-_]", " ", text)
-    text = html.unescape(html.unescape(ftfy.fix_text(text))).strip()
+    if not _PLAIN.fullmatch(text):
+        text = html.unescape(html.unescape(ftfy.fix_text(text)))
+    text = text.strip()
     return _replace(_replace(text, _SHOP_TALK), _ENDS).strip()
 
 
