@@ -1,0 +1,140 @@
+"""Draws pictures from a model, scores them, and writes one JSON and a Markdown table.
+
+Examples:
+  python -m microdit_jax.evaluate --model=out/demo/finetune --num_images=2000 --guidance_scale=3
+  python -m microdit_jax.evaluate --model=dit_4_channel_37M_real_and_synthetic_data \\
+    --metrics=fid,clip_score --prompts=coco30k.csv --reference=coco_val2014.npz \\
+    --inception=pt_inception-2015-12-05-6726825d.pth --clip=CLIP-ViT-H-14 \\
+    --guidance_scale=1.5,2,3,5 --num_inference_steps=30 --seeds=2024,2025,2026
+  python -m microdit_jax.evaluate --model=... --metrics=geneval \\
+    --geneval_prompts=evaluation_metadata.jsonl      (then its detector, then --geneval_results=...)
+
+The same command again goes on where it was stopped. docs/evaluation.md is the protocol.
+"""
+
+import functools
+from pathlib import Path
+
+from absl import app, flags
+
+from microdit_jax.cli import run
+from microdit_jax.errors import UserError
+
+MODEL = flags.DEFINE_string("model", None, "A network, as for sample_main.py.")
+VAE = flags.DEFINE_string("vae", None, "Its VAE; default: the one it is known for.")
+TEXT_ENCODER = flags.DEFINE_string("text_encoder", None, "Its text encoder, likewise.")
+METRICS = flags.DEFINE_list(
+    "metrics", ["frechet_small"],
+    "Of fid, kid, precision_recall, clip_score, geneval; or frechet_small, a distance that needs "
+    "no download and is not comparable with FID.",
+)  # fmt: skip
+PROMPTS = flags.DEFINE_string(
+    "prompts", "train", "A .csv, COCO's captions .json, a text file; or train or heldout, the "
+    "captions of the embedded pictures."
+)  # fmt: skip
+NUM_IMAGES = flags.DEFINE_integer(
+    "num_images", 0, "Pictures, of prompts spread evenly; 0: one for each.", lower_bound=0
+)
+GUIDANCE = flags.DEFINE_list("guidance_scale", ["5"], "One scale, or several for a sweep.")
+STEPS = flags.DEFINE_integer("num_inference_steps", 30, "Steps of the sampler.", lower_bound=1)
+SEEDS = flags.DEFINE_list("seeds", ["2024"], "Of the noise; several give an interval.")
+EMA = flags.DEFINE_boolean("ema", True, "Use the moving average of the weights where there is one.")
+DTYPE = flags.DEFINE_enum(
+    "dtype", None, ["float32", "bfloat16"], "Type of the computation; default: as sample_main.py."
+)
+BATCH = flags.DEFINE_integer("batch_size", 32, "Pictures drawn at a time.", lower_bound=1)
+CHUNK = flags.DEFINE_integer(
+    "chunk_size", 128, "Pictures between two savings; what a kill can cost.", lower_bound=1
+)
+FSDP = flags.DEFINE_integer("fsdp", 0, "Devices over which each weight is split.", lower_bound=0)
+REFERENCE = flags.DEFINE_string(
+    "reference", None, ".npz of statistics (ours, pytorch-fid's, clean-fid's, torch-fidelity's), a "
+    "folder of real pictures, or train or heldout; default: train, for a run on embedded pictures."
+)  # fmt: skip
+INCEPTION = flags.DEFINE_string(
+    "inception", None, "FID's network: pt_inception-2015-12-05-6726825d.pth, or converted."
+)
+RESIZE = flags.DEFINE_enum(
+    "resize", "clean", ["clean", "pytorch_fid", "torch_fidelity"], "Whose resizing for Inception."
+)
+SIDE = flags.DEFINE_integer(
+    "side", 0, "Crop and resize all pictures, and a folder of real ones, to this many pixels "
+    "first; 0: as they are.", lower_bound=0,
+)  # fmt: skip
+CLIP = flags.DEFINE_string(
+    "clip", None, "Folder of a CLIP with both towers (OpenCLIP's or transformers'), or converted."
+)
+GENEVAL_PROMPTS = flags.DEFINE_string("geneval_prompts", None, "evaluation_metadata.jsonl.")
+GENEVAL_RESULTS = flags.DEFINE_string(
+    "geneval_results", None, "results.jsonl of GenEval's detector over the pictures drawn before."
+)
+KEEP = flags.DEFINE_boolean("keep_images", False, "Keep all pictures as PNGs.")
+OUT = flags.DEFINE_string("out", "out/evaluate", "Folder for everything.")
+
+
+def main(argv):
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments {argv[1:]}")
+    if not MODEL.value:
+        raise UserError(
+            "flag --model must have a value; see python -m microdit_jax.evaluate --help"
+        )
+    # After the flags: --help answers at once.
+    from microdit_jax.evaluate import protocol
+
+    asked = protocol.Request(
+        metrics=tuple(METRICS.value),
+        prompts=PROMPTS.value,
+        num_images=NUM_IMAGES.value,
+        guidance_scales=_numbers("guidance_scale", GUIDANCE.value, float),
+        seeds=_numbers("seeds", SEEDS.value, int),
+        num_inference_steps=STEPS.value,
+        batch_size=BATCH.value,
+        chunk_size=CHUNK.value,
+        reference=REFERENCE.value,
+        inception=INCEPTION.value,
+        resize=RESIZE.value,
+        side=SIDE.value,
+        clip=CLIP.value,
+        geneval_prompts=GENEVAL_PROMPTS.value,
+        geneval_results=GENEVAL_RESULTS.value,
+        keep_images=KEEP.value,
+    )
+    result, files = protocol.evaluate(_load(), asked, Path(OUT.value))
+    print((Path(OUT.value) / "result.md").read_text(), end="")
+    for note in result["notes"]:
+        print(f"note: {note}")
+    print(f"written: {', '.join(map(str, files))}")
+
+
+def _numbers(flag: str, texts: list[str], kind: type) -> tuple:
+    try:
+        return tuple(dict.fromkeys(kind(text) for text in texts))
+    except ValueError as error:
+        raise UserError(f"--{flag} takes numbers divided by commas, found {texts}") from error
+
+
+def _load():
+    """The model of the flags with its pipeline."""
+    import jax
+
+    from microdit_jax import assets, create
+    from microdit_jax.evaluate import protocol
+
+    mesh = functools.partial(create.fitting_mesh, fsdp=FSDP.value)
+    model = assets.load_model(MODEL.value, ema=EMA.value, dtype=DTYPE.value, mesh=mesh)
+    dtype = DTYPE.value
+    if dtype is None and model.folder is None:
+        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+        model = model.with_dtype(dtype)
+    model = model._replace(
+        vae=VAE.value or model.vae, text_encoder=TEXT_ENCODER.value or model.text_encoder
+    )
+    for flag, value in (("vae", model.vae), ("text_encoder", model.text_encoder)):
+        if value is None:
+            raise UserError(f"expected --{flag}, found none: {MODEL.value} is not known for one")
+    return protocol.Subject(MODEL.value, model, create.from_model(model, dtype=dtype))
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,101 @@
+"""Reference statistics: from a file, or computed once from a folder or the embedded pictures."""
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import tqdm
+from jaxtyping import UInt8
+from PIL import Image, UnidentifiedImageError
+
+from microdit_jax.data.sources import twemoji
+from microdit_jax.errors import UserError
+from microdit_jax.evaluate.prompts import RUN_SPLITS, embedded_pictures
+from microdit_jax.metrics.features import FeatureNetwork
+from microdit_jax.metrics.statistics import Reference, load_reference, save_reference
+from microdit_jax.pictures import to_uint8
+
+SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+CHUNK = 256
+
+
+def crop_to(image: UInt8[np.ndarray, "_ _ 3"], side: int) -> UInt8[np.ndarray, "{side} {side} 3"]:
+    """The centre square of a picture, resized by Pillow's bicubic to `side` pixels."""
+    height, width, _ = image.shape
+    short = min(height, width)
+    top, left = (height - short) // 2, (width - short) // 2
+    square = Image.fromarray(image[top : top + short, left : left + short])
+    return np.asarray(square.resize((side, side), Image.Resampling.BICUBIC))
+
+
+def get_reference(
+    source: str, network: FeatureNetwork, folder: Path, *, resolution: int, side: int = 0
+) -> Reference:
+    """Statistics of real pictures in the network's features.
+
+    Args:
+      source: .npz of statistics; a folder of pictures, with those in its subfolders; or "train" or
+        "heldout" for the embedded pictures.
+      folder: where computed statistics are kept; they are found again by a hash of the pictures.
+      resolution: pixels of the model's pictures; the embedded ones are read in this size.
+      side: pictures of a folder are cropped and resized to this many pixels first; 0: as they are.
+    Raises:
+      UserError: nothing usable there, or statistics of other features.
+    """
+    if source.endswith(".npz"):
+        reference = load_reference(Path(source))
+        reference.check_features(network.name, network.width)
+        return reference
+    if source in RUN_SPLITS:
+        pictures = embedded_pictures(source)
+        inputs = _digest([p.path for p in pictures], {"resolution": resolution})
+    else:
+        files = _pictures_in(Path(source))
+        inputs = _digest(files, {"side": side})
+    key = hashlib.sha256(f"{network.name} {inputs}".encode()).hexdigest()[:16]
+    path = folder / f"reference_{key}.npz"
+    if path.exists():
+        return load_reference(path)
+    if source in RUN_SPLITS:
+        images = to_uint8(twemoji.read_images(pictures, resolution) / 2 + 0.5)
+        features = network(list(images))
+    else:
+        features = np.concatenate([network(part) for part in _read(files, side)])
+    return save_reference(path, features, name=network.name, inputs=inputs)
+
+
+def _pictures_in(folder: Path) -> list[Path]:
+    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES)
+    if len(files) < 2:
+        raise UserError(
+            f"expected .npz of statistics or a folder of pictures in --reference, found "
+            f"{len(files)} pictures in {folder}"
+        )
+    return files
+
+
+def _digest(files: Sequence[Path], about: dict) -> str:
+    """A hash of the contents of all files and of how they are read."""
+    digest = hashlib.sha256(json.dumps(about).encode())
+    for path in files:
+        digest.update(hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()
+
+
+def _read(files: Sequence[Path], side: int) -> Iterator[list[np.ndarray]]:
+    for start in tqdm.trange(0, len(files), CHUNK, desc="reference", unit="chunk"):
+        images = [_picture(path) for path in files[start : start + CHUNK]]
+        yield [crop_to(image, side) if side else image for image in images]
+
+
+def _picture(path: Path) -> UInt8[np.ndarray, "H W 3"]:
+    try:
+        with Image.open(path) as image:
+            return np.asarray(image.convert("RGB"))
+    except (OSError, UnidentifiedImageError, SyntaxError) as error:
+        raise UserError(
+            f"expected a picture in {path}, could not read it ({error}); fetch it again or move it "
+            "away"
+        ) from error

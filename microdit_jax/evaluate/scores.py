@@ -1,0 +1,81 @@
+"""From features to the numbers of a table: which metrics there are, and values over seeds."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import scipy.stats
+
+from microdit_jax.errors import UserError
+from microdit_jax.metrics.clip_score import cosines
+from microdit_jax.metrics.feature_sets import kernel_distance, precision_recall
+from microdit_jax.metrics.frechet import Statistics, frechet_distance
+from microdit_jax.metrics.statistics import Reference
+
+# What --metrics takes, with what a table calls it.
+TITLES = {
+    "fid": "FID",
+    "kid": "KID",
+    "precision": "precision",
+    "recall": "recall",
+    "clip_score": "CLIP score",
+    "geneval": "GenEval",
+    "frechet_small": "Fréchet distance in small features (not comparable with FID)",
+}
+METRICS = ("fid", "kid", "precision_recall", "clip_score", "geneval", "frechet_small")
+INCEPTION_METRICS = ("fid", "kid", "precision_recall")
+
+
+def feature_scores(
+    metrics: Sequence[str], features: np.ndarray, reference: Reference
+) -> dict[str, float]:
+    """FID, KID, precision and recall, as far as they are among the metrics.
+
+    Raises:
+      UserError: KID, precision or recall with a reference that has no features, or too few.
+    """
+    found: dict[str, float] = {}
+    if "fid" in metrics or "frechet_small" in metrics:
+        name = "fid" if "fid" in metrics else "frechet_small"
+        found[name] = frechet_distance(Statistics.of(features), reference.statistics)
+    if wanted := [name for name in ("kid", "precision_recall") if name in metrics]:
+        if reference.features is None:
+            raise UserError(
+                f"{', '.join(wanted)} need the features of all real pictures, found statistics "
+                "alone; give a folder of pictures as --reference"
+            )
+        if "kid" in wanted:
+            size = min(1000, len(features), len(reference.features))
+            found["kid"] = kernel_distance(features, reference.features, subset_size=size).mean
+        if "precision_recall" in wanted:
+            found |= precision_recall(features, reference.features)._asdict()
+    return found
+
+
+def cosine_score(values: np.ndarray) -> float:
+    """CLIP score from the cosines of all pictures."""
+    return max(0.0, 100 * float(np.mean(values, dtype=np.float64)))
+
+
+def over_seeds(values: Mapping[int, float]) -> dict[str, Any]:
+    """Values of each seed, their mean, and its 95 % interval (Student's t); None for one seed."""
+    numbers = np.array(list(values.values()), np.float64)
+    interval = None
+    if len(numbers) > 1:
+        half = scipy.stats.t.ppf(0.975, len(numbers) - 1) * scipy.stats.sem(numbers)
+        interval = [float(numbers.mean() - half), float(numbers.mean() + half)]
+    return {
+        "per_seed": {str(seed): value for seed, value in values.items()},
+        "mean": float(numbers.mean()),
+        "interval_95": interval,
+    }
+
+
+def measure_cosines(clip: Any):
+    """What draw_set takes: the cosine (n, 1) of each picture with its text."""
+
+    def measure(images, texts):
+        found = cosines(clip.encode_images(images), clip.encode_texts(texts))
+        return found.astype(np.float32)[:, None]
+
+    return measure
