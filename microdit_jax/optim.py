@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Int
 
 from microdit_jax.errors import UserError
 
@@ -92,19 +92,17 @@ def apply_gradients(
     return optax.apply_updates(params, updates), opt_state
 
 
-def update_if(finite: Bool[Array, ""], new: Any, old: Any) -> Any:
-    """`new` if `finite`, else `old`, leaf by leaf; the schedule's step count moves on either way.
-
-    So the learning rate stays a function of the step, however many updates were skipped.
-    """
+def advance_schedule(opt_state: optax.OptState) -> optax.OptState:
+    """The state after a step without an update: only the learning rate's clock moves on."""
 
     def is_clock(node):
         return isinstance(node, optax.ScaleByScheduleState)
 
-    def choose(new, old):
-        return new if is_clock(new) else jnp.where(finite, new, old)
-
-    return jax.tree.map(choose, new, old, is_leaf=is_clock)
+    return jax.tree.map(
+        lambda node: node._replace(count=node.count + 1) if is_clock(node) else node,
+        opt_state,
+        is_leaf=is_clock,
+    )
 
 
 def update_ema(

@@ -190,16 +190,21 @@ def scatter_sum(grads: Any, specs: Any) -> Any:
 
 
 def sum_rest(grads: Any, specs: Any) -> Any:
-    """Sums shards over the axes that their weights are not split over: once each step."""
+    """Sums shards over the axes that their weights are not split over: once each step.
+
+    Large ones each by itself, so that it can start while the backward pass still runs, the others
+    in one exchange for each set of axes.
+    """
     leaves, tree = jax.tree.flatten(grads)
     groups = defaultdict(list)
     for i, spec in enumerate(tree.flatten_up_to(specs)):
-        groups[tuple(a for a in AXES if a not in spec and jax.lax.axis_size(a) > 1)].append(i)
-    for axes, members in groups.items():
-        if axes:  # one all-reduce for the whole group
-            summed = jax.lax.psum([leaves[i] for i in members], axes)
-            for i, leaf in zip(members, summed, strict=True):
-                leaves[i] = leaf
+        axes = tuple(a for a in AXES if a not in spec and jax.lax.axis_size(a) > 1)
+        if axes:
+            groups[axes, i if leaves[i].size >= REPLICATE_BELOW else "small"].append(i)
+    for (axes, _), members in groups.items():
+        summed = jax.lax.psum([leaves[i] for i in members], axes)
+        for i, leaf in zip(members, summed, strict=True):
+            leaves[i] = leaf
     return tree.unflatten(leaves)
 
 

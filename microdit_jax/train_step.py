@@ -303,15 +303,21 @@ def make_train_step(
         loss, grad_norm = image_loss.mean(), optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
 
-        params, opt_state = optim.apply_gradients(optimizer, grads, state.opt_state, state.params)
         step = state.step + 1
-        ema = state.ema
-        if ema is not None:
-            ema = optim.update_ema(
-                ema, params, step, smoothing=ema_smoothing, start_step=ema_start_step
-            )
-        params, opt_state, ema = optim.update_if(
-            finite, (params, opt_state, ema), (state.params, state.opt_state, state.ema)
+
+        def update(params, opt_state, ema):
+            params, opt_state = optim.apply_gradients(optimizer, grads, opt_state, params)
+            if ema is not None:
+                ema = optim.update_ema(
+                    ema, params, step, smoothing=ema_smoothing, start_step=ema_start_step
+                )
+            return params, opt_state, ema
+
+        def keep(params, opt_state, ema):
+            return params, optim.advance_schedule(opt_state), ema
+
+        params, opt_state, ema = jax.lax.cond(
+            finite, update, keep, state.params, state.opt_state, state.ema
         )
         skipped = jnp.where(finite, 0, state.skipped + 1)
         state = TrainState(step, params, opt_state, ema, skipped)
