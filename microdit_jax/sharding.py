@@ -28,7 +28,7 @@ from microdit_jax.errors import UserError
 AXES = ("data", "fsdp", "expert")
 EXPERT_WEIGHTS = ("w1", "w2")  # (e, d, f) and (e, f, d); dense layers call theirs "kernel"
 
-# Weights of fewer elements, and vectors, are copied to every device: 0.1 % of XL/2, and each would
+# Weights of fewer elements, and vectors, are copied to every device: 0.04 % of XL/2, and each would
 # cost a gather of its own.
 REPLICATE_BELOW = 2**14
 

@@ -1,0 +1,175 @@
+"""Path rules, the golden specs of XL/2, the mesh, batches, the table.
+
+After a change of the rules that is meant: python tests/test_sharding.py, and look at the diff.
+"""
+
+import functools
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import GOLDEN
+from jax.sharding import AbstractMesh, AxisType
+from jax.sharding import PartitionSpec as P
+
+from microdit_jax import optim, sharding, train_step
+from microdit_jax.errors import UserError
+from microdit_jax.models import moe
+from microdit_jax.models.dit import DiT, MicroDiT_XL_2
+
+SPECS = GOLDEN / "xl2_partition_specs.json"
+
+
+def abstract_mesh(data=2, fsdp=2, expert=2) -> AbstractMesh:
+    return AbstractMesh((data, fsdp, expert), sharding.AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+@functools.cache
+def xl2_state(mesh):
+    optimizer = optim.adamw(optim.learning_rate(1e-4))
+    return train_step.abstract_state(DiT(MicroDiT_XL_2()), optimizer, mesh, with_ema=True)
+
+
+def xl2_specs() -> dict[str, list]:
+    """Path -> spec of every parameter of XL/2 on a 2x2x2 mesh; shapes alone are computed."""
+    params = jax.tree_util.tree_flatten_with_path(xl2_state(abstract_mesh()).params)[0]
+    return {"/".join(sharding.names(p)): list(leaf.sharding.spec) for p, leaf in params}
+
+
+def test_every_spec_of_xl2():
+    assert xl2_specs() == json.loads(SPECS.read_text())
+
+
+@pytest.mark.parametrize(
+    ("path", "shape", "spec"),
+    [
+        ("blocks_0/attn/qkv/kernel", (1024, 3072), P(None, "fsdp")),
+        ("blocks_0/attn/proj/kernel", (2048, 1024), P("fsdp")),
+        ("blocks_0/mlp/w1/kernel", (1024, 1024), P(None, "fsdp")),  # the last among equals
+        ("blocks_1/mlp/w1", (8, 1024, 2048), P("expert", None, "fsdp")),
+        ("blocks_1/mlp/w2", (8, 2048, 1024), P("expert", "fsdp")),
+        ("odd/kernel", (1022, 333), P("fsdp")),
+        ("indivisible/kernel", (1023, 333), P()),
+        ("blocks_0/attn/qkv/bias", (65536,), P()),
+        ("blocks_1/mlp/gate/kernel", (1024, 8), P()),  # small
+        ("step", (), P()),
+    ],
+)
+def test_param_spec(path, shape, spec):
+    assert sharding.param_spec(path.split("/"), shape, abstract_mesh()) == spec
+
+
+def test_axes_of_size_one_are_not_named():
+    path = ["blocks_1", "mlp", "w1"]
+    for mesh, spec in [
+        (abstract_mesh(8, 1, 1), P()),
+        (abstract_mesh(1, 1, 8), P("expert")),
+        (abstract_mesh(1, 8, 1), P(None, None, "fsdp")),
+    ]:
+        assert sharding.param_spec(path, (8, 512, 1024), mesh) == spec
+
+
+def test_experts_must_divide():
+    with pytest.raises(UserError, match="must divide the 8 experts of a/w1, found expert=16"):
+        sharding.param_spec(["a", "w1"], (8, 64, 64), abstract_mesh(1, 1, 16))
+
+
+def test_optimiser_and_average_lie_where_the_weights_lie():
+    state = xl2_state(abstract_mesh())
+    places = [leaf.sharding for leaf in jax.tree.leaves(state.params)]
+    adam = state.opt_state[1][0]
+    for tree in (adam.mu, adam.nu, state.ema):
+        assert [leaf.sharding for leaf in jax.tree.leaves(tree)] == places
+    assert {place.spec for place in places} == {
+        P(), P("fsdp"), P(None, "fsdp"), P("expert", "fsdp"), P("expert", None, "fsdp")
+    }  # fmt: skip
+
+
+def test_make_mesh():
+    assert sharding.make_mesh().shape == {"data": 8, "fsdp": 1, "expert": 1}
+    mesh = sharding.make_mesh(2, -1, 2)
+    assert mesh.shape == {"data": 2, "fsdp": 2, "expert": 2}
+    assert set(mesh.axis_types) == {AxisType.Auto}
+    assert sharding.make_mesh(devices=jax.devices()[:2]).size == 2
+    assert moe.EXPERT_AXIS in mesh.axis_names
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ((2, 2, 1), "data=2, fsdp=2, expert=1 takes 4 devices, found 8"),
+        ((-1, 3, 1), "takes a multiple of 3 devices, found 8; choose sizes whose product divides"),
+        ((-1, -1, 1), "at most one of them -1"),
+        ((-1, 0, 1), "must be positive"),
+    ],
+)
+def test_bad_mesh_sizes(sizes, message):
+    with pytest.raises(UserError, match=message):
+        sharding.make_mesh(*sizes)
+
+
+def test_put_batch():
+    mesh = sharding.make_mesh(2, 2, 2)
+    batch = {"latents": np.arange(48.0, dtype=np.float32).reshape(16, 3), "draw": np.int32(7)}
+    placed = sharding.put_batch(batch, mesh)
+    np.testing.assert_array_equal(placed["latents"], batch["latents"])
+    np.testing.assert_array_equal(placed["position"], np.arange(16))
+    assert {s.data.shape for s in placed["latents"].addressable_shards} == {(2, 3)}
+    assert placed["draw"].is_fully_replicated and placed["draw"] == 7
+    with pytest.raises(UserError, match="multiple of 8 devices, found {'latents': 12}"):
+        sharding.put_batch({"latents": np.zeros((12, 3))}, mesh)
+
+
+def test_table_counts_what_a_device_holds():
+    state = xl2_state(abstract_mesh())
+    lines = sharding.table(state, abstract_mesh()).splitlines()
+    assert lines[0].startswith("mesh: data 2 x fsdp 2 x expert 2")
+    rows = {line[:44].strip(): line[44:].replace(",", "").split() for line in lines[2:]}
+    assert rows["total"][1] == "1165442320"
+    here = sum(math.prod(p.sharding.shard_shape(p.shape)) for p in jax.tree.leaves(state.params))
+    assert rows["total"][2] == str(here)
+    params, moments, ema = map(float, rows["total"][3:])
+    np.testing.assert_allclose([params, moments, ema], np.array([1, 2, 1]) * here * 4 / 2**20, 1e-4)
+    groups = [r for name, r in rows.items() if name != "total"]
+    assert "counters" not in rows and len(groups) == 6
+    for column in (0, 1, 2):
+        assert sum(int(r[column]) for r in groups) == int(rows["total"][column])
+
+
+def test_gathered_and_summed_inside_shard_map():
+    """Whole weights and true sums, against the same on whole arrays."""
+    mesh = sharding.make_mesh(2, 2, 2)
+    shapes = {"w": (4, 6), "v": (3,), "w1": (2, 4, 2)}
+    weights = {k: jnp.asarray(np.random.default_rng(1).normal(size=s)) for k, s in shapes.items()}
+    specs = sharding.specs(weights, mesh, replicate_below=0)
+    assert specs == {"w": P(None, "fsdp"), "v": P(), "w1": P("expert", "fsdp")}
+
+    def exchange(shards, row):
+        whole = sharding.gather(shards, specs)
+        grads = jax.tree.map(lambda w: w * row[0], whole)
+        return sharding.sum_rest(sharding.scatter_sum(grads, specs), specs)
+
+    rows = jnp.arange(8.0)
+    out = jax.jit(
+        jax.shard_map(
+            exchange,
+            mesh=mesh,
+            in_specs=(specs, sharding.BATCH),
+            out_specs=specs,
+            check_vma=False,
+        )
+    )(weights, rows)
+    for name in ("w", "v"):
+        np.testing.assert_allclose(out[name], weights[name] * 28, rtol=1e-6)
+    # An expert's gradient comes from the devices that share its place on the expert axis alone:
+    # tokens have travelled there already.
+    np.testing.assert_allclose(out["w1"][0], weights["w1"][0] * (0 + 2 + 4 + 6), rtol=1e-6)
+    np.testing.assert_allclose(out["w1"][1], weights["w1"][1] * (1 + 3 + 5 + 7), rtol=1e-6)
+
+
+if __name__ == "__main__":
+    lines = (f"{json.dumps(k)}: {json.dumps(v)}" for k, v in xl2_specs().items())
+    SPECS.write_text("{\n" + ",\n".join(lines) + "\n}\n")
