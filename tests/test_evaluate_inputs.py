@@ -1,0 +1,168 @@
+import json
+
+import numpy as np
+import pytest
+from conftest import GOLDEN
+from PIL import Image
+from test_clip_image import openclip_config, small_tensors
+from test_evaluate import ask, pipe, references, subject  # noqa: F401
+from test_metrics_inception import NARROW, synthetic_tensors
+
+from convert.safetensors_file import write_safetensors
+from convert.torch_file import write_torch
+from microdit_jax.data.sources import twemoji
+from microdit_jax.errors import UserError
+from microdit_jax.evaluate import protocol
+from microdit_jax.evaluate.prompts import embedded_pictures, read_prompts
+from microdit_jax.evaluate.reference import crop_to, get_reference
+from microdit_jax.evaluate.scores import cosine_score, feature_scores, over_seeds
+from microdit_jax.metrics.features import small_features
+from microdit_jax.metrics.frechet import Statistics
+from microdit_jax.metrics.statistics import Reference, save_reference
+
+
+def test_prompts_of_all_kinds(tmp_path):
+    texts = ["a cat, grey", "a dog", "two hens"]
+    (tmp_path / "a.txt").write_text("a cat, grey\n\na dog\ntwo hens\n")
+    (tmp_path / "a.csv").write_text('id,caption\n1,"a cat, grey"\n2,a dog\n3,two hens\n')
+    (tmp_path / "a.tsv").write_text("prompt\tx\na cat, grey\t1\na dog\t2\ntwo hens\t3\n")
+    annotations = [
+        {"id": 9, "image_id": 1, "caption": "a later caption"},
+        {"id": 2, "image_id": 5, "caption": "a dog"},
+        {"id": 3, "image_id": 7, "caption": "two hens"},
+        {"id": 1, "image_id": 1, "caption": "a cat, grey"},
+    ]
+    (tmp_path / "coco.json").write_text(json.dumps({"annotations": annotations}))
+    found = [read_prompts(str(tmp_path / f)) for f in ("a.txt", "a.csv", "a.tsv", "coco.json")]
+    assert all(prompts.texts == texts and not prompts.metadata for prompts in found)
+    assert len({prompts.digest for prompts in found}) == 1
+    some = read_prompts(str(tmp_path / "a.txt"), 2)
+    assert some.texts == [texts[0], texts[2]] and some.digest != found[0].digest
+
+
+def test_captions_of_the_embedded_pictures():
+    train, heldout = read_prompts("train"), read_prompts("heldout")
+    assert not set(train.texts) & set(heldout.texts)
+    assert len(train.texts) + len(heldout.texts) == len(twemoji.list_pictures())
+    more = read_prompts("heldout", len(heldout.texts) + 3)
+    assert more.texts == heldout.texts + heldout.texts[:3]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.txt", "\n", "expected prompts in .*found none"),
+        ("a.csv", "id,name\n1,x\n", "a column caption or prompt or text in .*found id, name"),
+        ("a.csv", "caption\nx\n  \n", "found none or an empty one"),
+        ("a.json", "[]", "could not read them"),
+        ("a.jsonl", '{"tag": "x"}\n', "found line 1"),
+    ],
+)
+def test_bad_prompts(tmp_path, name, text, message):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match=message):
+        read_prompts(str(tmp_path / name))
+    with pytest.raises(UserError, match="none.txt, could not read them"):
+        read_prompts(str(tmp_path / "none.txt"))
+
+
+def test_more_prompts_than_a_benchmark_has(tmp_path):
+    (tmp_path / "a.txt").write_text("x\ny\n")
+    with pytest.raises(UserError, match="expected 3 prompts in .*found 2; ask for at most"):
+        read_prompts(str(tmp_path / "a.txt"), 3)
+
+
+def test_a_reference_is_computed_once_and_known_by_its_inputs(tmp_path):
+    network, calls = small_features(), []
+    apply = network._prepare
+    network._prepare = lambda images: calls.append(len(images)) or apply(images)
+    folder, kept = references(tmp_path), tmp_path / "kept"
+    first = get_reference(str(folder), network, kept, resolution=32)
+    assert first.about["count"] == 12 and sum(calls) == 12
+    again = get_reference(str(folder), network, kept, resolution=32)
+    assert again.digest == first.digest and sum(calls) == 12
+    cropped = get_reference(str(folder), network, kept, resolution=32, side=16)
+    assert cropped.digest != first.digest and sum(calls) == 24
+    picture = folder / "0.png"
+    Image.new("RGB", (40, 40), "red").save(picture)
+    changed = get_reference(str(folder), network, kept, resolution=32)
+    assert changed.about["inputs"] != first.about["inputs"] and changed.digest != first.digest
+    picture.write_bytes(b"no picture")
+    with pytest.raises(UserError, match=r"expected a picture in .*0\.png, could not read it"):
+        get_reference(str(folder), network, kept, resolution=32)
+    with pytest.raises(UserError, match="found 0 pictures in"):
+        get_reference(str(tmp_path / "nowhere"), network, kept, resolution=32)
+
+
+def test_the_embedded_pictures_as_reference(tmp_path):
+    network = small_features()
+    found = get_reference("heldout", network, tmp_path, resolution=32)
+    pictures = embedded_pictures("heldout")
+    expected = network(list(np.round(
+        (twemoji.read_images(pictures, 32) / 2 + 0.5) * 255).astype(np.uint8)))  # fmt: skip
+    np.testing.assert_allclose(found.features, expected, rtol=1e-5, atol=1e-6)
+    # A file of another network's statistics is refused.
+    save_reference(tmp_path / "x.npz", np.eye(112, dtype=np.float32), name="other", inputs="")
+    with pytest.raises(UserError, match="statistics of small_random_network:v1, 112 wide, found"):
+        get_reference(str(tmp_path / "x.npz"), network, tmp_path, resolution=32)
+
+
+def test_the_centre_square():
+    image = np.zeros((10, 20, 3), np.uint8)
+    image[:, 5:15] = 200
+    assert (crop_to(image, 4) == 200).all()
+    np.testing.assert_array_equal(crop_to(image[:, 5:15], 10), image[:, 5:15])
+
+
+def test_values_over_seeds_by_hand():
+    found = over_seeds({1: 12.0, 2: 13.0, 3: 14.0})
+    # t(0.975, 2) = 4.302653, standard error 1 / sqrt(3)
+    assert found["interval_95"] == pytest.approx([13 - 2.484138, 13 + 2.484138], abs=1e-6)
+    assert found["mean"] == 13 and found["per_seed"] == {"1": 12.0, "2": 13.0, "3": 14.0}
+    assert over_seeds({5: 1.5})["interval_95"] is None
+    assert cosine_score(np.array([[0.2], [0.4]])) == pytest.approx(30)
+    assert cosine_score(np.array([[-0.2]])) == 0
+
+
+def test_statistics_alone_give_no_recall():
+    rng = np.random.default_rng(0)
+    real, drawn = (rng.standard_normal((40, 4)).astype(np.float32) for _ in range(2))
+    alone = Reference(Statistics.of(real), None, {})
+    assert feature_scores(["fid"], drawn, alone).keys() == {"fid"}
+    with pytest.raises(UserError, match="kid, precision_recall need the features of all real"):
+        feature_scores(["fid", "kid", "precision_recall"], drawn, alone)
+    whole = Reference(Statistics.of(real), real, {})
+    found = feature_scores(["kid", "precision_recall"], drawn, whole)
+    assert found.keys() == {"kid", "precision", "recall"} and 0 < found["recall"] <= 1
+
+
+def test_fid_and_clip_score_from_converted_files(subject, tmp_path, monkeypatch):  # noqa: F811
+    """Narrow networks in the public layouts, through the cache of conversions."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    with np.load(GOLDEN / "clip_small.npz") as file:
+        golden = {"config": file["config"]}
+    clip = tmp_path / "clip"
+    clip.mkdir()
+    # The tokenizer's vocabulary is CLIP's own.
+    tensors = small_tensors()
+    table = np.random.default_rng(0).standard_normal((49408, 16)).astype(np.float32)
+    write_safetensors(
+        clip / "open_clip_model.safetensors", tensors | {"token_embedding.weight": table}
+    )
+    config = openclip_config(golden, "gelu")
+    config["model_cfg"]["text_cfg"]["vocab_size"] = 49408
+    (clip / "open_clip_config.json").write_text(json.dumps(config))
+    write_torch(tmp_path / "inception.pth", synthetic_tensors(NARROW))
+    asked = ask(
+        tmp_path, metrics=("fid", "kid", "precision_recall", "clip_score"), clip=str(clip),
+        inception=str(tmp_path / "inception.pth"), reference=str(references(tmp_path)),
+        guidance_scales=(2.0,), seeds=(1,),
+    )  # fmt: skip
+    result, files = protocol.evaluate(subject, asked, tmp_path / "out")
+    scores = result["results"][0]["scores"]
+    assert scores.keys() == {"fid", "kid", "precision", "recall", "clip_score"}
+    assert scores["fid"]["mean"] > 0 and 0 <= scores["clip_score"]["mean"] <= 100
+    assert not result["features"]["comparable_with_published_fid"]
+    assert any("not hold the public weights of 2015" in note for note in result["notes"])
+    assert result["clip"].startswith("clip:weights=")
+    assert "| 12.66 |" in (tmp_path / "out/result.md").read_text()
