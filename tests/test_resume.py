@@ -43,15 +43,21 @@ def data(tmp_path_factory):
 
 
 class Command:
-    """train_main.py of one workdir, as a process with as many simulated devices as the tests."""
+    """train_main.py of one workdir, as a process with simulated devices of its own."""
 
-    def __init__(self, data, workdir, *flags: str):
-        environment = os.environ | {
-            "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-            "PYTHONPATH": str(ROOT),
-        }
-        self.workdir, self._output = workdir, pathlib.Path(f"{workdir}.txt")
+    def __init__(self, data, workdir, *flags: str, devices: int = 8, name: str = "", **more):
+        flag = "--xla_force_host_platform_device_count"
+        environment = (
+            os.environ
+            | {
+                "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
+                "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+                "PYTHONPATH": str(ROOT),
+                "XLA_FLAGS": os.environ["XLA_FLAGS"].replace(f"{flag}=8", f"{flag}={devices}"),
+            }
+            | more
+        )
+        self.workdir, self._output = workdir, pathlib.Path(f"{workdir}{name}.txt")
         with open(self._output, "a") as output:
             self.process = subprocess.Popen(
                 [
@@ -73,7 +79,7 @@ class Command:
 
     def finish(self) -> int:
         try:
-            return self.process.wait(timeout=240)
+            return self.process.wait(timeout=480)
         finally:
             self.process.kill()
 
@@ -94,10 +100,18 @@ def last_step(workdir) -> int:
 
 
 def state_of(workdir, step: int) -> dict[str, np.ndarray]:
-    """Every array of a checkpoint by its path."""
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        state = checkpointer.restore(workdir / "checkpoints" / str(step) / "state")
-    flat = ocp.tree.to_flat_dict(state, sep="/")
+    """Every array of a checkpoint by its path, whatever devices wrote it."""
+    handler, folder = ocp.PyTreeCheckpointHandler(), workdir / "checkpoints" / str(step) / "state"
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    target = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        handler.metadata(folder).tree,
+    )
+    args = ocp.args.PyTreeRestore(
+        item=target, restore_args=ocp.checkpoint_utils.construct_restore_args(target)
+    )
+    with ocp.Checkpointer(handler) as checkpointer:
+        flat = ocp.tree.to_flat_dict(checkpointer.restore(folder, args=args), sep="/")
     return {path: np.asarray(leaf) for path, leaf in flat.items() if hasattr(leaf, "shape")}
 
 

@@ -1,0 +1,130 @@
+"""Two processes with four devices each, as two hosts, against one process with eight."""
+
+import shutil
+
+import numpy as np
+import pytest
+from test_hosts import finish, free_port, start
+from test_resume import Command, data, lines, state_of  # noqa: F401
+from test_run_checkpoint import assert_same, flip, largest, make_state, restore
+
+from microdit_jax.run_restore import steps_on_disk
+
+STEPS, STATE = (
+    20,
+    """
+sys.path.insert(0, "tests")
+from test_run_checkpoint import RunCheckpoints, abstract, make_state, mesh, split
+
+def place(leaf):
+    return split(leaf, mesh(2, 2, 2))
+
+def global_state(step):
+    def put(leaf):
+        return jax.make_array_from_callback(leaf.shape, place(leaf), np.asarray(leaf).__getitem__)
+    return jax.tree.map(put, make_state(step))
+
+def right(state, step):
+    whole = jax.jit(lambda s: s, out_shardings=jax.NamedSharding(mesh(2, 2, 2), jax.P()))(state)
+    return all(jax.tree.leaves(jax.tree.map(np.array_equal, whole, make_state(step))))
+""",
+)
+
+
+def both(program: str, *arguments) -> list[str]:
+    """What two processes print that run the same program as one job."""
+    join = "hosts.initialize(sys.argv[1], 2, int(sys.argv[2]), timeout_seconds=60.0)"
+    address = f"localhost:{free_port()}"
+    results = finish(
+        [start(join + STATE + program, address, number, *arguments) for number in range(2)]
+    )
+    assert [status for status, _, _ in results] == [0, 0], results
+    return [
+        "\n".join(line for line in out.splitlines() if "[Gloo]" not in line)
+        for _, out, _ in results
+    ]
+
+
+def test_checkpoints_of_two_processes(tmp_path):
+    """Saved by two, damaged, restored by two and by one."""
+    save = """
+with RunCheckpoints(sys.argv[3]) as checkpoints:
+    for step in (1, 2, 3):
+        checkpoints.save(step, global_state(step), {"step": step})
+"""
+    load = """
+with RunCheckpoints(sys.argv[3]) as checkpoints:
+    state, metadata = checkpoints.restore(abstract(make_state(0), place))
+    print(metadata["step"], right(state, metadata["step"]), checkpoints.all_steps())
+    checkpoints.save(metadata["step"] + 1, global_state(metadata["step"] + 1), {"step": 5})
+"""
+    both(save, tmp_path)
+    assert steps_on_disk(tmp_path) == [2, 3]
+    assert_same(restore(tmp_path)[0], make_state(3))
+    flip(largest(tmp_path, 3))
+    assert both(load, tmp_path) == ["2 True [2, 3]"] * 2
+    assert steps_on_disk(tmp_path) == [2, 3]
+    assert_same(restore(tmp_path)[0], make_state(3))
+    shutil.rmtree(tmp_path / "checkpoints" / "2")
+    flip(largest(tmp_path, 3))
+    told = both(
+        """
+try:
+    RunCheckpoints(sys.argv[3]).restore(abstract(make_state(0), place))
+except UserError as error:
+    print(error)
+""",
+        tmp_path,
+    )
+    assert told[0] == told[1] and "found step 3 is damaged: state/" in told[0]
+
+
+# ------------------------------------------------------------------ the real command
+def flags(data_axis: int, fsdp: int, expert: int) -> list[str]:
+    mesh = {"data": data_axis, "fsdp": fsdp, "expert": expert}
+    axes = [f"--config.mesh.{axis}={size}" for axis, size in mesh.items()]
+    return [*axes, f"--config.train.steps={STEPS}", "--config.train.checkpoint_every=10"]
+
+
+def assert_close_runs(found, expected):
+    """Weights, average, each of the optimiser's moments, and losses: to 1e-6 of their size."""
+    one, other = state_of(found, STEPS), state_of(expected, STEPS)
+    assert one.keys() == other.keys()
+
+    def part(state, words):
+        leaves = [leaf.ravel() for path, leaf in sorted(state.items()) if words in path]
+        return np.concatenate(leaves).astype(np.float64)
+
+    for words in ("params/", "ema/", "/mu/", "/nu/", "step", "count", "skipped"):
+        size = np.linalg.norm(part(other, words))
+        assert np.linalg.norm(part(one, words) - part(other, words)) <= 1e-6 * size, words
+    losses = [[line["loss"] for line in lines(run) if "loss" in line] for run in (found, expected)]
+    assert len(losses[0]) == STEPS
+    np.testing.assert_allclose(*losses, rtol=1e-6)
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one(data, tmp_path):  # noqa: F811
+    """And what they saved half-way goes on the same, by one process on another mesh."""
+    join = [f"--coordinator_address=localhost:{free_port()}", "--num_processes=2"]
+    # Both compile: with programs kept, process 0 alone would find its own, and be done so much
+    # earlier on a busy machine that Gloo, which waits 30 s for the other, gives up.
+    commands = [
+        Command(
+            data, tmp_path / "two", *flags(2, 2, 2), *join, f"--process_id={number}",
+            devices=4, name=f"_{number}", JAX_ENABLE_COMPILATION_CACHE="false",
+        )
+        for number in range(2)
+    ]  # fmt: skip
+    for command in commands:
+        assert command.finish() == 0, command.text()
+    one = Command(data, tmp_path / "one", *flags(2, 2, 2))
+    assert one.finish() == 0, one.text()
+    assert_close_runs(tmp_path / "two", tmp_path / "one")
+
+    shutil.copytree(tmp_path / "two", tmp_path / "other mesh")
+    shutil.rmtree(tmp_path / "other mesh" / "checkpoints" / str(STEPS))
+    other = Command(data, tmp_path / "other mesh", *flags(8, 1, 1))
+    assert other.finish() == 0, other.text()
+    assert "step 10 of 20" in other.text()
+    assert_close_runs(tmp_path / "other mesh", tmp_path / "one")
