@@ -1,0 +1,164 @@
+"""How fast latents are read: by reader, by format, by threads, and what a training step would wait.
+
+Example:
+  python -m benchmarks.loader --samples=2000 --images_per_second=3060
+  python -m benchmarks.loader --input=latents/cc12m --resolution=256
+  python -m benchmarks.loader --library_python=/venv_with_mosaicml_streaming/bin/python
+
+Without --input, it makes a dataset of full-size samples (198,656 bytes) in a temporary folder, in
+both formats. --library_python runs MosaicML's own reader on the same shards, from another
+environment. The figures are for data in the page cache unless --cold (Linux) drops them from it.
+"""
+
+import argparse
+import contextlib
+import itertools
+import json
+import os
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from microdit_jax.data.convert import convert
+from microdit_jax.data.mds_writer import MdsWriter
+from microdit_jax.data.pipeline import batches, make_dataset
+from microdit_jax.data.records import SIDECAR, LatentInfo
+from microdit_jax.data.stores import open_latents, open_store
+from microdit_jax.errors import Parser, exit_on_user_error
+
+INFO = LatentInfo("sdxl", "clip", {256: (4, 32, 32), 512: (4, 64, 64)}, (77, 1024))
+_LIBRARY = """
+import json, sys, time
+import numpy as np
+from streaming import StreamingDataset
+data = StreamingDataset(local=sys.argv[1], shuffle=False, batch_size=1)
+seconds, count = float(sys.argv[2]), 0
+order = np.random.default_rng(0).integers(0, len(data), 1_000_000).tolist()
+end = time.perf_counter() + 0.5
+while time.perf_counter() < end:
+    data[order[count]]; count += 1
+start, first = time.perf_counter(), count
+while time.perf_counter() < start + seconds:
+    sample = data[order[count]]
+    np.frombuffer(sample["caption_latents"], np.float16)
+    count += 1
+print(json.dumps({"rate": (count - first) / (time.perf_counter() - start)}))
+"""
+
+
+def make(folder: Path, samples: int) -> None:
+    """Full-size samples, as the reference's, of random numbers."""
+    columns = dict.fromkeys(("caption_latents", "latents_256", "latents_512"), "bytes")
+    rng = np.random.default_rng(0)
+    with MdsWriter(folder, columns | {"caption": "str"}, size_limit=1 << 26) as writer:
+        for i in range(samples):
+            arrays = {f"latents_{side}": shape for side, shape in INFO.latents.items()}
+            arrays["caption_latents"] = INFO.captions
+            sample = {
+                name: rng.standard_normal(shape, np.float32).astype(np.float16).tobytes()
+                for name, shape in arrays.items()
+            }
+            writer.write(sample | {"caption": f"a caption of a usual length, number {i}"})
+    (folder / SIDECAR).write_text(INFO.to_json())
+
+
+def rate(step: Callable[[], int], seconds: float) -> float:
+    """Samples a second of a function that gives how many it read; half a second to warm up."""
+    end = time.perf_counter() + 0.5
+    while time.perf_counter() < end:
+        step()
+    start, count = time.perf_counter(), 0
+    while (passed := time.perf_counter() - start) < seconds:
+        count += step()
+    return count / passed
+
+
+def forget_cached(folder: Path) -> None:
+    """Drops a dataset's files from the page cache."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with open(path, "rb") as file:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def wait_share(found: Iterator, batch_size: int, images_per_second: float, seconds: float) -> float:
+    """Share of the time that steps of a given speed spend waiting for their batch."""
+    waited, start = 0.0, time.perf_counter()
+    while time.perf_counter() < start + seconds:
+        begin = time.perf_counter()
+        next(found)
+        waited += time.perf_counter() - begin
+        time.sleep(batch_size / images_per_second)
+    return waited / (time.perf_counter() - start)
+
+
+def measure(folder: Path, args: argparse.Namespace) -> Iterator[tuple[str, float]]:
+    """(what, figure) of a dataset."""
+    store, _ = open_store(folder)
+    source = open_latents(folder, resolution=args.resolution)
+    order = itertools.cycle(np.random.default_rng(0).integers(0, len(store), 100_000).tolist())
+    if args.cold:
+        forget_cached(folder)
+    yield (
+        "stored bytes of random samples, samples/s",
+        rate(lambda: bool(store.raw(next(order))), args.seconds),
+    )
+    yield (
+        "random records, float32, samples/s",
+        rate(lambda: bool(source[next(order)]), args.seconds),
+    )
+    nbytes = sum(memoryview(value).nbytes for value in store.raw(0).values())
+    for threads in args.threads:
+        dataset = make_dataset([source], seed=0, batch_size=args.batch_size, caption_drop=0.1)
+        with contextlib.closing(batches(dataset, 0, threads=threads)) as found:
+            speed = rate(lambda found=found: len(next(found)["latents"]), args.seconds)
+            yield f"pipeline, {threads} threads, samples/s", speed
+            yield f"pipeline, {threads} threads, MB/s of disk", speed * nbytes / 1e6
+            if args.images_per_second:
+                share = wait_share(found, args.batch_size, args.images_per_second, args.seconds)
+                yield f"data-wait at {args.images_per_second:.0f} images/s, percent", 100 * share
+
+
+def main() -> None:
+    parser = Parser(
+        prog="python -m benchmarks.loader",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--input", help="a dataset of latents; by default one is made")
+    parser.add_argument("--samples", type=int, default=2000, help="to make")
+    parser.add_argument("--resolution", type=int, default=256)
+    parser.add_argument("--batch_size", type=int, default=64)
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--seconds", type=float, default=3.0, help="each figure takes")
+    parser.add_argument("--images_per_second", type=float, help="of a step whose wait to measure")
+    parser.add_argument("--cold", action="store_true", help="start with files not in memory")
+    parser.add_argument("--library_python", help="a Python that has mosaicml-streaming")
+    args = parser.parse_args()
+    with contextlib.ExitStack() as stack:
+        if args.input:
+            folders = {"input": Path(args.input)}
+        else:
+            root = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            folders = {"MDS": root / "mds", "ArrayRecord": root / "array_record"}
+            make(folders["MDS"], args.samples)
+            convert(str(folders["MDS"]), folders["ArrayRecord"], to="arrayrecord", progress=False)
+        for name, folder in folders.items():
+            for what, figure in measure(folder, args):
+                print(f"{name:12} {what:50} {figure:10,.1f}", flush=True)
+        if args.library_python and not args.input:
+            run = subprocess.run(
+                [args.library_python, "-c", _LIBRARY, str(folders["MDS"]), str(args.seconds)],
+                capture_output=True, text=True, check=True,
+            )  # fmt: skip
+            found = json.loads(run.stdout.splitlines()[-1])["rate"]
+            print(f"{'library':12} {'random samples, samples/s':50} {found:10,.1f}")
+
+
+if __name__ == "__main__":
+    with exit_on_user_error():
+        main()
