@@ -1,0 +1,100 @@
+"""The command: prompts to PNGs, the same again, one made again from its settings, bad input."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from test_assets import files  # noqa: F401
+
+from microdit_jax import pictures
+
+ROOT = pathlib.Path(__file__).parent.parent
+PROMPTS = ["an apple", "a dog", "the sun"]
+
+
+def sample(folder, *flags: str, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "sample_main.py", *flags],
+        cwd=ROOT,
+        env=os.environ | {"XDG_CACHE_HOME": str(folder / "cache")} | environment,
+        capture_output=True,
+        text=True,
+    )
+
+
+def model(folder) -> list[str]:
+    return [
+        f"--model={folder / 'dit.pt'}",
+        f"--vae={folder / 'vae'}",
+        f"--text_encoder={folder / 'clip'}",
+        "--num_inference_steps=2",
+    ]
+
+
+@pytest.mark.slow
+def test_drawn_resumed_and_made_again(files):  # noqa: F811
+    (files / "prompts.txt").write_text("\n".join(PROMPTS) + "\n\n")
+    out = files / "out"
+    command = [
+        *model(files),
+        f"--prompts={files / 'prompts.txt'}",
+        f"--out={out}",
+        "--batch_size=2",
+    ]
+    first = sample(files, *command, "--noise=torch_cpu")
+    assert first.returncode == 0, first.stderr
+    assert "3 pictures in" in first.stdout and "images/s" in first.stdout
+    names = sorted(path.name for path in (out / "images").iterdir())
+    assert names == ["0000_an-apple.png", "0001_a-dog.png", "0002_the-sun.png"]
+    settings = pictures.read_settings(out / "images" / names[1])
+    assert (settings["prompt"], settings["index"], settings["of"]) == ("a dog", 1, 3)
+
+    # The same command again draws what is missing alone, and compiles nothing.
+    before = {name: (out / "images" / name).read_bytes() for name in names}
+    (out / "images" / names[2]).unlink()
+    again = sample(files, *command, "--noise=torch_cpu")
+    assert "2 of 3 pictures are there already" in again.stdout
+    assert "converting" not in again.stdout
+    assert {name: (out / "images" / name).read_bytes() for name in names} == before
+
+    # One picture from its own settings.
+    made_again = sample(files, f"--again={out / 'images' / names[1]}", f"--out={files / 'again'}")
+    assert made_again.returncode == 0, made_again.stderr
+    found = pictures.read_png(files / "again" / "images" / names[1])
+    expected = pictures.read_png(out / "images" / names[1])
+    np.testing.assert_allclose(found, expected, atol=1.5 / 255)
+
+    # And once more, with all that it needs in the caches.
+    last = sample(files, f"--again={out / 'images' / names[1]}", f"--out={files / 'last'}")
+    assert "; 0 programs compiled" in last.stdout, last.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--prompts=nope.txt"], "expected a text file at nope.txt"),
+        (["--prompt=a", "--heldout=2"], "give one of --prompt, --prompts and --heldout"),
+        (["--prompt=a", "--vae=table:x"], "of the Hugging Face repository table:x"),
+        (["--again=pyproject.toml"], "expected a PNG made by sample_main.py"),
+        (["--prompt= "], "expected a prompt, found an empty one"),
+    ],
+)
+def test_bad_input(files, flags, message):  # noqa: F811
+    result = sample(files, *model(files), *flags, HF_HUB_OFFLINE="1")
+    assert result.returncode == 2, result.stderr
+    assert message in result.stderr.strip().splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_warnings_and_a_cache_that_cannot_be_written(files):  # noqa: F811
+    long = "apple " * 30
+    result = sample(files, *model(files), f"--prompt={long}", f"--out={files / 'out'}")
+    assert "warning: the last 20 tokens of this prompt are cut" in result.stdout, result.stderr
+    (files / "file").write_text("")
+    result = sample(files, *model(files), "--prompt=a", XDG_CACHE_HOME=str(files / "file"))
+    assert result.returncode == 2
+    assert "choose a place you may write to" in result.stderr.strip().splitlines()[-1]
