@@ -14,8 +14,7 @@ setup: .venv/.ready
 	touch $@
 
 demo: setup  ## train a small MicroDiT from scratch, two stages, and draw what it was not shown
-	$(BIN)/python train_main.py --config=configs/demo.py:pretrain --workdir=$(DEMO)/pretrain
-	$(BIN)/python train_main.py --config=configs/demo.py:finetune --workdir=$(DEMO)/finetune
+	$(BIN)/python train_main.py --config=configs/demo.py --workdir=$(DEMO)
 	$(BIN)/python sample_main.py --model=$(DEMO)/finetune --heldout=24 --guidance_scale=3 --out=$(DEMO)
 	@echo "Look at $(DEMO)/samples.png: each real picture stands left of a sample of its caption."
 

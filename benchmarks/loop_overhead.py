@@ -21,9 +21,8 @@ from configs import demo
 from microdit_jax import sharding, train_step
 from microdit_jax import train as train_module
 from microdit_jax.cli import run
-from microdit_jax.data import pipeline
 from microdit_jax.metric_writer import read_metrics
-from microdit_jax.run_config import make_optimizer
+from microdit_jax.run_config import make_optimizer, make_step
 
 STEPS = flags.DEFINE_integer("steps", 500, "Steps of the loop, and as many bare ones.")
 STAGE = flags.DEFINE_string("stage", "pretrain", "Of the demo: pretrain or finetune.")
@@ -37,26 +36,12 @@ class BareSteps:
 
     def __init__(self, model, edm, mesh, data, config, workdir, writer, say):
         optimizer, schedule = make_optimizer(config)
-        step = train_step.make_train_step(
-            model,
-            optimizer,
-            schedule,
-            edm=edm,
-            mask_ratio=config.train.mask_ratio,
-            seed=config.seed,
-            ema_smoothing=config.ema.smoothing,
-            ema_start_step=config.ema.start_step,
-            mesh=mesh,
-        )
-        self._step = jax.jit(step, donate_argnums=0)
+        self._step = make_step(config, model, optimizer, schedule, mesh)
         self._state = train_step.sharded_init(
             model, optimizer, jax.random.key(0), mesh, with_ema=config.ema.enabled
         )
-        dataset = pipeline.make_dataset(
-            data.sources, data.weights, seed=0, batch_size=config.train.batch_size,
-            caption_drop=config.data.caption_drop,
-        )  # fmt: skip
-        batch = {name: dataset[0][name] for name in train_module.BATCH_KEYS}
+        record = next(data.batches(config, 0))
+        batch = {name: record[name] for name in train_module.BATCH_KEYS}
         self._batch = sharding.put_batch(batch, mesh)
 
     def losses(self, step, state):

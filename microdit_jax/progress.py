@@ -219,17 +219,25 @@ class StepTrace:
 
     def __init__(self, folder: Path, first: int, steps: int):
         self._folder, self._first, self._last = folder, first, first + steps - 1
+        self._running = False
 
     def before(self, step: int) -> None:
         """Starts the trace at its first step."""
         if step == self._first <= self._last:
             jax.profiler.start_trace(str(self._folder))
+            self._running = True
 
     def after(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Ends the trace once the devices are done with its last step."""
         if step == self._last >= self._first:
             jax.block_until_ready(metrics)
+            self.close()
+
+    def close(self) -> None:
+        """Ends the trace, also before its last step."""
+        if self._running:
             jax.profiler.stop_trace()
+            self._running = False
 
 
 def describe(line: Mapping[str, Any]) -> str:

@@ -2,25 +2,30 @@
 
 import dataclasses
 import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 import optax
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 from ml_collections import ConfigDict
 
-from microdit_jax import hosts, optim
+from microdit_jax import hosts, optim, train_step
+from microdit_jax.data import pipeline
 from microdit_jax.data.latents import LatentSource, load_prepared, prepare_twemoji
 from microdit_jax.data.pipeline import Record, Source
 from microdit_jax.data.records import StoredLatents
 from microdit_jax.data.sources.twemoji import ATTRIBUTION
 from microdit_jax.data.stores import open_latents
+from microdit_jax.diffusion import EdmConfig
 from microdit_jax.encoders import registry
 from microdit_jax.encoders.patch_pca import PatchPCA
 from microdit_jax.errors import UserError
 from microdit_jax.models import dit
-from microdit_jax.models.dit import DiTConfig
+from microdit_jax.models.dit import DiT, DiTConfig
+from microdit_jax.train_step import Batch, Metrics, TrainState
 
 DATASET_KEYS = {"source", "folder", "weight"}
 # What of a record goes into a batch
@@ -64,7 +69,7 @@ def make_optimizer(config: ConfigDict) -> tuple[optax.GradientTransformation, op
     return optimizer, schedule
 
 
-def num_micro_batches(config: ConfigDict, mesh: Mesh) -> int:
+def num_micro_batches(config: ConfigDict, mesh: Mesh | AbstractMesh) -> int:
     """In how many parts each device computes its share of a batch.
 
     Raises:
@@ -83,6 +88,30 @@ def num_micro_batches(config: ConfigDict, mesh: Mesh) -> int:
             f"train.micro_batch_size must divide the {share} images of each device, found {wanted}"
         )
     return share // wanted
+
+
+def make_step(
+    config: ConfigDict,
+    model: DiT,
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    mesh: Mesh | AbstractMesh,
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """The training step of a run configuration, jitted, its state donated."""
+    step = train_step.make_train_step(
+        model,
+        optimizer,
+        schedule,
+        edm=EdmConfig(**config.edm),
+        mask_ratio=config.train.mask_ratio,
+        seed=config.seed,
+        ema_smoothing=config.ema.smoothing,
+        ema_start_step=config.ema.start_step,
+        mesh=mesh,
+        micro_batches=num_micro_batches(config, mesh),
+        module_grad_norms=config.train.module_grad_norms,
+    )
+    return jax.jit(step, donate_argnums=0)
 
 
 def check_intervals(config: ConfigDict) -> None:
@@ -115,6 +144,19 @@ class RunData(NamedTuple):
         if isinstance(self.heldout, LatentSource):
             return self.heldout.captions[index]
         return self.heldout[index]["caption"]
+
+    def batches(self, config: ConfigDict, start: int) -> Iterator[Record]:
+        """This process's part of the batches of steps `start` + 1, `start` + 2, ..."""
+        dataset = pipeline.make_dataset(
+            self.sources,
+            self.weights,
+            seed=config.seed,
+            batch_size=config.train.batch_size,
+            caption_drop=config.data.caption_drop,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+        return pipeline.batches(dataset, start, threads=config.data.threads)
 
 
 class _Numbered:

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from microdit_jax import hosts, run_checkpoint, sharding, train_step
+from microdit_jax import hosts, memory, run_checkpoint, sharding
 from microdit_jax.chips import chip_of
-from microdit_jax.data import pipeline
 from microdit_jax.diffusion import EdmConfig
 from microdit_jax.errors import disk_errors
 from microdit_jax.heldout import Evaluation
@@ -27,6 +27,7 @@ from microdit_jax.run_config import (
     check_intervals,
     load_data,
     make_optimizer,
+    make_step,
     model_config,
     num_micro_batches,
 )
@@ -36,6 +37,9 @@ from microdit_jax.train_step import TrainState
 
 # What of a record goes to the devices
 BATCH_KEYS = ("latents", "caption_latents", "keep_caption")
+OUT_OF_MEMORY = (
+    "a smaller train.micro_batch_size, model.options.remat=block, or more devices over mesh.fsdp"
+)
 
 
 def train(config: ConfigDict, workdir: str | Path) -> TrainState:
@@ -57,7 +61,7 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
     first_process = jax.process_index() == 0
     # ---------------------------------------------------------------- mesh, network, data
     mesh = sharding.make_mesh(**config.mesh)
-    micro_batches = num_micro_batches(config, mesh)
+    num_micro_batches(config, mesh)  # raises here what does not divide
     cfg, edm = model_config(config), EdmConfig(**config.edm)
     masking.num_kept(cfg.num_tokens, run.mask_ratio)
     check_intervals(config)
@@ -77,14 +81,7 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
         start = int(state.step)
         if first_process:
             print(sharding.table(state, mesh))
-            print(
-                f"{workdir}: {origin}, step {start} of {run.steps}; "
-                f"{sum(map(len, data.sources)):,} training and {len(data.heldout):,} held-out "
-                f"pictures; mask ratio {run.mask_ratio}; {micro_batches} micro-batches of "
-                f"{run.batch_size // mesh.size // micro_batches} images on each of {mesh.size} "
-                f"devices, {jax.devices()[0].device_kind}",
-                flush=True,
-            )
+            print(f"{workdir}: {origin}; {describe(config, start, mesh, data)}", flush=True)
         if start >= run.steps:
             if first_process:
                 print(f"{workdir}: done already")
@@ -121,41 +118,17 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
         )
         stack.callback(progress.close)
 
-        # ------------------------------------------------------------ the compiled step
-        step_fn = jax.jit(
-            train_step.make_train_step(
-                model,
-                optimizer,
-                schedule,
-                edm=edm,
-                mask_ratio=run.mask_ratio,
-                seed=config.seed,
-                ema_smoothing=config.ema.smoothing,
-                ema_start_step=config.ema.start_step,
-                mesh=mesh,
-                micro_batches=micro_batches,
-                module_grad_norms=run.module_grad_norms,
-            ),
-            donate_argnums=0,
-        )
+        # ------------------------------------------------------------ step, evaluation, data
+        step_fn = make_step(config, model, optimizer, schedule, mesh)
         evaluate = Evaluation(model, edm, mesh, data, config, workdir, writer, progress.say)
         trace = StepTrace(workdir / "profile", start + config.profile.start, config.profile.steps)
 
-        # ------------------------------------------------------------ data
-        dataset = pipeline.make_dataset(
-            data.sources,
-            data.weights,
-            seed=config.seed,
-            batch_size=run.batch_size,
-            caption_drop=config.data.caption_drop,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-        )
-        batches = pipeline.batches(dataset, start, threads=config.data.threads)
-        stack.enter_context(contextlib.closing(batches))
+        stack.callback(trace.close)
+        batches = stack.enter_context(contextlib.closing(data.batches(config, start)))
 
         # ------------------------------------------------------------ loop
         stop = stack.enter_context(StopRequest())
+        stack.enter_context(memory.out_of_memory(OUT_OF_MEMORY))
         if resumed is None:
             with progress.paused():
                 evaluate.losses(start, state)
@@ -191,6 +164,17 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
                 progress.say(f"{workdir}: stopped and saved at step {step}; same command goes on")
                 break
     return state
+
+
+def describe(config: ConfigDict, start: int, mesh: Mesh, data: RunData) -> str:
+    """What is about to be trained, in a line."""
+    run, parts = config.train, num_micro_batches(config, mesh)
+    return (
+        f"step {start} of {run.steps}; {sum(map(len, data.sources)):,} training and "
+        f"{len(data.heldout):,} held-out pictures; mask ratio {run.mask_ratio}; {parts} "
+        f"micro-batches of {run.batch_size // mesh.size // parts} images on each of {mesh.size} "
+        f"devices, {jax.devices()[0].device_kind}"
+    )
 
 
 def begin_workdir(

@@ -111,3 +111,7 @@ def test_a_trace_covers_its_steps(tmp_path, monkeypatch):
             calls.append(step)
             trace.after(step, metrics_of(1.0))
     assert calls == [1, 2, "start", 3, 4, "stop", 5] + [1, 2, 3, 4, 5]
+    trace = StepTrace(tmp_path, 1, 5)
+    trace.before(1)
+    trace.close()  # a run that ends early
+    assert calls[-2:] == ["start", "stop"]

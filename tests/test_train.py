@@ -10,6 +10,7 @@ from PIL import Image
 from configs import demo
 from microdit_jax import assets, recipe, run_checkpoint, sharding
 from microdit_jax import train as train_module
+from microdit_jax.data import pipeline
 from microdit_jax.errors import UserError
 from microdit_jax.metric_writer import read_metrics
 from microdit_jax.models.dit import DiT
@@ -110,7 +111,7 @@ def test_two_stages_as_one_run(trained, capsys):
         config.finetune = tiny_config(folder, "finetune", steps=3)
     assert recipe.run(config, folder / "both")
     out = capsys.readouterr().out
-    assert f"full state of {folder}/both/pretrain, step 2, step 2 of 3" in out
+    assert f"full state of {folder}/both/pretrain, step 2; step 2 of 3" in out
     assert recipe.run(config, folder / "both")
     out = capsys.readouterr().out
     assert "stage 1 of 2, pretrain: done" in out and "stage 2 of 2, finetune: done" in out
@@ -169,7 +170,7 @@ def test_other_towers_than_the_first_run_s_are_refused(trained):
 
 def test_a_poisoned_batch_is_skipped_counted_and_written_down(trained, monkeypatch, capsys):
     folder, _ = trained
-    batches = train_module.pipeline.batches
+    batches = pipeline.batches
 
     def poisoned(dataset, start_step, **options):
         for step, batch in enumerate(batches(dataset, start_step, **options), start_step + 1):
@@ -179,7 +180,7 @@ def test_a_poisoned_batch_is_skipped_counted_and_written_down(trained, monkeypat
             yield batch
 
     indices = []
-    monkeypatch.setattr(train_module.pipeline, "batches", poisoned)
+    monkeypatch.setattr(pipeline, "batches", poisoned)
     state = train(tiny_config(folder, steps=6, log_every=1), folder / "poisoned")
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((state.params, state.ema)))
     lines = [line for line in read_metrics(folder / "poisoned") if "loss" in line]
