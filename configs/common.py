@@ -122,6 +122,11 @@ def base() -> ConfigDict:
                 # For the grid; none of them, and a set with pictures: held-out captions.
                 "prompts": PROMPTS,
                 "num_samples": 16,  # pictures of the grid; 0 for no grid
+                # Pictures drawn for a distance to real ones, in small features (no FID); 0 for
+                # none. Prompts and pictures as python -m microdit_jax.evaluate takes them.
+                "score_images": 0,
+                "score_prompts": "train",
+                "score_reference": "train",
                 "guidance_scale": 5.0,
                 "num_inference_steps": 30,
             },
@@ -236,7 +241,7 @@ def _runlocal(config: ConfigDict) -> None:
     optim.update(learning_rate=12.5 * optim.learning_rate, clip_norm=4 * optim.clip_norm)
     ema.smoothing = 0.95 if ema.enabled else ema.smoothing
     run.update(batch_size=64, micro_batch_size=run.micro_batch_size // 4)
-    run.update(log_every=10, eval_every=100, checkpoint_every=100)
+    run.update(log_every=10, eval_every=50, checkpoint_every=100)
     config.eval.update(
         num_images=512, batch_size=512, draws=2, num_samples=8, num_inference_steps=10,
         guidance_scale=3.0,
