@@ -55,7 +55,7 @@ def test_prepared_data_are_the_pictures_and_their_captions(counted, tmp_path):
     record = heldout[1]
     assert record["latents"].shape == (4, 4, 6) and record["latents"].dtype == np.float32
     assert record["caption_latents"].shape == (24, 8)
-    assert record["caption_latents"].dtype == np.float32
+    assert record["caption_latents"].dtype == np.float16
     assert record["index"] == 1 and record["index"].dtype == np.int32
     (picture,) = (p for p in PICTURES if p.caption == heldout.captions[1])
     scaled = codec.encode(twemoji.read_images([picture], 16))[0] * codec.scaling_factor

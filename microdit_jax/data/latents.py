@@ -81,7 +81,7 @@ class LatentSource:
         """The record, as described in `microdit_jax.data.records`; its id is its index."""
         return {
             "latents": self.latents[index].astype(np.float32),
-            "caption_latents": self.caption_latents[index].astype(np.float32),
+            "caption_latents": self.caption_latents[index].astype(np.float16),
             "caption": self.captions[index],
             "id": str(index),
             "index": np.int32(index),
