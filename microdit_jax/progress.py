@@ -92,17 +92,16 @@ class Progress:
             yield
         self.say(f"compiled the training step in {time.perf_counter() - begin:.0f} s")
 
-    def push(self, step: int, metrics: Mapping[str, Any], batch: Mapping[str, np.ndarray]) -> None:
+    def push(self, step: int, metrics: Mapping[str, Any], names: Mapping[str, np.ndarray]) -> None:
         """Takes note of a step that was just given to the devices.
 
         Args:
           metrics: of the train step, not computed yet.
-          batch: this process's records; "source" and "index" name them.
+          names: "source" and "index" of this process's records.
         Raises:
           UserError: too many updates in a row were skipped.
         """
-        where = {name: batch[name] for name in ("source", "index")}
-        self._pending.append((step, dict(metrics), where))
+        self._pending.append((step, dict(metrics), dict(names)))
         while len(self._pending) > AHEAD:
             self._collect(*self._pending.popleft())
 

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from microdit_jax import hosts, memory, run_checkpoint, sharding
 from microdit_jax.chips import chip_of
+from microdit_jax.data.prefetch import Prefetch
 from microdit_jax.diffusion import EdmConfig
 from microdit_jax.errors import disk_errors
 from microdit_jax.heldout import Evaluation
@@ -124,7 +125,12 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
         trace = StepTrace(workdir / "profile", start + config.profile.start, config.profile.steps)
 
         stack.callback(trace.close)
-        batches = stack.enter_context(contextlib.closing(data.batches(config, start)))
+
+        def place(batch):
+            names = {name: batch[name] for name in ("source", "index")}
+            return names, sharding.put_batch({name: batch[name] for name in BATCH_KEYS}, mesh)
+
+        batches = stack.enter_context(Prefetch(data.batches(config, start), place))
 
         # ------------------------------------------------------------ loop
         stop = stack.enter_context(StopRequest())
@@ -134,15 +140,14 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
                 evaluate.losses(start, state)
         for step in range(start + 1, run.steps + 1):
             with progress.waiting_for_data():
-                batch = next(batches)
-            device_batch = sharding.put_batch({name: batch[name] for name in BATCH_KEYS}, mesh)
+                names, batch = next(batches)
             trace.before(step)
             compiling = progress.compiling() if step == start + 1 else contextlib.nullcontext()
             annotation = jax.profiler.StepTraceAnnotation("train", step_num=step)
             with compiling, annotation, jax.transfer_guard("disallow"):
-                state, metrics = step_fn(state, device_batch)
+                state, metrics = step_fn(state, batch)
             trace.after(step, metrics)
-            progress.push(step, metrics, batch)
+            progress.push(step, metrics, names)
             checkpoints.check()
 
             stopping = stop.agreed(step)

@@ -9,7 +9,7 @@ from microdit_jax.errors import UserError
 from microdit_jax.metric_writer import MetricWriter, read_metrics
 from microdit_jax.progress import AHEAD, Progress, StepTrace, describe
 
-BATCH = {"source": np.array([0, 1]), "index": np.array([7, 8]), "latents": np.zeros((2, 3))}
+NAMES = {"source": np.array([0, 1]), "index": np.array([7, 8])}
 
 
 def make_progress(workdir, writer, **changes):
@@ -42,7 +42,7 @@ def writer(tmp_path):
 def test_lines_come_late_but_all_of_them(tmp_path, writer):
     progress = make_progress(tmp_path, writer)
     for step, loss in enumerate((1.0, 2.0, 3.0, 4.0), 1):
-        progress.push(step, metrics_of(loss), BATCH)
+        progress.push(step, metrics_of(loss), NAMES)
         assert len(read_metrics(tmp_path)) == max(0, step - AHEAD) // 2
     progress.catch_up()
     assert [(line["step"], line["loss"]) for line in read_metrics(tmp_path)] == [(2, 1.5), (4, 3.5)]
@@ -52,10 +52,10 @@ def test_lines_come_late_but_all_of_them(tmp_path, writer):
 def test_a_resumed_window_gives_the_same_line(tmp_path, writer):
     first = make_progress(tmp_path, writer, log_every=4)
     for step, loss in ((1, 0.1), (2, np.nan), (3, 0.3)):
-        first.push(step, metrics_of(loss, in_a_row=int(step == 2)), BATCH)
+        first.push(step, metrics_of(loss, in_a_row=int(step == 2)), NAMES)
     first.catch_up()
     second = make_progress(tmp_path, writer, log_every=4, start=3, resumed=first.metadata())
-    second.push(4, metrics_of(0.6), BATCH)
+    second.push(4, metrics_of(0.6), NAMES)
     second.catch_up()
     (line,) = read_metrics(tmp_path)
     assert line["loss"] == np.mean([float(np.float32(loss)) for loss in (0.1, 0.3, 0.6)])
@@ -77,7 +77,7 @@ def test_speed_leaves_out_pauses_and_counts_waits(tmp_path, writer, monkeypatch)
         spend(3)
         with progress.paused():
             spend(100)
-        progress.push(step, metrics_of(1.0), BATCH)
+        progress.push(step, metrics_of(1.0), NAMES)
     progress.catch_up()
     (line,) = read_metrics(tmp_path)
     speed = line["speed"]
@@ -90,9 +90,9 @@ def test_speed_leaves_out_pauses_and_counts_waits(tmp_path, writer, monkeypatch)
 
 def test_too_many_skipped_in_a_row_stop_the_run(tmp_path, writer, capsys):
     progress = make_progress(tmp_path, writer)
-    progress.push(1, metrics_of(np.inf, in_a_row=1), BATCH)
-    progress.push(2, metrics_of(np.nan, in_a_row=2), BATCH)
-    progress.push(3, metrics_of(np.nan, in_a_row=3), BATCH)
+    progress.push(1, metrics_of(np.inf, in_a_row=1), NAMES)
+    progress.push(2, metrics_of(np.nan, in_a_row=2), NAMES)
+    progress.push(3, metrics_of(np.nan, in_a_row=3), NAMES)
     with pytest.raises(UserError, match="none in 3 steps in a row up to step 3; look at .*nonfin"):
         progress.catch_up()
     assert "1 images' losses {'dogs': 1}" in capsys.readouterr().out
