@@ -13,6 +13,9 @@ from ml_collections import ConfigDict
 from microdit_jax import assets, sharding, train_step
 from microdit_jax.data.pipeline import Source
 from microdit_jax.diffusion import EdmConfig
+from microdit_jax.evaluate.in_training import TrainingScores
+from microdit_jax.evaluate.prompts import read_prompts
+from microdit_jax.evaluate.reference import pixels_per_latent
 from microdit_jax.metric_writer import MetricWriter
 from microdit_jax.models.dit import DiT
 from microdit_jax.pictures import captioned_grid, save_png
@@ -121,6 +124,9 @@ class Evaluation:
             draws=settings.draws,
         )
         self._grid = Grid(model, edm, data, config) if settings.num_samples else None
+        self._scores = None
+        if settings.score_images:
+            self._scores = SampleScores(model, edm, data, config, workdir)
         self._folder, self._attribution = workdir / "samples", data.attribution
         self._writer, self._say = writer, say
 
@@ -137,10 +143,20 @@ class Evaluation:
             )
 
     def grid(self, step: int, state: TrainState) -> None:
-        """Samples of the average, where one is kept, as samples/step_*.png; all processes call."""
+        """Samples of the average, where one is kept, as samples/step_*.png, and their scores.
+
+        All processes call it.
+        """
+        params = state.params if state.ema is None else state.ema
+        if self._scores is not None:
+            scores = self._scores(params)
+            if self._writer is not None:
+                self._writer.write(step, {"samples": scores})
+                said = ", ".join(f"{name} {value:.4g}" for name, value in scores.items())
+                self._say(f"step {step}: samples against real pictures: {said}")
         if self._grid is None:
             return
-        image = self._grid(state.params if state.ema is None else state.ema)
+        image = self._grid(params)
         if self._writer is not None:
             about = {"step": step, "attribution": self._attribution}
             save_png(self._folder / f"step_{step:07d}.png", image, about)
@@ -200,3 +216,38 @@ class Grid:
         shown = [latents] if self._real is None else [self._real, latents]
         rows = [pipe.decode(row) for row in shown]
         return captioned_grid(rows, self._captions, columns=6 if len(rows) == 2 else 8)
+
+
+class SampleScores:
+    """Distance of samples to real pictures in small features, at every evaluation.
+
+    Raises:
+      UserError: no such prompts or pictures, or a tower that is not there.
+    """
+
+    def __init__(
+        self, model: DiT, edm: EdmConfig, data: RunData, config: ConfigDict, workdir: Path
+    ):
+        settings = config.eval
+        prompts = read_prompts(settings.score_prompts, settings.score_images).texts
+        encoder = assets.load_text_encoder(config.data.text_encoder)
+        self._model, self._edm, self._text = model, edm, _Embedded(encoder, prompts)
+        self._codec, resolution = None, 0
+        if jax.process_index() == 0:
+            self._codec = assets.load_codec(str(data.codec or config.data.vae))
+            resolution = model.config.input_size * pixels_per_latent(self._codec)
+        self._scores = TrainingScores(
+            prompts,
+            settings.score_reference if self._codec else "",
+            workdir / "references",
+            resolution=resolution,
+            guidance_scale=settings.guidance_scale,
+            num_inference_steps=settings.num_inference_steps,
+            seed=config.seed,
+        )
+
+    def __call__(self, params: Any) -> dict[str, float] | None:
+        """The scores, on process 0; all processes call it."""
+        return self._scores(
+            LatentDiffusion(self._model, params, self._edm, self._text, self._codec)
+        )

@@ -1,5 +1,6 @@
 import json
 import re
+import types
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,10 @@ import pytest
 from conftest import tiny_model
 from PIL import Image
 
+from configs import demo
+from microdit_jax import sharding
 from microdit_jax.assets import Model
+from microdit_jax.data.latents import LatentSource
 from microdit_jax.diffusion import EdmConfig
 from microdit_jax.encoders.patch_pca import PatchPCA
 from microdit_jax.encoders.token_table import TokenTable
@@ -17,12 +21,15 @@ from microdit_jax.evaluate import generation, protocol, report
 from microdit_jax.evaluate.generation import Settings, draw_set
 from microdit_jax.evaluate.in_training import TrainingScores
 from microdit_jax.evaluate.prompts import PromptSet
+from microdit_jax.heldout import Evaluation
 from microdit_jax.metrics import geneval
 from microdit_jax.metrics.features import small_features
 from microdit_jax.metrics.frechet import Statistics, frechet_distance
 from microdit_jax.metrics.statistics import load_reference
 from microdit_jax.pictures import read_png
+from microdit_jax.run_config import RunData
 from microdit_jax.sample import LatentDiffusion
+from microdit_jax.train_step import TrainState
 
 SETTINGS = Settings(7, 2.0, 2, 4, {"weights": "a"})
 PROMPTS = PromptSet(
@@ -276,3 +283,34 @@ def test_the_published_row_and_the_plot():
     (x2, y2), (x5, y5) = [tuple(map(float, centre)) for centre in centres]  # by rising guidance
     assert x2 < x5 and y2 > y5  # higher CLIP score to the right, higher FID above
     assert 'text-anchor="middle">CLIP score<' in svg and ">2</text>" in svg
+
+
+def test_samples_are_scored_at_evaluations(pipe, tmp_path):
+    config = demo.get_config("pretrain")
+    config.data.text_encoder = pipe.text_encoder.name
+    config.eval.update(
+        num_samples=0, num_images=2, batch_size=8, score_images=6, num_inference_steps=2,
+        score_reference=str(references(tmp_path)),
+    )  # fmt: skip
+    pipe.codec.save(tmp_path / "codec")
+    captions = ("a cat", "a dog")
+    heldout = LatentSource(
+        np.zeros((2, 8, 8, 4), np.float32), np.zeros((2, 6, 24), np.float32), captions,
+        vae="v", text_encoder="t",
+    )  # fmt: skip
+    data = RunData([], [], [], heldout, {}, tmp_path / "codec", "")
+    said, written = [], []
+    writer = types.SimpleNamespace(write=lambda step, values: written.append((step, values)))
+    mesh = sharding.make_mesh()
+    evaluation = Evaluation(
+        pipe.model, pipe.edm, mesh, data, config, tmp_path, None, said.append
+    )  # fmt: skip
+    evaluation._writer = writer
+    state = TrainState(step=5, params=pipe.params, opt_state=(), ema=None, skipped=0)
+    evaluation.grid(5, state)
+    ((step, values),) = written
+    assert step == 5 and values["samples"]["frechet_small"] > 0
+    assert said == [
+        f"step 5: samples against real pictures: frechet_small "
+        f"{values['samples']['frechet_small']:.4g}"
+    ]

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-import jax
 import numpy as np
 
 from microdit_jax.evaluate.reference import get_reference
@@ -22,7 +21,8 @@ class TrainingScores:
 
     Args:
       prompts: what to draw.
-      reference: as evaluate.reference.get_reference takes it.
+      reference: real pictures, as evaluate.reference.get_reference takes them; "" where nothing is
+        scored: on processes without a codec.
       folder: where computed statistics are kept.
       resolution: pixels of the model's pictures.
       network: the features; None takes the small ones, which need no download.
@@ -43,7 +43,9 @@ class TrainingScores:
     ):
         self._metric = "frechet_small" if network is None else "fid"
         self._network = small_features() if network is None else network
-        self._reference = get_reference(reference, self._network, folder, resolution=resolution)
+        self._reference = None
+        if reference:
+            self._reference = get_reference(reference, self._network, folder, resolution=resolution)
         self._prompts, self._seed = list(prompts), seed
         self._sampling = {
             "guidance_scale": guidance_scale,
@@ -52,7 +54,7 @@ class TrainingScores:
         }
 
     def __call__(self, pipe: LatentDiffusion) -> dict[str, float] | None:
-        """The scores, such as {"frechet_small": 0.3}; None on processes without a codec.
+        """The scores, such as {"frechet_small": 0.3}; None where nothing is scored.
 
         All processes call it; `pipe` holds the weights as they are now.
         """
@@ -62,7 +64,7 @@ class TrainingScores:
         latents = pipe.generate(
             self._prompts, noise=noise, return_only_latents=True, **self._sampling
         )
-        if pipe.codec is None or jax.process_index():
+        if self._reference is None:
             return None
         step = self._sampling["batch_size"]
         features = [

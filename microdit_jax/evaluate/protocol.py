@@ -13,7 +13,7 @@ from microdit_jax.errors import UserError
 from microdit_jax.evaluate import report
 from microdit_jax.evaluate.generation import Settings, draw_set, weights_digest
 from microdit_jax.evaluate.prompts import RUN_SPLITS, PromptSet, read_prompts
-from microdit_jax.evaluate.reference import crop_to, get_reference
+from microdit_jax.evaluate.reference import crop_to, get_reference, pixels_per_latent
 from microdit_jax.evaluate.scores import (
     INCEPTION_METRICS,
     METRICS,
@@ -112,7 +112,7 @@ def evaluate(subject: Subject, asked: Request, out: Path) -> tuple[dict[str, Any
     reference = None
     if network is not None:
         source = asked.reference or _default_reference(subject, asked)
-        side = pipe.model.config.input_size * _pixels_per_latent(pipe)
+        side = pipe.model.config.input_size * pixels_per_latent(pipe.codec)
         reference = get_reference(
             source, network, out / "references", resolution=side, side=asked.side
         )
@@ -265,12 +265,6 @@ def _model_folder(kind: str, path: Path) -> Path:
             raise UserError(f"expected a model of kind {kind} in --{kind}, found {found} in {path}")
         return path
     return assets.converted(kind, path)
-
-
-def _pixels_per_latent(pipe: LatentDiffusion) -> int:
-    """Pixels of a side to one latent, from the codec: 4 or 8 as a rule."""
-    patch = getattr(pipe.codec, "patch", None)
-    return patch if patch is not None else pipe.codec.config.factor
 
 
 def _default_reference(subject: Subject, asked: Request) -> str:
