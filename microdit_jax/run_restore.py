@@ -13,6 +13,8 @@ from microdit_jax import checkpoint, hosts
 from microdit_jax.checkpoint import read_json
 from microdit_jax.errors import UserError
 
+RESTORE_GB = 8  # held by Orbax while it reads, beside the arrays themselves
+
 
 def say(message: str) -> None:
     """A line for the person who watches the run."""
@@ -78,7 +80,7 @@ def restore_state(folder: Path, abstract: Any, *, partial: bool) -> Any:
       UserError: arrays are missing, left over (if not `partial`), or of other shapes or types; a
         part may change its types.
     """
-    handler = ocp.PyTreeCheckpointHandler()
+    handler = ocp.PyTreeCheckpointHandler(restore_concurrent_gb=RESTORE_GB)
     _check_fit(folder, _arrays(handler.metadata(folder / "state").tree), _arrays(abstract), partial)
     args = ocp.args.PyTreeRestore(
         item=abstract,

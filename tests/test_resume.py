@@ -1,5 +1,6 @@
 """The real command, killed and started again until it is done, against a run left in peace."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -22,8 +23,9 @@ from microdit_jax.run_restore import steps_on_disk
 
 ROOT = pathlib.Path(__file__).parent.parent
 # By hand: KILLS=10 .venv/bin/python -m pytest -q tests/test_resume.py
+CHECKPOINT_EVERY = 6
 KILLS = int(os.environ.get("KILLS", "3"))
-STEPS = 60
+STEPS = 30 + 20 * KILLS
 
 pytestmark = pytest.mark.slow
 
@@ -57,25 +59,32 @@ class Command:
             }
             | more
         )
+        self._began = time.time()
         self.workdir, self._output = workdir, pathlib.Path(f"{workdir}{name}.txt")
         with open(self._output, "a") as output:
             self.process = subprocess.Popen(
                 [
                     sys.executable, "train_main.py", f"--config=tests/tiny_config.py:{data}",
-                    f"--workdir={workdir}", f"--config.train.steps={STEPS}", *flags,
+                    f"--workdir={workdir}", f"--config.train.steps={STEPS}",
+                    f"--config.train.checkpoint_every={CHECKPOINT_EVERY}", *flags,
                 ],
                 cwd=ROOT, env=environment, stdout=output, stderr=output,
             )  # fmt: skip
 
-    def wait_for_step(self, step: int, *, saving: bool) -> None:
-        """Until a line of this step is there, or, if `saving`, a half-written checkpoint."""
+    def wait_for_step(self, step: int, *, saving: bool = False) -> None:
+        """Until it has done this step; if `saving`, until it writes a checkpoint after that."""
         while self.process.poll() is None:
-            if saving and list(self.workdir.glob("checkpoints/*.orbax-checkpoint-tmp*")):
-                return
-            if not saving and last_step(self.workdir) >= step:
-                return
+            if self._wrote("metrics.jsonl") and last_step(self.workdir) >= step:
+                if not saving or self._wrote("checkpoints/*.orbax-checkpoint-tmp*"):
+                    return
             time.sleep(0.002)
         pytest.fail(f"the run ended by itself:\n{self.text()}")
+
+    def _wrote(self, pattern: str) -> bool:
+        """Whether there is such a file since this process began, not left by one before."""
+        with contextlib.suppress(FileNotFoundError):
+            return any(p.stat().st_ctime > self._began for p in self.workdir.glob(pattern))
+        return False
 
     def finish(self) -> int:
         try:
@@ -141,24 +150,27 @@ def test_killed_at_random_moments(data, unbroken, tmp_path):
     seen = []
     for number in range(KILLS):
         command, before = Command(data, workdir), max(steps_on_disk(workdir), default=0)
-        saving = number % 2 == 0
-        command.wait_for_step(rng.randint(before + 1, before + 8), saving=saving)
+        # At the second save from here on, the first is on disk.
+        saving, ahead = number % 2 == 1, 2 * CHECKPOINT_EVERY
+        step = rng.randint(1, ahead) if saving else rng.randint(ahead + 1, 3 * ahead // 2)
+        command.wait_for_step(before + step, saving=saving)
         time.sleep(rng.random() * 0.05)
         command.process.send_signal(signal.SIGKILL)
         assert command.finish() == -signal.SIGKILL
         partial = [path.name for path in workdir.glob("checkpoints/*tmp*")]
         seen.append((last_step(workdir), steps_on_disk(workdir), partial))
-    print(f"killed after step, with checkpoints, and partial ones: {seen}")
+    print(f"killed after these steps, with these checkpoints, and these half-written: {seen}")
+    assert any(steps for _, steps, _ in seen) and any(partial for *_, partial in seen)
     command = Command(data, workdir)
     assert command.finish() == 0, command.text()
-    assert "is damaged" not in command.text()
+    assert "is damaged" not in command.text() and "resumed" in command.text()
     assert_equal_runs(workdir, unbroken)
 
 
 def test_asked_to_stop(data, unbroken, tmp_path):
     workdir = tmp_path / "run"
     command = Command(data, workdir)
-    command.wait_for_step(20, saving=False)
+    command.wait_for_step(20)
     command.process.send_signal(signal.SIGTERM)
     began = time.monotonic()
     assert command.finish() == 0, command.text()

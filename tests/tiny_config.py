@@ -12,9 +12,7 @@ def get_config(folder: str):
         dim=16, depth=2, head_dim=8, multiple_of=8, patch_mixer_dim=8, num_experts=2,
         qkv_multipliers=(1.0,), ffn_multipliers=(1.0,), patch_mixer_mlp_ratio=1.0,
     )  # fmt: skip
-    config.train.update(
-        steps=60, batch_size=8, log_every=1, checkpoint_every=6, eval_every=1000, keep_last=3
-    )
+    config.train.update(batch_size=8, log_every=1, eval_every=1000, keep_last=3)
     config.eval.update(num_images=16, batch_size=16, draws=1, num_samples=0)
     config.ema.start_step = 5
     config.log.tensorboard = False
