@@ -1,5 +1,6 @@
 """Schedules of the paper's four stages, clipping and decay."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -35,3 +36,27 @@ def test_decay_acts_on_every_parameter():
     after, _ = optim.apply_gradients(optimizer, zero, optimizer.init(params), params)
     np.testing.assert_allclose(after["norm"], 0.95, rtol=1e-6)
     np.testing.assert_allclose(after["kernel"], 0.95, rtol=1e-6)
+
+
+def test_expert_multiplier_scales_the_experts_alone():
+    params = {
+        "mlp": {"w1": jnp.ones((2, 3, 4)), "w2": jnp.ones((2, 4, 3))},
+        "dense": {"w1": {"kernel": jnp.ones((3, 4))}},
+    }
+    grads = jax.tree.map(lambda p: 0.01 * p, params)
+
+    def step(multiplier):
+        optimizer = optim.adamw(
+            optim.learning_rate(0.1), weight_decay=0.5, expert_multiplier=multiplier
+        )
+        after, state = optim.apply_gradients(optimizer, grads, optimizer.init(params), params)
+        return jax.tree.map(lambda a, p: a - p, after, params), state
+
+    (plain, state), (scaled, state_scaled) = step(1.0), step(0.25)
+    for name in ("w1", "w2"):
+        np.testing.assert_allclose(scaled["mlp"][name], 0.25 * plain["mlp"][name], rtol=1e-6)
+    dense = [moved["dense"]["w1"]["kernel"] for moved in (plain, scaled)]
+    np.testing.assert_array_equal(*dense)
+    assert (dense[0] < 0).all()
+    # One state fits every multiplier: it can be changed between two runs.
+    jax.tree.map(np.testing.assert_array_equal, state, state_scaled)

@@ -1,5 +1,6 @@
 """Gradients and updates against the recorded reference; the train step's own promises."""
 
+import dataclasses
 import functools
 
 import jax
@@ -10,6 +11,7 @@ from conftest import load_golden, relative_l2, tiny_model
 
 from microdit_jax import diffusion, optim, train_step
 from microdit_jax.diffusion import EdmConfig
+from microdit_jax.models import dit
 
 EDM = EdmConfig()
 
@@ -77,6 +79,7 @@ def tiny_step():
         seed=18,
         ema_smoothing=0.9,
         ema_start_step=1,
+        module_grad_norms=True,
     )
 
     def init(key):
@@ -133,3 +136,77 @@ def test_dropped_caption_is_the_zero_caption():
     dropped = loss(batch | {"keep_caption": jnp.zeros(4)})
     zero = {"latents": batch["latents"], "caption_latents": 0 * batch["caption_latents"]}
     np.testing.assert_allclose(dropped, loss(zero), rtol=1e-6)
+
+
+def test_an_update_that_is_not_finite_is_skipped():
+    """Weights, moments and average stay; the step and the learning rate's clock move on."""
+    state, step = tiny_step()
+    state, metrics = step(state, tiny_batch())
+    assert (metrics["skipped"], metrics["skipped_in_a_row"]) == (0, 0)
+    poisoned = tiny_batch()
+    poisoned["latents"] = poisoned["latents"].at[2, 3, 3, 0].set(jnp.nan)
+    after = state
+    for in_a_row in (1, 2):
+        after, metrics = step(after, poisoned)
+        assert (metrics["skipped"], metrics["skipped_in_a_row"]) == (1, in_a_row)
+        np.testing.assert_array_equal(np.isfinite(metrics["image_loss"]), [1, 1, 0, 1])
+        assert np.isfinite(metrics["image_sigma"]).all()
+    assert after.step == state.step + 2 == 3
+    jax.tree.map(
+        np.testing.assert_array_equal, (after.params, after.ema), (state.params, state.ema)
+    )
+    adam, _, clock = state.opt_state[1]
+    adam_after, _, clock_after = after.opt_state[1]
+    jax.tree.map(np.testing.assert_array_equal, adam_after, adam)
+    assert clock_after.count == clock.count + 2 == after.step
+    healed, metrics = step(after, tiny_batch())
+    assert (metrics["skipped"], metrics["skipped_in_a_row"], healed.skipped) == (0, 0, 0)
+    assert np.isfinite(metrics["loss"]) and worst(healed.params, state.params) > 0
+
+
+def test_gradient_norms_by_module_add_up():
+    state, step = tiny_step()
+    _, metrics = step(state, tiny_batch())
+    norms = metrics["module_grad_norm"]
+    assert set(norms) == set(state.params)
+    total = np.sqrt(sum(float(norm) ** 2 for norm in norms.values()))
+    np.testing.assert_allclose(total, metrics["grad_norm"], rtol=1e-6)
+
+
+def test_noise_belongs_to_the_image_not_to_its_row():
+    """An image's loss depends on its position in the global batch, wherever a device puts it."""
+    state, _ = tiny_step()
+
+    @jax.jit
+    def losses(batch):
+        key = jax.random.key(3)
+        return jnp.stack(
+            train_step.batch_loss(tiny_model(), state.params, batch, key, edm=EDM, mask_ratio=0.5)
+        )
+
+    batch, order = train_step.with_position(tiny_batch()), jnp.array([2, 0, 3, 1])
+    shuffled = {name: value[order] for name, value in batch.items()}
+    np.testing.assert_allclose(losses(shuffled), losses(batch)[:, order], rtol=1e-6)
+
+
+def test_casting_matrices_ahead_changes_no_bit():
+    """In bfloat16 the network itself casts the same weights, and no others."""
+    cfg = dataclasses.replace(tiny_model().config, dtype="bfloat16")
+    model, batch = dit.DiT(cfg), tiny_batch()
+    params = jax.tree.map(  # no weight at zero, where nothing after it would count
+        lambda p: p + 0.1 * jax.random.normal(jax.random.key(p.size), p.shape),
+        tiny_step()[0].params,
+    )
+
+    @jax.jit
+    def loss(params):
+        key = jax.random.key(3)
+        return train_step.batch_loss(model, params, batch, key, edm=EDM, mask_ratio=0.5)[0]
+
+    cast = dit.cast_matrices(params, cfg)
+    np.testing.assert_array_equal(loss(cast), loss(params))
+    kinds = {leaf.dtype for leaf in jax.tree.leaves(cast)}
+    assert kinds == {jnp.dtype("float32"), jnp.dtype("bfloat16")}
+    # The experts and every projection travel in two bytes.
+    block = cast["patch_mixer_1"]
+    assert block["mlp"]["w1"].dtype == block["attn"]["qkv"]["kernel"].dtype == jnp.bfloat16
