@@ -1,4 +1,8 @@
 import json
+import os
+import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -166,3 +170,20 @@ def test_fid_and_clip_score_from_converted_files(subject, tmp_path, monkeypatch)
     assert any("not hold the public weights of 2015" in note for note in result["notes"])
     assert result["clip"].startswith("clip:weights=")
     assert "| 12.66 |" in (tmp_path / "out/result.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--model=nowhere"], "error: --model must be a training run, .*found nothing at nowhere"),
+        (["--metrics=fid", "--model=x"], "error: fid need --inception, found none"),
+    ],
+)
+def test_the_commands_one_line(flags, message, tmp_path):
+    # In a process of its own: absl's flags are global, and other commands have some of these.
+    result = subprocess.run(
+        [sys.executable, "-m", "microdit_jax.evaluate", f"--out={tmp_path}", *flags],
+        capture_output=True, text=True, env=os.environ | {"JAX_PLATFORMS": "cpu"},
+    )  # fmt: skip
+    assert result.returncode == 2 and re.match(message, result.stderr), result.stderr
+    assert result.stderr.count("\n") == 1 and not list(tmp_path.iterdir())
