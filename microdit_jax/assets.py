@@ -31,6 +31,8 @@ from microdit_jax.encoders import registry
 from microdit_jax.errors import UserError, disk_errors
 from microdit_jax.models.dit import DiT, DiTConfig
 
+LONG = 512  # tokens from which attention is quicker head by head on a CPU
+
 # A mesh; or what gives one (or None) for so many bytes of weights; None is the first local device.
 Place = Mesh | Callable[[int], Mesh | None] | None
 
@@ -87,7 +89,19 @@ def load_model(
     if model.folder is None:
         vae_name = hub.DEFAULT_VAES.get(model.config.in_channels)
         model = model._replace(vae=vae_name, text_encoder=hub.DFN5B_CLIP)
-    return model if dtype is None else model.with_dtype(dtype)
+    model = model if dtype is None else model.with_dtype(dtype)
+    attention = attention_here(model.config)
+    return model._replace(config=dataclasses.replace(model.config, attention=attention))
+
+
+def attention_here(config: DiTConfig) -> str:
+    """The quickest of the exact attentions on this machine, to draw pictures with.
+
+    A config that names a kernel of its own keeps it. Measured on CPUs: see models/attention.py.
+    """
+    long = config.num_tokens >= LONG
+    on_cpu = jax.default_backend() == "cpu"
+    return "looped" if config.attention == "xla" and on_cpu and long else config.attention
 
 
 def untrained_model(config: DiTConfig, *, mesh: Place = None) -> Model:

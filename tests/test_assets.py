@@ -207,6 +207,16 @@ def test_a_half_downloaded_file(files):
     assert not list((files / "cache" / "microdit_jax" / "models").glob("*/params"))
 
 
+def test_long_sequences_on_a_cpu_get_the_loop():
+    def chosen(size, attention):
+        config = dataclasses.replace(
+            tiny_model().config, input_size=size, attention=attention, dtype="bfloat16"
+        )
+        return assets.attention_here(config)
+
+    assert (chosen(64, "xla"), chosen(32, "xla"), chosen(64, "cudnn")) == ("looped", "xla", "cudnn")
+
+
 def test_nothing_there():
     with pytest.raises(UserError, match="or one of dit_4_channel_22M.*, found nothing at nope"):
         assets.load_model("nope")

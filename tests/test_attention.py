@@ -27,9 +27,13 @@ def written_out(q, k, v):
 
 
 @pytest.mark.parametrize("t, l", [(16, 16), (16, 77), (5, 3)])
-def test_xla(t, l):  # noqa: E741
+@pytest.mark.parametrize("implementation", ["xla", "looped"])
+def test_exact_ones(t, l, implementation):  # noqa: E741
     args = qkv(t, l)
-    assert relative_l2(attention.attend(*args, "xla"), written_out(*args)) < 2e-6
+    assert relative_l2(attention.attend(*args, implementation), written_out(*args)) < 2e-6
+    rounded = attention.attend(*qkv(t, l, jnp.bfloat16), implementation)
+    assert rounded.dtype == jnp.bfloat16
+    assert relative_l2(rounded.astype(jnp.float32), written_out(*args)) < 1e-2
 
 
 @pytest.mark.slow

@@ -55,7 +55,8 @@ class DiTConfig:
       dtype: type of the matrix products and attention; the residual stream, norms, softmax and
         routing stay float32.
       param_dtype: type the parameters are stored in.
-      attention: kernel, one of "xla", "cudnn" (NVIDIA, 16-bit) and "splash" (TPU).
+      attention: kernel, one of "xla", "looped" (long sequences on CPUs), "cudnn" (NVIDIA, 16-bit)
+        and "splash" (TPU).
       moe_dispatch: "gather" moves rows, "onehot" multiplies by one-hot matrices; equal results.
       remat: what the backward pass recomputes: "none", each whole "block", or all but "dots".
       init_std: standard deviation of the normal initialisations. The paper's 0.02 suits a width of
