@@ -41,7 +41,7 @@ class RunCheckpoints:
 
     Args:
       workdir: the run's folder.
-      keep_last: how many of the newest steps stay on disk.
+      keep_last: how many of the newest steps stay on disk, which needs room for one more.
       keep_every: steps that are multiples of it stay for good; 0 for none.
       timeout_seconds: how long a save may take.
     """
