@@ -75,9 +75,7 @@ class MetricWriter:
         if self._tensorboard is not None:
             self._tensorboard.add_image(name, image, step, dataformats="HWC")
         if self._wandb is not None:
-            import wandb
-
-            self._wandb.log({"step": step, name: wandb.Image(image)})
+            self._wandb.log({"step": step, name: import_wandb().Image(image)})
 
     def close(self) -> None:
         """Ends all records."""
@@ -134,15 +132,21 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _start_wandb(project: str, workdir: Path, config: Mapping[str, Any]) -> Any:
-    """W&B's run of this workdir: the same one after a resume."""
+def import_wandb() -> Any:
+    """The package wandb; raises UserError where it is not installed."""
     try:
         import wandb
     except ImportError as error:
         raise UserError(
-            f"config.log.wandb={project!r} needs the package wandb, found none; pip install wandb, "
-            "or leave config.log.wandb empty"
+            "config.log.wandb needs the package wandb, found none; pip install wandb, or leave "
+            "config.log.wandb empty"
         ) from error
+    return wandb
+
+
+def _start_wandb(project: str, workdir: Path, config: Mapping[str, Any]) -> Any:
+    """W&B's run of this workdir: the same one after a resume."""
+    wandb = import_wandb()
     id_file = workdir / "wandb_id"
     if not id_file.exists():
         id_file.write_text(secrets.token_hex(8))

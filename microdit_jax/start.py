@@ -69,7 +69,8 @@ def starting_state(
         return Start(state, saved, "resumed")
     # ---------------------------------------------------------------- 2. another run's full state
     if full:
-        state = _full_state(full, abstract, made_by)
+        _check_source("init_from", full, made_by)
+        state = _full_state(full, abstract)
         step = int(state.step)
         if step >= config.train.steps:
             raise UserError(
@@ -79,7 +80,7 @@ def starting_state(
         return Start(state, None, f"full state of {full}, step {step}")
     # ---------------------------------------------------------------- 3. weights alone
     if alone:
-        _check_made_by(alone, made_by)
+        _check_source("init_weights_from", alone, made_by)
         params, description = weights.load_weights(alone, abstract.params)
 
         def begin(params):
@@ -96,9 +97,8 @@ def starting_state(
     return Start(state, None, "scratch")
 
 
-def _full_state(source: str, abstract: TrainState, made_by: dict[str, str]) -> TrainState:
+def _full_state(source: str, abstract: TrainState) -> TrainState:
     """Another run's newest state; its average begins, or is left out, as this run wants it."""
-    _check_made_by(source, made_by)
     has_ema = run_checkpoint.read_run_metadata(source)["has_ema"]
     with RunCheckpoints(source) as earlier:
         state, _ = earlier.restore(abstract.replace(ema=abstract.params if has_ema else None))
@@ -111,14 +111,19 @@ def _full_state(source: str, abstract: TrainState, made_by: dict[str, str]) -> T
     return state.replace(ema=copy(state.params))
 
 
-def _check_made_by(source: str, made_by: dict[str, str]) -> None:
-    """Raises UserError where a run saw latents or captions of other towers than this one's."""
+def _check_source(key: str, source: str, made_by: dict[str, str]) -> None:
+    """Raises UserError where nothing is, or a run that saw latents or captions of other towers."""
 
     def names() -> dict[str, str]:
-        if not run_checkpoint.is_run(source):  # a model folder does not say
-            return {}
-        metadata = run_checkpoint.read_run_metadata(source)
-        return {kind: metadata[kind] for kind in made_by}
+        if run_checkpoint.is_run(source):
+            metadata = run_checkpoint.read_run_metadata(source)
+            return {kind: metadata[kind] for kind in made_by}
+        if key == "init_from" or not Path(source).exists():
+            raise UserError(
+                f"expected a training run at {source}, which config.{key} names, found none; train "
+                f"that stage first, or give another by --config.{key}"
+            )
+        return {}  # a model folder does not say
 
     for kind, found in hosts.from_first(f"read {source}", names).items():
         if found != made_by[kind]:

@@ -17,7 +17,7 @@ from microdit_jax.data.prefetch import Prefetch
 from microdit_jax.diffusion import EdmConfig
 from microdit_jax.errors import disk_errors
 from microdit_jax.heldout import Evaluation
-from microdit_jax.metric_writer import MetricWriter
+from microdit_jax.metric_writer import MetricWriter, import_wandb
 from microdit_jax.models import flops, masking
 from microdit_jax.models.dit import DiT
 from microdit_jax.progress import Progress, StepTrace
@@ -66,6 +66,8 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
     cfg, edm = model_config(config), EdmConfig(**config.edm)
     masking.num_kept(cfg.num_tokens, run.mask_ratio)
     check_intervals(config)
+    if config.log.wandb:
+        import_wandb()
     model = DiT(cfg)
     optimizer, schedule = make_optimizer(config)
     data = load_data(config)

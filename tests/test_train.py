@@ -145,8 +145,10 @@ def test_weights_alone_start_anew_on_another_mesh(trained):
     [
         ({"init_from": "whole", "init_weights_from": "whole"}, "give one of"),
         ({"init_from": "whole"}, "is at step 4 already, found 4; raise it"),
-        ({"init_from": "nowhere"}, "expected a training run"),
-        ({"init_weights_from": "nowhere"}, "expected a model folder"),
+        ({"init_from": "nowhere"}, "config.init_from names, found none; train that stage"),
+        ({"init_from": "data"}, "config.init_from names, found none; train that stage"),
+        ({"init_weights_from": "nowhere"}, "config.init_weights_from names, found none; train"),
+        ({"init_weights_from": "data"}, "expected a model folder"),
     ],
 )
 def test_starts_that_cannot_be(trained, change, message):
