@@ -70,6 +70,11 @@ GENEVAL_RESULTS = flags.DEFINE_string(
 )
 KEEP = flags.DEFINE_boolean("keep_images", False, "Keep all pictures as PNGs.")
 OUT = flags.DEFINE_string("out", "out/evaluate", "Folder for everything.")
+COORDINATOR = flags.DEFINE_string(
+    "coordinator_address", None, "host:port of process 0, as for train_main.py."
+)
+NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes draw together.")
+PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
 
 
 def main(argv):
@@ -80,6 +85,15 @@ def main(argv):
             "flag --model must have a value; see python -m microdit_jax.evaluate --help"
         )
     # After the flags: --help answers at once.
+    from microdit_jax import hosts
+
+    with hosts.job(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value):
+        _evaluate()
+
+
+def _evaluate() -> None:
+    import jax
+
     from microdit_jax.evaluate import protocol
 
     asked = protocol.Request(
@@ -101,6 +115,8 @@ def main(argv):
         keep_images=KEEP.value,
     )
     result, files = protocol.evaluate(_load(), asked, Path(OUT.value))
+    if jax.process_index():
+        return
     print((Path(OUT.value) / "result.md").read_text(), end="")
     for note in result["notes"]:
         print(f"note: {note}")

@@ -1,6 +1,7 @@
 """The evaluation of one model, read top to bottom: what is checked, drawn, measured and written."""
 
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -8,7 +9,7 @@ import jax
 
 from convert import clip as convert_clip
 from convert import inception as convert_inception
-from microdit_jax import assets, checkpoint
+from microdit_jax import assets, checkpoint, hosts
 from microdit_jax.errors import UserError
 from microdit_jax.evaluate import report
 from microdit_jax.evaluate.generation import Settings, draw_set, weights_digest
@@ -29,6 +30,7 @@ from microdit_jax.metrics.features import (
     on_all_devices,
     small_features,
 )
+from microdit_jax.metrics.statistics import Reference
 from microdit_jax.sample import LatentDiffusion
 
 PUBLIC_INCEPTION = "6726825d"  # how the sha256 of the public weights starts
@@ -98,58 +100,39 @@ def evaluate(subject: Subject, asked: Request, out: Path) -> tuple[dict[str, Any
       UserError: something is missing or does not fit; see `Request` and draw_set.
     """
     pipe, notes = subject.pipe, []
-    # ------------------------------------------------------ what the pictures are a function of
-    digest = weights_digest(pipe.params)
+    # What the pictures are a function of, beside prompts, noise and sampler
     made_by = {
-        "weights": digest,
+        "weights": weights_digest(pipe.params),
         "dit": repr(pipe.model.config),
         "vae": pipe.codec.name,
         "text_encoder": pipe.text_encoder.name,
     }
-    # ------------------------------------------------------------ what they are measured by
-    wanted = [m for m in asked.metrics if m in (*INCEPTION_METRICS, "frechet_small")]
-    network, about_network = _network(asked, notes) if wanted else (None, None)
-    reference = None
-    if network is not None:
-        source = asked.reference or _default_reference(subject, asked)
-        side = pipe.model.config.input_size * pixels_per_latent(pipe.codec)
-        reference = get_reference(
-            source, network, out / "references", resolution=side, side=asked.side
-        )
-        if reference.statistics.count is None:
-            notes.append(f"{source} does not say how many pictures it was computed from")
+    # What they are measured by
+    network, about_network = _network(asked, notes)
+    reference, about_reference = _reference(subject, asked, network, out, notes)
     measures, clip_name = _measures(asked, network)
-    # ------------------------------------------------------------ pictures and scores
     prompts = read_prompts(asked.prompts, asked.num_images) if measures else None
-    drawn = read_prompts(asked.geneval_prompts) if asked.geneval_prompts else None
-    if drawn and not drawn.metadata:
-        raise UserError(
-            f"expected GenEval's .jsonl in --geneval_prompts, found {asked.geneval_prompts}"
-        )
+    geneval_prompts = _geneval_prompts(asked)
+    # Pictures and scores
     rows = []
     for scale in asked.guidance_scales:
         by_seed: dict[str, dict[int, float]] = {}
         for seed in asked.seeds:
             settings = Settings(seed, scale, asked.num_inference_steps, asked.batch_size, made_by)
             folder = out / f"guidance_{scale:g}" / f"seed_{seed}"
-            found: dict[str, float] = {}
             if measures:
-                found |= _score(pipe, prompts, settings, folder, measures, asked, reference)
-            if drawn and "geneval" in asked.metrics:
-                _draw_geneval(pipe, drawn, settings, folder / "geneval", asked.chunk_size)
+                found = _score(pipe, prompts, settings, folder, measures, asked, reference)
+                for name, value in found.items():
+                    by_seed.setdefault(name, {})[seed] = value
+            if geneval_prompts:
+                images = folder / "geneval" / "images"
+                _draw_geneval(pipe, geneval_prompts, settings, images, asked.chunk_size)
                 if not asked.geneval_results:
-                    images = folder / "geneval" / "images"
                     notes.append(f"run GenEval's detector over {images}, then --geneval_results")
-            for name, value in found.items():
-                by_seed.setdefault(name, {})[seed] = value
         scores = {name: over_seeds(values) for name, values in by_seed.items()}
-        rows.append(
-            {
-                "guidance_scale": scale,
-                "pictures": len(prompts.texts) if prompts else 0,
-                "scores": scores,
-            }
-        )
+        drawn = prompts or geneval_prompts
+        count = len(drawn.texts) if drawn else 0
+        rows.append({"guidance_scale": scale, "pictures": count, "scores": scores})
     tasks = None
     if asked.geneval_results:
         tasks = geneval.scores(Path(asked.geneval_results))
@@ -158,15 +141,13 @@ def evaluate(subject: Subject, asked: Request, out: Path) -> tuple[dict[str, Any
             notes.append(f"the overall score is without the tasks {', '.join(missing)}")
     if len(asked.seeds) == 1:
         notes.append("one seed has no interval; give --seeds=2024,2025,2026")
-    # ------------------------------------------------------------ what is written
+    # What is written
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(pipe.params))
+    about_model = {"name": subject.name, "description": pipe.description, "parameters": parameters}
     result = {
-        "model": {
-            "name": subject.name,
-            "description": pipe.description,
-            "parameters": sum(leaf.size for leaf in jax.tree.leaves(pipe.params)),
-        }
-        | made_by,
+        "model": about_model | made_by,
         "prompts": _about_prompts(prompts),
+        "geneval_prompts": _about_prompts(geneval_prompts),
         "sampler": {
             "name": "heun",
             "num_inference_steps": asked.num_inference_steps,
@@ -175,9 +156,7 @@ def evaluate(subject: Subject, asked: Request, out: Path) -> tuple[dict[str, Any
         },
         "seeds": list(asked.seeds),
         "features": about_network,
-        "reference": None
-        if reference is None
-        else {"source": source, "statistics_sha256": reference.digest} | reference.about,
+        "reference": about_reference,
         "clip": clip_name,
         "side": asked.side,
         "results": rows,
@@ -185,8 +164,7 @@ def evaluate(subject: Subject, asked: Request, out: Path) -> tuple[dict[str, Any
         "notes": list(dict.fromkeys(notes)),
         "versions": report.environment(),
     }
-    files = report.write(out, result) if jax.process_index() == 0 else []
-    return result, files
+    return result, report.write(out, result) if jax.process_index() == 0 else []
 
 
 def _score(pipe, prompts, settings, folder, measures, asked, reference) -> dict[str, float]:
@@ -204,18 +182,34 @@ def _score(pipe, prompts, settings, folder, measures, asked, reference) -> dict[
     return found
 
 
-def _draw_geneval(pipe, prompts, settings, folder, chunk_size) -> None:
+def _geneval_prompts(asked: Request) -> PromptSet | None:
+    """GenEval's prompts, where its pictures are to be drawn."""
+    if "geneval" not in asked.metrics or not asked.geneval_prompts:
+        return None
+    prompts = read_prompts(asked.geneval_prompts)
+    if not prompts.metadata:
+        raise UserError(
+            f"expected GenEval's .jsonl in --geneval_prompts, found {asked.geneval_prompts}"
+        )
+    return prompts
+
+
+def _draw_geneval(pipe, prompts, settings, images, chunk_size) -> None:
     """Pictures in the folders that the benchmark's detector reads."""
-    images = folder / "images"
-    geneval.write_metadata(images, prompts.metadata)
+    lay_out = functools.partial(geneval.write_metadata, images, prompts.metadata)
+    hosts.from_first("lay out GenEval's folders", lay_out)
     draw_set(
-        pipe, prompts, settings, folder, {}, chunk_size=chunk_size,
+        pipe, prompts, settings, images.parent, {}, chunk_size=chunk_size,
         picture_path=lambda i: geneval.picture_path(images, i),
     )  # fmt: skip
 
 
-def _network(asked: Request, notes: list[str]) -> tuple[FeatureNetwork, dict[str, Any]]:
-    """The feature network, and what the result says of it."""
+def _network(
+    asked: Request, notes: list[str]
+) -> tuple[FeatureNetwork | None, dict[str, Any] | None]:
+    """The feature network, where a metric needs one, and what the result says of it."""
+    if not {*INCEPTION_METRICS, "frechet_small"} & set(asked.metrics):
+        return None, None
     if "frechet_small" in asked.metrics:
         network = small_features()
         return network, {"name": network.name, "comparable_with_published_fid": False}
@@ -235,6 +229,29 @@ def _network(asked: Request, notes: list[str]) -> tuple[FeatureNetwork, dict[str
         "weights_sha256": weights,
         "comparable_with_published_fid": public,
     }
+
+
+def _reference(
+    subject: Subject, asked: Request, network: FeatureNetwork | None, out: Path, notes: list[str]
+) -> tuple[Reference | None, dict[str, Any] | None]:
+    """Statistics of real pictures, and what the result says of them."""
+    if network is None:
+        return None, None
+    source, pipe = asked.reference or _default_reference(subject, asked), subject.pipe
+    resolution = pipe.model.config.input_size * pixels_per_latent(pipe.codec)
+
+    def get() -> Reference:
+        return get_reference(
+            source, network, out / "references", resolution=resolution, side=asked.side
+        )
+
+    # Computed on one process, read by all.
+    hosts.from_first("compute the reference", lambda: get() and None, timeout_seconds=86400.0)
+    reference = get()
+    if reference.statistics.count is None:
+        notes.append(f"{source} does not say how many pictures it was computed from")
+    about = {"source": source, "statistics_sha256": reference.digest}
+    return reference, about | reference.about
 
 
 def _measures(asked: Request, network: FeatureNetwork | None) -> tuple[dict, str | None]:
