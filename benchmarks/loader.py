@@ -24,6 +24,7 @@ from pathlib import Path
 import numpy as np
 
 from microdit_jax.data.convert import convert
+from microdit_jax.data.mds import MdsReader
 from microdit_jax.data.mds_writer import MdsWriter
 from microdit_jax.data.pipeline import batches, make_dataset
 from microdit_jax.data.records import SIDECAR, LatentInfo
@@ -107,8 +108,13 @@ def measure(folder: Path, args: argparse.Namespace) -> Iterator[tuple[str, float
         "stored bytes of random samples, samples/s",
         rate(lambda: bool(store.raw(next(order))), args.seconds),
     )
+    if isinstance(store, MdsReader):
+        yield (
+            "decoded random samples, samples/s",
+            rate(lambda: bool(store[next(order)]), args.seconds),
+        )
     yield (
-        "random records, float32, samples/s",
+        "random records for training, samples/s",
         rate(lambda: bool(source[next(order)]), args.seconds),
     )
     nbytes = sum(memoryview(value).nbytes for value in store.raw(0).values())

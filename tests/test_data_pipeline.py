@@ -60,16 +60,21 @@ def test_records_keep_their_parts_together():
     np.testing.assert_array_equal(batch["caption_latents"][:, 0, 0], -batch["index"])
 
 
-@pytest.mark.parametrize("process_count", [2, 4])
+@pytest.mark.parametrize("process_count", [2, 4, 8])
 def test_global_batches_do_not_depend_on_the_process_count(process_count):
-    sources = [Numbers(50), Numbers(30, tag=1000)]
-    one = dataset(sources=sources)
-    many = [dataset(i, process_count, sources=sources) for i in range(process_count)]
-    for step in range(40):
+    """Mixed by weight, shuffled, captions dropped; the processes resume where one process ended."""
+    mixed = {"sources": [Numbers(50), Numbers(30, tag=1000)], "weights": [1.0, 3.0]}
+    one = dataset(**mixed)
+    many = [dataset(i, process_count, **mixed) for i in range(process_count)]
+    for step in range(201):
         parts = [part[step] for part in many]
         assert all(len(part["index"]) == 8 // process_count for part in parts)
         joined = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
         equal(joined, one[step])
+    start = int(np.random.default_rng(process_count).integers(1, 200))
+    for part in many:
+        resumed = take(batches(part, start), 3)
+        equal(resumed, {key: np.stack([part[start + i][key] for i in range(3)]) for key in resumed})
 
 
 def test_resume_at_any_step_equals_the_uninterrupted_run():
