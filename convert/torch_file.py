@@ -1,9 +1,10 @@
 """Reads and writes PyTorch's .pt files without PyTorch, and without running what they contain.
 
-Since version 1.6 such a file is an uncompressed zip: `NAME/data.pkl` pickles the objects, and every
-tensor's storage is a member `NAME/data/KEY` of plain bytes, which can be memory-mapped where it
-lies. Only the few names that tensors are pickled with are known here; all are mapped to functions
-of ours, so a file that wants to run anything else is refused by construction.
+Since version 1.6 such a file is an uncompressed zip (legacy_torch_file.py has the older format):
+`NAME/data.pkl` pickles the objects, and every tensor's storage is a member `NAME/data/KEY` of plain
+bytes, which can be memory-mapped where it lies. Only the few names that tensors are pickled with
+are known here; all are mapped to functions of ours, so a file that wants to run anything else is
+refused by construction.
 """
 
 import io
@@ -20,6 +21,7 @@ import ml_dtypes
 import numpy as np
 
 from convert.files import atomic_file, byte_chunks, map_bytes
+from convert.legacy_torch_file import MAGIC, load_legacy
 from microdit_jax.errors import UserError
 
 # torch.X -> numpy, and the class that older pickles name a storage of that type by.
@@ -41,7 +43,6 @@ DTYPES = {
     "float8_e5m2": (ml_dtypes.float8_e5m2, None),
 }
 STORAGES = {storage: np.dtype(kind) for kind, storage in DTYPES.values() if storage}
-LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # the first pickle of a pre-1.6 file
 ALIGNMENT = 64  # of each storage within the file, as torch.save has it
 
 
@@ -136,7 +137,7 @@ _GLOBALS |= {
 
 
 class _Unpickler(pickle.Unpickler):
-    def __init__(self, file: io.BytesIO, path: Path, storage: Callable):
+    def __init__(self, file: io.BufferedIOBase, path: Path, storage: Callable):
         super().__init__(file, encoding="utf-8")
         self._path, self._storage = path, storage
 
@@ -149,10 +150,10 @@ class _Unpickler(pickle.Unpickler):
         return _GLOBALS[module, name]
 
     def persistent_load(self, pid):
-        kind, dtype, key, _location, _count = pid
-        if kind != "storage" or not (dtype is None or isinstance(dtype, np.dtype)):
+        kind, dtype, key, _location, count, *view = pid  # before 1.6 there is a view, of None
+        if kind != "storage" or not (dtype is None or isinstance(dtype, np.dtype)) or any(view):
             raise pickle.UnpicklingError(f"unknown persistent id {kind!r}")
-        return self._storage(key, dtype)
+        return self._storage(key, dtype, count)
 
 
 # --- reading -----------------------------------------------------------------------------------
@@ -161,9 +162,6 @@ class _Unpickler(pickle.Unpickler):
 def _not_a_zip(path: Path, head: bytes) -> UserError:
     if head.startswith(b"PK"):
         found, fix = "a zip without its end, so it is truncated", "fetch it again"
-    elif head.startswith(LEGACY_MAGIC):
-        found = "the format of PyTorch before 1.6"
-        fix = "re-save it with a newer one: torch.save(torch.load(FILE), NEW_FILE)"
     elif head.startswith(b"version https://git-lfs"):
         found, fix = "a Git LFS pointer", "fetch the real file: git lfs pull"
     elif head.lstrip().startswith((b"<", b"{")):
@@ -212,10 +210,16 @@ def read_torch(path: str | os.PathLike) -> Any:
     were saved with; tensors that shared a storage share it again. bfloat16 is ml_dtypes'.
 
     Raises:
-      UserError: the file is truncated, of the format before PyTorch 1.6, damaged, or wants to run
-        code.
+      UserError: the file is truncated, damaged, or wants to run code.
     """
-    archive = _Archive(Path(path))
+    path = Path(path)
+    if bytes((data := map_bytes(path))[: len(MAGIC)]) == MAGIC:
+
+        def load(file: io.BufferedIOBase, storage: Callable) -> Any:
+            return _Unpickler(file, path, storage).load()
+
+        return _undamaged(path, lambda: load_legacy(path, data, load, _Storage))
+    archive = _Archive(path)
     pickles = [name for name in archive.members if name.split("/")[1:] == ["data.pkl"]]
     if len(pickles) != 1:
         raise UserError(
@@ -226,11 +230,17 @@ def read_torch(path: str | os.PathLike) -> Any:
     order = f"{root}/byteorder"
     swapped = order in archive.members and bytes(archive[order]).strip() == b"big"
 
-    def storage(key: str, dtype: np.dtype | None) -> _Storage:
+    def storage(key: str, dtype: np.dtype | None, _: int) -> _Storage:
         return _Storage(archive[f"{root}/data/{key}"], dtype, swapped)
 
+    file = io.BytesIO(archive[pickles[0]].tobytes())
+    return _undamaged(path, lambda: _Unpickler(file, path, storage).load())
+
+
+def _undamaged(path: Path, load: Callable[[], Any]) -> Any:
+    """What `load` gives; a UserError where the pickle or a storage is not whole."""
     try:
-        return _Unpickler(io.BytesIO(archive[pickles[0]].tobytes()), archive.path, storage).load()
+        return load()
     except UserError:
         raise
     except (pickle.UnpicklingError, EOFError, AttributeError, LookupError, TypeError) as error:

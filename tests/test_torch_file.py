@@ -167,9 +167,46 @@ def test_what_is_not_a_checkpoint(tmp_path, contents, message):
         read_torch(tmp_path / "x.pt")
 
 
-def test_old_format_missing_file_and_compressed_zip(tmp_path):
-    with pytest.raises(UserError, match=r"before 1\.6; re-save"):
-        read_torch(FILES / "legacy.pt")
+def legacy_bytes(obj_pickle: bytes, keys: list[str], storages: list[bytes], version=1001) -> bytes:
+    """A file as PyTorch before 1.6 wrote it."""
+    parts = [0x1950A86A20F9469CFC6C, version, {"little_endian": True}]
+    head = b"".join(pickle.dumps(part, protocol=2) for part in parts)
+    return head + obj_pickle + pickle.dumps(keys, protocol=2) + b"".join(storages)
+
+
+def test_the_format_before_1_6(tmp_path):
+    expected = np.arange(12, dtype=np.float32).reshape(3, 4)
+    found = read_torch(FILES / "legacy.pt")
+    assert list(found) == ["weight"]
+    np.testing.assert_array_equal(found["weight"], expected)
+    assert not found["weight"].flags.writeable
+    whole = (FILES / "legacy.pt").read_bytes()
+    path = tmp_path / "cut.pt"
+    for cut in (1, 12 * 4 + 3, 12 * 4 + 40, len(whole) - 60):
+        path.write_bytes(whole[: len(whole) - cut])
+        with pytest.raises(UserError, match="truncated|damaged"):
+            read_torch(path)
+    path.write_bytes(whole.replace(b"\x0c\0\0\0\0\0\0\0", b"\x0b\0\0\0\0\0\0\0"))
+    with pytest.raises(UserError, match="truncated or damaged"):
+        read_torch(path)
+
+
+def test_the_old_format_runs_nothing_either(tmp_path):
+    path = tmp_path / "harm.pt"
+    path.write_bytes(legacy_bytes(b"cos\nsystem\n(S'echo harm'\ntR.", [], []))
+    with pytest.raises(UserError, match="refused: .*os.system"):
+        read_torch(path)
+    path.write_bytes(legacy_bytes(b"}.", [], [], version=1000))
+    with pytest.raises(UserError, match="expected version 1001 .*found 1000; re-save"):
+        read_torch(path)
+    # A storage said to be larger than the whole file is not allocated.
+    huge = b"((S'storage'\nctorch\nFloatStorage\nS'0'\nS'cpu'\nL999999999999L\nNtQ."
+    path.write_bytes(legacy_bytes(huge, ["0"], []))
+    with pytest.raises(UserError, match="truncated or damaged"):
+        read_torch(path)
+
+
+def test_missing_file_and_compressed_zip(tmp_path):
     with pytest.raises(UserError, match="found nothing; check the path"):
         read_torch(tmp_path / "none.pt")
     with pytest.raises(UserError, match="found a folder"):
