@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import sentencepiece
 from conftest import GOLDEN, relative_l2
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
@@ -108,6 +109,23 @@ def test_tokenizer(tokenizer_folder):
     np.testing.assert_array_equal(mask, ids != 0)
     np.testing.assert_array_equal(tokenizer.dropped(texts), [0, 0, 4])
     assert tokenizer([])[0].shape == (0, 6) and tokenizer.dropped([]).shape == (0,)
+
+
+def test_a_sentencepiece_vocabulary(tmp_path):
+    """As DeepFloyd/t5-v1_1-xxl has it: spiece.model, and no tokenizer.json."""
+    texts = ["an apple a day", "the dog sat on the mat", "the sun and the moon"]
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts * 20), model_prefix=str(tmp_path / "spiece"), vocab_size=60,
+        pad_id=0, eos_id=1, unk_id=2, bos_id=-1, hard_vocab_limit=False, minloglevel=2,
+    )  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "t5"}))
+    about = {"tokenizer_class": "T5Tokenizer", "eos_token": "</s>", "pad_token": "<pad>"}
+    about |= {"unk_token": "<unk>", "extra_ids": 0, "additional_special_tokens": []}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(about))
+    ids, mask = T5Tokenizer(str(tmp_path), max_tokens=40)(texts[:2])
+    pieces = sentencepiece.SentencePieceProcessor(str(tmp_path / "spiece.model"))
+    for row, kept, expected in zip(ids, mask, pieces.encode(texts[:2]), strict=True):
+        np.testing.assert_array_equal(row[kept], [*expected, 1])
 
 
 def test_text_to_vectors(tiny, tokenizer_folder):

@@ -175,7 +175,7 @@ class T5Tokenizer:
             raise UserError(
                 f"expected a T5 tokenizer (tokenizer.json or spiece.model) at {source}, found "
                 f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}; "
-                "give its folder; spiece.model needs pip install sentencepiece protobuf"
+                "give its folder"
             ) from error
         if (self._tokenizer.pad_token_id, self._tokenizer.eos_token_id) != (PADDING, 1):
             raise UserError(
