@@ -229,16 +229,22 @@ def make_gradients(
         if mesh is None:
             return shard_gradients(None, params, batch, key)
         specs = sharding.specs(params, mesh, replicate_below=replicate_below)
-        return jax.shard_map(
-            functools.partial(shard_gradients, specs),
-            mesh=mesh,
-            in_specs=(specs, sharding.BATCH, P()),
-            out_specs=Gradients(specs, sharding.BATCH, sharding.BATCH),
-            # The sums over axes are written out; checking them would refuse Pallas kernels.
-            check_vma=False,
-        )(params, batch, key)
+        out_specs = Gradients(specs, sharding.BATCH, sharding.BATCH)
+        return _on_each_device(shard_gradients, mesh, specs, out_specs)(params, batch, key)
 
     return gradients
+
+
+def _on_each_device(function, mesh: Mesh | AbstractMesh, specs: Any, out_specs: Any):
+    """function(specs, params, batch, key) of a device's own shards and images, on all devices."""
+    return jax.shard_map(
+        functools.partial(function, specs),
+        mesh=mesh,
+        in_specs=(specs, sharding.BATCH, P()),
+        out_specs=out_specs,
+        # The sums over axes are written out; checking them would refuse Pallas kernels.
+        check_vma=False,
+    )
 
 
 def _accumulate(part_gradients: Callable[[Batch], Gradients], parts: Batch) -> Gradients:
@@ -361,12 +367,6 @@ def make_eval_step(
         if mesh is None:
             return shard_loss(None, params, batch, key)
         specs = sharding.specs(params, mesh, replicate_below=replicate_below)
-        return jax.shard_map(
-            functools.partial(shard_loss, specs),
-            mesh=mesh,
-            in_specs=(specs, sharding.BATCH, P()),
-            out_specs=sharding.BATCH,
-            check_vma=False,
-        )(params, batch, key)
+        return _on_each_device(shard_loss, mesh, specs, sharding.BATCH)(params, batch, key)
 
     return eval_step
