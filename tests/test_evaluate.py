@@ -230,6 +230,13 @@ def test_a_model_that_is_no_run_needs_a_reference(subject, tmp_path):
         protocol.evaluate(subject, ask(tmp_path), tmp_path / "out")
 
 
+def test_a_network_that_is_not_there(subject, tmp_path):
+    missing = str(tmp_path / "inception.pth")
+    asked = ask(tmp_path, metrics=("fid",), inception=missing, reference="x.npz")
+    with pytest.raises(UserError, match="kind inception in --inception, found nothing at .*pth"):
+        protocol.evaluate(subject, asked, tmp_path / "out")
+
+
 def test_scores_in_training(pipe, tmp_path):
     folder = references(tmp_path)
     scores = TrainingScores(

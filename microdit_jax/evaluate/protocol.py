@@ -9,7 +9,7 @@ import jax
 
 from convert import clip as convert_clip
 from convert import inception as convert_inception
-from microdit_jax import assets, checkpoint, hosts
+from microdit_jax import assets, checkpoint, hosts, run_checkpoint
 from microdit_jax.errors import UserError
 from microdit_jax.evaluate import report
 from microdit_jax.evaluate.generation import Settings, draw_set, weights_digest
@@ -162,6 +162,7 @@ def evaluate(subject: Subject, asked: Request, out: Path) -> tuple[dict[str, Any
         "results": rows,
         "geneval": None if tasks is None else tasks._asdict(),
         "notes": list(dict.fromkeys(notes)),
+        "attribution": _attribution(subject),  # to be shown with the pictures
         "versions": report.environment(),
     }
     return result, report.write(out, result) if jax.process_index() == 0 else []
@@ -281,6 +282,8 @@ def _model_folder(kind: str, path: Path) -> Path:
         if found != kind:
             raise UserError(f"expected a model of kind {kind} in --{kind}, found {found} in {path}")
         return path
+    if not path.exists():
+        raise UserError(f"expected a model of kind {kind} in --{kind}, found nothing at {path}")
     return assets.converted(kind, path)
 
 
@@ -292,6 +295,13 @@ def _default_reference(subject: Subject, asked: Request) -> str:
             f"that {asked.prompts} belong to"
         )
     return RUN_SPLITS[0]
+
+
+def _attribution(subject: Subject) -> str:
+    """What the licence of a run's training pictures asks for."""
+    if subject.model.folder is None:
+        return ""
+    return run_checkpoint.read_run_metadata(subject.model.folder).get("attribution", "")
 
 
 def _about_prompts(prompts: PromptSet | None) -> dict[str, Any] | None:
