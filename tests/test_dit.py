@@ -226,7 +226,7 @@ def test_moe_pattern_of_the_paper():
     "changes, message",
     [
         ({"head_dim": 7}, "head_dim"),
-        ({"attention": "flash"}, "attention must be one of xla, cudnn, splash"),
+        ({"attention": "flash"}, "attention must be one of xla, looped, cudnn, splash"),
         ({"dtype": "int8"}, "dtype must be one of"),
         ({"qkv_multipliers": (1.0, 1.0)}, "multipliers"),
         ({"ffn_multipliers": (1.0,) * 3, "qkv_multipliers": (1.0,) * 3}, "depth divisible"),
