@@ -118,13 +118,13 @@ def test_two_processes_equal_one(data, tmp_path):  # noqa: F811
     ]  # fmt: skip
     for command in commands:
         assert command.finish() == 0, command.text()
-    one = Command(data, tmp_path / "one", *flags(2, 2, 2))
+    one = Command(data, tmp_path / "one", *flags(2, 2, 2), devices=8)
     assert one.finish() == 0, one.text()
     assert_close_runs(tmp_path / "two", tmp_path / "one")
 
     shutil.copytree(tmp_path / "two", tmp_path / "other mesh")
     shutil.rmtree(tmp_path / "other mesh" / "checkpoints" / str(STEPS))
-    other = Command(data, tmp_path / "other mesh", *flags(8, 1, 1))
+    other = Command(data, tmp_path / "other mesh", *flags(8, 1, 1), devices=8)
     assert other.finish() == 0, other.text()
     assert "step 10 of 20" in other.text()
     assert_close_runs(tmp_path / "other mesh", tmp_path / "one")

@@ -45,9 +45,9 @@ def data(tmp_path_factory):
 
 
 class Command:
-    """train_main.py of one workdir, as a process with simulated devices of its own."""
+    """train_main.py of one workdir, as a process with its own simulated devices."""
 
-    def __init__(self, data, workdir, *flags: str, devices: int = 8, name: str = "", **more):
+    def __init__(self, data, workdir, *flags: str, devices: int = 2, name: str = "", **more):
         flag = "--xla_force_host_platform_device_count"
         environment = (
             os.environ
