@@ -59,6 +59,8 @@ WARMUP = flags.DEFINE_boolean(
 )
 OUT = flags.DEFINE_string("out", "out", "Folder for the pictures.")
 
+GRID = 60  # pictures in samples.png, at most
+
 # What a picture is made of, and its PNG tells
 SETTINGS = (MODEL, VAE, TEXT_ENCODER, STEPS, GUIDANCE, SEED, NOISE, DTYPE, EMA)
 
@@ -101,10 +103,12 @@ def main(argv):
         slug = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60]
         wanted[out / "images" / f"{i:04d}_{slug}.png"] = settings | {"prompt": prompt, "index": i}
     _draw(pipe, wanted, total)
-    images = np.stack([pictures.read_png(path) for path in wanted])
-    grid = pictures.captioned_grid([*rows, images], prompts, columns=6)
-    pictures.save_png(out / "samples.png", grid, settings | {"prompts": prompts})
-    print(f"grid in {out / 'samples.png'}{compiled_programs()}")
+    images = np.stack([pictures.read_png(path) for path in list(wanted)[:GRID]])
+    rows = [real[:GRID] for real in rows]
+    grid = pictures.captioned_grid([*rows, images], prompts[:GRID], columns=6)
+    pictures.save_png(out / "samples.png", grid, settings | {"prompts": prompts[:GRID]})
+    shown = f"grid of the first {GRID}" if len(prompts) > GRID else "grid"
+    print(f"{shown} in {out / 'samples.png'}{compiled_programs()}")
 
 
 def _prompts() -> list[str]:
