@@ -1,5 +1,6 @@
 """What training is measured by: loss on held-out pictures at fixed noise, a grid of samples."""
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -100,6 +101,8 @@ class Evaluation:
     Args:
       writer: None on processes that do not write.
       say: prints a line.
+    Raises:
+      UserError: a tower that is not there.
     """
 
     def __init__(
@@ -123,10 +126,17 @@ class Evaluation:
             batch_size=settings.batch_size,
             draws=settings.draws,
         )
-        self._grid = Grid(model, edm, data, config) if settings.num_samples else None
-        self._scores = None
-        if settings.score_images:
-            self._scores = SampleScores(model, edm, data, config, workdir)
+        self._grid = self._scores = None
+        if settings.num_samples or settings.score_images:
+            encoder = assets.load_text_encoder(config.data.text_encoder)
+            codec = None
+            if jax.process_index() == 0:
+                codec = assets.load_codec(str(data.codec or config.data.vae))
+            pipe = LatentDiffusion(model, None, edm, encoder, codec)
+            if settings.num_samples:
+                self._grid = Grid(pipe, data, config)
+            if settings.score_images:
+                self._scores = SampleScores(pipe, data, config, workdir)
         self._folder, self._attribution = workdir / "samples", data.attribution
         self._writer, self._say = writer, say
 
@@ -175,6 +185,11 @@ class _Embedded:
         return np.stack([self._known[text] for text in texts])
 
 
+def _with_texts(pipe: LatentDiffusion, texts: list[str]) -> LatentDiffusion:
+    """The same pipeline, compiled programs included, for these texts alone."""
+    return dataclasses.replace(pipe, text_encoder=_Embedded(pipe.text_encoder, texts))
+
+
 class Grid:
     """Samples for the same captions and noise at every evaluation.
 
@@ -182,28 +197,24 @@ class Grid:
     then beside the real picture as decoded from its latents. The text encoder is needed once, here;
     the codec stays, on the process that writes.
 
-    Raises:
-      UserError: a tower that is not there.
+    Args:
+      pipe: without weights; its programs are compiled once for all evaluations.
     """
 
-    def __init__(self, model: DiT, edm: EdmConfig, data: RunData, config: ConfigDict):
-        self._model, self._edm, self._settings = model, edm, config.eval
-        self._seed, self._real, count = config.seed, None, config.eval.num_samples
+    def __init__(self, pipe: LatentDiffusion, data: RunData, config: ConfigDict):
+        self._settings, self._seed = config.eval, config.seed
+        self._real, count = None, config.eval.num_samples
         if config.eval.prompts:
             self._captions = list(config.eval.prompts[:count])
         else:
             chosen = np.linspace(0, len(data.heldout) - 1, min(count, len(data.heldout)))
             self._captions = [data.heldout_caption(int(i)) for i in chosen]
             self._real = np.stack([data.heldout[int(i)]["latents"] for i in chosen])
-        encoder = assets.load_text_encoder(config.data.text_encoder)
-        self._text = _Embedded(encoder, self._captions)
-        self._codec = None
-        if jax.process_index() == 0:
-            self._codec = assets.load_codec(str(data.codec or config.data.vae))
+        self._pipe = _with_texts(pipe, self._captions)
 
     def __call__(self, params: Any) -> np.ndarray | None:
         """The grid (H, W, 3) in [0, 1], on process 0; all processes call it."""
-        pipe = LatentDiffusion(self._model, params, self._edm, self._text, self._codec)
+        pipe = dataclasses.replace(self._pipe, params=params)
         latents = pipe.generate(
             self._captions,
             guidance_scale=self._settings.guidance_scale,
@@ -211,7 +222,7 @@ class Grid:
             seed=self._seed,
             return_only_latents=True,
         )
-        if self._codec is None:
+        if pipe.codec is None:
             return None
         shown = [latents] if self._real is None else [self._real, latents]
         rows = [pipe.decode(row) for row in shown]
@@ -221,24 +232,21 @@ class Grid:
 class SampleScores:
     """Distance of samples to real pictures in small features, at every evaluation.
 
+    Args:
+      pipe: as `Grid` takes it.
     Raises:
-      UserError: no such prompts or pictures, or a tower that is not there.
+      UserError: no such prompts or pictures.
     """
 
-    def __init__(
-        self, model: DiT, edm: EdmConfig, data: RunData, config: ConfigDict, workdir: Path
-    ):
+    def __init__(self, pipe: LatentDiffusion, data: RunData, config: ConfigDict, workdir: Path):
         settings = config.eval
         prompts = read_prompts(settings.score_prompts, settings.score_images).texts
-        encoder = assets.load_text_encoder(config.data.text_encoder)
-        self._model, self._edm, self._text = model, edm, _Embedded(encoder, prompts)
-        self._codec, resolution = None, 0
-        if jax.process_index() == 0:
-            self._codec = assets.load_codec(str(data.codec or config.data.vae))
-            resolution = model.config.input_size * pixels_per_latent(self._codec)
+        self._pipe, resolution = _with_texts(pipe, prompts), 0
+        if pipe.codec is not None:
+            resolution = pipe.model.config.input_size * pixels_per_latent(pipe.codec)
         self._scores = TrainingScores(
             prompts,
-            settings.score_reference if self._codec else "",
+            settings.score_reference if pipe.codec is not None else "",
             workdir / "references",
             resolution=resolution,
             guidance_scale=settings.guidance_scale,
@@ -248,6 +256,4 @@ class SampleScores:
 
     def __call__(self, params: Any) -> dict[str, float] | None:
         """The scores, on process 0; all processes call it."""
-        return self._scores(
-            LatentDiffusion(self._model, params, self._edm, self._text, self._codec)
-        )
+        return self._scores(dataclasses.replace(self._pipe, params=params))

@@ -114,6 +114,8 @@ class LatentDiffusion:
     """A network with its frozen towers: prompts in, pictures out.
 
     The weights say where things run: on a mesh, pictures are dealt out over all of its devices.
+    Programs are compiled once; a copy by `dataclasses.replace`, with other weights of the same
+    shapes in the same places, shares them.
     """
 
     model: DiT

@@ -95,6 +95,15 @@ def test_any_number_of_steps_and_any_guidance_run_one_program():
     assert len(pipe._programs) == 2 and pipe._programs[1, 7, True] is programs
 
 
+def test_other_weights_run_the_same_program():
+    pipe = pipeline()
+    pipe.generate(["a"], **OPTIONS)
+    before = dict(pipe._programs)
+    other = dataclasses.replace(pipe, params=jax.tree.map(lambda p: 2 * p, pipe.params))
+    assert np.abs(other.generate(["a"], **OPTIONS) - pipe.generate(["a"], **OPTIONS)).max() > 0.01
+    assert other._programs == before and len(before) == 1
+
+
 def test_given_noise_and_token_ids():
     pipe = pipeline()
     ids = pipe.text_encoder.tokenizer(PROMPTS)
