@@ -11,7 +11,6 @@ Examples:
 
 import collections
 import contextlib
-import functools
 import re
 import time
 from pathlib import Path
@@ -76,7 +75,14 @@ def main(argv):
         raise UserError("flag --model must have a value; see sample_main.py --help")
     prompts = [picture["prompt"]] if picture else _prompts()
     start = time.perf_counter()
-    pipe, model = _load(create)
+    pipe, model = create.load(
+        MODEL.value,
+        vae=VAE.value,
+        text_encoder=TEXT_ENCODER.value,
+        ema=EMA.value,
+        dtype=DTYPE.value,
+        fsdp=FSDP.value,
+    )
     print(f"{pipe.description}: loaded in {time.perf_counter() - start:.1f} s", flush=True)
 
     rows = []
@@ -141,27 +147,6 @@ def _take_settings(picture: dict) -> dict:
         if not flags.FLAGS[flag.name].present:
             flags.FLAGS[flag.name].value = picture[flag.name]
     return picture
-
-
-def _load(create):
-    """The pipeline of the flags, and its model."""
-    import jax
-
-    from microdit_jax import assets
-
-    mesh = functools.partial(create.fitting_mesh, fsdp=FSDP.value)
-    model = assets.load_model(MODEL.value, ema=EMA.value, dtype=DTYPE.value, mesh=mesh)
-    dtype = DTYPE.value
-    if dtype is None and model.folder is None:
-        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-        model = model.with_dtype(dtype)
-    model = model._replace(
-        vae=VAE.value or model.vae, text_encoder=TEXT_ENCODER.value or model.text_encoder
-    )
-    for flag, value in (("vae", model.vae), ("text_encoder", model.text_encoder)):
-        if value is None:
-            raise UserError(f"expected --{flag}, found none: {MODEL.value} is not known for one")
-    return create.from_model(model, dtype=dtype), model
 
 
 def _draw(pipe, wanted: dict[Path, dict], total: int) -> None:

@@ -1,5 +1,6 @@
 """Puts pipelines together: a network by name, and the VAE and text encoder that belong to it."""
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,41 @@ def create_latent_diffusion(
     )
     model = assets.untrained_model(config, mesh=mesh)._replace(vae=vae_name)
     return from_model(model, dtype=dtype, text_encoder=text_encoder)
+
+
+def load(
+    name: str,
+    *,
+    vae: str | None = None,
+    text_encoder: str | None = None,
+    ema: bool = True,
+    dtype: str | None = None,
+    fsdp: int = 0,
+) -> tuple[LatentDiffusion, assets.Model]:
+    """A network by name or path with its towers, on all local devices, as the commands take it.
+
+    Args:
+      name: as `assets.load_model` takes it.
+      vae, text_encoder: as `assets.load_codec` and `load_text_encoder` take them; None: those that
+        the network is known for.
+      ema: of a training run, the moving average of the weights, if it keeps one.
+      dtype: type of the computation; None: a training run's own, else bfloat16, on a CPU float32.
+      fsdp: devices over which each weight is split; 0: as few as `fitting_mesh` finds.
+    Returns:
+      The pipeline and the network.
+    Raises:
+      UserError: something is not there, is damaged, or does not fit the rest.
+    """
+    mesh = functools.partial(fitting_mesh, fsdp=fsdp)
+    model = assets.load_model(name, ema=ema, dtype=dtype, mesh=mesh)
+    if dtype is None and model.folder is None:
+        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+        model = model.with_dtype(dtype)
+    model = model._replace(vae=vae or model.vae, text_encoder=text_encoder or model.text_encoder)
+    for flag, value in (("vae", model.vae), ("text_encoder", model.text_encoder)):
+        if value is None:
+            raise UserError(f"expected --{flag}, found none: {name} is not known for one")
+    return from_model(model, dtype=dtype), model
 
 
 def from_model(

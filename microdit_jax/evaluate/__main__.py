@@ -12,7 +12,6 @@ Examples:
 The same command again goes on where it was stopped. docs/evaluation.md is the protocol.
 """
 
-import functools
 from pathlib import Path
 
 from absl import app, flags
@@ -94,6 +93,7 @@ def main(argv):
 def _evaluate() -> None:
     import jax
 
+    from microdit_jax import create
     from microdit_jax.evaluate import protocol
 
     asked = protocol.Request(
@@ -114,7 +114,16 @@ def _evaluate() -> None:
         geneval_results=GENEVAL_RESULTS.value,
         keep_images=KEEP.value,
     )
-    result, files = protocol.evaluate(_load(), asked, Path(OUT.value))
+    pipe, model = create.load(
+        MODEL.value,
+        vae=VAE.value,
+        text_encoder=TEXT_ENCODER.value,
+        ema=EMA.value,
+        dtype=DTYPE.value,
+        fsdp=FSDP.value,
+    )
+    subject = protocol.Subject(MODEL.value, model, pipe)
+    result, files = protocol.evaluate(subject, asked, Path(OUT.value))
     if jax.process_index():
         return
     print((Path(OUT.value) / "result.md").read_text(), end="")
@@ -128,28 +137,6 @@ def _numbers(flag: str, texts: list[str], kind: type) -> tuple:
         return tuple(dict.fromkeys(kind(text) for text in texts))
     except ValueError as error:
         raise UserError(f"--{flag} takes numbers divided by commas, found {texts}") from error
-
-
-def _load():
-    """The model of the flags with its pipeline."""
-    import jax
-
-    from microdit_jax import assets, create
-    from microdit_jax.evaluate import protocol
-
-    mesh = functools.partial(create.fitting_mesh, fsdp=FSDP.value)
-    model = assets.load_model(MODEL.value, ema=EMA.value, dtype=DTYPE.value, mesh=mesh)
-    dtype = DTYPE.value
-    if dtype is None and model.folder is None:
-        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-        model = model.with_dtype(dtype)
-    model = model._replace(
-        vae=VAE.value or model.vae, text_encoder=TEXT_ENCODER.value or model.text_encoder
-    )
-    for flag, value in (("vae", model.vae), ("text_encoder", model.text_encoder)):
-        if value is None:
-            raise UserError(f"expected --{flag}, found none: {MODEL.value} is not known for one")
-    return protocol.Subject(MODEL.value, model, create.from_model(model, dtype=dtype))
 
 
 if __name__ == "__main__":
