@@ -178,22 +178,19 @@ def _draw(pipe, wanted: dict[Path, dict], total: int) -> None:
             asked = [wanted[path] for path in paths]
             with _timed(seconds, "text"):
                 captions = pipe.encode([settings["prompt"] for settings in asked])
-            # The last batch is filled up here, so that it runs the same programs.
-            rows = np.resize(np.arange(len(paths)), size)
-            captions, x = captions[rows], noise[[settings["index"] for settings in asked]][rows]
             with _timed(seconds, "compiling"):
                 pipe.programs(size, captions, guide)
             with _timed(seconds, "sampling"):
                 latents = pipe.denoise(
                     captions,
-                    x,
+                    noise[[settings["index"] for settings in asked]],
                     guidance_scale=GUIDANCE.value,
                     num_inference_steps=STEPS.value,
                     batch_size=size,
                     progress=watched,
                 )
             with _timed(seconds, "decoding"):
-                images = pipe.decode(latents[: len(paths)])
+                images = pipe.decode(latents)
             for path, image, settings in zip(paths, images, asked, strict=True):
                 save_png(path, image, settings)
     print(", ".join(f"{part} {value:.1f} s" for part, value in seconds.items()))

@@ -180,7 +180,7 @@ def load_text_encoder(name: str, *, dtype: str | None = None, mesh: Mesh | None 
     if not path.exists():
         path, given_name = hub.text_encoder(name), name
     tokenizer = {}
-    if _is_model(path):
+    if checkpoint.is_model(path):
         folder, kind = path, checkpoint.read_metadata(path)["kind"]
         source = path / "tokenizer"
     else:
@@ -209,7 +209,7 @@ def load_codec(name: str, *, dtype: str | None = None, mesh: Mesh | None = None)
         return registry.image_codec(path)
     if not path.exists():
         path = hub.vae(name)
-    folder = path if _is_model(path) else converted("vae", path)
+    folder = path if checkpoint.is_model(path) else converted("vae", path)
     return vae.load_codec(folder, dtype=dtype, sharding=_copies(mesh))
 
 
@@ -234,10 +234,6 @@ def converted(kind: str, path: Path) -> Path:
                 print(f"converting {path}, once, into {folder}", flush=True)
                 convert_to_folder(kind, path, folder, notes={"cached": made_from})
     return folder
-
-
-def _is_model(path: Path) -> bool:
-    return all((path / name).is_file() for name in ("config.json", "manifest.json"))
 
 
 def _text_kind(path: Path) -> str:

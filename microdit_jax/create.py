@@ -9,13 +9,13 @@ import numpy as np
 from jax.sharding import Mesh
 
 from microdit_jax import assets, hub, memory, run_checkpoint, sharding
-from microdit_jax.data.latents import load_prepared
+from microdit_jax.data.latents import Prepared, load_prepared
 from microdit_jax.encoders import registry
 from microdit_jax.encoders.placement import rows_sharding
 from microdit_jax.errors import UserError
 from microdit_jax.models import dit
 from microdit_jax.models.dit import DiT
-from microdit_jax.sample import LatentDiffusion, choose_heldout
+from microdit_jax.sample import LatentDiffusion
 
 
 def create_latent_diffusion(
@@ -164,6 +164,18 @@ def fitting_mesh(num_bytes: int, *, fsdp: int = 0) -> Mesh | None:
         fits = [n for n in divisors if free is None or num_bytes / n <= free / 2]
         fsdp = min(fits, default=len(devices))
     return sharding.make_mesh(fsdp=fsdp, devices=devices)
+
+
+def choose_heldout(data: Prepared, count: int) -> list[int]:
+    """Indices of held-out captions, spread evenly, the same every time.
+
+    Raises:
+      UserError: there are fewer.
+    """
+    total = len(data.heldout)
+    if not 1 <= count <= total:
+        raise UserError(f"expected 1 to {total} held-out captions, found {count} asked for")
+    return [int(i) for i in np.linspace(0, total - 1, count)]
 
 
 def heldout_pictures(model: assets.Model, count: int) -> tuple[list[str], np.ndarray]:

@@ -15,15 +15,11 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 from microdit_jax import diffusion, memory, sharding
-from microdit_jax.data.latents import Prepared
 from microdit_jax.diffusion import EdmConfig, HeunState
 from microdit_jax.encoders.placement import fetch, rows_sharding
 from microdit_jax.errors import UserError
 from microdit_jax.models.dit import Caption, DiT
 from microdit_jax.noise import initial_noise
-from microdit_jax.pictures import captioned_grid, save_png
-
-__all__ = ["LatentDiffusion", "captioned_grid", "choose_heldout", "save_png"]
 
 
 def _on_each_device(
@@ -153,8 +149,7 @@ class LatentDiffusion:
           return_only_latents: skip the decoder.
           noise: "jax", or "torch_cpu" / "torch_cuda" for the reference's own; or the standard
             normal noise itself.
-          batch_size: pictures drawn at a time; the last batch is filled up, so that every batch
-            runs the same program. On a mesh, rounded up to its number of devices.
+          batch_size: pictures drawn at a time, at most; as in `denoise`.
           progress: wraps the sequence of network evaluations, to show a bar.
         Returns:
           float32 (n, H, W, 3) in [0, 1], or latents float32 (n, h, w, channels).
@@ -168,7 +163,7 @@ class LatentDiffusion:
             self._initial_noise(noise, seed, len(y)),
             guidance_scale=guidance_scale,
             num_inference_steps=num_inference_steps,
-            batch_size=batch_size,
+            batch_size=min(batch_size, len(y)),
             progress=progress,
         )
         return latents if return_only_latents else self.decode(latents)
@@ -201,15 +196,20 @@ class LatentDiffusion:
         *,
         guidance_scale: float,
         num_inference_steps: int,
-        batch_size: int = 32,
+        batch_size: int | None = None,
         progress: Callable[[Sequence[Any]], Iterable[Any]] | None = None,
     ) -> Float[np.ndarray, "n h w c"]:
         """Scaled latents (n, h, w, channels) float32 of n captions, from standard normal noise.
 
+        Args:
+          batch_size: pictures drawn at a time, always so many: the last batch is filled up, so
+            that every batch, of every call, runs the same program; None: all at once. On a mesh,
+            rounded up to its number of devices.
+
         The other arguments, and what is raised, are `generate`'s.
         """
         y, x = caption_latents, noise
-        size, encode, evaluate = self.programs(batch_size, y, guidance_scale > 1)
+        size, encode, evaluate = self.programs(batch_size or len(y), y, guidance_scale > 1)
         place, _ = rows_sharding(self.params)
         evaluations = diffusion.heun_evaluations(num_inference_steps, self.edm)
         count, latents = len(evaluations["sigma"]), np.empty_like(x)
@@ -244,15 +244,15 @@ class LatentDiffusion:
         """`encode_captions` and `evaluate_network`, compiled once for each shape.
 
         Args:
-          batch_size: pictures drawn at a time, at most.
-          caption_latents: the captions; their number and length count, not what they say.
+          batch_size: pictures drawn at a time; on a mesh, rounded up to its number of devices.
+          caption_latents: the captions; their length counts, not what they say.
         Returns:
           The size of a batch, and the two programs.
         Raises:
           UserError: they need more memory than there is.
         """
         place, devices = rows_sharding(self.params)
-        size = -(-min(batch_size, len(caption_latents)) // devices) * devices
+        size = -(-batch_size // devices) * devices
         length = caption_latents.shape[1]
         key = (size, length, guide)
         if key not in self._programs:
@@ -287,7 +287,7 @@ class LatentDiffusion:
     def warm_up(self, num_images: int, *, batch_size: int = 32, guide: bool = True) -> None:
         """Compiles all that `generate` runs for so many pictures, and keeps it for later runs."""
         captions = self.encode(["a"] * num_images)
-        size, _, _ = self.programs(batch_size, captions, guide)
+        size, _, _ = self.programs(min(batch_size, num_images), captions, guide)
         cfg = self.model.config
         x = np.zeros((num_images, cfg.input_size, cfg.input_size, cfg.in_channels), np.float32)
         _start(jax.device_put(x[:1].repeat(size, 0), rows_sharding(self.params)[0]), edm=self.edm)
@@ -308,15 +308,3 @@ class LatentDiffusion:
 @functools.partial(jax.jit, static_argnames="edm")
 def _start(noise: Array, *, edm: EdmConfig) -> HeunState:
     return diffusion.heun_start(noise, edm)
-
-
-def choose_heldout(data: Prepared, count: int) -> list[int]:
-    """Indices of held-out captions, spread evenly, the same every time.
-
-    Raises:
-      UserError: there are fewer.
-    """
-    total = len(data.heldout)
-    if not 1 <= count <= total:
-        raise UserError(f"expected 1 to {total} held-out captions, found {count} asked for")
-    return [int(i) for i in np.linspace(0, total - 1, count)]

@@ -105,16 +105,14 @@ def _draw(
     cfg = pipe.model.config
     size = (cfg.input_size, cfg.input_size, cfg.in_channels)
     noise = initial_noise("jax", settings.seed, len(texts), *size, first=first)
-    # The last chunk is filled up, so that it runs the same programs.
-    rows = np.resize(np.arange(len(texts)), max(len(texts), settings.batch_size))
-    images = pipe.generate(
-        [texts[row] for row in rows],
+    latents = pipe.denoise(
+        pipe.encode(texts),
+        noise,
         guidance_scale=settings.guidance_scale,
         num_inference_steps=settings.num_inference_steps,
-        noise=noise[rows],
         batch_size=settings.batch_size,
     )
-    return images[: len(texts)]
+    return pipe.decode(latents)
 
 
 def _open(folder: Path, request: dict[str, Any]) -> None:
