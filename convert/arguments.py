@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 from microdit_jax.errors import Parser, UserError
 
-__all__ = ["Parser", "config_from_fields"]
+__all__ = ["Parser", "config_from_fields", "size_faults"]
 
 Config = TypeVar("Config")
 
@@ -25,3 +25,17 @@ def config_from_fields(cls: type[Config], fields: Mapping[str, Any]) -> Config:
             "correct or remove them"
         )
     return cls(**fields)
+
+
+def size_faults(given: Mapping[str, Any], sizes: Mapping[str, Any]) -> list[str]:
+    """What a config states otherwise than the tensors have it, each in words.
+
+    Args:
+      given: the config's fields; those that it lacks are no fault.
+      sizes: as the tensors' shapes have them.
+    """
+    return [
+        f"{name} {given[name]} (the tensors have {size})"
+        for name, size in sizes.items()
+        if given.get(name, size) != size
+    ]

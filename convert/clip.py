@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from convert import clip_text
-from convert.arguments import config_from_fields
+from convert.arguments import config_from_fields, size_faults
 from convert.clip_config import ACTIVATIONS
 from convert.keymap import CONV, LINEAR, Entry, Params, Rule, build_table, to_params, to_tensors
 from convert.state_dict import StateDict
@@ -117,11 +117,7 @@ def infer_config(
     tensors = select(state_dict).tensors
     layout = "transformers" if _CONV["transformers"] in tensors else "openclip"
     sizes, given = _image_sizes(tensors, layout), _image_fields(config_json)
-    faults = [
-        f"{name} {given[name]} (the tensors have {size})"
-        for name, size in sizes.items()
-        if given.get(name, size) != size
-    ]
+    faults = size_faults(given, sizes)
     if faults:
         raise UserError(
             f"expected the config of these weights, found {'; '.join(faults)}; give the two that "

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from convert.arguments import config_from_fields
+from convert.arguments import config_from_fields, size_faults
 from convert.clip_config import stated_fields
 from convert.keymap import LINEAR, Entry, Params, Rule, build_table, to_params, to_tensors
 from convert.state_dict import StateDict
@@ -144,11 +144,7 @@ def infer_config(
     layout = _layout(tensors)
     sizes = _sizes(tensors, layout)
     given = stated_fields(config_json or {})
-    faults = [
-        f"{name} {given[name]} (the tensors have {size})"
-        for name, size in sizes.items()
-        if given.get(name, size) != size
-    ]
+    faults = size_faults(given, sizes)
     flags = {"activation": activation, "heads": heads, "padding": padding}
     for name, value in flags.items():
         if value is not None and given.setdefault(name, value) != value:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from convert.arguments import config_from_fields
+from convert.arguments import config_from_fields, size_faults
 from convert.keymap import LINEAR, Entry, Params, Rule, build_table, to_params, to_tensors
 from convert.state_dict import StateDict
 from microdit_jax.checkpoint import load_model
@@ -107,11 +107,7 @@ def infer_config(
     ]
     ours = {field.name for field in dataclasses.fields(T5Config)}
     fields = given if set(given) <= ours else {_FIELDS[k]: given[k] for k in _FIELDS if k in given}
-    faults += [
-        f"{name} {fields[name]} (the tensors have {size})"
-        for name, size in sizes.items()
-        if fields.get(name, size) != size
-    ]
+    faults += size_faults(fields, sizes)
     if faults:
         raise UserError(
             f"expected the config.json of these weights, found {'; '.join(faults)}; give the two "
