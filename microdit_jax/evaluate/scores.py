@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import scipy.stats
 
 from microdit_jax.errors import UserError
 from microdit_jax.metrics.clip_score import cosines
@@ -62,6 +61,8 @@ def over_seeds(values: Mapping[int, float]) -> dict[str, Any]:
     numbers = np.array(list(values.values()), np.float64)
     interval = None
     if len(numbers) > 1:
+        import scipy.stats  # a second, which training that scores itself need not spend at start
+
         half = scipy.stats.t.ppf(0.975, len(numbers) - 1) * scipy.stats.sem(numbers)
         interval = [float(numbers.mean() - half), float(numbers.mean() + half)]
     return {
