@@ -11,7 +11,6 @@ Examples:
 
 import collections
 import contextlib
-import re
 import time
 from pathlib import Path
 
@@ -106,8 +105,8 @@ def main(argv):
     settings["made_with"] = pipe.description
     out, wanted = Path(OUT.value), {}
     for i, prompt in zip(chosen, prompts, strict=True):
-        slug = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60]
-        wanted[out / "images" / f"{i:04d}_{slug}.png"] = settings | {"prompt": prompt, "index": i}
+        path = out / "images" / pictures.file_name(i, prompt)
+        wanted[path] = settings | {"prompt": prompt, "index": i}
     _draw(pipe, wanted, total)
     images = np.stack([pictures.read_png(path) for path in list(wanted)[:GRID]])
     rows = [real[:GRID] for real in rows]

@@ -216,6 +216,16 @@ def heun_evaluate(denoise: Denoiser, state: HeunState, at: dict[str, Array]) -> 
     return HeunState(x_next, jnp.where(at["corrects"], x_next, x_start), slope)
 
 
+def heun_denoised(state: HeunState, sigma: Float[Array, ""]) -> Latents:
+    """The D(x; sigma) that a prediction found, for a preview: x - sigma dx/dsigma.
+
+    Args:
+      state: as `heun_evaluate` left it after an evaluation that does not correct.
+      sigma: the noise level of that evaluation.
+    """
+    return state.x_start - sigma * state.slope_start
+
+
 def heun_sampler(
     denoise: Denoiser, noise: Latents, num_steps: int, config: EdmConfig = EdmConfig()
 ) -> Latents:

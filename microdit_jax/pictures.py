@@ -1,6 +1,8 @@
 """PNGs that say how they were made, and sheets of them with captions."""
 
+import io
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,15 +21,27 @@ def to_uint8(images: Float[np.ndarray, "*n H W 3"]) -> UInt8[np.ndarray, "*n H W
     return np.round(np.clip(images, 0, 1) * 255).astype(np.uint8)
 
 
-def save_png(path: Path, image: Float[np.ndarray, "H W 3"], settings: dict) -> None:
-    """Writes one picture whole or not at all, with its settings as the PNG text "microdit_jax"."""
-    info = PngImagePlugin.PngInfo()
+def file_name(index: int, prompt: str) -> str:
+    """A short name that tells pictures apart: "0003_an-elegant-squirrel-pirate-on-a-ship.png"."""
+    slug = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60]
+    return f"{index:04d}_{slug}.png"
+
+
+def encode_png(image: Float[np.ndarray, "H W 3"], settings: dict) -> bytes:
+    """The bytes of a PNG of [0, 1] floats, with the settings as its text "microdit_jax"."""
+    info, file = PngImagePlugin.PngInfo(), io.BytesIO()
     info.add_itxt(KEY, json.dumps(settings, ensure_ascii=False))
+    Image.fromarray(to_uint8(image)).save(file, format="PNG", pnginfo=info)
+    return file.getvalue()
+
+
+def save_png(path: Path, image: Float[np.ndarray, "H W 3"], settings: dict) -> None:
+    """Writes what `encode_png` makes, whole or not at all."""
     partial = path.with_name(f".{path.name}.partial")
     with disk_errors(path):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(to_uint8(image)).save(partial, format="PNG", pnginfo=info)
+            partial.write_bytes(encode_png(image, settings))
             partial.replace(path)
         except OSError:
             partial.unlink(missing_ok=True)

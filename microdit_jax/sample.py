@@ -198,6 +198,7 @@ class LatentDiffusion:
         num_inference_steps: int,
         batch_size: int | None = None,
         progress: Callable[[Sequence[Any]], Iterable[Any]] | None = None,
+        preview: Callable[[int, int, Float[np.ndarray, "m h w c"]], None] | None = None,
     ) -> Float[np.ndarray, "n h w c"]:
         """Scaled latents (n, h, w, channels) float32 of n captions, from standard normal noise.
 
@@ -205,6 +206,8 @@ class LatentDiffusion:
           batch_size: pictures drawn at a time, always so many: the last batch is filled up, so
             that every batch, of every call, runs the same program; None: all at once. On a mesh,
             rounded up to its number of devices.
+          preview: called at each step with the index of the batch's first picture, the step, and
+            what the network makes of the noise so far: scaled latents of the batch's pictures.
 
         The other arguments, and what is raised, are `generate`'s.
         """
@@ -224,6 +227,9 @@ class LatentDiffusion:
                 state = evaluate(self.params, caption, state, at, np.float32(guidance_scale))
                 if progress is not None:
                     jax.block_until_ready(state)  # or the bar would run ahead of the device
+                if preview is not None and not at["corrects"]:
+                    found = fetch(_denoised(state, at["sigma"]))
+                    preview(start, i // 2, found[: len(y) - start])
                 if i == count - 1:
                     latents[start : start + size] = fetch(state.x)[: len(y) - start]
         if not np.isfinite(latents).all():
@@ -308,3 +314,6 @@ class LatentDiffusion:
 @functools.partial(jax.jit, static_argnames="edm")
 def _start(noise: Array, *, edm: EdmConfig) -> HeunState:
     return diffusion.heun_start(noise, edm)
+
+
+_denoised = jax.jit(diffusion.heun_denoised)

@@ -44,11 +44,11 @@ def test_pictures_of_others_are_refused(tmp_path):
 
 
 def test_a_picture_that_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
-    def full(*args, **kwargs):
-        pathlib.Path(args[1]).write_bytes(b"half")
+    def full(path, data):
+        path.write_text("half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Image.Image, "save", full)
+    monkeypatch.setattr(pathlib.Path, "write_bytes", full)
     with pytest.raises(UserError, match="No space left on device; free some space"):
         pictures.save_png(tmp_path / "x.png", IMAGE, SETTINGS)
     assert not list(tmp_path.iterdir())

@@ -126,6 +126,20 @@ def test_progress_is_one_tick_an_evaluation():
     np.testing.assert_allclose(images, expected(), atol=1e-4)
 
 
+def test_previews_come_to_the_picture():
+    pipe, seen = pipeline(), []
+    y, noise = pipe.encode(PROMPTS[:3]), initial_noise("jax", 3, 3, 8, 8, 4)
+    options = {"guidance_scale": 2.0, "num_inference_steps": 3, "batch_size": 2}
+    latents = pipe.denoise(y, noise, preview=lambda *args: seen.append(args), **options)
+    assert [(start, step, len(x)) for start, step, x in seen] == [
+        (start, step, count) for start, count in ((0, 2), (2, 1)) for step in range(3)
+    ]
+    # The last step, to sigma 0, ends at what the network made of the noise then.
+    for start, _, found in (seen[2], seen[5]):
+        np.testing.assert_allclose(found, latents[start : start + 2], atol=1e-5)
+    np.testing.assert_array_equal(latents, pipe.denoise(y, noise, **options))
+
+
 def test_warming_up_compiles_what_is_needed_later():
     pipe = pipeline()
     pipe.warm_up(8, batch_size=8)
