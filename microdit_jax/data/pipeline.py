@@ -1,14 +1,18 @@
 """The order in which training sees records: a pure function of (seed, step).
 
-Every source is shuffled anew each epoch and repeated, the sources are mixed by weight, captions
-are dropped by each record's own random numbers, and only then are the batches dealt out to
-processes. So the global batch of a step is the same on one host and on many, and the step number
-is the whole state: a run resumes on any number of hosts. (Grain's own iterator checkpoint pins the
-number of processes, so it is not used.)
+Every source is shuffled anew each epoch and repeated, the sources are mixed by weight, and the
+batches are dealt out to processes. So the global batch of a step is the same on one host and on
+many, and the step number is the whole state: a run resumes on any number of hosts. (Grain's own
+iterator checkpoint pins the number of processes, so it is not used.)
+
+Grain puts numbers in order; records are read once a batch of numbers is there. Carried through
+Grain's layers one by one, each record costs three times as much (160 and 50 microseconds).
 """
 
+import bisect
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import grain
@@ -56,14 +60,15 @@ def make_dataset(
     _check(sources, weights, seed, batch_size, caption_drop, process_index, process_count)
     # One independent seed each; Grain's shuffle takes seed + epoch, so neighbours would overlap.
     *shuffle_seeds, drop_seed = np.random.SeedSequence(seed).generate_state(len(sources) + 1)
+    ends = np.cumsum([0, *map(len, sources)]).tolist()
     streams = [
-        grain.MapDataset.source(source).seed(int(shuffle_seed)).shuffle().repeat()
-        for source, shuffle_seed in zip(sources, shuffle_seeds, strict=True)
+        grain.MapDataset.range(begin, end).seed(int(shuffle_seed)).shuffle().repeat()
+        for (begin, end), shuffle_seed in zip(itertools.pairwise(ends), shuffle_seeds, strict=True)
     ]
-    records = grain.MapDataset.mix(streams, weights)
-    records = records.random_map(_caption_dropper(caption_drop), seed=int(drop_seed))
-    batches = records.batch(batch_size // process_count, drop_remainder=True)
-    return batches[process_index::process_count]
+    numbers = grain.MapDataset.mix(streams, weights)
+    numbers = numbers.batch(batch_size // process_count, drop_remainder=True)
+    reader = _Reader(sources, ends, int(drop_seed), caption_drop)
+    return numbers.map_with_index(reader)[process_index::process_count]
 
 
 def batches(
@@ -85,11 +90,26 @@ def batches(
         yield from iterator
 
 
-def _caption_dropper(probability: float) -> Callable[[Record, np.random.Generator], Record]:
-    def drop(record: Record, rng: np.random.Generator) -> Record:
-        return {**record, "keep_caption": np.float32(rng.random() >= probability)}
+class _Reader:
+    """Reads the records of a batch from their numbers, counted through all sources."""
 
-    return drop
+    def __init__(
+        self, sources: Sequence[Source], ends: list[int], drop_seed: int, caption_drop: float | int
+    ):
+        self._sources, self._ends = sources, ends
+        self._drop_seed, self._caption_drop = drop_seed, caption_drop
+
+    def __call__(self, batch: int, numbers: np.ndarray) -> dict[str, np.ndarray]:
+        records = []
+        for number in numbers.tolist():
+            source = bisect.bisect_right(self._ends, number) - 1
+            records.append(self._sources[source][number - self._ends[source]])
+        found = {name: np.stack([record[name] for record in records]) for name in records[0]}
+        # By the record's place in the run, one block of four numbers each, of which one is used:
+        # so the size of the parts that processes read does not matter.
+        stream = np.random.Philox(key=self._drop_seed, counter=batch * len(records))
+        chance = np.random.Generator(stream).random((len(records), 4))[:, 0]
+        return found | {"keep_caption": (chance >= self._caption_drop).astype(np.float32)}
 
 
 def _check(
