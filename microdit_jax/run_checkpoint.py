@@ -25,6 +25,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
 from microdit_jax import checkpoint, hosts
+from microdit_jax.background import give_way
 from microdit_jax.checkpoint import VERSION, read_json, write_json
 from microdit_jax.errors import UserError, disk_errors
 from microdit_jax.run_restore import good_step, restore_state, say, steps_on_disk
@@ -63,7 +64,8 @@ class RunCheckpoints:
         self.folder = self.workdir / "checkpoints"
         self._keep, self._timeout = (keep_last, keep_every), timeout_seconds
         self._manager: _Manager | None = None
-        self._executor = concurrent.futures.ThreadPoolExecutor(1)
+        # Orbax's threads are started by this one and share its priority.
+        self._executor = concurrent.futures.ThreadPoolExecutor(1, initializer=give_way)
         self._saving: tuple[int, concurrent.futures.Future] | None = None
         self._newest: int | None = None  # step last saved or restored
 
@@ -98,7 +100,7 @@ class RunCheckpoints:
             state=ocp.args.PyTreeSave(state), metadata=ocp.args.JsonSave(dict(metadata))
         )
         with self._save_errors(step):
-            self._manager.save(step, args=args, force=True)
+            self._executor.submit(self._manager.save, step, args=args, force=True).result()
         self._saving = step, self._executor.submit(self._manager.wait_until_finished)
 
     def check(self) -> None:

@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from microdit_jax.background import give_way
+
 
 class Prefetch:
     """An iterator that reads and places batches in a thread of its own, some ahead.
@@ -76,6 +78,7 @@ class Prefetch:
                 self._thread.join(0.01)
 
     def _work(self) -> None:
+        give_way()
         try:
             while not self._closing.is_set():
                 self._stage = "reading"
