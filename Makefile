@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEMO := out/demo
 
-.PHONY: demo test lint setup clean
+.PHONY: demo test test-ui lint setup clean
 setup: .venv/.ready
 
 .venv/.ready: pyproject.toml constraints.txt
@@ -20,6 +20,12 @@ demo: setup  ## train a small MicroDiT from scratch, two stages, and draw what i
 
 test: setup  ## all tests, on eight simulated CPU devices
 	$(BIN)/python -m pytest -q -n 2 --dist=worksteal --durations=10
+
+test-ui: setup  ## the web page in a headless Chromium; not part of `make test`, which needs no browser
+	$(BIN)/pip install -qq --constraint constraints.txt --editable '.[dev,ui,ui-test]'
+	@command -v chromedriver >/dev/null || apt-get install -y -qq chromium chromium-driver \
+		|| echo "No chromedriver, and no right to install one: Selenium tries to fetch a browser."
+	$(BIN)/python -m pytest -q tests/ui --durations=5
 
 lint: setup
 	$(BIN)/ruff check .

@@ -7,7 +7,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 
 # A module may import from its own entry and from those above it, never from those below.
 LAYERS = [
-    {"microdit_jax.errors"},
+    {"microdit_jax.errors", "microdit_jax.background"},
     {
         "microdit_jax.cli",
         "microdit_jax.hosts",
@@ -36,8 +36,9 @@ LAYERS = [
         "convert",
     },
     {"microdit_jax.assets", "microdit_jax.train_step", "microdit_jax.sample"},
-    {"microdit_jax.create"},
+    {"microdit_jax.create", "microdit_jax.caption_tower"},
     {
+        "microdit_jax.app",
         "microdit_jax.data.precompute",
         "microdit_jax.evaluate",
         "microdit_jax.metric_writer",

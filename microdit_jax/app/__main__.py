@@ -1,0 +1,153 @@
+"""A web page to draw with, on this machine.
+
+Examples:
+  python -m microdit_jax.app --model=out/demo/finetune
+  python -m microdit_jax.app --model=dit_4_channel_37M_real_and_synthetic_data --model=runs/mine
+  python -m microdit_jax.app --model=... --host=0.0.0.0 --port=8080     (for everybody near)
+
+Then open the address it prints. Needs `pip install microdit_jax[ui]`.
+"""
+
+import dataclasses
+import socket
+import time
+from pathlib import Path
+
+from absl import app, flags
+
+from microdit_jax.cli import compiled_programs, run
+from microdit_jax.errors import UserError
+
+MODEL = flags.DEFINE_multi_string(
+    "model", [], "A network, as for sample_main.py; may be given several times, to choose from."
+)
+VAE = flags.DEFINE_string("vae", None, "Its VAE; default: the one it is known for.")
+TEXT_ENCODER = flags.DEFINE_string("text_encoder", None, "Its text encoder, likewise.")
+EMA = flags.DEFINE_boolean("ema", True, "Use the moving average of the weights where there is one.")
+DTYPE = flags.DEFINE_enum(
+    "dtype", None, ["float32", "bfloat16"], "Type of the computation; default: as sample_main.py."
+)
+BATCH = flags.DEFINE_integer(
+    "batch_size", 4, "Pictures drawn at a time, of one request.", lower_bound=1
+)
+HOST = flags.DEFINE_string(
+    "host", "127.0.0.1", "Address to listen at; 0.0.0.0 lets other machines in. There is no login."
+)
+PORT = flags.DEFINE_integer(
+    "port", 7860, "Port; 0 takes any that is free.", lower_bound=0, upper_bound=65535
+)
+MAX_PROMPT = flags.DEFINE_integer("max_prompt", 1000, "Characters of a prompt.", lower_bound=1)
+MAX_STEPS = flags.DEFINE_integer("max_steps", 100, "Steps of the sampler.", lower_bound=1)
+MAX_COUNT = flags.DEFINE_integer("max_count", 8, "Pictures of a request.", lower_bound=1)
+MAX_WAITING = flags.DEFINE_integer("max_waiting", 20, "Requests in the queue.", lower_bound=1)
+
+# To try first: what the embedded pictures have, and what models of photographs know.
+EMOJI = {
+    "examples": ["hot pepper", "woman mechanic dark skin tone", "red apple", "crying cat face"],
+    "guidance_scale": 3.0,
+}
+PHOTOS = {
+    "examples": [
+        "An elegant squirrel pirate on a ship",
+        "A lighthouse above a stormy sea, oil painting",
+        "A bowl of ramen on a wooden table",
+    ],
+    "guidance_scale": 5.0,
+}
+
+
+def main(argv):
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments {argv[1:]}; a model goes into --model")
+    if not MODEL.value:
+        raise UserError("flag --model must have a value; see python -m microdit_jax.app --help")
+    try:
+        import uvicorn
+
+        from microdit_jax.app.server import make_app
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"the page needs the package {error.name}, found none; pip install 'microdit_jax[ui]'"
+        ) from error
+    from microdit_jax.app.limits import Limits
+    from microdit_jax.app.studio import Studio
+
+    limits = Limits(
+        prompt_characters=MAX_PROMPT.value,
+        steps=MAX_STEPS.value,
+        count=MAX_COUNT.value,
+        waiting=MAX_WAITING.value,
+    )
+    listening = _listen()  # before minutes of loading
+    studio = Studio(_load(), limits=limits, batch_size=BATCH.value)
+    start = time.perf_counter()
+    sides = studio.warm_up()
+    print(f"compiled in {time.perf_counter() - start:.1f} s{compiled_programs()}")
+    choices = {
+        "models": [
+            {"name": name, "side": sides[name]} | _suggested(model.pipe)
+            for name, model in studio.models.items()
+        ],
+        "limits": dataclasses.asdict(limits),
+        "defaults": {
+            "num_inference_steps": min(30, limits.steps),
+            "seed": 2024,
+            "count": 1,
+        },
+    }
+    everywhere = HOST.value in ("0.0.0.0", "::", "")
+    hosts = ["*"] if everywhere else ["127.0.0.1", "localhost", HOST.value]
+    config = uvicorn.Config(
+        make_app(studio, choices, hosts), log_level="warning", timeout_graceful_shutdown=1
+    )
+    shown = "127.0.0.1" if everywhere else HOST.value
+    print(f"Open http://{shown}:{listening.getsockname()[1]}/", flush=True)
+    studio.start()
+    try:
+        uvicorn.Server(config).run(sockets=[listening])
+    except KeyboardInterrupt:
+        pass
+    finally:
+        studio.close()
+
+
+def _listen() -> socket.socket:
+    try:
+        return socket.create_server((HOST.value, PORT.value))
+    except OSError as error:
+        raise UserError(
+            f"could not listen at {HOST.value}, port {PORT.value}: {error.strerror}; give another "
+            "--port or --host"
+        ) from error
+
+
+def _load():
+    """The models by the names that the page shows: never their whole paths."""
+    from microdit_jax import create
+    from microdit_jax.app.studio import PageModel
+
+    models = {}
+    for given in MODEL.value:
+        start = time.perf_counter()
+        options = {
+            "vae": VAE.value,
+            "text_encoder": TEXT_ENCODER.value,
+            "ema": EMA.value,
+            "dtype": DTYPE.value,
+        }
+        pipe, _ = create.load(given, **options)
+        print(f"{pipe.description}: loaded in {time.perf_counter() - start:.1f} s", flush=True)
+        name = "/".join(Path(given).parts[-2:]).strip("/") or given
+        if name in models:
+            name = f"{name} ({len(models) + 1})"
+        models[name] = PageModel(pipe, {"model": given} | options)
+    return models
+
+
+def _suggested(pipe) -> dict:
+    """Prompts and a guidance to begin with; the embedded pictures' runs have a token table."""
+    return EMOJI if pipe.text_encoder.name.startswith("table:") else PHOTOS
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,93 @@
+"""What a page may ask for: every value is checked here, before anything is drawn."""
+
+import dataclasses
+import math
+from collections.abc import Collection
+from typing import Any
+
+from microdit_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """The most of everything that one request, or all together, may ask for."""
+
+    prompt_characters: int = 1000
+    steps: int = 100
+    guidance: float = 20.0
+    count: int = 8
+    seed: int = 2**32 - 1
+    waiting: int = 20  # requests that have not begun
+    body_bytes: int = 32_768  # of a request, as it comes in
+    kept_bytes: int = 256 * 2**20  # of finished pictures; the oldest go first
+
+
+@dataclasses.dataclass(frozen=True)
+class DrawRequest:
+    """One checked request: `count` pictures of a prompt, by the model of this name on the page."""
+
+    model: str
+    prompt: str
+    guidance_scale: float
+    num_inference_steps: int
+    seed: int
+    count: int
+
+
+def read_request(asked: Any, models: Collection[str], limits: Limits = Limits()) -> DrawRequest:
+    """Checks what came in, as parsed from JSON.
+
+    Raises:
+      UserError: a key is missing or unknown, or a value has another type or is out of its range.
+    """
+    names = [field.name for field in dataclasses.fields(DrawRequest)]
+    if not isinstance(asked, dict) or set(asked) != set(names):
+        found = ", ".join(sorted(map(str, asked))) if isinstance(asked, dict) else "no object"
+        raise UserError(f"expected the values {', '.join(names)}, found {found or 'none'}")
+    if asked["model"] not in list(models):
+        raise UserError(f"expected one of the models {', '.join(models)}; choose one of the list")
+    return DrawRequest(
+        model=asked["model"],
+        prompt=_prompt(asked["prompt"], limits),
+        guidance_scale=_number(asked["guidance_scale"], "guidance", 1.0, limits.guidance),
+        num_inference_steps=_whole(asked["num_inference_steps"], "steps", 1, limits.steps),
+        seed=_whole(asked["seed"], "a seed", 0, limits.seed),
+        count=_whole(asked["count"], "pictures", 1, limits.count),
+    )
+
+
+def _prompt(value: Any, limits: Limits) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise UserError("expected a prompt, found an empty one; say what to draw")
+    prompt = " ".join(value.split())
+    if len(prompt) > limits.prompt_characters:
+        raise UserError(
+            f"expected a prompt of at most {limits.prompt_characters} characters, found "
+            f"{len(prompt)}; shorten it"
+        )
+    if not prompt.isprintable():
+        raise UserError("expected readable text, found control characters in the prompt")
+    return prompt
+
+
+def _whole(value: Any, what: str, low: int, high: int) -> int:
+    # JSON's true is a bool, which Python takes for 1.
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise UserError(
+            f"expected {what} as a whole number from {low} to {high}, found {_shown(value)}"
+        )
+    return value
+
+
+def _number(value: Any, what: str, low: float, high: float) -> float:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not math.isfinite(value) or not low <= value <= high:
+        raise UserError(
+            f"expected {what} as a number from {low:g} to {high:g}, found {_shown(value)}"
+        )
+    return float(value)
+
+
+def _shown(value: Any) -> str:
+    """A value for an error: a page's empty field comes as null, and nothing is shown at length."""
+    return "nothing" if value is None else f"{str(value)[:40]}"

@@ -1,0 +1,118 @@
+"""HTTP around the studio: the page's files, what it may choose from, drawings, pictures."""
+
+import asyncio
+import json
+import re
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from microdit_jax.app.limits import read_request
+from microdit_jax.app.studio import Studio
+from microdit_jax.errors import UserError
+
+PAGE = Path(__file__).parent / "page"
+# The only files that are served: nothing that comes in is ever used as a path.
+FILES = {
+    "/": ("index.html", "text/html"),
+    "/page.js": ("page.js", "text/javascript"),
+    "/page.css": ("page.css", "text/css"),
+    "/icon.svg": ("icon.svg", "image/svg+xml"),
+}
+SAFE = {
+    "Content-Security-Policy": "default-src 'self'; img-src 'self' data:; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+}
+
+
+def make_app(studio: Studio, choices: dict[str, Any], hosts: list[str]) -> Starlette:
+    """The web application.
+
+    Args:
+      choices: what the page is told at its start: models, defaults and limits.
+      hosts: names under which the page may be asked for; another site that points its own name to
+        this machine is refused. "*" takes any.
+    """
+
+    async def draw(request: Request) -> Response:
+        # A form of another site cannot send this type without the browser asking here first.
+        if request.headers.get("content-type", "").split(";")[0] != "application/json":
+            return _refused("expected application/json", 415)
+        body = b""
+        async for chunk in request.stream():
+            body += chunk
+            if len(body) > studio.limits.body_bytes:
+                return _refused("the request is too long; shorten the prompt", 413)
+        loop, events = asyncio.get_running_loop(), asyncio.Queue()
+
+        def listener(event: dict[str, Any]) -> None:
+            if not loop.is_closed():  # the server may be gone before the drawing
+                loop.call_soon_threadsafe(events.put_nowait, event)
+
+        try:
+            asked = read_request(_parse(body), studio.models, studio.limits)
+            drawing = studio.submit(asked, listener)
+        except UserError as error:
+            return _refused(str(error), 400)
+
+        async def lines() -> AsyncIterator[str]:
+            try:
+                while True:
+                    event = await events.get()
+                    yield json.dumps(event) + "\n"
+                    if event["event"] in ("done", "error"):
+                        return
+            finally:  # also when the page is closed, or its Stop was pressed
+                drawing.cancel()
+
+        return StreamingResponse(lines(), media_type="application/x-ndjson", headers=SAFE)
+
+    async def picture(request: Request) -> Response:
+        found = studio.picture(request.path_params["name"])
+        if found is None:
+            return _refused("this picture is no longer kept; draw it again", 404)
+        # Some names have no letter that a header can hold.
+        name = re.sub(r"[^\w.-]", "", found.file_name, flags=re.ASCII)
+        headers = SAFE | {
+            "Content-Disposition": f'inline; filename="{name}"',
+            "Cache-Control": "private, max-age=86400, immutable",
+        }
+        return Response(found.png, media_type="image/png", headers=headers)
+
+    async def choose(request: Request) -> Response:
+        return JSONResponse(choices, headers=SAFE)
+
+    def page(file: str, media_type: str):
+        async def answer(request: Request) -> Response:
+            return Response((PAGE / file).read_bytes(), media_type=media_type, headers=SAFE)
+
+        return answer
+
+    return Starlette(
+        routes=[
+            *(Route(path, page(*file)) for path, file in FILES.items()),
+            Route("/choices", choose),
+            Route("/draw", draw, methods=["POST"]),
+            Route("/pictures/{name}", picture),
+        ],
+        middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=hosts, www_redirect=False)],
+    )
+
+
+def _refused(message: str, status: int) -> Response:
+    return JSONResponse({"error": message}, status_code=status, headers=SAFE)
+
+
+def _parse(body: bytes) -> Any:
+    try:
+        return json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise UserError("expected JSON, found something else") from error

@@ -1,0 +1,139 @@
+"""The page's studio without a browser: what may be asked, who is drawn when, what comes out.
+
+tests/ui has the page itself in a browser (make test-ui).
+"""
+
+import io
+import json
+import threading
+
+import numpy as np
+import pytest
+from PIL import Image
+from test_sample import pipeline
+
+from microdit_jax.app.limits import Limits, read_request
+from microdit_jax.app.studio import PageModel, Studio
+from microdit_jax.errors import UserError
+
+GOOD = {
+    "model": "tiny", "prompt": "red apple", "guidance_scale": 2, "num_inference_steps": 3,
+    "seed": 3, "count": 1,
+}  # fmt: skip
+LIMITS = Limits(prompt_characters=20, steps=10, count=3, waiting=2)
+
+
+def test_a_good_request():
+    asked = read_request(GOOD | {"prompt": "  red\n apple "}, ["tiny"], LIMITS)
+    assert asked.prompt == "red apple" and asked.guidance_scale == 2.0
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        ({"prompt": " \n"}, "expected a prompt, found an empty one"),
+        ({"prompt": None}, "expected a prompt"),
+        ({"prompt": "a" * 21}, "at most 20 characters, found 21; shorten it"),
+        ({"prompt": "a\x00b"}, "found control characters"),
+        ({"num_inference_steps": 0}, "steps as a whole number from 1 to 10, found 0"),
+        ({"num_inference_steps": 11}, "found 11"),
+        ({"num_inference_steps": 2.5}, "found 2.5"),
+        ({"num_inference_steps": True}, "found True"),
+        ({"count": 4}, "pictures as a whole number from 1 to 3, found 4"),
+        ({"count": None}, "found nothing"),
+        ({"seed": -1}, "a seed as a whole number from 0 to 4294967295"),
+        ({"guidance_scale": float("nan")}, "guidance as a number from 1 to 20, found nan"),
+        ({"guidance_scale": "9" * 1000}, "found 9999"),
+        ({"model": "../../etc/passwd"}, "expected one of the models tiny"),
+        ({"model": ["tiny"]}, "expected one of the models tiny"),
+        ({"path": "x"}, "expected the values model, prompt"),
+    ],
+)
+def test_refused(wrong, message):
+    with pytest.raises(UserError, match=message) as error:
+        read_request(GOOD | wrong, ["tiny"], LIMITS)
+    assert len(str(error.value)) < 200
+    for not_an_object in (None, [], "x", 3):
+        with pytest.raises(UserError, match="found no object"):
+            read_request(not_an_object, ["tiny"], LIMITS)
+
+
+class Listener:
+    """Keeps the events of a drawing; `end` waits for the last of them."""
+
+    def __init__(self):
+        self.events, self._ended = [], threading.Event()
+
+    def __call__(self, event):
+        json.dumps(event)  # it must travel
+        self.events.append(event)
+        if event["event"] in ("done", "error"):
+            self._ended.set()
+
+    def end(self):
+        assert self._ended.wait(60), self.events
+        return self.events[-1]
+
+
+@pytest.fixture
+def studio():
+    studio = Studio({"tiny": PageModel(pipeline(), {"model": "m"})}, limits=LIMITS, batch_size=2)
+    yield studio
+    studio.close()
+
+
+def ask(studio, **changed):
+    listener = Listener()
+    drawing = studio.submit(read_request(GOOD | changed, ["tiny"], LIMITS), listener)
+    return drawing, listener
+
+
+def test_drawn_in_order_with_previews_and_settings(studio):
+    _, first = ask(studio)
+    cancelled, _ = ask(studio, seed=9)
+    with pytest.raises(UserError, match="at most 2 drawings waiting"):
+        ask(studio)
+    cancelled.cancel()
+    _, second = ask(studio, count=3)  # the place of the cancelled one
+    assert second.events[0] == {"event": "queued", "ahead": 1}
+    studio.start()
+    done = second.end()
+    assert first.end()["event"] == "done" == done["event"]
+    assert second.events[-2]["previews"][0].startswith("data:image/png;base64,")
+    steps = [(e["first"], e["step"]) for e in second.events if e["event"] == "step"]
+    assert steps == [(0, 1), (0, 2), (0, 3), (2, 1), (2, 2), (2, 3)]  # batches of 2 and 1
+
+    expected = pipeline().generate(
+        ["red apple"] * 3, guidance_scale=2.0, num_inference_steps=3, seed=3, batch_size=2
+    )
+    for i, name in enumerate(done["pictures"]):
+        picture = studio.picture(name)
+        assert picture.file_name == f"{i:04d}_red-apple.png"
+        with Image.open(io.BytesIO(picture.png)) as image:
+            settings = json.loads(image.text["microdit_jax"])
+            np.testing.assert_allclose(np.asarray(image) / 255, expected[i], atol=1.5 / 255)
+        assert settings.items() >= {"model": "m", "seed": 3, "index": i, "of": 3}.items()
+    (alone,) = first.end()["pictures"]
+    assert studio.picture(alone).png != studio.picture(done["pictures"][0]).png  # "of" differs
+    assert studio.picture("nobody's") is None
+
+
+def test_one_failure_is_told_in_words_and_the_next_is_drawn(studio, monkeypatch, capsys):
+    real, decode = type(studio.models["tiny"].pipe), "decode"
+    working = real.decode
+    monkeypatch.setattr(real, decode, lambda *_: 1 / 0)
+    _, listener = ask(studio)
+    studio.start()
+    assert "the server's log says why" in listener.end()["message"]
+    assert "ZeroDivisionError" in capsys.readouterr().err
+    monkeypatch.setattr(real, decode, working)
+    _, listener = ask(studio)
+    assert listener.end()["event"] == "done"
+
+
+def test_only_the_newest_pictures_are_kept(studio):
+    studio.limits = Limits(kept_bytes=1)
+    studio.start()
+    _, listener = ask(studio, count=2)
+    old, new = listener.end()["pictures"]
+    assert studio.picture(old) is None and studio.picture(new) is not None
