@@ -48,7 +48,7 @@ class BareSteps:
             model, optimizer, jax.random.key(0), mesh, with_ema=config.ema.enabled
         )
         record = next(data.batches(config, 0))
-        batch = {name: record[name] for name in train_module.BATCH_KEYS}
+        batch = {name: record[name] for name in data.batch_keys}
         self._batch = sharding.put_batch(batch, mesh)
 
     def losses(self, step, state):

@@ -82,6 +82,8 @@ def base() -> ConfigDict:
                 # What made the latents and caption embeddings.
                 "vae": "stabilityai/stable-diffusion-xl-base-1.0",
                 "text_encoder": "openclip:hf-hub:apple/DFN5B-CLIP-ViT-H-14-378",
+                # "embeddings" as stored, or "tokens": the text tower then runs in the train step.
+                "captions": "embeddings",
                 "cache": "",  # folder for the shards of sets at a URL
                 "caption_drop": 0.1,
                 "threads": 4,  # that read, in each process

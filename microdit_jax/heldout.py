@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from microdit_jax import assets, sharding, train_step
+from microdit_jax.caption_tower import CaptionTower
 from microdit_jax.data.pipeline import Source
 from microdit_jax.diffusion import EdmConfig
 from microdit_jax.evaluate.in_training import TrainingScores
@@ -37,6 +38,7 @@ class HeldoutLoss:
       num_images: how many, spread evenly over the source.
       batch_size: images at a time, of all processes together.
       draws: noise draws for each image.
+      tower: embeds the captions of a source of token ids.
     """
 
     def __init__(
@@ -49,16 +51,21 @@ class HeldoutLoss:
         num_images: int,
         batch_size: int,
         draws: int,
+        tower: CaptionTower | None = None,
     ):
         self._source, self._draws, self._mesh = source, draws, mesh
+        self._captions = "caption_latents" if tower is None else "tokens"
+        self._tower_params = None if tower is None else tower.params
         count = min(num_images, len(source))
         self._chosen = np.linspace(0, len(source) - 1, count).astype(int)
         # Filled up to whole batches of one size that divides over the devices.
         self._size = -(-min(batch_size, count) // mesh.size) * mesh.size
         loss = train_step.make_eval_step(model, edm=edm, seed=NOISE_SEED, mesh=mesh)
 
-        def summed(params, batch):
+        def summed(params, tower_params, batch):
             images = {name: value for name, value in batch.items() if name != "weight"}
+            if tower is not None:
+                images = tower.embed(tower_params, images)
             return jnp.sum(loss(params, images) * batch["weight"])
 
         self._summed = jax.jit(summed)
@@ -70,9 +77,9 @@ class HeldoutLoss:
             for i in range(self._draws):
                 draw = {"draw": np.uint32(number * self._draws + i)}
                 for captions, losses in sums.items():
-                    part = {"latents": batch["latents"], "caption_latents": batch[captions]}
+                    part = {"latents": batch["latents"], self._captions: batch[captions]}
                     placed = sharding.put_batch(part | draw | {"weight": weight}, self._mesh)
-                    losses.append(self._summed(params, placed))
+                    losses.append(self._summed(params, self._tower_params, placed))
         total = len(self._chosen) * self._draws
         means = {name: float(sum(jax.device_get(found))) / total for name, found in sums.items()}
         return means | {"ratio": means["right"] / means["shuffled"]}
@@ -88,8 +95,8 @@ class HeldoutLoss:
             yield (
                 {
                     "latents": np.stack([record["latents"] for record in images]),
-                    "right": np.stack([record["caption_latents"] for record in images]),
-                    "shuffled": np.stack([record["caption_latents"] for record in others]),
+                    "right": np.stack([record[self._captions] for record in images]),
+                    "shuffled": np.stack([record[self._captions] for record in others]),
                 },
                 (rows < count).astype(np.float32),
             )
@@ -125,6 +132,7 @@ class Evaluation:
             num_images=settings.num_images,
             batch_size=settings.batch_size,
             draws=settings.draws,
+            tower=data.tower,
         )
         self._grid = self._scores = None
         if settings.num_samples or settings.score_images:

@@ -13,6 +13,7 @@ from jax.sharding import AbstractMesh, Mesh
 from ml_collections import ConfigDict
 
 from microdit_jax import hosts, optim, train_step
+from microdit_jax.caption_tower import CaptionTower
 from microdit_jax.data import pipeline
 from microdit_jax.data.latents import LatentSource, load_prepared, prepare_twemoji
 from microdit_jax.data.pipeline import Record, Source
@@ -28,8 +29,8 @@ from microdit_jax.models.dit import DiT, DiTConfig
 from microdit_jax.train_step import Batch, Metrics, TrainState
 
 DATASET_KEYS = {"source", "folder", "weight"}
-# What of a record goes into a batch
-RECORD_KEYS = ("latents", "caption_latents", "index")
+# What of a record goes into a batch, beside its captions
+RECORD_KEYS = ("latents", "index")
 
 
 def model_config(config: ConfigDict) -> DiTConfig:
@@ -96,8 +97,12 @@ def make_step(
     optimizer: optax.GradientTransformation,
     schedule: optax.Schedule,
     mesh: Mesh | AbstractMesh,
+    tower: CaptionTower | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """The training step of a run configuration, jitted, its state donated."""
+    """The training step of a run configuration, jitted, its state donated.
+
+    With a tower, its batches hold "tokens" (n, l), which become embeddings in the same program.
+    """
     step = train_step.make_train_step(
         model,
         optimizer,
@@ -111,7 +116,14 @@ def make_step(
         micro_batches=num_micro_batches(config, mesh),
         module_grad_norms=config.train.module_grad_norms,
     )
-    return jax.jit(step, donate_argnums=0)
+    if tower is None:
+        return jax.jit(step, donate_argnums=0)
+
+    def embed_and_step(state, batch, tower_params):
+        return step(state, tower.embed(tower_params, batch))
+
+    jitted = jax.jit(embed_and_step, donate_argnums=0)
+    return lambda state, batch: jitted(state, batch, tower.params)
 
 
 def check_intervals(config: ConfigDict) -> None:
@@ -128,6 +140,8 @@ class RunData(NamedTuple):
     sources, weights: for `pipeline.make_dataset`; a record's "source" is its number in `names`.
     heldout: records that training does not see.
     made_by: names of the "vae" and the "text_encoder" of all of them.
+    captions: what records hold of captions, "caption_latents" or "tokens".
+    tower: embeds those tokens, else None.
     codec: the folder of the codec where the run's data made one, else None.
     """
 
@@ -136,8 +150,20 @@ class RunData(NamedTuple):
     names: list[str]
     heldout: Source
     made_by: dict[str, str]
+    captions: str
+    tower: CaptionTower | None
     codec: Path | None
     attribution: str
+
+    @property
+    def batch_keys(self) -> tuple[str, ...]:
+        """What of a batch goes to the devices."""
+        return ("latents", self.captions, "keep_caption")
+
+    def check_batch(self, batch: Record) -> None:
+        """Raises UserError for token ids that are not the tower's."""
+        if self.tower is not None:
+            self.tower.check(batch["tokens"])
 
     def heldout_caption(self, index: int) -> str:
         """The text of a held-out record."""
@@ -162,20 +188,23 @@ class RunData(NamedTuple):
 class _Numbered:
     """A source's arrays alone, each record with the number of its source."""
 
-    def __init__(self, source: Source, number: int):
+    def __init__(self, source: Source, number: int, captions: str):
         self._source, self._number = source, np.int32(number)
+        self._names = (*RECORD_KEYS, captions)
 
     def __len__(self) -> int:
         return len(self._source)
 
     def __getitem__(self, index: int) -> Record:
         record = self._source[index]
-        return {name: record[name] for name in RECORD_KEYS} | {"source": self._number}
+        return {name: record[name] for name in self._names} | {"source": self._number}
 
 
-def load_data(config: ConfigDict) -> RunData:
+def load_data(config: ConfigDict, mesh: Mesh) -> RunData:
     """Opens the datasets of a run; prepares the embedded pictures where that was not done yet.
 
+    Args:
+      mesh: where the text tower goes, if the run embeds captions itself.
     Raises:
       UserError: no datasets, an unknown source, one that does not open, or that other towers made.
     """
@@ -183,8 +212,12 @@ def load_data(config: ConfigDict) -> RunData:
     if not entries:
         raise UserError("data.datasets must name at least one dataset, found none")
     heldout_entry = config.data.heldout.to_dict()
-    opened = [_open(config, entry, "train") for entry in entries]
-    heldout = _open(config, heldout_entry, "heldout")
+    tower = None
+    if config.data.captions == "tokens":
+        tower = CaptionTower(config.data.text_encoder, config.model.options.dtype, mesh)
+    captions = "caption_latents" if tower is None else "tokens"
+    opened = [_open(config, entry, "train", tower) for entry in entries]
+    heldout = _open(config, heldout_entry, "heldout", tower)
     made_by = {"vae": heldout.vae, "text_encoder": heldout.text_encoder}
     for source in opened:
         source.check_made_by(**made_by)
@@ -193,11 +226,13 @@ def load_data(config: ConfigDict) -> RunData:
     if has_codec:
         notes.append(ATTRIBUTION)
     return RunData(
-        [_Numbered(source, i) for i, source in enumerate(opened)],
+        [_Numbered(source, i, captions) for i, source in enumerate(opened)],
         [entry["weight"] * len(source) for entry, source in zip(entries, opened, strict=True)],
         [entry["folder"] for entry in entries],
         heldout,
         made_by,
+        captions,
+        tower,
         Path(heldout_entry["folder"]) / "codec" if has_codec else None,
         "; ".join(dict.fromkeys(note for note in notes if note)),
     )
@@ -212,28 +247,37 @@ def _checked(entry: Any) -> dict[str, Any]:
     return dict(entry)
 
 
-def _open(config: ConfigDict, entry: dict[str, Any], split: str) -> Source:
+def _open(
+    config: ConfigDict, entry: dict[str, Any], split: str, tower: CaptionTower | None
+) -> Source:
     kinds = {"latents": _open_latents, "twemoji": _open_twemoji}
     if entry["source"] not in kinds:
         raise UserError(
             f"a dataset's source must be one of {', '.join(kinds)}, found {entry['source']!r}"
         )
-    return kinds[entry["source"]](config, entry["folder"], split)
+    return kinds[entry["source"]](config, entry["folder"], split, tower)
 
 
-def _open_latents(config: ConfigDict, folder: str, split: str) -> StoredLatents:
+def _open_latents(
+    config: ConfigDict, folder: str, split: str, tower: CaptionTower | None
+) -> StoredLatents:
     """Stored latents, MDS or ArrayRecord; training and held-out pictures lie in different ones."""
     data = config.data
     return open_latents(
         folder,
         resolution=data.resolution,
         vae=data.vae,
-        text_encoder=data.text_encoder,
+        # Of a tower given by its path, data carry the name that it has there.
+        text_encoder=data.text_encoder if tower is None else tower.name,
+        captions=data.captions,
+        tokenizer=tower and tower.tokenizer,
         **({"cache": data.cache} if "://" in folder and data.cache else {}),
     )
 
 
-def _open_twemoji(config: ConfigDict, folder: str, split: str) -> LatentSource:
+def _open_twemoji(
+    config: ConfigDict, folder: str, split: str, tower: CaptionTower | None
+) -> LatentSource:
     """The embedded emoji pictures; the folder is prepared first, by one process, if need be."""
     pattern = r"patch_pca:patch=(\d+),channels=(\d+),resolution=(\d+)"
     match = re.fullmatch(pattern, config.data.vae)
@@ -241,6 +285,11 @@ def _open_twemoji(config: ConfigDict, folder: str, split: str) -> LatentSource:
         raise UserError(
             "data.vae for the source twemoji must be like "
             f"patch_pca:patch=4,channels=8,resolution=32, found {config.data.vae!r}"
+        )
+    if config.data.captions != "embeddings":
+        raise UserError(
+            "the source twemoji stores embeddings, found data.captions="
+            f"{config.data.captions!r}; use data.captions=embeddings"
         )
     patch, channels, resolution = map(int, match.groups())
 
@@ -271,7 +320,10 @@ def check_data(cfg: DiTConfig, data: RunData) -> int:
                 f"the model takes latents {expected}, found {record['latents'].shape} in {name}; "
                 "set model.options.input_size and in_channels, or prepare data of that size"
             )
-        length, width = record["caption_latents"].shape
+        if data.tower is None:
+            length, width = record["caption_latents"].shape
+        else:
+            length, width = len(record["tokens"]), data.tower.width
         if width != cfg.caption_channels:
             raise UserError(
                 f"the model takes caption embeddings {cfg.caption_channels} wide, found {width} in "

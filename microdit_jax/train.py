@@ -36,8 +36,6 @@ from microdit_jax.signals import StopRequest
 from microdit_jax.start import starting_state
 from microdit_jax.train_step import TrainState
 
-# What of a record goes to the devices
-BATCH_KEYS = ("latents", "caption_latents", "keep_caption")
 OUT_OF_MEMORY = (
     "a smaller train.micro_batch_size, model.options.remat=block, or more devices over mesh.fsdp"
 )
@@ -70,7 +68,7 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
         import_wandb()
     model = DiT(cfg)
     optimizer, schedule = make_optimizer(config)
-    data = load_data(config)
+    data = load_data(config, mesh)
     caption_length = check_data(cfg, data)
 
     with contextlib.ExitStack() as stack:
@@ -122,7 +120,7 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
         stack.callback(progress.close)
 
         # ------------------------------------------------------------ step, evaluation, data
-        step_fn = make_step(config, model, optimizer, schedule, mesh)
+        step_fn = make_step(config, model, optimizer, schedule, mesh, data.tower)
         evaluate = Evaluation(model, edm, mesh, data, config, workdir, writer, progress.say)
         trace = StepTrace(workdir / "profile", start + config.profile.start, config.profile.steps)
 
@@ -130,7 +128,8 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
 
         def place(batch):
             names = {name: batch[name] for name in ("source", "index")}
-            return names, sharding.put_batch({name: batch[name] for name in BATCH_KEYS}, mesh)
+            data.check_batch(batch)
+            return names, sharding.put_batch({name: batch[name] for name in data.batch_keys}, mesh)
 
         batches = stack.enter_context(Prefetch(data.batches(config, start), place))
 

@@ -4,11 +4,13 @@ import numpy as np
 import pytest
 
 from configs import common, demo
+from microdit_jax import sharding
 from microdit_jax.data.mds_writer import MdsWriter
 from microdit_jax.data.records import SIDECAR, LatentInfo
 from microdit_jax.errors import UserError
 from microdit_jax.run_config import check_data, check_intervals, load_data, model_config
 
+MESH = sharding.make_mesh()
 COLUMNS = {"caption": "str", "caption_latents": "bytes", "latents_256": "bytes"}
 
 
@@ -42,7 +44,7 @@ def stored_config(tmp_path, **second):
 
 def test_stored_latents(tmp_path):
     config = stored_config(tmp_path)
-    data = load_data(config)
+    data = load_data(config, MESH)
     assert [len(source) for source in data.sources] == [3, 2] and data.weights == [3, 6]
     record = data.sources[1][1]
     assert set(record) == {"latents", "caption_latents", "index", "source"}
@@ -64,14 +66,14 @@ def test_stored_latents(tmp_path):
 def test_datasets_that_do_not_belong_together(tmp_path, second, message):
     config = stored_config(tmp_path, **second)
     with pytest.raises(UserError, match=message):
-        check_data(model_config(config), load_data(config))
+        check_data(model_config(config), load_data(config, MESH))
 
 
 def test_latents_of_another_size_are_refused(tmp_path):
     config = stored_config(tmp_path)
     config.model.options.input_size = 64
     with pytest.raises(UserError, match=r"takes latents \(64, 64, 4\), found \(32, 32, 4\)"):
-        check_data(model_config(config), load_data(config))
+        check_data(model_config(config), load_data(config, MESH))
 
 
 @pytest.mark.parametrize(
@@ -90,7 +92,7 @@ def test_data_that_cannot_be_opened(change, message):
     config = demo.get_config("pretrain")
     config.data.update(change)
     with pytest.raises(UserError, match=message):
-        load_data(config)
+        load_data(config, MESH)
 
 
 def test_networks_that_do_not_exist():

@@ -75,7 +75,11 @@ class ClipTextEncoder:
         self.params = params
         self.tokenizer = ClipTokenizer(config.context_length, padding=config.padding)
         self._batch = batch
-        self._apply = jax.jit(lambda params, ids: ClipText(config).apply({"params": params}, ids))
+        self._apply = jax.jit(self.forward)
+
+    def forward(self, params: Mapping[str, Any], ids: Int[Array, "n l"]) -> Float32[Array, "n l d"]:
+        """Vectors of token ids as a pure function, for programs that embed captions themselves."""
+        return ClipText(self.config).apply({"params": params}, ids)
 
     @property
     def width(self) -> int:

@@ -247,9 +247,17 @@ class T5Encoder:
         self.params = params
         self.tokenizer = tokenizer
         self._batch = batch
-        self._apply = jax.jit(
-            lambda params, ids, mask: T5(config).apply({"params": params}, ids, mask)
-        )
+        self._apply = jax.jit(self.forward)
+
+    def forward(
+        self,
+        params: Mapping[str, Any],
+        ids: Int[Array, "n l"],
+        mask: Bool[Array, "n l"] | None = None,
+    ) -> Float32[Array, "n l d"]:
+        """Vectors of token ids as a pure function; the mask is as `encode` takes it."""
+        mask = ids != PADDING if mask is None else mask
+        return T5(self.config).apply({"params": params}, ids, mask)
 
     @property
     def width(self) -> int:
