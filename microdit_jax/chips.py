@@ -1,4 +1,4 @@
-"""What accelerators can do at best, to measure ourselves against."""
+"""What accelerators can do at best, to measure ourselves against, and what they cost."""
 
 import dataclasses
 
@@ -10,32 +10,90 @@ class Chip:
     Attributes:
       device_kinds: what `jax.Device.device_kind` starts with.
       bfloat16_flops: dense bfloat16 matrix products with float32 sums, operations per second.
-      source: where the figure stands. NVIDIA prints twice as much, for matrices with structured
-        zeros; here are the dense figures.
+      source: where the figures stand. NVIDIA prints twice as many operations, for matrices with
+        structured zeros; here are the dense figures.
+      memory_bytes, memory_bandwidth: of the chip's own memory, and bytes per second to it; 0 where
+        nobody asked yet, as below.
+      link_bandwidth: bytes per second that it can receive from its neighbours, all links together;
+        half of the figure that is printed for both directions.
+      network_bandwidth: the same from another host's chips; that of the links where they join all.
+      dollars_per_hour: one chip's price, without commitment; None where there is none to quote.
+      price_source: whose price, and when.
     """
 
     name: str
     device_kinds: tuple[str, ...]
     bfloat16_flops: float
     source: str
+    memory_bytes: float = 0
+    memory_bandwidth: float = 0
+    link_bandwidth: float = 0
+    network_bandwidth: float = 0
+    dollars_per_hour: float | None = None
+    price_source: str = ""
 
 
 _H100 = "NVIDIA H100 datasheet, BFLOAT16 Tensor Core, half of the figure with sparsity"
 _H200 = "NVIDIA H200 datasheet, BFLOAT16 Tensor Core, half of the figure with sparsity"
-_TPU = "docs.cloud.google.com/tpu/docs/{}, peak compute per chip (bf16)"
+_TPU = "docs.cloud.google.com/tpu/docs/{}, peak compute, HBM and ICI per chip"
+_TPU_PRICE = "cloud.google.com/tpu/pricing, on demand in US regions; look it up, it changes"
 
 # Longer names first: "TPU v5 lite" before "TPU v5". On TPU v4 and v5p one JAX device is one chip.
 CHIPS = (
     Chip("H100 PCIe", ("NVIDIA H100 PCIe",), 756e12, _H100),
     Chip("H100 NVL", ("NVIDIA H100 NVL",), 835e12, _H100),
-    Chip("H100 SXM", ("NVIDIA H100 80GB HBM3", "NVIDIA H100"), 989e12, _H100),
+    Chip(
+        "H100 SXM",
+        ("NVIDIA H100 80GB HBM3", "NVIDIA H100"),
+        989e12,
+        _H100 + "; HBM3 and NVLink there; hosts joined by one 400 Gb/s adapter for each GPU",
+        memory_bytes=84_929_347_584,  # what a device reports
+        memory_bandwidth=3.35e12,
+        link_bandwidth=450e9,
+        network_bandwidth=50e9,
+        dollars_per_hour=3.79,
+        price_source="arXiv 2407.15811: USD 1,890 for 2.6 days on 8",
+    ),
     Chip("H200 NVL", ("NVIDIA H200 NVL",), 835e12, _H200),
     Chip("H200 SXM", ("NVIDIA H200",), 989e12, _H200),
     Chip("A100", ("NVIDIA A100",), 312e12, "NVIDIA A100 datasheet, BFLOAT16 Tensor Core"),
     Chip("TPU v4", ("TPU v4",), 275e12, _TPU.format("v4")),
-    Chip("TPU v5e", ("TPU v5 lite", "TPU v5e"), 197e12, _TPU.format("v5e")),
-    Chip("TPU v5p", ("TPU v5p", "TPU v5"), 459e12, _TPU.format("v5p")),
-    Chip("TPU v6e", ("TPU v6 lite", "TPU v6e"), 918e12, _TPU.format("v6e")),
+    Chip(
+        "TPU v5e",
+        ("TPU v5 lite", "TPU v5e"),
+        197e12,
+        _TPU.format("v5e"),
+        memory_bytes=16 * 2**30,
+        memory_bandwidth=819e9,
+        link_bandwidth=200e9,
+        network_bandwidth=200e9,
+        dollars_per_hour=1.20,
+        price_source=_TPU_PRICE,
+    ),
+    Chip(
+        "TPU v5p",
+        ("TPU v5p", "TPU v5"),
+        459e12,
+        _TPU.format("v5p"),
+        memory_bytes=95 * 2**30,
+        memory_bandwidth=2765e9,
+        link_bandwidth=600e9,
+        network_bandwidth=600e9,
+        dollars_per_hour=4.20,
+        price_source=_TPU_PRICE,
+    ),
+    Chip(
+        "TPU v6e",
+        ("TPU v6 lite", "TPU v6e"),
+        918e12,
+        _TPU.format("v6e"),
+        memory_bytes=32 * 2**30,
+        memory_bandwidth=1600e9,
+        link_bandwidth=400e9,
+        network_bandwidth=400e9,
+        dollars_per_hour=2.70,
+        price_source=_TPU_PRICE,
+    ),
 )
 
 

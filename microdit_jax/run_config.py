@@ -27,6 +27,7 @@ from microdit_jax.errors import UserError
 from microdit_jax.models import dit
 from microdit_jax.models.dit import DiT, DiTConfig
 from microdit_jax.train_step import Batch, Metrics, TrainState
+from microdit_jax.xla import presets
 
 DATASET_KEYS = {"source", "folder", "weight"}
 # What of a record goes into a batch, beside its captions
@@ -99,7 +100,7 @@ def make_step(
     mesh: Mesh | AbstractMesh,
     tower: CaptionTower | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """The training step of a run configuration, jitted, its state donated.
+    """The training step of a run configuration, jitted, its state donated, by our presets of XLA.
 
     With a tower, its batches hold "tokens" (n, l), which become embeddings in the same program.
     """
@@ -116,13 +117,15 @@ def make_step(
         micro_batches=num_micro_batches(config, mesh),
         module_grad_norms=config.train.module_grad_norms,
     )
+    platform = mesh.devices.flat[0].platform if isinstance(mesh, Mesh) else ""
+    options = presets.compiler_options(platform)
     if tower is None:
-        return jax.jit(step, donate_argnums=0)
+        return jax.jit(step, donate_argnums=0, compiler_options=options)
 
     def embed_and_step(state, batch, tower_params):
         return step(state, tower.embed(tower_params, batch))
 
-    jitted = jax.jit(embed_and_step, donate_argnums=0)
+    jitted = jax.jit(embed_and_step, donate_argnums=0, compiler_options=options)
     return lambda state, batch: jitted(state, batch, tower.params)
 
 

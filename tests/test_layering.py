@@ -25,6 +25,7 @@ LAYERS = [
         "microdit_jax.optim",
         "microdit_jax.data",
         "microdit_jax.chips",
+        "microdit_jax.xla.presets",
     },
     {
         "microdit_jax.checkpoint",

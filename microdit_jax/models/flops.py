@@ -30,14 +30,54 @@ def forward_flops(cfg: DiTConfig, mask_ratio: float, caption_length: int) -> int
     total += _self_attention(l, d, d) + _swiglu(l, d, 4.0, cfg.multiple_of)  # caption block
     if cfg.mixer_projects:
         total += _linear(t + l, d, d_mixer) + _linear(kept, d_mixer, d)
-    total += sum(_block(cfg, shape, t, l, d_mixer) for shape in cfg.mixer_blocks())
-    total += sum(_block(cfg, shape, kept, l, d) for shape in cfg.backbone_blocks())
+    total += sum(block_flops(cfg, shape, t, l, d_mixer) for shape in cfg.mixer_blocks())
+    total += sum(block_flops(cfg, shape, kept, l, d) for shape in cfg.backbone_blocks())
     return total
 
 
 def train_flops(cfg: DiTConfig, mask_ratio: float, caption_length: int) -> int:
     """Operations of one image's forward and backward pass, without any recomputation."""
     return TRAIN_OVER_FORWARD * forward_flops(cfg, mask_ratio, caption_length)
+
+
+def recomputed_share(cfg: DiTConfig, mask_ratio: float, caption_length: int) -> float:
+    """What the backward pass computes again by the config's remat, over one forward pass.
+
+    "block" repeats all of every block; "dots" attention's and the experts' products, which have
+    batch dimensions.
+    """
+    if cfg.remat == "none":
+        return 0.0
+    t, l = cfg.num_tokens, caption_length  # noqa: E741
+    kept, again = masking.num_kept(t, mask_ratio), 0
+    groups = ((cfg.mixer_blocks(), t, cfg.patch_mixer_dim), (cfg.backbone_blocks(), kept, cfg.dim))
+    for blocks, tokens, d in groups:
+        for shape in blocks:
+            if cfg.remat == "block":
+                again += block_flops(cfg, shape, tokens, l, d)
+                continue
+            again += _attention(tokens, tokens, _hidden(cfg, shape, d)) + _attention(tokens, l, d)
+            if shape.is_moe:
+                again += _experts(cfg, tokens, d, shape.mlp_ratio) - _linear(
+                    tokens, d, cfg.num_experts
+                )
+    return again / forward_flops(cfg, mask_ratio, caption_length)
+
+
+def caption_flops(cfg: DiTConfig, caption_length: int) -> int:
+    """Operations of one caption that are the same at every noise level: `DiT.encode_caption`."""
+    d, d_mixer, l = cfg.dim, cfg.patch_mixer_dim, caption_length  # noqa: E741
+    total = _linear(l, cfg.caption_channels, d) + _linear(l, d, d) + 2 * _linear(1, d, d)
+    total += _self_attention(l, d, d) + _swiglu(l, d, 4.0, cfg.multiple_of)
+    if cfg.mixer_projects:
+        total += _linear(l, d, d_mixer)
+    total += len(cfg.mixer_blocks()) * _linear(l, d_mixer, 2 * d_mixer)
+    return total + len(cfg.backbone_blocks()) * _linear(l, d, 2 * d)
+
+
+def _hidden(cfg: DiTConfig, shape: BlockShape, d: int) -> int:
+    """Width of self-attention."""
+    return d if shape.qkv_ratio == 1 else round_up(int(d * shape.qkv_ratio), 2 * cfg.head_dim)
 
 
 def _linear(rows: int, features_in: int, features_out: int) -> int:
@@ -67,9 +107,9 @@ def _experts(cfg: DiTConfig, t: int, d: int, mlp_ratio: float) -> int:
     return total
 
 
-def _block(cfg: DiTConfig, shape: BlockShape, t: int, l: int, d: int) -> int:  # noqa: E741
-    hidden = d if shape.qkv_ratio == 1 else round_up(int(d * shape.qkv_ratio), 2 * cfg.head_dim)
-    total = _linear(1, cfg.dim, 6 * d) + _self_attention(t, d, hidden)
+def block_flops(cfg: DiTConfig, shape: BlockShape, t: int, l: int, d: int) -> int:  # noqa: E741
+    """Operations of one block on t tokens of width d and l caption tokens."""
+    total = _linear(1, cfg.dim, 6 * d) + _self_attention(t, d, _hidden(cfg, shape, d))
     total += 2 * _linear(t, d, d) + _linear(l, d, 2 * d) + _attention(t, l, d)
     if shape.is_moe:
         return total + _experts(cfg, t, d, shape.mlp_ratio)

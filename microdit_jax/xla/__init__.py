@@ -1,0 +1,1 @@
+"""The XLA lab: compile for machines you do not have, count everything, compare variants."""

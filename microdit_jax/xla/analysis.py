@@ -1,0 +1,204 @@
+"""Compiles a run configuration's program for a topology, counts it, and searches what fits."""
+
+import contextlib
+import dataclasses
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from microdit_jax import run_config, sharding
+from microdit_jax.errors import UserError, disk_errors
+from microdit_jax.models.config import DiTConfig
+from microdit_jax.xla import hlo, programs, reduced, report, roofline
+from microdit_jax.xla.programs import Program
+from microdit_jax.xla.topologies import Topology
+
+SIGN_OF_LIFE = 30  # seconds
+SETTINGS = ("input_size", "dtype", "attention", "moe_dispatch", "remat")
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What to compile.
+
+    Attributes:
+      name: of the configuration, for the report.
+      what: "train_step" or "sampler".
+      images: that the sampler draws at a time, over all devices.
+      start_step: step of the run at which the stage starts, for its days and dollars.
+      reduced_depth: compile shallow networks and extrapolate.
+      dump: folder for the optimised HLO, or None.
+    """
+
+    config: ConfigDict
+    topology: Topology
+    name: str
+    what: str = "train_step"
+    images: int = 64
+    start_step: int = 0
+    reduced_depth: bool = False
+    dump: Path | None = None
+
+
+class DoesNotFit(UserError):
+    """The compiler refused a program for its memory."""
+
+
+def analyse(request: Request) -> dict[str, Any]:
+    """The report of one program on one topology, as `report.complete` has it.
+
+    Raises:
+      UserError: it cannot be run there, or the compiler finds that it does not fit.
+    """
+    config, topology = request.config, request.topology
+    mesh = sharding.make_mesh(**config.mesh, devices=topology.devices)
+    training, steps = request.what == "train_step", None
+    if training:
+        program = programs.training(config, mesh)
+        steps = config.train.steps - request.start_step
+    else:
+        program = programs.sampling(config, mesh, images=request.images)
+    if request.reduced_depth and training:
+        found, bound, exchanges = _reduced(request, mesh)
+    else:
+        found, bound, exchanges = _compile(program, request, request.what)
+    found = report.complete(found, program, topology, bound, steps=steps)
+    options = config.model.options
+    settings = {key: options[key] for key in SETTINGS if key in options}
+    return (
+        report.header(request.name, request.what, topology, mesh)
+        | {"network": {"arch": config.model.arch} | settings}
+        | found
+        | {"exchanges": exchanges}
+    )
+
+
+def _compile(
+    program: Program, request: Request, label: str
+) -> tuple[dict[str, Any], roofline.Bound | None, list[dict[str, Any]]]:
+    """Figures, bound and exchanges of one program."""
+    topology, start = request.topology, time.monotonic()
+    with alive(f"{label}: tracing"):
+        lowered = program.lower()
+    traced = time.monotonic()
+    with alive(f"{label}: compiling for {topology.name}"), _memory_refusals(program):
+        compiled = lowered.compile(compiler_options=topology.compiler_options)
+    seconds = time.monotonic() - traced
+    with alive(f"{label}: counting"):
+        text = compiled.as_text()
+        counts = hlo.count(text)
+    if request.dump is not None:
+        path = request.dump / f"{label.replace(', ', '_').replace(' ', '_')}.hlo.txt"
+        with disk_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+    found = report.measure(compiled, counts)
+    found |= {"trace_seconds": traced - start, "compile_seconds": seconds}
+    known = topology.chip is not None and topology.chip.memory_bandwidth > 0
+    bound = roofline.bound(counts, topology) if known else None
+    return found, bound, report.carried(counts)
+
+
+@contextlib.contextmanager
+def _memory_refusals(program: Program) -> Iterator[None]:
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise DoesNotFit(
+            f"{program.images} images in {program.micro_batches} micro-batches do not fit "
+            f"({str(error).splitlines()[0][:160]}); use a smaller train.micro_batch_size, "
+            "model.options.remat=block or a wider mesh.fsdp"
+        ) from error
+
+
+def _reduced(
+    request: Request, mesh: Mesh
+) -> tuple[dict[str, Any], roofline.Bound | None, list[dict[str, Any]]]:
+    """The same, extrapolated; the exchanges are those of the deepest network compiled."""
+    config, done = request.config, {}
+    cfg = run_config.model_config(config)
+    parts = reduced.terms(cfg, config.train.mask_ratio, programs.CLIP_TOKENS)
+
+    def figures(network: DiTConfig) -> dict[str, Any]:
+        if network not in done:
+            program = programs.training(reduced.with_network(config, network), mesh)
+            label = f"mixer {network.patch_mixer_depth}, backbone {network.depth}"
+            done[network] = _compile(program, request, label)
+        found, bound, _ = done[network]
+        return found if bound is None else found | {"bound": dataclasses.asdict(bound)}
+
+    found = reduced.extrapolate(parts, figures)
+    bound = roofline.Bound(**found.pop("bound")) if "bound" in found else None
+    found["extrapolated"] = {
+        "from": " + ".join(f"{part.weight:.2f} x {part.name}" for part in parts),
+        "compile_seconds": sum(figures["compile_seconds"] for figures, *_ in done.values()),
+    }
+    return found, bound, done[parts[-1].network][2]
+
+
+# ------------------------------------------------------------------------------ search
+def find(request: Request) -> dict[str, Any]:
+    """The report of the largest train.micro_batch_size that fits, with all that was "tried".
+
+    Raises:
+      UserError: not even one image at a time fits.
+    """
+    config, topology = request.config.copy_and_resolve_references(), request.topology
+    request = dataclasses.replace(request, config=config)
+    share = config.train.batch_size // len(topology.devices)
+    sizes = [size for size in range(1, share + 1) if share % size == 0]
+    fitting, too_large, best, tried = -1, len(sizes), None, {}
+    while too_large - fitting > 1:
+        i = (fitting + too_large) // 2
+        config.train.micro_batch_size = sizes[i]
+        try:
+            found = analyse(request)
+        except DoesNotFit:
+            found = None
+        fits = found is not None and found["memory"].get("fits", True)
+        tried[sizes[i]] = None if found is None else found["memory"]["peak"]
+        say(f"micro-batch {sizes[i]}: {'fits' if fits else 'does not fit'}")
+        if fits:
+            fitting, best = i, found
+        else:
+            too_large = i
+    if best is None:
+        raise UserError(
+            f"not even one image at a time fits on {topology.name}; use "
+            "model.options.remat=block, more chips, or a wider mesh.fsdp"
+        )
+    return best | {"tried": tried}
+
+
+# ------------------------------------------------------------------------------ progress
+def say(text: str) -> None:
+    """A line to whoever waits; the report alone goes to stdout."""
+    print(text, file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def alive(what: str) -> Iterator[None]:
+    """Says what is going on and for how long, every half minute and at the end."""
+    done, start = threading.Event(), time.monotonic()
+
+    def watch():
+        while not done.wait(SIGN_OF_LIFE):
+            say(f"{what}, {time.monotonic() - start:.0f} s")
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+    say(f"{what}: {time.monotonic() - start:.1f} s")

@@ -1,0 +1,70 @@
+"""Compiles training or sampling for a machine you do not have, and reports what it would need.
+
+Examples:
+  python -m microdit_jax.xla.aot --config=configs/res_256_pretrain.py:mesh=1x8x1 \
+      --topology=h100:8 --config.train.micro_batch_size=64 --report=out/aot/stage1.json
+  python -m microdit_jax.xla.aot --config=configs/res_256_pretrain.py:mesh=1x16x1 \
+      --topology=v5e:4x4 --config.model.options.remat=block --reduced_depth
+  python -m microdit_jax.xla.aot --config=configs/res_512_pretrain.py --topology=h100:8 --find
+  python -m microdit_jax.xla.aot --config=configs/res_512_finetune.py --topology=h100:8 \
+      --what=sampler --images=64
+
+No accelerator is needed but its compiler, pip install 'microdit_jax[aot]', and no weight is
+allocated. Compiling takes minutes; what was compiled before comes from the cache.
+"""
+
+from pathlib import Path
+
+from absl import app, flags
+from ml_collections import config_flags
+
+from microdit_jax.cli import read_config, run
+from microdit_jax.errors import UserError
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/, with its variants.")
+TOPOLOGY = flags.DEFINE_string("topology", None, "h100:8, v5e:4x4, v5p:2x2x4, v6e:4x4, cpu:8, ...")
+WHAT = flags.DEFINE_enum("what", "train_step", ["train_step", "sampler"], "What to compile.")
+IMAGES = flags.DEFINE_integer("images", 64, "Pictures the sampler draws at a time, over all chips.")
+START = flags.DEFINE_integer("start_step", 0, "Step at which the stage starts, for its days.")
+REPORT = flags.DEFINE_string("report", None, "JSON file to write; the table goes beside it.")
+FIND = flags.DEFINE_boolean("find", False, "Search the largest train.micro_batch_size that fits.")
+REDUCED = flags.DEFINE_boolean(
+    "reduced_depth", False, "Compile four shallow networks and extrapolate, for slow compilers."
+)
+DUMP = flags.DEFINE_string("dump", None, "Folder for the optimised HLO.")
+
+
+def main(argv):
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments {argv[1:]}")
+    config = read_config(CONFIG)
+    if "stages" in config:
+        raise UserError(
+            f"--config must be one stage, found {', '.join(config.stages)}; give the file of one"
+        )
+    if (FIND.value or REDUCED.value) and WHAT.value != "train_step":
+        raise UserError("--find and --reduced_depth take --what=train_step, found sampler")
+    from microdit_jax.xla import topologies  # after the flags: --help answers at once
+
+    topologies.prepare(TOPOLOGY.value)
+    from microdit_jax.xla import analysis, report
+
+    request = analysis.Request(
+        config,
+        topologies.get(TOPOLOGY.value),
+        Path(flags.FLAGS["config"].config_filename).stem,
+        what=WHAT.value,
+        images=IMAGES.value,
+        start_step=START.value,
+        reduced_depth=REDUCED.value,
+        dump=Path(DUMP.value) if DUMP.value else None,
+    )
+    found = analysis.find(request) if FIND.value else analysis.analyse(request)
+    print(report.table(found))
+    if REPORT.value:
+        report.write(found, Path(REPORT.value))
+
+
+if __name__ == "__main__":
+    flags.mark_flags_as_required(["config", "topology"])
+    run(main)

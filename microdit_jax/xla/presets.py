@@ -1,0 +1,70 @@
+"""XLA's options by platform, each with the reason; the evidence is in docs/performance.md.
+
+The training step is compiled with COMPILE; what only the environment can set is printed by
+`python -m microdit_jax.xla.presets cuda`, for eval in a shell.
+"""
+
+import sys
+from typing import Any
+
+from microdit_jax.errors import UserError, exit_on_user_error
+
+PLATFORMS = ("cuda", "tpu", "cpu")
+
+# Per program, by jax.jit(..., compiler_options=...).
+COMPILE: dict[str, dict[str, Any]] = {
+    "cuda": {
+        # Products that share an operand are not merged into one: all blocks' modulations and
+        # captions' keys and values do, and each step would copy their weights next to each other.
+        "xla_gpu_dot_merger_threshold_mb": 0,
+    },
+    "tpu": {},
+    "cpu": {},
+}
+
+# Per program, only where no device is there to time kernels on.
+WITHOUT_A_DEVICE: dict[str, dict[str, Any]] = {
+    "cuda": {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False},
+    "tpu": {},
+    "cpu": {},
+}
+
+# Per process.
+ENVIRONMENT: dict[str, dict[str, str]] = {
+    "cuda": {
+        # XLA takes 75 % of the memory by default.
+        "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92",
+        # Exchanges run while products do.
+        "XLA_FLAGS": "--xla_gpu_enable_latency_hiding_scheduler=true",
+    },
+    "tpu": {},
+    "cpu": {},
+}
+
+
+def compiler_options(platform: str, *, without_a_device: bool = False) -> dict[str, Any]:
+    """What a program is compiled with.
+
+    Args:
+      platform: one of PLATFORMS; "gpu" is "cuda". Others get nothing.
+    """
+    platform = "cuda" if platform == "gpu" else platform
+    return COMPILE.get(platform, {}) | (
+        WITHOUT_A_DEVICE.get(platform, {}) if without_a_device else {}
+    )
+
+
+def environment(platform: str) -> str:
+    """Lines for a shell that set what a process must know from its start.
+
+    Raises:
+      UserError: an unknown platform.
+    """
+    if platform not in PLATFORMS:
+        raise UserError(f"presets are for {', '.join(PLATFORMS)}, found {platform!r}")
+    return "\n".join(f"export {k}='{v}'" for k, v in ENVIRONMENT[platform].items())
+
+
+if __name__ == "__main__":
+    with exit_on_user_error():
+        print(environment(sys.argv[1] if len(sys.argv) == 2 else ""))

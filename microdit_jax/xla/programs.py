@@ -1,0 +1,183 @@
+"""The programs that training and sampling run, as the compiler sees them: shapes, and no array."""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from microdit_jax import diffusion, run_config, sample, sharding, train_step
+from microdit_jax.diffusion import HeunState
+from microdit_jax.errors import UserError
+from microdit_jax.models import dit, flops
+from microdit_jax.models.dit import DiT
+
+CLIP_TOKENS = 77
+
+
+class Program(NamedTuple):
+    """A program before it is compiled, and what is known of it without compiling.
+
+    Attributes:
+      lower: traces it; what it returns is to be compiled.
+      images: of one run, over all devices; the sampler draws so many, its network sees twice as
+        many with guidance.
+      micro_batches: parts that a device computes one after the other.
+      forward_flops: operations of one image's forward pass, by REFERENCE's count.
+      passes: forward passes' worth of operations for each image, without recomputation.
+      recomputed: forward passes' worth of operations that remat adds.
+      needed_exchange: {"all-gather": bytes, "reduce-scatter": bytes} that one device must receive,
+        each split weight once, each gradient once for each micro-batch.
+      num_params: of the network.
+    """
+
+    lower: Callable[[], jax.stages.Lowered]
+    images: int
+    micro_batches: int
+    forward_flops: int
+    passes: int
+    recomputed: float
+    needed_exchange: dict[str, float]
+    num_params: int
+
+
+def training(config: ConfigDict, mesh: Mesh, *, caption_length: int = CLIP_TOKENS) -> Program:
+    """The training step of a run configuration.
+
+    Args:
+      mesh: of devices, or of a topology's.
+      caption_length: tokens l of a caption.
+    Raises:
+      UserError: a configuration that cannot be run.
+    """
+    model = DiT(run_config.model_config(config))
+    cfg, n = model.config, config.train.batch_size
+    optimizer, schedule = run_config.make_optimizer(config)
+    state = train_step.abstract_state(model, optimizer, mesh, with_ema=config.ema.enabled)
+    parts = run_config.num_micro_batches(config, mesh)
+    batch = {
+        "position": _rows(mesh, n, dtype=jnp.int32),
+        "latents": _rows(mesh, n, cfg.input_size, cfg.input_size, cfg.in_channels),
+        "caption_latents": _rows(mesh, n, caption_length, cfg.caption_channels, dtype=jnp.float16),
+        "keep_caption": _rows(mesh, n),
+    }
+    step = run_config.make_step(config, model, optimizer, schedule, mesh)
+    mask_ratio = config.train.mask_ratio
+    return Program(
+        functools.partial(step.lower, state, batch),
+        n,
+        parts,
+        flops.forward_flops(cfg, mask_ratio, caption_length),
+        flops.TRAIN_OVER_FORWARD,
+        flops.recomputed_share(cfg, mask_ratio, caption_length),
+        needed_exchange(state.params, model, mesh, parts),
+        _count(state.params),
+    )
+
+
+def sampling(
+    config: ConfigDict,
+    mesh: Mesh,
+    *,
+    images: int,
+    guide: bool = True,
+    caption_length: int = CLIP_TOKENS,
+) -> Program:
+    """One network evaluation of the sampler, captions encoded already.
+
+    Args:
+      images: drawn at a time over all devices.
+      guide: classifier-free guidance, which doubles the network's batch.
+    Raises:
+      UserError: the images do not divide by the devices.
+    """
+    if images % mesh.size:
+        raise UserError(
+            f"pictures drawn at a time must be a multiple of {mesh.size} devices, found {images}"
+        )
+    model = DiT(run_config.model_config(config))
+    cfg = model.config
+    params = _abstract_params(model, mesh)
+    static = {"model": model, "guide": guide, "mesh": mesh}
+    x = _rows(mesh, images, cfg.input_size, cfg.input_size, cfg.in_channels)
+    at = {
+        name: jax.ShapeDtypeStruct((), values.dtype)
+        for name, values in diffusion.heun_evaluations(1).items()
+    }
+    scale = jax.ShapeDtypeStruct((), jnp.float32)
+
+    def lower():
+        y = _rows(mesh, images, caption_length, cfg.caption_channels)
+        encode = sample.encode_captions.lower(params, y, **static)
+        caption = jax.tree.map(lambda a: _rows(mesh, *a.shape, dtype=a.dtype), encode.out_info)
+        return sample.evaluate_network.lower(
+            params,
+            caption,
+            HeunState(x, x, x),
+            at,
+            scale,
+            sigma_data=config.edm.sigma_data,
+            **static,
+        )
+
+    text = flops.caption_flops(cfg, caption_length)
+    return Program(
+        lower,
+        images,
+        1,
+        flops.forward_flops(cfg, 0.0, caption_length) - text,
+        2 if guide else 1,
+        0.0,
+        {"all-gather": needed_exchange(params, None, mesh, 1)["all-gather"], "reduce-scatter": 0.0},
+        _count(params),
+    )
+
+
+def needed_exchange(params: Any, model: DiT | None, mesh: Mesh, parts: int) -> dict[str, float]:
+    """Bytes that sharding makes one device receive in a step, as `Program.needed_exchange`.
+
+    Args:
+      params: abstract parameters with their shardings.
+      model: whose types the weights travel in; None: their own.
+    """
+    specs = sharding.specs(params, mesh)
+    sent = params
+    if model is not None:
+        sent = jax.eval_shape(lambda p: dit.cast_matrices(p, model.config), params)
+    others = (mesh.shape["fsdp"] - 1) / mesh.shape["fsdp"]
+    total = {"all-gather": 0.0, "reduce-scatter": 0.0}
+    for spec, weight in zip(
+        jax.tree.leaves(specs, is_leaf=lambda s: isinstance(s, jax.sharding.PartitionSpec)),
+        jax.tree.leaves(sent),
+        strict=True,
+    ):
+        if "fsdp" in spec:
+            here = mesh.shape["expert"] if "expert" in spec else 1
+            elements = math.prod(weight.shape) / here * others
+            total["all-gather"] += elements * weight.dtype.itemsize
+            total["reduce-scatter"] += elements * 4 * parts  # gradients are float32
+    return total
+
+
+def _rows(mesh: Mesh, *shape: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.batch_sharding(mesh))
+
+
+def _abstract_params(model: DiT, mesh: Mesh) -> Any:
+    cfg = model.config
+    x = jnp.zeros((1, cfg.input_size, cfg.input_size, cfg.in_channels), jnp.float32)
+    y = jnp.zeros((1, 1, cfg.caption_channels), jnp.float32)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), x, jnp.zeros(1, jnp.float32), y)
+    return jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        shapes["params"],
+        sharding.shardings(shapes["params"], mesh),
+    )
+
+
+def _count(params: Any) -> int:
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))

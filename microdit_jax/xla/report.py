@@ -1,0 +1,298 @@
+"""What was found about a compiled program: a dictionary for JSON, a text table, a picture."""
+
+import collections
+import datetime
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jaxlib
+
+from microdit_jax.errors import UserError, disk_errors
+from microdit_jax.xla import hlo, roofline
+from microdit_jax.xla.programs import Program
+from microdit_jax.xla.topologies import Topology
+
+# What a program may take of a chip's memory; the rest is the runtime's. GPUs: see presets.py.
+USABLE = {"cuda": 0.92, "tpu": 0.98}
+DAY = 24 * 3600
+
+
+def measure(compiled: jax.stages.Compiled, counts: hlo.Counts) -> dict[str, Any]:
+    """Everything that adds up over blocks, of one device and one run: what may be extrapolated."""
+    memory = compiled.memory_analysis()
+    cost = compiled.cost_analysis() or {}
+    collectives: dict[str, dict[str, float]] = {}
+    for c in counts.collectives:
+        entry = collectives.setdefault(c.kind, {"instructions": 0, "runs": 0, "bytes": 0.0})
+        entry["instructions"] += 1
+        entry["runs"] += c.times
+        entry["bytes"] += c.times * c.num_bytes
+    found = {
+        "memory": {
+            "arguments": memory.argument_size_in_bytes,
+            "outputs": memory.output_size_in_bytes,
+            "aliased": memory.alias_size_in_bytes,
+            "temporaries": memory.temp_size_in_bytes,
+        },
+        "flops": counts.flops,
+        "flops_by_type": dict(counts.flops_by_type),
+        "bytes_moved": counts.num_bytes,
+        "kernels": sum(k.times for k in counts.kernels),
+        "collectives": collectives,
+    }
+    if cost.get("optimal_seconds", -1) > 0:
+        found["compiler_optimal_seconds"] = cost["optimal_seconds"]
+    if cost.get("flops", 0) > 0:
+        found["compiler_flops"] = cost["flops"]
+    return found
+
+
+def complete(
+    found: dict[str, Any],
+    program: Program,
+    topology: Topology,
+    bound: roofline.Bound | None,
+    *,
+    steps: int | None,
+) -> dict[str, Any]:
+    """`measure` of the whole program, with what follows from it.
+
+    Args:
+      bound: None where the chip's peaks are not known.
+      steps: of the stage, for days and dollars; None for a program that is no training step.
+    """
+    devices, chip = len(topology.devices), topology.chip
+    memory = found["memory"]
+    memory["peak"] = (
+        memory["arguments"] + memory["outputs"] - memory["aliased"] + memory["temporaries"]
+    )
+    if chip is not None:
+        usable = USABLE[topology.platform] * chip.memory_bytes
+        memory |= {"of": chip.memory_bytes, "usable": usable, "fits": memory["peak"] <= usable}
+    forward = program.forward_flops * program.images / devices
+    expected = program.passes + program.recomputed
+    collectives = found["collectives"]
+    moved = sum(
+        collectives.get(kind, {}).get("bytes", 0.0) for kind in ("all-gather", "reduce-scatter")
+    )
+    needed = sum(program.needed_exchange.values())
+    found |= {
+        "parameters": program.num_params,
+        "images": program.images,
+        "micro_batches": program.micro_batches,
+        "images_at_once": program.images // devices // program.micro_batches,
+        "forward_flops": forward,
+        "forward_passes": found["flops"] / forward,
+        "forward_passes_expected": expected,
+        "flops_over_analytic": found["flops"] / (forward * expected),
+        "remat_factor": found["flops"] / forward - program.passes,
+        "weight_exchange": {
+            "moved": moved,
+            "needed": needed,
+            "ratio": moved / needed if needed else None,
+        },
+    }
+    if bound is not None:
+        seconds = bound.hidden
+        found["seconds"] = {
+            "compute": bound.compute,
+            "memory": bound.memory,
+            "kernels": bound.kernels,
+            "exchange": bound.exchange,
+            "bound": seconds,
+            "bound_exchange_exposed": bound.exposed,
+        }
+        found["images_per_second"] = program.images / seconds
+        found["mfu_bound"] = forward * program.passes / seconds / chip.bfloat16_flops
+        if steps is not None:
+            found |= {"steps": steps, "days": steps * seconds / DAY}
+            if chip.dollars_per_hour is not None:
+                found["dollars"] = found["days"] * 24 * devices * chip.dollars_per_hour
+    return found
+
+
+def header(config_name: str, what: str, topology: Topology, mesh: Any) -> dict[str, Any]:
+    """What was compiled, for which chips, with which versions."""
+    chip = topology.chip
+    return {
+        "what": what,
+        "config": config_name,
+        "topology": topology.name,
+        "devices": len(topology.devices),
+        "hosts": topology.hosts,
+        "mesh": dict(mesh.shape),
+        "chip": None
+        if chip is None
+        else {
+            "name": chip.name,
+            "bfloat16_flops": chip.bfloat16_flops,
+            "memory_bandwidth": chip.memory_bandwidth,
+            "link_bandwidth": chip.link_bandwidth,
+            "network_bandwidth": chip.network_bandwidth,
+            "dollars_per_hour": chip.dollars_per_hour,
+            "source": chip.source,
+            "price_source": chip.price_source,
+        },
+        "date": datetime.date.today().isoformat(),
+        "versions": {"jax": jax.__version__, "jaxlib": jaxlib.__version__},
+        "compiler_options": topology.compiler_options,
+    }
+
+
+def carried(counts: hlo.Counts) -> list[dict[str, Any]]:
+    """Each exchange and what it carries, the largest first."""
+    rows = [
+        {
+            "kind": c.kind,
+            "times": c.times,
+            "bytes": c.num_bytes,
+            "devices": len(c.devices),
+            "types": sorted(c.bytes_by_type),
+            "carries": list(c.carries),
+        }
+        for c in counts.collectives
+    ]
+    return sorted(rows, key=lambda row: -row["times"] * row["bytes"])
+
+
+# ------------------------------------------------------------------------------ text
+def table(found: dict[str, Any]) -> str:
+    """The report as text."""
+    mesh = " x ".join(f"{axis} {size}" for axis, size in found["mesh"].items())
+    memory, rows = found["memory"], []
+
+    def add(name: str, value: str):
+        rows.append((name, value))
+
+    add("program", f"{found['what']} of {found['config']}")
+    add("devices", f"{found['devices']} ({found['topology']}), mesh {mesh}")
+    add("parameters", f"{found['parameters']:,}")
+    add(
+        "batch",
+        f"{found['images']:,} images: {found['micro_batches']} x {found['images_at_once']} on "
+        "each device",
+    )
+    parts = ", ".join(f"{k} {memory[k] / 1e9:.2f}" for k in ("arguments", "temporaries"))
+    add("memory per device", f"{memory['peak'] / 1e9:.2f} GB ({parts})")
+    if "fits" in memory:
+        fits = "fits" if memory["fits"] else "DOES NOT FIT"
+        add("", f"{fits} into {memory['usable'] / 1e9:.1f} of {memory['of'] / 1e9:.1f} GB")
+    add(
+        "matrix products",
+        f"{found['flops'] / 1e12:.2f} TFLOP, {found['forward_passes']:.3f} forward passes of "
+        f"{found['forward_flops'] / 1e12:.2f}; {found['flops_over_analytic']:.4f} of the count",
+    )
+    add("recomputed", f"{found['remat_factor']:.3f} forward passes")
+    add("bytes moved", f"{found['bytes_moved'] / 1e9:.1f} GB by {found['kernels']:,} kernels")
+    for kind, entry in sorted(found["collectives"].items()):
+        add(
+            kind,
+            f"{entry['instructions']} instructions, {entry['runs']} runs, "
+            f"{entry['bytes'] / 1e9:.3f} GB received",
+        )
+    exchange = found["weight_exchange"]
+    if exchange["ratio"] is not None:
+        add("weights' exchange", f"{exchange['ratio']:.3f} x the bytes that sharding needs")
+    if "seconds" in found:
+        rows += _times(found)
+    if "compiler_optimal_seconds" in found:
+        add("compiler's optimal", f"{found['compiler_optimal_seconds']:.4f} s")
+    add("compiled in", f"{found['compile_seconds']:.0f} s")
+    if "extrapolated" in found:
+        add("extrapolated from", found["extrapolated"]["from"])
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name.ljust(width)}  {value}" for name, value in rows)
+
+
+def _times(found: dict[str, Any]) -> list[tuple[str, str]]:
+    s = found["seconds"]
+    rows = [
+        (
+            "time at the peaks",
+            f"products {s['compute'] * 1e3:.1f} ms, memory {s['memory'] * 1e3:.1f} ms, kernel by "
+            f"kernel {s['kernels'] * 1e3:.1f} ms, exchange {s['exchange'] * 1e3:.1f} ms",
+        ),
+        (
+            "bound",
+            f"{s['bound'] * 1e3:.1f} ms, {found['images_per_second']:,.0f} images/s, MFU at most "
+            f"{found['mfu_bound']:.1%}",
+        ),
+    ]
+    if "days" in found:
+        price = f", {found['dollars']:,.0f} dollars" if "dollars" in found else ""
+        rows.append(
+            ("stage at the bound", f"{found['steps']:,} steps, {found['days']:.2f} days{price}")
+        )
+    return rows
+
+
+def write(found: dict[str, Any], path: Path) -> None:
+    """Writes the report as JSON, and its table beside it as .txt."""
+    with disk_errors(path):
+        path.absolute().parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(found, indent=1) + "\n")
+        path.with_suffix(".txt").write_text(table(found) + "\n")
+
+
+def read(paths: Sequence[str | Path]) -> list[dict[str, Any]]:
+    """Reports from their JSON.
+
+    Raises:
+      UserError: no such file, or it is no report.
+    """
+    reports = []
+    for path in paths:
+        try:
+            found = json.loads(Path(path).read_text())
+            reports.append(found | {"seconds": found["seconds"], "memory": found["memory"]})
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"expected a report written by --report, found none in {path}; run python -m "
+                f"microdit_jax.xla.aot --report={path} first"
+            ) from error
+    return reports
+
+
+# ------------------------------------------------------------------------------ picture
+def draw(reports: Sequence[dict[str, Any]], out: str | Path) -> None:
+    """A picture: memory by kind against the chip's, and the bound's parts, a bar each report.
+
+    Raises:
+      UserError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise UserError(
+            "drawing needs the package matplotlib, found none; pip install 'microdit_jax[plot]'"
+        ) from error
+    names = [f"{r['config']}\n{r['topology']}" for r in reports]
+    figure = Figure(figsize=(10, 1.2 + 0.6 * len(reports)), layout="constrained", dpi=100)
+    left, right = figure.subplots(1, 2, sharey=True)
+    stacks: dict[str, list[float]] = collections.defaultdict(list)
+    for r in reports:
+        memory = r["memory"]
+        stacks["arguments"].append(memory["arguments"] / 1e9)
+        stacks["temporaries"].append((memory["peak"] - memory["arguments"]) / 1e9)
+    start = [0.0] * len(reports)
+    for (label, sizes), color in zip(stacks.items(), ("#1b9e77", "#7570b3"), strict=True):
+        left.barh(names, sizes, left=start, label=label, color=color, height=0.6)
+        start = [a + b for a, b in zip(start, sizes, strict=True)]
+    for i, r in enumerate(reports):
+        left.plot([r["memory"]["of"] / 1e9] * 2, [i - 0.4, i + 0.4], color="black")
+    left.set_xlabel("GB on each device; the line: the chip's memory")
+    parts = {"compute": "products", "memory": "memory", "exchange": "exchange", "bound": "bound"}
+    for k, (key, label) in enumerate(parts.items()):
+        places = [i + 0.3 - 0.2 * k for i in range(len(reports))]
+        right.barh(places, [r["seconds"][key] * 1e3 for r in reports], height=0.18, label=label)
+    right.set_xlabel("ms of a step at the chip's peaks")
+    for panel in (left, right):
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.legend(fontsize=8, frameon=False)
+    left.invert_yaxis()
+    with disk_errors(Path(out)):
+        Path(out).absolute().parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(out)

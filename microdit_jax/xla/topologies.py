@@ -1,0 +1,145 @@
+"""Devices of machines that are not here, for the compiler alone.
+
+  topologies.prepare("h100:8")            # before JAX opens any device
+  topology = topologies.get("h100:8")
+  mesh = sharding.make_mesh(fsdp=8, devices=topology.devices)
+
+The compilers of TPUs (the wheel libtpu) and NVIDIA GPUs (jax[cuda12]) run on any CPU host; arrays
+cannot be put on such devices, programs be compiled for them.
+"""
+
+import dataclasses
+import importlib.resources
+import importlib.util
+import math
+import os
+import re
+from typing import Any
+
+import jax
+from jax.experimental import topologies as jax_topologies
+
+from microdit_jax.chips import Chip, chip_of
+from microdit_jax.errors import UserError
+from microdit_jax.xla import presets
+
+GPUS_PER_HOST = 8
+# TPUs: JAX's name -> sizes that libtpu knows of, the number of chips being their product
+TPU_DIMENSIONS = {"v4": 3, "v5e": 2, "v5p": 3, "v6e": 2}
+EXPECTED = "h100:8, v5e:4x4, v5p:2x2x4, v6e:4x4 or cpu:8"
+INSTALL = "pip install 'microdit_jax[aot]'"
+
+
+@dataclasses.dataclass(frozen=True)
+class Topology:
+    """Devices that a program can be compiled for.
+
+    Attributes:
+      name: as the user wrote it.
+      platform: "cuda", "tpu" or "cpu".
+      chip: what each device can do; None for CPUs.
+      hosts: machines they are spread over, between which the network is slower; 1 for TPU slices,
+        whose links do not care.
+    """
+
+    name: str
+    platform: str
+    devices: tuple[Any, ...]
+    chip: Chip | None
+    hosts: int
+
+    @property
+    def compiler_options(self) -> dict[str, Any]:
+        """Options that compiling without a device needs, and our presets."""
+        return presets.compiler_options(self.platform, without_a_device=True)
+
+
+def split_name(name: str) -> tuple[str, tuple[int, ...]]:
+    """("v5e", (4, 4)) of "v5e:4x4".
+
+    Raises:
+      UserError: it is no such name.
+    """
+    match = re.fullmatch(r"(h100|cpu|v4|v5e|v5p|v6e):(\d+(?:x\d+)*)", name)
+    if not match:
+        raise UserError(f"a topology is named like {EXPECTED}, found {name!r}")
+    kind, sizes = match[1], tuple(map(int, match[2].split("x")))
+    dimensions = TPU_DIMENSIONS.get(kind, 1)
+    if len(sizes) != dimensions or min(sizes) < 1:
+        shape = "x".join("ABC"[:dimensions])
+        raise UserError(f"the topology {kind} is named {kind}:{shape}, found {name!r}")
+    if kind == "h100" and sizes[0] > GPUS_PER_HOST and sizes[0] % GPUS_PER_HOST:
+        raise UserError(
+            f"more than {GPUS_PER_HOST} GPUs are hosts of {GPUS_PER_HOST}; expected a multiple, "
+            f"found {name!r}"
+        )
+    return kind, sizes
+
+
+def prepare(name: str) -> None:
+    """Sets up JAX for `get(name)`; to be called before any device is asked for.
+
+    Raises:
+      UserError: a wrong name, or the compiler is not installed.
+    """
+    kind, sizes = split_name(name)
+    # No accelerator of this machine: the program is for another one.
+    jax.config.update("jax_platforms", "cpu")
+    if kind == "cpu":
+        jax.config.update("jax_num_cpu_devices", sizes[0])
+        return
+    if kind == "h100":
+        if not any(map(_installed, ("jax_plugins.xla_cuda12", "jax_plugins.xla_cuda13"))):
+            raise UserError(f"compiling for {name} needs jax's CUDA wheels, found none; {INSTALL}")
+        return
+    if not _installed("libtpu"):
+        raise UserError(f"compiling for {name} needs the wheel libtpu, found none; {INSTALL}")
+    # Or libtpu looks for a TPU's host and its neighbours.
+    os.environ["TPU_SKIP_MDS_QUERY"] = "1"
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+
+
+def _installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # its parent is not there
+        return False
+
+
+def get(name: str) -> Topology:
+    """A topology by name, after `prepare`.
+
+    Raises:
+      UserError: a wrong name, or a shape that the compiler does not know.
+    """
+    kind, sizes = split_name(name)
+    count = math.prod(sizes)
+    if kind == "cpu":
+        found = jax.devices("cpu")
+        if len(found) < count:
+            raise UserError(
+                f"{name} needs {count} simulated devices, found {len(found)}; run with "
+                f"XLA_FLAGS=--xla_force_host_platform_device_count={count}"
+            )
+        return Topology(name, "cpu", tuple(found[:count]), None, 1)
+    if kind == "h100":
+        hosts = math.ceil(count / GPUS_PER_HOST)
+        # As a device would report it: NVIDIA H100 80GB HBM3, CUDA 12.9, cuDNN 9.8.
+        target = importlib.resources.files("microdit_jax.xla") / "h100_target_config.txtpb"
+        options = {
+            "platform": "cuda",
+            "topology_name": "H100",
+            "target_config": target.read_text(),
+            "topology": f"1x{hosts}x{count // hosts}",  # slices, hosts, devices of each
+        }
+    else:
+        hosts, options = 1, {"platform": "tpu", "topology_name": name}
+    try:
+        devices = tuple(jax_topologies.get_topology_desc(**options).devices)
+    except (jax.errors.JaxRuntimeError, RuntimeError, ValueError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0][:200]
+        raise UserError(
+            f"the compiler knows no topology {name!r} ({reason}); names are like {EXPECTED}"
+        ) from error
+    return Topology(name, options["platform"], devices, chip_of(devices[0].device_kind), hosts)
