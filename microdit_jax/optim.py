@@ -66,7 +66,20 @@ def adamw(
     update = optax.adamw(schedule, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)
     if expert_multiplier != 1:
         update = _scale_experts(update, expert_multiplier)
-    return optax.chain(optax.clip_by_global_norm(clip_norm), update)
+    return optax.chain(_clip_by_norm(clip_norm), update)
+
+
+def _clip_by_norm(limit: float) -> optax.GradientTransformationExtraArgs:
+    """`optax.clip_by_global_norm`, which takes the gradients' norm where it is known already."""
+
+    def update_fn(updates, state, params=None, *, norm=None, **_):
+        norm = optax.tree.norm(updates) if norm is None else norm
+        clipped = jax.tree.map(
+            lambda g: jnp.where(norm < limit, g, (g / norm.astype(g.dtype)) * limit), updates
+        )
+        return clipped, state
+
+    return optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), update_fn)
 
 
 def _scale_experts(
@@ -84,11 +97,21 @@ def _scale_experts(
 
 
 def apply_gradients(
-    optimizer: optax.GradientTransformation, grads: Any, opt_state: optax.OptState, params: Any
+    optimizer: optax.GradientTransformation,
+    grads: Any,
+    opt_state: optax.OptState,
+    params: Any,
+    *,
+    norm: Array | None = None,
 ) -> tuple[Any, optax.OptState]:
-    """One update: the new parameters and the new optimiser state."""
+    """One update: the new parameters and the new optimiser state.
+
+    Args:
+      norm: of all gradients together, for clipping, if it is known already.
+    """
     with lenient_promotion():
-        updates, opt_state = optimizer.update(grads, opt_state, params)
+        update = optax.with_extra_args_support(optimizer).update
+        updates, opt_state = update(grads, opt_state, params, norm=norm)
     return optax.apply_updates(params, updates), opt_state
 
 

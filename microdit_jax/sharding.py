@@ -208,6 +208,19 @@ def sum_rest(grads: Any, specs: Any) -> Any:
     return tree.unflatten(leaves)
 
 
+def norm(shards: Any, specs: Any) -> jax.Array:
+    """L2 norm of all weights together, float32 (), by one exchange of one number.
+
+    Left to the partitioner, each weight's share would be an exchange of its own.
+    """
+
+    def square(shard, spec):
+        copies = math.prod(jax.lax.axis_size(axis) for axis in AXES if axis not in spec)
+        return jnp.square(shard.astype(jnp.float32)).sum() / copies
+
+    return jnp.sqrt(jax.lax.psum(sum(jax.tree.leaves(jax.tree.map(square, shards, specs))), AXES))
+
+
 # ------------------------------------------------------------------------------ table
 def _group(path: Sequence[str]) -> str:
     experts = ", experts" if path[-1] in EXPERT_WEIGHTS else ""

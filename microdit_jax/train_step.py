@@ -165,7 +165,19 @@ def batch_loss(
 
 # ------------------------------------------------------------------------------ gradients
 class Gradients(NamedTuple):
-    """Of the batch's mean loss: float32, sharded like the parameters. loss, sigma (n,)."""
+    """Of the batch's mean loss: float32, sharded like the parameters. loss, sigma (n,).
+
+    norm: of all gradients together.
+    """
+
+    grads: Any
+    norm: Float[Array, ""]
+    loss: Float[Array, " n"]
+    sigma: Float[Array, " n"]
+
+
+class PartGradients(NamedTuple):
+    """Of one micro-batch, or the sum of several: what is not summed over the devices yet."""
 
     grads: Any
     loss: Float[Array, " n"]
@@ -207,16 +219,18 @@ def make_gradients(
             grads, (loss, sigma) = jax.grad(scaled_loss, has_aux=True)(params, part)
             if specs is not None:
                 grads = sharding.scatter_sum(grads, specs)
-            return Gradients(grads, loss, sigma)
+            return PartGradients(grads, loss, sigma)
 
         if micro_batches == 1:
             total = part_gradients(batch)
         else:
             parts = jax.tree.map(lambda a: a.reshape(micro_batches, -1, *a.shape[1:]), batch)
             total = _accumulate(part_gradients, parts)
-        if specs is not None:
-            total = total._replace(grads=sharding.sum_rest(total.grads, specs))
-        return total
+        grads = total.grads
+        if specs is None:
+            return Gradients(grads, optax.tree.norm(grads), total.loss, total.sigma)
+        grads = sharding.sum_rest(grads, specs)
+        return Gradients(grads, sharding.norm(grads, specs), total.loss, total.sigma)
 
     def gradients(params: Any, batch: Batch, key: Array) -> Gradients:
         devices, n = 1 if mesh is None else mesh.size, batch["latents"].shape[0]
@@ -229,7 +243,7 @@ def make_gradients(
         if mesh is None:
             return shard_gradients(None, params, batch, key)
         specs = sharding.specs(params, mesh, replicate_below=replicate_below)
-        out_specs = Gradients(specs, sharding.BATCH, sharding.BATCH)
+        out_specs = Gradients(specs, P(), sharding.BATCH, sharding.BATCH)
         return _on_each_device(shard_gradients, mesh, specs, out_specs)(params, batch, key)
 
     return gradients
@@ -247,7 +261,7 @@ def _on_each_device(function, mesh: Mesh | AbstractMesh, specs: Any, out_specs: 
     )
 
 
-def _accumulate(part_gradients: Callable[[Batch], Gradients], parts: Batch) -> Gradients:
+def _accumulate(part_gradients: Callable[[Batch], PartGradients], parts: Batch) -> PartGradients:
     """Sums gradients over the first axis of `parts`; loss and sigma one after the other."""
     first = jax.tree.map(lambda a: a[0], parts)
     shapes = jax.eval_shape(part_gradients, first).grads
@@ -259,7 +273,7 @@ def _accumulate(part_gradients: Callable[[Batch], Gradients], parts: Batch) -> G
         return total, (found.loss, found.sigma)
 
     grads, (loss, sigma) = jax.lax.scan(add, zeros, parts)
-    return Gradients(grads, loss.reshape(-1), sigma.reshape(-1))
+    return PartGradients(grads, loss.reshape(-1), sigma.reshape(-1))
 
 
 # ------------------------------------------------------------------------------ steps
@@ -305,14 +319,16 @@ def make_train_step(
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
-        grads, image_loss, image_sigma = gradients(state.params, batch, key)
-        loss, grad_norm = image_loss.mean(), optax.tree.norm(grads)
+        grads, grad_norm, image_loss, image_sigma = gradients(state.params, batch, key)
+        loss = image_loss.mean()
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
 
         step = state.step + 1
 
         def update(params, opt_state, ema):
-            params, opt_state = optim.apply_gradients(optimizer, grads, opt_state, params)
+            params, opt_state = optim.apply_gradients(
+                optimizer, grads, opt_state, params, norm=grad_norm
+            )
             if ema is not None:
                 ema = optim.update_ema(
                     ema, params, step, smoothing=ema_smoothing, start_step=ema_start_step
