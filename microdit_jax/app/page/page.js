@@ -10,8 +10,6 @@ let shown = null; // the gallery's entry in the dialog
 const model = () => choices.models.find((one) => one.name === $("model").value);
 const side = (name) => choices.models.find((one) => one.name === name)?.side ?? 512;
 
-setUp();
-
 function setUp() {
   const { limits, defaults } = choices;
   for (const one of choices.models) $("model").append(new Option(one.name, one.name));
@@ -262,3 +260,5 @@ function saveGallery() {
   } catch { /* a private window without storage: the gallery lasts as long as the page */ }
   renderGallery();
 }
+
+setUp(); // last, when all that it uses is there
