@@ -86,7 +86,8 @@ def base() -> ConfigDict:
                 "captions": "embeddings",
                 "cache": "",  # folder for the shards of sets at a URL
                 "caption_drop": 0.1,
-                "threads": 4,  # that read, in each process
+                # That read, in each process. One is quickest from memory or a local disk.
+                "threads": 2,
             },
             "optim": {
                 "learning_rate": 2.4e-4,
