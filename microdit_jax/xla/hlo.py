@@ -332,7 +332,7 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 
 def parameter_name(op_name: str) -> str:
-    """ "params/blocks_0/attn/qkv/kernel" of "state.params[\\'blocks_0\\'][\\'attn\\'][...]"."""
+    """params/blocks_0/attn/kernel, a parameter's path, of `state.params['blocks_0'][...]`."""
     return re.sub(r"[\[\]'\".\\]+", "/", op_name).strip("/").removeprefix("state/")
 
 
