@@ -14,7 +14,6 @@ the same command on each with --process_index and --process_count, writing to on
 import argparse
 import copy
 import dataclasses
-import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -38,24 +37,17 @@ DEFAULT_TEXT_ENCODER = "openclip:hf-hub:apple/DFN5B-CLIP-ViT-H-14-378"
 _SHEET_PICTURES, _SHEET_COLUMNS = 24, 6
 
 
-# On CPUs, a program that uses several threads sums in another order on another number of devices.
-ONE_THREAD_EACH = "--xla_cpu_multi_thread_eigen=false"
-
-
 def make_towers(codec: Any, text_encoder: Any, seed: int) -> list[Towers]:
     """Both towers on each of this process's devices, as `latent_job.run` takes them.
-
-    A CPU is given several times, so that a batch is computed on each of its cores.
 
     Args:
       codec, text_encoder: as `assets.load_codec` and `assets.load_text_encoder` give them.
       seed: of the noise that latents are sampled with, together with each picture's id.
     """
-    if not hasattr(codec, "params"):
-        return [_on_device(codec, text_encoder, seed, None)]
-    towers = [_on_device(codec, text_encoder, seed, device) for device in jax.local_devices()]
-    on_cpu = jax.default_backend() == "cpu"
-    return towers * (max(1, (os.cpu_count() or 1) // len(towers)) if on_cpu else 1)
+    return [
+        _on_device(codec, text_encoder, seed, device)
+        for device in (jax.local_devices() if hasattr(codec, "params") else [None])
+    ]
 
 
 def _on_device(codec: Any, text_encoder: Any, seed: int, device: Any) -> Towers:
@@ -177,7 +169,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         cache=args.cache,
         fraction=args.fraction,
     )
-    os.environ["XLA_FLAGS"] = f"{ONE_THREAD_EACH} {os.environ.get('XLA_FLAGS', '')}"
     use_compilation_cache()
     codec = assets.load_codec(args.vae, dtype=args.dtype)
     text_encoder = assets.load_text_encoder(args.text_encoder, dtype=args.dtype)
