@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEMO := out/demo
 
-.PHONY: demo test test-ui lint setup clean
+.PHONY: demo test test-ui docs lint setup clean
 setup: .venv/.ready
 
 .venv/.ready: pyproject.toml constraints.txt
@@ -27,9 +27,14 @@ test-ui: setup  ## the web page in a headless Chromium; not part of `make test`,
 		|| echo "No chromedriver, and no right to install one: Selenium tries to fetch a browser."
 	$(BIN)/python -m pytest -q tests/ui --durations=5
 
+docs: setup  ## the docs site in site/, open site/index.html; a warning is an error
+	$(BIN)/pip install -qq --constraint constraints.txt --editable '.[dev,docs]'
+	$(BIN)/python tools/api_pages.py
+	$(BIN)/zensical build --strict --clean
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
 clean:
-	rm -rf out .venv
+	rm -rf out site .venv

@@ -1,16 +1,15 @@
 """Every notebook's code runs from top to bottom, on a run of one step instead of the demo's."""
 
-import ast
-import json
 import pathlib
 
 import pytest
-from PIL import Image
 from tiny_config import get_config
 
 from microdit_jax.train import train
+from tools.notebook_page import read_cells, run_cell
 
 DOCS = pathlib.Path(__file__).parent.parent / "docs"
+NOTEBOOKS = sorted(DOCS.glob("*.ipynb"))
 
 
 @pytest.fixture(scope="module")
@@ -23,21 +22,21 @@ def run(tmp_path_factory) -> pathlib.Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [path.name for path in sorted(DOCS.glob("*.ipynb"))])
-def test_runs_from_top_to_bottom(name, run, monkeypatch):
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
+def test_runs_from_top_to_bottom(path, run, monkeypatch):
     monkeypatch.setenv("MODEL", str(run))
-    cells = json.loads((DOCS / name).read_text())["cells"]
     names: dict = {}
-    shown = 0
-    for cell in cells:
-        if cell["cell_type"] != "code":
-            continue
-        *body, last = ast.parse("".join(cell["source"])).body
-        exec(compile(ast.Module(body, []), name, "exec"), names)
-        if isinstance(last, ast.Expr):  # what Jupyter shows below the cell
-            value = eval(compile(ast.Expression(last.value), name, "eval"), names)
-            assert isinstance(value, Image.Image) and len(value.getcolors(1 << 20)) > 16
-            shown += 1
-        else:
-            exec(compile(ast.Module([last], []), name, "exec"), names)
-    assert shown >= 3
+    ran = [
+        run_cell(source, path.name, names) for kind, source in read_cells(path) if kind == "code"
+    ]
+    pictures = [cell.picture for cell in ran if cell.picture]
+    assert len(pictures) >= 3
+    for picture in pictures:
+        assert len(picture.getcolors(1 << 20)) > 16
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
+def test_its_page_shows_the_same_code(path):
+    page = path.with_suffix(".md").read_text()
+    for _, source in read_cells(path):
+        assert source in page, f"python tools/notebook_page.py: {source[:60]} is not there"

@@ -232,7 +232,8 @@ class _Watch:
 
     def preview(self, first: int, step: int, latents: Float[np.ndarray, "m h w c"]) -> None:
         """Tells of a step; with pictures where decoding them delays the drawing but little."""
-        event = {"event": "step", "step": step + 1, "fraction": self._fraction, "first": first}
+        event = {"event": "step", "step": step + 1, "fraction": self._fraction}
+        event |= {"first": first, "together": len(latents)}
         now = time.perf_counter()
         if self._spent + self._last <= PREVIEW_SHARE * (now - self._start):
             event["previews"] = [_data_url(image) for image in self._pipe.decode(latents)]

@@ -141,8 +141,9 @@ function stage(count, pixels) {
 }
 
 function follow(event, request, tiles) {
-  const parts = request.count > 1 ? `, from picture ${event.first + 1} of ${request.count}` : "";
-  say(`step ${event.step} of ${request.num_inference_steps}${parts}`, event.fraction);
+  const { first, together } = event;
+  const part = together < request.count ? `pictures ${first + 1} to ${first + together}: ` : "";
+  say(`${part}step ${event.step} of ${request.num_inference_steps}`, event.fraction);
   (event.previews ?? []).forEach((address, i) => setImage(tiles[event.first + i], address));
 }
 

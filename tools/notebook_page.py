@@ -1,0 +1,75 @@
+"""Runs docs/generate.ipynb and writes what came out as a page: docs/generate.md and its pictures.
+
+  make demo && python tools/notebook_page.py     (MODEL=... takes another run than the demo's)
+
+The notebook itself is kept without outputs. Run this again when it changes: a test compares.
+"""
+
+import ast
+import contextlib
+import io
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from PIL import Image
+
+DOCS = Path(__file__).parent.parent / "docs"
+NOTEBOOK = DOCS / "generate.ipynb"
+NOTE = """!!! note
+    This page is the notebook `docs/generate.ipynb`, run from top to bottom with the model of
+    `make demo` by `tools/notebook_page.py`."""
+
+
+class Ran(NamedTuple):
+    """A code cell after it ran: what it printed, and the picture it ended with, if any."""
+
+    printed: str
+    picture: Image.Image | None
+
+
+def read_cells(path: Path) -> list[tuple[str, str]]:
+    """(kind, source) of each cell; kind is "code" or "markdown"."""
+    cells = json.loads(path.read_text())["cells"]
+    return [(cell["cell_type"], "".join(cell["source"])) for cell in cells]
+
+
+def run_cell(source: str, name: str, names: dict[str, Any]) -> Ran:
+    """Runs a code cell as Jupyter does, in `names`: its last expression is what it shows."""
+    *body, last = ast.parse(source).body
+    printed, picture = io.StringIO(), None
+    with contextlib.redirect_stdout(printed):
+        if isinstance(last, ast.Expr):
+            exec(compile(ast.Module(body, []), name, "exec"), names)
+            value = eval(compile(ast.Expression(last.value), name, "eval"), names)
+            picture = value if isinstance(value, Image.Image) else None
+        else:
+            exec(compile(ast.Module([*body, last], []), name, "exec"), names)
+    return Ran(printed.getvalue(), picture)
+
+
+def make_page(path: Path) -> None:
+    """Writes NAME.md beside NAME.ipynb, and its pictures into the folder NAME."""
+    names: dict[str, Any] = {}
+    parts, shown, folder = [], 0, path.with_suffix("")
+    for kind, source in read_cells(path):
+        if kind == "markdown":
+            parts.append(source)
+            continue
+        parts.append(f"```python\n{source}\n```")
+        ran = run_cell(source, path.name, names)
+        if ran.printed:
+            parts.append(f"```text\n{ran.printed.rstrip()}\n```")
+        if ran.picture is not None:
+            folder.mkdir(exist_ok=True)
+            shown += 1
+            file = folder / f"{shown}.png"
+            ran.picture.save(file, optimize=True)
+            parts.append(f"![What the cell shows]({folder.name}/{file.name})")
+    parts.insert(1, NOTE)
+    path.with_suffix(".md").write_text("\n\n".join(parts) + "\n")
+    print(f"wrote {path.with_suffix('.md').name} and {shown} pictures")
+
+
+if __name__ == "__main__":
+    make_page(NOTEBOOK)
