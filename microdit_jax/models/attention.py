@@ -26,13 +26,15 @@ def _cudnn(q, k, v):
             f"attention 'cudnn' takes bfloat16 or float16, found {q.dtype}; set "
             "dtype='bfloat16' or attention='xla'"
         )
-    lengths = None
-    if k.shape[1] % 2:  # cuDNN's backward pass refuses odd lengths (77 caption tokens)
+    t, lengths = q.shape[1], None
+    # cuDNN's backward pass refuses odd lengths, such as 77 caption tokens.
+    if k.shape[1] % 2:
         lengths = jnp.full((k.shape[0],), k.shape[1], jnp.int32)
         k, v = _pad_length(k, 2), _pad_length(v, 2)
-    return jax.nn.dot_product_attention(
-        q, k, v, key_value_seq_lengths=lengths, implementation="cudnn"
+    out = jax.nn.dot_product_attention(
+        _pad_length(q, 2), k, v, key_value_seq_lengths=lengths, implementation="cudnn"
     )
+    return out[:, :t]
 
 
 def _splash(q, k, v, *, interpret: bool = False):
