@@ -25,10 +25,10 @@ class Chip:
     device_kinds: tuple[str, ...]
     bfloat16_flops: float
     source: str
-    memory_bytes: float = 0
-    memory_bandwidth: float = 0
-    link_bandwidth: float = 0
-    network_bandwidth: float = 0
+    memory_bytes: float = 0.0
+    memory_bandwidth: float = 0.0
+    link_bandwidth: float = 0.0
+    network_bandwidth: float = 0.0
     dollars_per_hour: float | None = None
     price_source: str = ""
 
@@ -47,7 +47,7 @@ CHIPS = (
         ("NVIDIA H100 80GB HBM3", "NVIDIA H100"),
         989e12,
         _H100 + "; HBM3 and NVLink there; hosts joined by one 400 Gb/s adapter for each GPU",
-        memory_bytes=84_929_347_584,  # what a device reports
+        memory_bytes=84_929_347_584.0,  # what a device reports
         memory_bandwidth=3.35e12,
         link_bandwidth=450e9,
         network_bandwidth=50e9,
@@ -63,7 +63,7 @@ CHIPS = (
         ("TPU v5 lite", "TPU v5e"),
         197e12,
         _TPU.format("v5e"),
-        memory_bytes=16 * 2**30,
+        memory_bytes=16 * 2.0**30,
         memory_bandwidth=819e9,
         link_bandwidth=200e9,
         network_bandwidth=200e9,
@@ -75,7 +75,7 @@ CHIPS = (
         ("TPU v5p", "TPU v5"),
         459e12,
         _TPU.format("v5p"),
-        memory_bytes=95 * 2**30,
+        memory_bytes=95 * 2.0**30,
         memory_bandwidth=2765e9,
         link_bandwidth=600e9,
         network_bandwidth=600e9,
@@ -87,7 +87,7 @@ CHIPS = (
         ("TPU v6 lite", "TPU v6e"),
         918e12,
         _TPU.format("v6e"),
-        memory_bytes=32 * 2**30,
+        memory_bytes=32 * 2.0**30,
         memory_bandwidth=1600e9,
         link_bandwidth=400e9,
         network_bandwidth=400e9,

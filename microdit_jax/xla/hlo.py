@@ -89,8 +89,8 @@ class Counts:
     uncounted: dict[str, int]
 
     @property
-    def flops_by_type(self) -> Counter[str]:
-        total: Counter[str] = Counter()
+    def flops_by_type(self) -> dict[str, float]:
+        total: dict[str, float] = Counter()
         for kernel in self.kernels:
             for dtype, flops in kernel.flops.items():
                 total[dtype] += kernel.times * flops
@@ -99,17 +99,17 @@ class Counts:
     @property
     def flops(self) -> float:
         """Operations of all matrix products, attention kernels included."""
-        return sum(self.flops_by_type.values())
+        return float(sum(self.flops_by_type.values()))
 
     @property
     def num_bytes(self) -> float:
         """Moved between the chip and its memory, caches taken as empty at each kernel's start."""
-        return sum(kernel.times * kernel.num_bytes for kernel in self.kernels)
+        return sum((kernel.times * kernel.num_bytes for kernel in self.kernels), 0.0)
 
     def exchanged(self, *kinds: str) -> float:
         """Bytes that one device must receive, of these kinds or all."""
         wanted = kinds or COLLECTIVES
-        return sum(c.times * c.num_bytes for c in self.collectives if c.kind in wanted)
+        return sum((c.times * c.num_bytes for c in self.collectives if c.kind in wanted), 0.0)
 
 
 def count(text: str) -> Counts:
@@ -148,10 +148,8 @@ def executed(module: Module) -> Iterator[tuple[Computation, Instruction, int]]:
 
     @functools.cache
     def weight(computation: Computation) -> float:
-        return sum(
-            times * traffic(module, parent, instruction)
-            for parent, instruction, times in visit(computation, 1)
-        )
+        inside = visit(computation, 1)
+        return sum((times * traffic(module, parent, i) for parent, i, times in inside), 0.0)
 
     yield from visit(module.entry, 1)
 
@@ -192,12 +190,17 @@ def traffic(module: Module, computation: Computation, instruction: Instruction) 
         )
         return read + _written(body, body.root)
     if opcode.endswith("-start"):  # its result repeats its operands
-        return 2 * sum(map(_bytes, operands))
-    return sum(map(_bytes, operands)) + instruction.num_bytes
+        return 2 * sum(map(_bytes, operands), 0.0)
+    written = instruction.num_bytes
+    if opcode == "custom-call":  # libraries' scratch space comes last, as plain bytes
+        last = instruction.shapes[-1] if len(instruction.shapes) > 1 else None
+        if last is not None and last.dtype in ("s8", "u8") and len(last.dims) == 1:
+            written -= last.num_bytes
+    return sum(map(_bytes, operands), 0.0) + written
 
 
 def _bytes(shapes: Iterable[Shape]) -> float:
-    return sum(shape.num_bytes for shape in shapes)
+    return sum((shape.num_bytes for shape in shapes), 0.0)
 
 
 def _read(body: Computation, parameter: Instruction, shapes: tuple[Shape, ...]) -> float:
@@ -224,7 +227,7 @@ def _read(body: Computation, parameter: Instruction, shapes: tuple[Shape, ...]) 
 def _written(body: Computation, root: Instruction) -> float:
     """What a fusion writes: of a buffer updated in place, the update."""
     if root.opcode == "tuple":
-        return sum(_written(body, body.instructions[name]) for name in root.operands)
+        return sum((_written(body, body.instructions[name]) for name in root.operands), 0.0)
     if root.opcode == "bitcast":
         return _written(body, body.instructions[root.operands[0]])
     if root.opcode == "dynamic-update-slice":
@@ -249,7 +252,8 @@ class _Counter:
         for parent, part in self._parts(computation, instruction):
             found = product_flops(parent, part)
             if found is None:
-                self.uncounted[part.attribute("custom_call_target") or part.name] += times
+                target = part.attribute("custom_call_target") or part.name
+                self.uncounted[target.strip('"')] += times
             elif found[1]:
                 flops[found[0]] += found[1]
         self.kernels.append(

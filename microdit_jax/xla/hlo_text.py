@@ -83,7 +83,7 @@ class Instruction:
 
     @property
     def num_bytes(self) -> float:
-        return sum(shape.num_bytes for shape in self.shapes)
+        return sum((shape.num_bytes for shape in self.shapes), 0.0)
 
     def attribute(self, name: str) -> str | None:
         """The value of `name=`, up to the next comma or the end of its braces."""

@@ -1,16 +1,14 @@
-"""What was found about a compiled program: a dictionary for JSON, a text table, a picture."""
+"""What was found about a compiled program: a dictionary for JSON, and a table of text."""
 
-import collections
 import datetime
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jaxlib
 
-from microdit_jax.errors import UserError, disk_errors
+from microdit_jax.errors import disk_errors
 from microdit_jax.xla import hlo, roofline
 from microdit_jax.xla.programs import Program
 from microdit_jax.xla.topologies import Topology
@@ -235,64 +233,3 @@ def write(found: dict[str, Any], path: Path) -> None:
         path.absolute().parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(found, indent=1) + "\n")
         path.with_suffix(".txt").write_text(table(found) + "\n")
-
-
-def read(paths: Sequence[str | Path]) -> list[dict[str, Any]]:
-    """Reports from their JSON.
-
-    Raises:
-      UserError: no such file, or it is no report.
-    """
-    reports = []
-    for path in paths:
-        try:
-            found = json.loads(Path(path).read_text())
-            reports.append(found | {"seconds": found["seconds"], "memory": found["memory"]})
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(
-                f"expected a report written by --report, found none in {path}; run python -m "
-                f"microdit_jax.xla.aot --report={path} first"
-            ) from error
-    return reports
-
-
-# ------------------------------------------------------------------------------ picture
-def draw(reports: Sequence[dict[str, Any]], out: str | Path) -> None:
-    """A picture: memory by kind against the chip's, and the bound's parts, a bar each report.
-
-    Raises:
-      UserError: matplotlib is not installed.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise UserError(
-            "drawing needs the package matplotlib, found none; pip install 'microdit_jax[plot]'"
-        ) from error
-    names = [f"{r['config']}\n{r['topology']}" for r in reports]
-    figure = Figure(figsize=(10, 1.2 + 0.6 * len(reports)), layout="constrained", dpi=100)
-    left, right = figure.subplots(1, 2, sharey=True)
-    stacks: dict[str, list[float]] = collections.defaultdict(list)
-    for r in reports:
-        memory = r["memory"]
-        stacks["arguments"].append(memory["arguments"] / 1e9)
-        stacks["temporaries"].append((memory["peak"] - memory["arguments"]) / 1e9)
-    start = [0.0] * len(reports)
-    for (label, sizes), color in zip(stacks.items(), ("#1b9e77", "#7570b3"), strict=True):
-        left.barh(names, sizes, left=start, label=label, color=color, height=0.6)
-        start = [a + b for a, b in zip(start, sizes, strict=True)]
-    for i, r in enumerate(reports):
-        left.plot([r["memory"]["of"] / 1e9] * 2, [i - 0.4, i + 0.4], color="black")
-    left.set_xlabel("GB on each device; the line: the chip's memory")
-    parts = {"compute": "products", "memory": "memory", "exchange": "exchange", "bound": "bound"}
-    for k, (key, label) in enumerate(parts.items()):
-        places = [i + 0.3 - 0.2 * k for i in range(len(reports))]
-        right.barh(places, [r["seconds"][key] * 1e3 for r in reports], height=0.18, label=label)
-    right.set_xlabel("ms of a step at the chip's peaks")
-    for panel in (left, right):
-        panel.spines[["top", "right"]].set_visible(False)
-        panel.legend(fontsize=8, frameon=False)
-    left.invert_yaxis()
-    with disk_errors(Path(out)):
-        Path(out).absolute().parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(out)

@@ -1,0 +1,92 @@
+"""Draws reports of microdit_jax.xla.aot: memory against the chip's, and the bound's parts.
+
+Example:
+  python -m microdit_jax.xla.plot --reports=stage1.json --reports=stage2.json --out=aot.png
+"""
+
+import collections
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from absl import app, flags
+
+from microdit_jax.cli import run
+from microdit_jax.errors import UserError, disk_errors
+
+REPORTS = flags.DEFINE_multi_string("reports", [], "JSON files of aot --report, a bar each.")
+OUT = flags.DEFINE_string("out", "aot.png", "The picture to write.")
+
+
+def read(paths: Sequence[str | Path]) -> list[dict[str, Any]]:
+    """Reports from their JSON.
+
+    Raises:
+      UserError: no such file, or it is no report.
+    """
+    reports = []
+    for path in paths:
+        try:
+            found = json.loads(Path(path).read_text())
+            reports.append(found | {"seconds": found["seconds"], "memory": found["memory"]})
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"expected a report written by --report, found none in {path}; run python -m "
+                f"microdit_jax.xla.aot --report={path} first"
+            ) from error
+    return reports
+
+
+def draw(reports: Sequence[dict[str, Any]], out: str | Path) -> None:
+    """A picture: memory by kind against the chip's, and the bound's parts, a bar each report.
+
+    Raises:
+      UserError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise UserError(
+            "drawing needs the package matplotlib, found none; pip install 'microdit_jax[plot]'"
+        ) from error
+    names = [f"{r['config']}\n{r['topology']}" for r in reports]
+    figure = Figure(figsize=(10, 1.2 + 0.6 * len(reports)), layout="constrained", dpi=100)
+    left, right = figure.subplots(1, 2, sharey=True)
+    stacks: dict[str, list[float]] = collections.defaultdict(list)
+    for r in reports:
+        memory = r["memory"]
+        stacks["arguments"].append(memory["arguments"] / 1e9)
+        stacks["temporaries"].append((memory["peak"] - memory["arguments"]) / 1e9)
+    start = [0.0] * len(reports)
+    for (label, sizes), color in zip(stacks.items(), ("#1b9e77", "#7570b3"), strict=True):
+        left.barh(names, sizes, left=start, label=label, color=color, height=0.6)
+        start = [a + b for a, b in zip(start, sizes, strict=True)]
+    for i, r in enumerate(reports):
+        left.plot([r["memory"]["of"] / 1e9] * 2, [i - 0.4, i + 0.4], color="black")
+    left.set_xlabel("GB on each device; the line: the chip's memory")
+    parts = {"compute": "products", "memory": "memory", "exchange": "exchange", "bound": "bound"}
+    for k, (key, label) in enumerate(parts.items()):
+        places = [i + 0.3 - 0.2 * k for i in range(len(reports))]
+        right.barh(places, [r["seconds"][key] * 1e3 for r in reports], height=0.18, label=label)
+    right.set_xlabel("ms of a step at the chip's peaks")
+    for panel in (left, right):
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.legend(fontsize=8, frameon=False)
+    left.invert_yaxis()
+    with disk_errors(Path(out)):
+        Path(out).absolute().parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(out)
+
+
+def main(argv):
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments {argv[1:]}")
+    if not REPORTS.value:
+        raise UserError("expected at least one report, found none; give --reports=FILE.json")
+    draw(read(REPORTS.value), OUT.value)
+    print(f"{len(REPORTS.value)} reports drawn in {OUT.value}")
+
+
+if __name__ == "__main__":
+    run(main)

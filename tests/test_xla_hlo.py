@@ -1,0 +1,156 @@
+"""Counting from HLO text: products of every backend, loops, exchanges, memory traffic."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from microdit_jax.xla import hlo
+from microdit_jax.xla.hlo_text import parse
+
+
+def module(body: str, more: str = "") -> str:
+    return f"HloModule m\n\n{more}\nENTRY %main (a: f32[]) -> f32[] {{\n{body}\n}}\n"
+
+
+# Lines as the compilers for H100 and v5e wrote them, but for names and lengths.
+CUBLAS = """\
+  %x = bf16[4096,1024]{1,0} parameter(0)
+  %w = bf16[1024,512]{1,0} parameter(1)
+  ROOT %y = (bf16[4096,512]{1,0}, s8[33554432]{0}) custom-call(%x, %w), \
+custom_call_target="__cublas$lt$matmul", backend_config={"gemm_backend_config":\
+{"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"],"rhs_contracting_dimensions":["0"]}}}"""
+CUDNN = """\
+  %q = bf16[8,64,16,64]{3,2,1,0} parameter(0)
+  %k = bf16[8,78,16,64]{3,2,1,0} parameter(1)
+  ROOT %o = (bf16[8,16,64,64]{3,1,2,0}, u8[0]{0}) custom-call(%q, %k, %k), \
+custom_call_target="__cudnn$fmhaSoftmax", backend_config={"cudnn_fmha_backend_config":\
+{"intermediate_tensor_shape":{"element_type":"BF16","dimensions":["8","16","64","78"]}}}"""
+# A product with a batch of 16: a window of 16 places, of which each output meets one.
+BATCHED = """\
+  %a = bf16[16,256,64]{2,1,0:T(8,128)(2,1)} parameter(0)
+  %b = bf16[16,64,128]{2,1,0:T(8,128)(2,1)} parameter(1)
+  ROOT %c = bf16[16,256,128]{2,1,0:T(8,128)(2,1)} convolution(%a, %b), \
+window={size=16 stride=15 pad=0_0 lhs_dilate=16}, dim_labels=0bf_0io->0bf"""
+SPLASH = """\
+  %s = s32[64]{0} parameter(0)
+  %q = bf16[8,16,128,64]{3,2,1,0} parameter(1)
+  %k = bf16[8,16,256,64]{3,2,1,0} parameter(2)
+  ROOT %o = bf16[8,16,128,64]{3,2,1,0} custom-call(%s, %q, %k, %k), \
+custom_call_target="tpu_custom_call", metadata={op_name="jit(f)/splash_mha_fwd_no_residuals"}"""
+
+
+@pytest.mark.parametrize(
+    "text, flops",
+    [
+        (CUBLAS, 2 * 4096 * 1024 * 512),
+        (CUDNN, 2 * 2 * 8 * 16 * 64 * 78 * 64),
+        (CUDNN.replace("Softmax", "SoftmaxBackward"), 5 * 2 * 8 * 16 * 64 * 78 * 64),
+        (BATCHED, 2 * 16 * 256 * 64 * 128),
+        (SPLASH, 2 * 2 * 8 * 16 * 128 * 256 * 64),
+    ],
+    ids=["cublas", "cudnn", "cudnn_backward", "tpu_batched", "splash"],
+)
+def test_products(text, flops):
+    counts = hlo.count(module(text))
+    assert counts.flops_by_type == {"bf16": flops}
+    assert not counts.uncounted
+
+
+def test_unknown_kernels_are_named():
+    counts = hlo.count(module(SPLASH.replace("splash_mha_fwd_no_residuals", "mystery")))
+    assert counts.uncounted == {"tpu_custom_call": 1} and counts.flops == 0
+
+
+def test_a_compiled_program():
+    """A loop's products count as often as it runs; of a branch, the heavier one."""
+
+    def program(x, w, flag):
+        x = jax.lax.fori_loop(0, 7, lambda i, x: jnp.tanh(x @ w), x)
+        return jax.lax.cond(flag, lambda x: x @ w @ w, lambda x: x, x)
+
+    x, w = jnp.zeros((32, 48)), jnp.zeros((48, 48))
+    text = jax.jit(program).lower(x, w, True).compile().as_text()
+    assert hlo.count(text).flops == 9 * 2 * 32 * 48 * 48
+
+
+def test_convolutions_as_xla_counts_them():
+    """With padding, strides and groups, against XLA's own analysis."""
+    for kwargs in (
+        {"padding": "SAME", "window_strides": (1, 1)},
+        {"padding": [(2, 1), (0, 3)], "window_strides": (2, 3), "rhs_dilation": (2, 1)},
+        {"padding": [(1, 0), (2, 2)], "window_strides": (1, 1), "lhs_dilation": (2, 3)},
+    ):
+
+        def convolve(x, k, kwargs=kwargs):
+            numbers = ("NHWC", "HWIO", "NHWC")
+            return jax.lax.conv_general_dilated(x, k, dimension_numbers=numbers, **kwargs)
+
+        lowered = jax.jit(convolve).lower(jnp.zeros((2, 9, 11, 3)), jnp.zeros((3, 3, 3, 5)))
+        # XLA counts a multiply-add as two operations, as we do.
+        expected = lowered.cost_analysis()["flops"]
+        assert hlo.count(lowered.compile().as_text()).flops == expected > 0
+
+
+EXCHANGES = """\
+  %p = f32[128,64]{1,0} parameter(0), metadata={op_name="state.params[\\'blocks_3\\'][\\'w1\\']"}
+  %c = bf16[128,64]{1,0} convert(%p)
+  %g = (bf16[128,64]{1,0}, bf16[1024,64]{1,0}) all-gather-start(%c), dimensions={0}, \
+replica_groups=[1,8]<=[8]
+  %d = bf16[1024,64]{1,0} all-gather-done(%g)
+  %s = f32[1024,64]{1,0} convert(%d), \
+metadata={op_name="jit(step)/transpose(jvp(DiT))/blocks_3/mlp/mul"}
+  %r = f32[128,64]{1,0} reduce-scatter(%s), dimensions={0}, replica_groups={{0,2},{1,3}}
+  ROOT %t = f32[128,64]{1,0} all-to-all(%r), dimensions={0}, replica_groups=[2,4]<=[4,2]T(1,0), \
+metadata={op_name="jit(step)/jvp(DiT)/DiT.predict/blocks_1/mlp/all_to_all"}"""
+
+
+def test_exchanges():
+    gather, scatter, swap = hlo.count(module(EXCHANGES)).collectives
+    assert (gather.kind, gather.num_bytes) == ("all-gather", 7 * 128 * 64 * 2)
+    assert gather.carries == ("params/blocks_3/w1",) and gather.devices == tuple(range(8))
+    assert (scatter.kind, scatter.num_bytes) == ("reduce-scatter", 1024 * 64 * 4 / 2)
+    assert scatter.devices == (0, 2)
+    assert (swap.kind, swap.num_bytes) == ("all-to-all", 128 * 64 * 4 * 3 / 4)
+    assert swap.devices == (0, 2, 4, 6)
+
+
+def test_place():
+    for op_name, expected in {
+        "jit(train_step)/shard_map/while/body/closed_call/jvp(DiT)/DiT.predict/blocks_1/mlp/dot":
+            "blocks_1/mlp",
+        "jit(train_step)/transpose(jvp(DiT))/DiT.predict/blocks_2/attn/qkv/dot_general":
+            "blocks_2/attn/qkv (backward)",
+        "": "",
+    }.items():  # fmt: skip
+        assert hlo.place(op_name) == expected
+
+
+SLICES = """\
+%body (p0: f32[64,1024], p1: s32[]) -> f32[1,1024] {
+  %p0 = f32[64,1024]{1,0} parameter(0)
+  %p1 = s32[] parameter(1)
+  %z = s32[] constant(0)
+  ROOT %d = f32[1,1024]{1,0} dynamic-slice(%p0, %p1, %z), dynamic_slice_sizes={1,1024}
+}
+"""
+
+
+def test_memory_traffic():
+    """A fusion that slices reads the slice; the plain one reads and writes all."""
+    call = """\
+  %a = f32[64,1024]{1,0} parameter(0)
+  %i = s32[] parameter(1)
+  ROOT %f = f32[1,1024]{1,0} fusion(%a, %i), kind=kLoop, calls=%body"""
+    assert hlo.count(module(call, SLICES)).num_bytes == 2 * 4096 + 4
+    add = "  %a = f32[64,1024]{1,0} parameter(0)\n  ROOT %s = f32[64,1024]{1,0} add(%a, %a)"
+    assert hlo.count(module(add)).num_bytes == 3 * 64 * 1024 * 4
+
+
+def test_parse():
+    text = module(EXCHANGES)
+    (entry,) = parse(text).computations.values()
+    assert entry.root.name == "t" and len(entry.instructions) == 7
+    assert np.prod(entry.instructions["d"].shapes[0].dims) == 1024 * 64
+    with pytest.raises(ValueError, match="HLO module"):
+        parse("nothing")
