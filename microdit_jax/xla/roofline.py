@@ -44,23 +44,24 @@ class Bound:
 def bound(counts: Counts, topology: Topology) -> Bound:
     """The bound of a program on a topology whose chip is known."""
     chip = topology.chip
-    kernels = sum(
+    kernels = (
         k.times * max(_compute(k.flops, chip), k.num_bytes / chip.memory_bandwidth)
         for k in counts.kernels
     )
-    exchange = sum(
+    exchanges = (
         c.times * c.num_bytes / _bandwidth(c.devices, topology, chip) for c in counts.collectives
     )
     return Bound(
         _compute(counts.flops_by_type, chip),
         counts.num_bytes / chip.memory_bandwidth,
-        kernels,
-        exchange,
+        sum(kernels, 0.0),
+        sum(exchanges, 0.0),
     )
 
 
 def _compute(flops: Mapping[str, float], chip: Chip) -> float:
-    return sum(n / (chip.bfloat16_flops * RATE.get(t, OTHER_RATE)) for t, n in flops.items())
+    seconds = (n / (chip.bfloat16_flops * RATE.get(t, OTHER_RATE)) for t, n in flops.items())
+    return sum(seconds, 0.0)
 
 
 def _bandwidth(devices: tuple[int, ...], topology: Topology, chip: Chip) -> float:

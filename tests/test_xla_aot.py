@@ -1,0 +1,160 @@
+"""Names of topologies, the roofline, extrapolation over depth, the search, reports."""
+
+import json
+
+import pytest
+
+from configs import res_256_pretrain
+from microdit_jax.chips import chip_of
+from microdit_jax.errors import UserError
+from microdit_jax.models import dit, flops
+from microdit_jax.xla import analysis, plot, presets, reduced, report, roofline, topologies
+from microdit_jax.xla.hlo import Collective, Counts, Kernel
+from microdit_jax.xla.programs import Program
+from microdit_jax.xla.topologies import Topology
+
+H100 = Topology("h100:16", "cuda", tuple(range(16)), chip_of("NVIDIA H100 80GB HBM3"), 2)
+
+
+# ------------------------------------------------------------------------------ topologies
+@pytest.mark.parametrize(
+    "name, fix",
+    [
+        ("a100:8", "named like h100:8, v5e:4x4"),
+        ("v5e", "named like"),
+        ("v5e:4x4x4", "v5e:AxB"),
+        ("v5p:2x2", "v5p:AxBxC"),
+        ("h100:12", "multiple"),
+        ("h100:0", "h100:A"),
+    ],
+)
+def test_wrong_names_say_what_was_expected(name, fix):
+    with pytest.raises(UserError, match=fix):
+        topologies.prepare(name)
+
+
+@pytest.mark.parametrize("name", ["h100:8", "v5e:4x4"])
+def test_absent_compilers_say_what_to_install(name, monkeypatch):
+    monkeypatch.setattr(topologies, "_installed", lambda module: False)
+    with pytest.raises(UserError, match=r"found none; pip install 'microdit_jax\[aot\]'"):
+        topologies.prepare(name)
+
+
+def test_a_name_the_compiler_does_not_know(monkeypatch):
+    def refuse(**options):
+        assert options == {"platform": "tpu", "topology_name": "v5e:3x5"}
+        raise RuntimeError("INVALID_ARGUMENT: no such slice")
+
+    monkeypatch.setattr(topologies.jax_topologies, "get_topology_desc", refuse)
+    with pytest.raises(UserError, match="knows no topology 'v5e:3x5'.*no such slice"):
+        topologies.get("v5e:3x5")
+
+
+def test_simulated_devices():
+    assert len(topologies.get("cpu:4").devices) == 4
+    with pytest.raises(UserError, match="device_count=99"):
+        topologies.get("cpu:99")
+
+
+def test_presets():
+    assert "xla_gpu_autotune_level" not in presets.compiler_options("gpu")
+    assert "xla_gpu_autotune_level" in presets.compiler_options("cuda", without_a_device=True)
+    assert presets.environment("cuda").startswith("export XLA_PYTHON_CLIENT_MEM_FRACTION=")
+    with pytest.raises(UserError, match="cuda, tpu, cpu, found 'rocm'"):
+        presets.environment("rocm")
+
+
+# ------------------------------------------------------------------------------ roofline
+COUNTS = Counts(
+    kernels=(
+        Kernel("product", "dot", "", 2, {"bf16": 989e9}, 335e6),  # 1 ms of products, 0.1 of memory
+        Kernel("sum", "fusion", "", 3, {}, 3.35e9),  # 1 ms of memory
+    ),
+    collectives=(
+        Collective("all-gather", 1, 450e6, tuple(range(8)), {}, ()),  # 1 ms within a host
+        Collective("all-reduce", 1, 50e6, (0, 8), {}, ()),  # 1 ms between hosts
+    ),
+    uncounted={},
+)
+
+
+def test_roofline():
+    bound = roofline.bound(COUNTS, H100)
+    assert bound.compute == pytest.approx(2e-3) and bound.memory == pytest.approx(3.2e-3)
+    assert bound.kernels == pytest.approx(5e-3) and bound.exchange == pytest.approx(2e-3)
+    assert bound.hidden == bound.kernels and bound.exposed == pytest.approx(7e-3)
+
+
+# ------------------------------------------------------------------------------ extrapolation
+@pytest.mark.parametrize("arch", [dit.MicroDiT_XL_2, dit.MicroDiT_Tiny_2])
+def test_operations_extrapolate_to_the_full_depth(arch):
+    cfg = arch()
+    parts = reduced.terms(cfg, 0.75, 77)
+    assert all(len(p.network.mixer_blocks() + p.network.backbone_blocks()) <= 7 for p in parts)
+    found = reduced.extrapolate(
+        parts, lambda network: {"deep": {"flops": flops.forward_flops(network, 0.75, 77)}}
+    )
+    expected = flops.forward_flops(cfg, 0.75, 77)
+    assert found["deep"]["flops"] == pytest.approx(expected, rel=2e-3)
+
+
+def test_other_patterns_of_blocks_are_refused():
+    with pytest.raises(UserError, match="leave --reduced_depth out"):
+        reduced.terms(dit.MicroDiT_XL_2(experts_every_n=3), 0.75, 77)
+
+
+# ------------------------------------------------------------------------------ search
+def test_find_the_largest_micro_batch(monkeypatch):
+    def analyse(request):
+        size = request.config.train.micro_batch_size
+        if size > 64:
+            raise analysis.DoesNotFit("too large")
+        return {"memory": {"peak": size * 1e9, "fits": size <= 16}, "size": size}
+
+    monkeypatch.setattr(analysis, "analyse", analyse)
+    request = analysis.Request(res_256_pretrain.get_config(), topologies.get("cpu:8"), "stage1")
+    found = analysis.find(request)
+    assert found["size"] == 16 and {16, 32} <= set(found["tried"]) and len(found["tried"]) <= 4
+    assert request.config.train.micro_batch_size == 256  # the caller's own is as it was
+    monkeypatch.setattr(analysis, "analyse", lambda r: {"memory": {"peak": 1, "fits": False}})
+    with pytest.raises(UserError, match="not even one image"):
+        analysis.find(request)
+
+
+# ------------------------------------------------------------------------------ reports
+def full_report() -> dict:
+    program = Program(lambda: None, 2048, 2, 10**11, 3, 0.5, {"all-gather": 4e8}, 10**9)
+    found = {
+        "memory": {"arguments": 2e9, "outputs": 2e9, "aliased": 2e9, "temporaries": 8e10},
+        "flops": COUNTS.flops,
+        "bytes_moved": COUNTS.num_bytes,
+        "kernels": 5,
+        "collectives": {"all-gather": {"instructions": 1, "runs": 1, "bytes": 4.5e8}},
+        "compile_seconds": 100.0,
+    }
+    found = report.complete(found, program, H100, roofline.bound(COUNTS, H100), steps=86_400)
+    mesh = type("M", (), {"shape": {"data": 2, "fsdp": 8, "expert": 1}})
+    return report.header("stage1", "train_step", H100, mesh) | found
+
+
+def test_what_follows_from_the_counts():
+    found = full_report()
+    assert not found["memory"]["fits"] and found["memory"]["peak"] == 8.2e10
+    assert found["images_at_once"] == 2048 / 16 / 2
+    assert found["forward_passes_expected"] == 3.5
+    assert found["weight_exchange"]["ratio"] == pytest.approx(1.125)
+    assert found["images_per_second"] == pytest.approx(2048 / 5e-3)
+    assert found["days"] == pytest.approx(5e-3)
+    assert found["dollars"] == pytest.approx(5e-3 * 24 * 16 * 3.79)
+
+
+def test_written_read_and_drawn(tmp_path):
+    path = tmp_path / "new" / "stage1.json"
+    report.write(full_report(), path)
+    assert "DOES NOT FIT" in path.with_suffix(".txt").read_text()
+    assert json.loads(path.read_text())["mesh"]["fsdp"] == 8
+    plot.draw(plot.read([path, path]), tmp_path / "aot.png")
+    assert (tmp_path / "aot.png").stat().st_size > 5000
+    (tmp_path / "other.json").write_text("{}")
+    with pytest.raises(UserError, match="expected a report"):
+        plot.read([tmp_path / "other.json"])
