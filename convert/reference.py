@@ -120,7 +120,9 @@ def _import_reference(folder: Path) -> types.ModuleType:
             "folder of a checkout of the PyTorch reference"
         )
     stand_ins = {name: _empty_module(name) for name in UNUSED}
-    if not importlib.util.find_spec("timm"):
+    try:
+        import timm.models.vision_transformer  # noqa: F401
+    except ImportError:  # absent, or without the torchvision it needs
         names = ("timm", "timm.models", "timm.models.vision_transformer")
         stand_ins |= {name: types.ModuleType(name) for name in names}
         stand_ins[names[-1]].PatchEmbed = _patch_embed_class()

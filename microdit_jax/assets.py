@@ -29,9 +29,7 @@ from microdit_jax.cli import cache_folder
 from microdit_jax.diffusion import EdmConfig
 from microdit_jax.encoders import registry
 from microdit_jax.errors import UserError, disk_errors
-from microdit_jax.models.dit import DiT, DiTConfig
-
-LONG = 512  # tokens from which attention is quicker head by head on a CPU
+from microdit_jax.models.dit import DiT, DiTConfig, for_this_machine
 
 # A mesh; or what gives one (or None) for so many bytes of weights; None is the first local device.
 Place = Mesh | Callable[[int], Mesh | None] | None
@@ -90,18 +88,7 @@ def load_model(
         vae_name = hub.DEFAULT_VAES.get(model.config.in_channels)
         model = model._replace(vae=vae_name, text_encoder=hub.DFN5B_CLIP)
     model = model if dtype is None else model.with_dtype(dtype)
-    attention = attention_here(model.config)
-    return model._replace(config=dataclasses.replace(model.config, attention=attention))
-
-
-def attention_here(config: DiTConfig) -> str:
-    """The quickest of the exact attentions on this machine, to draw pictures with.
-
-    A config that names a kernel of its own keeps it. Measured on CPUs: see models/attention.py.
-    """
-    long = config.num_tokens >= LONG
-    on_cpu = jax.default_backend() == "cpu"
-    return "looped" if config.attention == "xla" and on_cpu and long else config.attention
+    return model._replace(config=for_this_machine(model.config))
 
 
 def untrained_model(config: DiTConfig, *, mesh: Place = None) -> Model:

@@ -19,7 +19,7 @@ from microdit_jax.errors import disk_errors
 from microdit_jax.heldout import Evaluation
 from microdit_jax.metric_writer import MetricWriter, import_wandb
 from microdit_jax.models import flops, masking
-from microdit_jax.models.dit import DiT
+from microdit_jax.models.dit import DiT, for_this_machine
 from microdit_jax.progress import Progress, StepTrace
 from microdit_jax.run_checkpoint import RunCheckpoints
 from microdit_jax.run_config import (
@@ -66,7 +66,7 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
     check_intervals(config)
     if config.log.wandb:
         import_wandb()
-    model = DiT(cfg)
+    model = DiT(for_this_machine(cfg))
     optimizer, schedule = make_optimizer(config)
     data = load_data(config, mesh)
     caption_length = check_data(cfg, data)

@@ -20,7 +20,7 @@ from convert.torch_file import write_torch
 from microdit_jax import assets, create, hub, sharding
 from microdit_jax.encoders.clip_text import ClipText, ClipTextConfig
 from microdit_jax.errors import UserError
-from microdit_jax.models.dit import DiT
+from microdit_jax.models.dit import DiT, for_this_machine
 
 CLIP = ClipTextConfig(width=24, layers=1, heads=2, context_length=12)
 
@@ -207,14 +207,15 @@ def test_a_half_downloaded_file(files):
     assert not list((files / "cache" / "microdit_jax" / "models").glob("*/params"))
 
 
-def test_long_sequences_on_a_cpu_get_the_loop():
-    def chosen(size, attention):
-        config = dataclasses.replace(
-            tiny_model().config, input_size=size, attention=attention, dtype="bfloat16"
-        )
-        return assets.attention_here(config)
+def test_cpus_get_the_looped_attention(monkeypatch):
+    def chosen(attention):
+        config = dataclasses.replace(tiny_model().config, attention=attention, dtype="bfloat16")
+        return for_this_machine(config).attention
 
-    assert (chosen(64, "xla"), chosen(32, "xla"), chosen(64, "cudnn")) == ("looped", "xla", "cudnn")
+    kernels = ("xla", "looped", "cudnn")
+    assert list(map(chosen, kernels)) == ["looped", "looped", "cudnn"]
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert list(map(chosen, kernels)) == ["xla", "xla", "cudnn"]
 
 
 def test_nothing_there():

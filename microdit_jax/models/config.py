@@ -55,8 +55,7 @@ class DiTConfig:
       dtype: type of the matrix products and attention; the residual stream, norms, softmax and
         routing stay float32.
       param_dtype: type the parameters are stored in.
-      attention: kernel, one of "xla", "looped" (long sequences on CPUs), "cudnn" (NVIDIA, 16-bit)
-        and "splash" (TPU).
+      attention: kernel, one of "xla", "looped" (CPUs), "cudnn" (NVIDIA, 16-bit) and "splash" (TPU).
       moe_dispatch: "gather" moves rows, "onehot" multiplies by one-hot matrices; equal results.
       remat: what the backward pass recomputes: "none", each whole "block", or all but "dots".
       init_std: standard deviation of the normal initialisations. The paper's 0.02 suits a width of
@@ -158,6 +157,18 @@ class DiTConfig:
             )
             for i in range(self.depth)
         ]
+
+
+def for_this_machine(config: DiTConfig) -> DiTConfig:
+    """The config with the quickest attention of equal results on the machine that runs this.
+
+    One that names a kernel other than "xla" keeps it, but for "looped", which CPUs alone should
+    run. Measured: docs/performance.md. Not for programs compiled for another machine.
+    """
+    on_cpu = jax.default_backend() == "cpu"
+    quickest = {"xla": "looped"} if on_cpu else {"looped": "xla"}
+    kernel = quickest.get(config.attention, config.attention)
+    return dataclasses.replace(config, attention=kernel)
 
 
 def _micro_dit(

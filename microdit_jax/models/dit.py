@@ -17,6 +17,7 @@ from microdit_jax.models.config import (
     DiTConfig,
     MicroDiT_Tiny_2,
     MicroDiT_XL_2,
+    for_this_machine,
 )
 from microdit_jax.models.layers import (
     CaptionProjection,
@@ -45,6 +46,7 @@ __all__ = [
     "MicroDiT_Tiny_2",
     "MicroDiT_XL_2",
     "cast_matrices",
+    "for_this_machine",
 ]
 
 # Modules that multiply in float32 whatever the config's type; `cast_matrices` spares them.

@@ -12,6 +12,8 @@ import numpy as np
 from einops import rearrange
 from jaxtyping import Array, Float
 
+from microdit_jax.models import products
+
 Dtype = Any
 Initializer = Callable[..., Array]
 
@@ -32,6 +34,13 @@ def gelu_tanh(x: Float[Array, "..."]) -> Float[Array, "..."]:
     return jax.nn.gelu(x, approximate=True)
 
 
+def gelu_erf(x: Float[Array, "*b f"]) -> Float[Array, "*b f"]:
+    """The exact GELU, x (1 + erf(x / sqrt 2)) / 2: the experts'."""
+    if x.dtype != jnp.float32:  # there, 1 + erf would lose what is small
+        return jax.nn.gelu(x, approximate=False)
+    return 0.5 * x * (1 + jax.lax.erf(x * np.float32(math.sqrt(0.5))))
+
+
 def modulate(
     x: Float[Array, "n t d"], shift: Float[Array, "n d"], scale: Float[Array, "n d"]
 ) -> Float[Array, "n t d"]:
@@ -40,7 +49,7 @@ def modulate(
 
 
 # The reference's default initialisation: Xavier-uniform kernel (in, out), zero bias.
-Linear = functools.partial(nn.Dense, kernel_init=xavier)
+Linear = functools.partial(nn.Dense, kernel_init=xavier, dot_general=products.dot_general)
 
 
 def normalise(x: Float[Array, "*b d"], eps: float) -> Float[Array, "*b d"]:

@@ -5,7 +5,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from microdit_jax.models.layers import Dtype, Initializer, Linear, small_normal
+from microdit_jax.models import products
+from microdit_jax.models.layers import Dtype, Initializer, Linear, gelu_erf, small_normal
 
 DISPATCHES = ("gather", "onehot")
 EXPERT_AXIS = "expert"  # the mesh axis over which experts are split (sharding.py)
@@ -39,8 +40,9 @@ def experts(
     x: Float[Array, "e n k d"], w1: Float[Array, "e d f"], w2: Float[Array, "e f d"]
 ) -> Float[Array, "e n k d"]:
     """GELU_erf(x w1[e]) w2[e]: the exact erf GELU, the only one in the network."""
-    hidden = jax.nn.gelu(jnp.einsum("enkd,edf->enkf", x, w1), approximate=False)
-    return jnp.einsum("enkf,efd->enkd", hidden, w2)
+    e, n, k, d = x.shape
+    hidden = gelu_erf(products.products(x.reshape(e, n * k, d), w1))  # (e, n k, f)
+    return products.products(hidden, w2).reshape(e, n, k, d)
 
 
 def exchanged_experts(
