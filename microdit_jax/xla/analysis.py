@@ -91,14 +91,14 @@ def _compile(
     with alive(f"{label}: compiling for {topology.name}"), _memory_refusals(program):
         compiled = lowered.compile(compiler_options=topology.compiler_options)
     seconds = time.monotonic() - traced
-    with alive(f"{label}: counting"):
-        text = compiled.as_text()
-        counts = hlo.count(text)
+    text = compiled.as_text()
     if request.dump is not None:
         path = request.dump / f"{label.replace(', ', '_').replace(' ', '_')}.hlo.txt"
         with disk_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text)
+    with alive(f"{label}: counting"):
+        counts = hlo.count(text)
     found = report.measure(compiled, counts)
     found |= {"trace_seconds": traced - start, "compile_seconds": seconds}
     known = topology.chip is not None and topology.chip.memory_bandwidth > 0

@@ -4,7 +4,6 @@ CPUs keep `dot`; GPUs call cuBLAS and cuDNN; TPUs turn products into convolution
 are counted where we know them (splash attention). Two operations for each multiply-add.
 """
 
-import json
 import math
 import re
 
@@ -116,15 +115,8 @@ def _custom_call(computation: Computation, instruction: Instruction) -> tuple[st
         )[1]
         return lhs.dtype, _dot(instruction.shapes[0].elements, lhs.dims, _numbers(contracted))
     if target in CUDNN_PRODUCTS:
-        q = operands[0][0]
-        scores = json.loads(
-            re.search(
-                r'"intermediate_tensor_shape":\{.*?"dimensions":(\[[^\]]*\])',
-                instruction.attributes,
-            )[1]
-        )
-        product = 2.0 * math.prod(map(int, scores)) * q.dims[-1]
-        return q.dtype, CUDNN_PRODUCTS[target] * product
+        q, k = operands[0][0], operands[1][0]  # (n, t, h, c), (n, l, h, c)
+        return q.dtype, CUDNN_PRODUCTS[target] * 2.0 * math.prod(q.dims) * k.dims[1]
     if target == "tpu_custom_call":
         return _pallas(instruction, operands)
     if target in ("__onednn$matmul", "__triton_kernel_call") or not _NO_PRODUCT.search(target):
