@@ -290,7 +290,7 @@ class _Counter:
             for shape in shapes:
                 by_type[shape.dtype] += shape.num_bytes * share
         carried = [self._origin(computation, name) for name in instruction.operands]
-        if set(carried) <= {""}:
+        if kind == "all-to-all" or set(carried) <= {""}:  # tokens, or nobody knows
             carried = [place(instruction.op_name)]
         return Collective(
             kind,
@@ -350,7 +350,7 @@ def place(op_name: str) -> str:
         part
         for part in op_name.split("/")
         if not re.match(r"(jit|jvp|transpose|vmap|pjit|shard_map|while|body|closed_call|DiT|cond|"
-                        r"branch_\d|checkpoint|rematted_computation|remat\d?)\b", part)
+                        r"branch_\d+_fun|checkpoint|rematted_computation|remat\d?)\b", part)
     ]  # fmt: skip
     if len(parts) > 1:
         parts = parts[:-1]  # the last one is the primitive
