@@ -24,6 +24,7 @@ from microdit_jax.models.dit import DiTConfig
 
 UNUSED = ("open_clip", "torchmetrics", "transformers")
 MODULE = "micro_diffusion.models.dit"
+SIGMA_DATA = 0.9
 # Fields of how ours is computed and initialised; the constructor of the reference lacks them.
 OURS_ONLY = ("dtype", "param_dtype", "attention", "moe_dispatch", "remat", "init_std")
 
@@ -54,23 +55,10 @@ def run_reference(
     Raises:
       UserError: no torch, or no checkout in the folder.
     """
-    if importlib.util.find_spec("torch") is None:
-        raise UserError(
-            "expected PyTorch for a comparison with the reference, found none; install it "
-            "(pip install torch einops) or compare with a recorded file: --activations"
-        )
+    _require_torch("; or compare with a recorded file: --activations")
     import torch
 
-    module = _import_reference(folder)
-    with torch.device("meta"):  # no memory and no time for weights that are replaced at once
-        model = module.DiT(**reference_arguments(config))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # the mapped file is read-only; so are we
-        tensors = {
-            name: torch.from_numpy(np.asarray(tensor, np.float32))
-            for name, tensor in state_dict.items()
-        }
-    model.load_state_dict(tensors, strict=True, assign=True)
+    model = _make_model(folder, config, state_dict)
     model.eval()
 
     outputs: dict[str, np.ndarray] = {}
@@ -102,6 +90,110 @@ def run_reference(
             stack.enter_context(unittest.mock.patch.object(torch, "rand", return_value=noise))
         outputs["sample"] = model(**arguments, mask_ratio=mask_ratio)["sample"].numpy()
     return outputs
+
+
+def _require_torch(other: str = "") -> None:
+    if importlib.util.find_spec("torch") is None:
+        raise UserError(
+            "expected PyTorch for a comparison with the reference, found none; install it "
+            f"(pip install torch einops){other}"
+        )
+
+
+def _make_model(folder: Path, config: DiTConfig, state_dict: Mapping[str, np.ndarray]) -> Any:
+    import torch
+
+    module = _import_reference(folder)
+    with torch.device("meta"):  # no memory and no time for weights that are replaced at once
+        model = module.DiT(**reference_arguments(config))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # the mapped file is read-only; so are we
+        tensors = {
+            name: torch.from_numpy(np.asarray(tensor, np.float32))
+            for name, tensor in state_dict.items()
+        }
+    model.load_state_dict(tensors, strict=True, assign=True)
+    return model
+
+
+class ReferenceWork:
+    """The reference's network at work on the CPU in float32, to be timed beside ours.
+
+    Its training step is the recipe's: EDM loss on kept patches, the gradient's norm clipped, and
+    torch.optim.AdamW as the reference's configurations name it, with PyTorch's own defaults.
+    """
+
+    def __init__(self, folder: Path, config: DiTConfig, state_dict: Mapping[str, np.ndarray]):
+        """Loads the weights; they must be the caller's to write.
+
+        Raises:
+          UserError: no torch, or no checkout in the folder.
+        """
+        _require_torch()
+        import torch
+
+        self._torch, self._config = torch, config
+        self._model = _make_model(folder, config, state_dict)
+        self._optimizer = torch.optim.AdamW(self._model.parameters(), lr=2.4e-4, weight_decay=0.1)
+
+    def set_threads(self, count: int) -> None:
+        """Processor threads that PyTorch computes with."""
+        self._torch.set_num_threads(count)
+
+    def _tensors(self, *arrays: np.ndarray) -> list[Any]:
+        """Ours as the reference has them: latents channels first, captions with an axis more."""
+        x, *rest, y = (self._torch.from_numpy(np.array(a)) for a in arrays)
+        return [x.movedim(-1, 1).contiguous(), *rest, y[:, None]]
+
+    def train_step(self, x: np.ndarray, y: np.ndarray, mask_ratio: float) -> float:
+        """One step on latents x (n, h, w, channels) and captions y; returns the loss."""
+        torch = self._torch
+        x, y = self._tensors(x, y)
+        self._model.train()
+        sigma = torch.exp(torch.randn(x.shape[0], 1, 1, 1) * 1.2 - 0.6)
+        out = self._denoise(x + torch.randn_like(x) * sigma, sigma, y, mask_ratio=mask_ratio)
+        weight = (sigma**2 + SIGMA_DATA**2) / (sigma * SIGMA_DATA) ** 2
+        error = (weight * (out["sample"] - x) ** 2).mean(dim=1)
+        patches = torch.nn.functional.avg_pool2d(error, self._config.patch_size).flatten(1)
+        kept = torch.ones_like(patches) if out["mask"] is None else 1 - out["mask"]
+        loss = ((patches * kept).sum(dim=1) / kept.sum(dim=1)).mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self._model.parameters(), 0.25)
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        return loss.item()
+
+    def _denoise(self, x: Any, sigma: Any, y: Any, **options: Any) -> dict[str, Any]:
+        total = sigma**2 + SIGMA_DATA**2
+        out = self._model(x / total.sqrt(), (sigma.log() / 4).flatten(), y, **options)
+        sample = SIGMA_DATA**2 / total * x + sigma * SIGMA_DATA / total.sqrt() * out["sample"]
+        return out | {"sample": sample}
+
+    def forward(self, x: np.ndarray, t: np.ndarray, y: np.ndarray) -> np.ndarray:
+        """One evaluation without masking; (n, h, w, channels)."""
+        with self._torch.inference_mode():
+            out = self._model(*self._tensors(x, t, y))["sample"]
+        return out.movedim(1, -1).numpy()
+
+    def sampler(self, x: np.ndarray, y: np.ndarray, sigmas: np.ndarray, guidance: float) -> Any:
+        """Heun's method with guidance from standard normal x; one evaluation after the last."""
+        torch = self._torch
+        x, y = self._tensors(x, y)
+        with torch.inference_mode():
+            x = x.double() * sigmas[0]
+            for i, (sigma, following) in enumerate(zip(sigmas[:-1], sigmas[1:], strict=True)):
+                slope = self._slope(x, sigma, y, guidance)
+                x_next = x + (following - sigma) * slope
+                if i < len(sigmas) - 2:
+                    second = self._slope(x_next, following, y, guidance)
+                    x_next = x + (following - sigma) * (slope + second) / 2
+                x = x_next
+        return x.movedim(1, -1).numpy()
+
+    def _slope(self, x: Any, sigma: float, y: Any, guidance: float) -> Any:
+        level = self._torch.full((1, 1, 1, 1), sigma, dtype=self._torch.float32)
+        D_x = self._denoise(x.float(), level, y, cfg=guidance)["sample"]
+        return (x - D_x.double()) / sigma
 
 
 def _sub_modules(model: Any) -> Iterator[tuple[str, Any]]:

@@ -56,9 +56,10 @@ def recomputed_share(cfg: DiTConfig, mask_ratio: float, caption_length: int) -> 
             if cfg.remat == "block":
                 again += block_flops(cfg, shape, tokens, l, d)
                 continue
-            again += _attention(tokens, tokens, _hidden(cfg, shape, d)) + _attention(tokens, l, d)
+            again += attention_flops(tokens, tokens, _hidden(cfg, shape, d))
+            again += attention_flops(tokens, l, d)
             if shape.is_moe:
-                again += _experts(cfg, tokens, d, shape.mlp_ratio) - _linear(
+                again += expert_flops(cfg, tokens, d, shape.mlp_ratio) - _linear(
                     tokens, d, cfg.num_experts
                 )
     return again / forward_flops(cfg, mask_ratio, caption_length)
@@ -84,20 +85,21 @@ def _linear(rows: int, features_in: int, features_out: int) -> int:
     return 2 * rows * features_in * features_out
 
 
-def _attention(queries: int, keys: int, hidden: int) -> int:
+def attention_flops(queries: int, keys: int, hidden: int) -> int:
     """Scores and the weighted sum, over all heads."""
     return 2 * _linear(queries, hidden, keys)
 
 
 def _self_attention(t: int, d: int, hidden: int) -> int:
-    return _linear(t, d, 3 * hidden) + _attention(t, t, hidden) + _linear(t, hidden, d)
+    return _linear(t, d, 3 * hidden) + attention_flops(t, t, hidden) + _linear(t, hidden, d)
 
 
 def _swiglu(t: int, d: int, mlp_ratio: float, multiple_of: int) -> int:
     return 3 * _linear(t, d, round_up(int(2 * int(d * mlp_ratio) / 3), multiple_of))
 
 
-def _experts(cfg: DiTConfig, t: int, d: int, mlp_ratio: float) -> int:
+def expert_flops(cfg: DiTConfig, t: int, d: int, mlp_ratio: float) -> int:
+    """One image's forward pass of an expert layer: gate, experts, and one-hot dispatch if so."""
     e, slots = cfg.num_experts, int(cfg.expert_capacity * t / cfg.num_experts)
     total = _linear(t, d, e) + 2 * _linear(
         e * slots, d, round_up(int(d * mlp_ratio), cfg.multiple_of)
@@ -110,7 +112,7 @@ def _experts(cfg: DiTConfig, t: int, d: int, mlp_ratio: float) -> int:
 def block_flops(cfg: DiTConfig, shape: BlockShape, t: int, l: int, d: int) -> int:  # noqa: E741
     """Operations of one block on t tokens of width d and l caption tokens."""
     total = _linear(1, cfg.dim, 6 * d) + _self_attention(t, d, _hidden(cfg, shape, d))
-    total += 2 * _linear(t, d, d) + _linear(l, d, 2 * d) + _attention(t, l, d)
+    total += 2 * _linear(t, d, d) + _linear(l, d, 2 * d) + attention_flops(t, l, d)
     if shape.is_moe:
-        return total + _experts(cfg, t, d, shape.mlp_ratio)
+        return total + expert_flops(cfg, t, d, shape.mlp_ratio)
     return total + _swiglu(t, d, shape.mlp_ratio, cfg.multiple_of)

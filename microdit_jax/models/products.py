@@ -3,7 +3,7 @@
 A weight's gradient is a product with its input transposed. XLA's CPU backend fuses that transpose
 with whatever computed the input: norm, modulation or GELU are computed once more, one strided
 element after the other (0.31 s of a 1.3 s mixer block with experts; docs/performance.md). A barrier
-on the operands stops it. And batched products run one expert after the other, as plain ones.
+on the operands stops it.
 """
 
 import jax
@@ -47,30 +47,20 @@ def dot_general(x, w, dimension_numbers, precision=None, preferred_element_type=
     return product(x, w)
 
 
-def _batched(x: Array, w: Array, contract: tuple[int, int]) -> Array:
-    """Products of 2-D arrays along a first axis e: at once, or one by one on a CPU."""
-    x_axis, w_axis = contract
-
-    def one_by_one(x, w):
-        dims = (((x_axis - 1,), (w_axis - 1,)), ((), ()))
-        return jax.lax.map(lambda operands: jax.lax.dot_general(*operands, dims), (x, w))
-
-    def at_once(x, w):
-        return jax.lax.dot_general(x, w, (((x_axis,), (w_axis,)), ((0,), (0,))))
-
-    return jax.lax.platform_dependent(x, w, cpu=one_by_one, default=at_once)
+def _batched(x: Array, w: Array, x_axis: int, w_axis: int) -> Array:
+    return jax.lax.dot_general(x, w, (((x_axis,), (w_axis,)), ((0,), (0,))))
 
 
 @jax.custom_vjp
 def products(x: Float[Array, "e m d"], w: Float[Array, "e d f"]) -> Float[Array, "e m f"]:
     """x[e] w[e] for each e."""
-    return _batched(x, w, (2, 1))
+    return _batched(x, w, 2, 1)
 
 
 def _products_backward(residuals, g):
     x, w = residuals
     x, g = held(x, g)
-    return _batched(g, w, (2, 2)), _batched(x, g, (1, 1))
+    return _batched(g, w, 2, 2), _batched(x, g, 1, 1)
 
 
 products.defvjp(lambda x, w: (products(x, w), (x, w)), _products_backward)

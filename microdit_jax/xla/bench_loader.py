@@ -1,16 +1,10 @@
 """How fast latents are read: by reader, by format, by threads, and what a training step would wait.
 
-Example:
-  python -m benchmarks.loader --samples=2000 --images_per_second=3060
-  python -m benchmarks.loader --input=latents/cc12m --resolution=256
-  python -m benchmarks.loader --library_python=/venv_with_mosaicml_streaming/bin/python
-
-Without --input, it makes a dataset of full-size samples (198,656 bytes) in a temporary folder, in
-both formats. --library_python runs MosaicML's own reader on the same shards, from another
-environment. The figures are for data in the page cache unless --cold (Linux) drops them from it.
+Without an input, a dataset of full-size samples (198,656 bytes) is made in a temporary folder, in
+both formats; MosaicML's own reader, from another environment, runs on the same shards. The figures
+are for data in the page cache unless `cold` (Linux) drops them from it.
 """
 
-import argparse
 import contextlib
 import itertools
 import json
@@ -20,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -29,7 +24,7 @@ from microdit_jax.data.mds_writer import MdsWriter
 from microdit_jax.data.pipeline import batches, make_dataset
 from microdit_jax.data.records import SIDECAR, LatentInfo
 from microdit_jax.data.stores import open_latents, open_store
-from microdit_jax.errors import Parser, exit_on_user_error
+from microdit_jax.errors import UserError
 
 INFO = LatentInfo("sdxl", "clip", {256: (4, 32, 32), 512: (4, 64, 64)}, (77, 1024))
 _LIBRARY = """
@@ -49,6 +44,20 @@ while time.perf_counter() < start + seconds:
     count += 1
 print(json.dumps({"rate": (count - first) / (time.perf_counter() - start)}))
 """
+
+
+class Settings(NamedTuple):
+    """What to measure, as the flags of microdit_jax.xla.bench say."""
+
+    input: str | None
+    samples: int
+    resolution: int
+    batch_size: int
+    threads: tuple[int, ...]
+    seconds: float
+    images_per_second: float | None
+    cold: bool
+    library_python: str | None
 
 
 def make(folder: Path, samples: int) -> None:
@@ -97,7 +106,7 @@ def wait_share(found: Iterator, batch_size: int, images_per_second: float, secon
     return waited / (time.perf_counter() - start)
 
 
-def measure(folder: Path, args: argparse.Namespace) -> Iterator[tuple[str, float]]:
+def measure(folder: Path, args: Settings) -> Iterator[tuple[str, float]]:
     """(what, figure) of a dataset."""
     store, _ = open_store(folder)
     source = open_latents(folder, resolution=args.resolution)
@@ -129,22 +138,18 @@ def measure(folder: Path, args: argparse.Namespace) -> Iterator[tuple[str, float
                 yield f"data-wait at {args.images_per_second:.0f} images/s, percent", 100 * share
 
 
-def main() -> None:
-    parser = Parser(
-        prog="python -m benchmarks.loader",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--input", help="a dataset of latents; by default one is made")
-    parser.add_argument("--samples", type=int, default=2000, help="to make")
-    parser.add_argument("--resolution", type=int, default=256)
-    parser.add_argument("--batch_size", type=int, default=64)
-    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2, 4])
-    parser.add_argument("--seconds", type=float, default=3.0, help="each figure takes")
-    parser.add_argument("--images_per_second", type=float, help="of a step whose wait to measure")
-    parser.add_argument("--cold", action="store_true", help="start with files not in memory")
-    parser.add_argument("--library_python", help="a Python that has mosaicml-streaming")
-    args = parser.parse_args()
+def measure_all(args: Settings) -> dict[str, dict[str, float]]:
+    """Prints and returns every figure, by dataset.
+
+    Raises:
+      UserError: the input is no dataset, or the library's reader does not run.
+    """
+    figures: dict[str, dict[str, float]] = {}
+
+    def say(name: str, what: str, figure: float) -> None:
+        figures.setdefault(name, {})[what] = figure
+        print(f"{name:12} {what:50} {figure:10,.1f}", flush=True)
+
     with contextlib.ExitStack() as stack:
         if args.input:
             folders = {"input": Path(args.input)}
@@ -155,16 +160,20 @@ def main() -> None:
             convert(str(folders["MDS"]), folders["ArrayRecord"], to="arrayrecord", progress=False)
         for name, folder in folders.items():
             for what, figure in measure(folder, args):
-                print(f"{name:12} {what:50} {figure:10,.1f}", flush=True)
+                say(name, what, figure)
         if args.library_python and not args.input:
-            run = subprocess.run(
-                [args.library_python, "-c", _LIBRARY, str(folders["MDS"]), str(args.seconds)],
-                capture_output=True, text=True, check=True,
-            )  # fmt: skip
-            found = json.loads(run.stdout.splitlines()[-1])["rate"]
-            print(f"{'library':12} {'random samples, samples/s':50} {found:10,.1f}")
+            found = _library_rate(args.library_python, folders["MDS"], args.seconds)
+            say("library", "random samples, samples/s", found)
+    return figures
 
 
-if __name__ == "__main__":
-    with exit_on_user_error():
-        main()
+def _library_rate(python: str, folder: Path, seconds: float) -> float:
+    command = [python, "-c", _LIBRARY, str(folder), str(seconds)]
+    try:
+        run = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        reason = (getattr(error, "stderr", "") or str(error)).strip().splitlines()[-1]
+        raise UserError(
+            f"--library_python must be a Python with mosaicml-streaming, found {python}: {reason}"
+        ) from error
+    return json.loads(run.stdout.splitlines()[-1])["rate"]

@@ -1,0 +1,136 @@
+"""Times training, sampling, their parts and the data loader, on this machine.
+
+Examples:
+  python -m microdit_jax.xla.bench --what=train_step,forward,sampler --reference=micro_diffusion
+  python -m microdit_jax.xla.bench --what=train_step --remat=none,block,dots --dtype=bfloat16
+  python -m microdit_jax.xla.bench --what=moe,attention --attention=xla,looped --moe=gather,onehot
+  python -m microdit_jax.xla.bench --what=loader --input=latents/cc12m --images_per_second=3060
+
+What: train_step, forward, sampler, moe, attention, loader. Flags with several values make a grid
+of variants. Each is compiled past the cache, and then takes turns with a large matrix product and,
+with --reference, a checkout of the PyTorch reference at the same work in this process: on a machine
+that others use, the ratios say more than the seconds. "share" is the operations' rate over the
+product's; operations are counted from the network's sizes.
+There is no ragged form of the experts: in expert choice all take the same number of tokens.
+"""
+
+import math
+from pathlib import Path
+
+from absl import app, flags
+
+from microdit_jax.cli import run
+from microdit_jax.errors import UserError
+
+WHAT = flags.DEFINE_list("what", ["train_step"], "What to time; see above.")
+ARCH = flags.DEFINE_enum("arch", "Tiny_2", ["Tiny_2", "XL_2"], "The network.")
+SIDE = flags.DEFINE_integer("input_size", 32, "Side of its latents: 32 for 256 px, 64 for 512.")
+BATCH = flags.DEFINE_integer("batch_size", 8, "Images of a training step, and of moe, attention.")
+IMAGES = flags.DEFINE_integer("images", 4, "Images of forward and sampler.")
+MASK = flags.DEFINE_float("mask_ratio", 0.75, "Of the training step.")
+STEPS = flags.DEFINE_integer("sampler_steps", 4, "Steps of the sampler; evaluations: 2 n - 1.")
+ATTENTION = flags.DEFINE_list("attention", None, "Kernels; by default the platform's quickest.")
+MOE = flags.DEFINE_list("moe", ["gather"], "Dispatches of the experts: gather, onehot.")
+REMAT = flags.DEFINE_list("remat", ["none"], "none, block or dots: recomputed backwards.")
+DTYPE = flags.DEFINE_list("dtype", ["float32"], "Types of the computation: float32, bfloat16.")
+PARTS = flags.DEFINE_list("micro_batches", ["1"], "Parts that a step's batch is computed in.")
+EXPERT = flags.DEFINE_list("expert", ["1"], "Devices that share the experts.")
+REPEATS = flags.DEFINE_integer("repeats", 7, "Timed turns of each variant.", lower_bound=1)
+WARM_UP = flags.DEFINE_integer("warm_up", 1, "Turns before them.", lower_bound=0)
+REFERENCE = flags.DEFINE_string("reference", None, "Folder of a checkout of the reference.")
+REPORT = flags.DEFINE_string("report", None, "JSON file to write; a PNG goes beside it.")
+DUMP = flags.DEFINE_string("dump", None, "Folder for each variant's HLO and profiler trace.")
+INPUT = flags.DEFINE_string("input", None, "loader: a dataset of latents; by default one is made.")
+SAMPLES = flags.DEFINE_integer("samples", 2000, "loader: samples to make.")
+RESOLUTION = flags.DEFINE_integer("resolution", 256, "loader: pixels.")
+LOADED = flags.DEFINE_integer("loader_batch_size", 64, "loader: samples of a batch.")
+THREADS = flags.DEFINE_list("threads", ["1", "2", "4"], "loader: reading threads.")
+SECONDS = flags.DEFINE_float("seconds", 3.0, "loader: each figure takes.")
+RATE = flags.DEFINE_float("images_per_second", None, "loader: of a step whose wait to measure.")
+COLD = flags.DEFINE_boolean("cold", False, "loader: start with files not in memory (Linux).")
+LIBRARY = flags.DEFINE_string(
+    "library_python", None, "loader: a Python with mosaicml-streaming, whose reader to time too."
+)
+
+
+def _choices(fields: dict[str, tuple], name: str, values, kind=str) -> tuple:
+    try:
+        found = tuple(dict.fromkeys(kind(value) for value in values))
+    except ValueError as error:
+        raise UserError(f"--{name} takes whole numbers, found {','.join(values)}") from error
+    if not found or not set(found) <= set(fields.get(name, found)):
+        raise UserError(
+            f"--{name} takes {', '.join(map(str, fields[name]))}, found {','.join(map(str, found))}"
+        )
+    return found
+
+
+def _loader() -> dict:
+    from microdit_jax.xla import bench_loader
+
+    return bench_loader.measure_all(
+        bench_loader.Settings(
+            input=INPUT.value,
+            samples=SAMPLES.value,
+            resolution=RESOLUTION.value,
+            batch_size=LOADED.value,
+            threads=_choices({}, "threads", THREADS.value, int),
+            seconds=SECONDS.value,
+            images_per_second=RATE.value,
+            cold=COLD.value,
+            library_python=LIBRARY.value,
+        )
+    )
+
+
+def main(argv):
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments {argv[1:]}")
+    import jax
+
+    from microdit_jax.models import config as models
+    from microdit_jax.models import dit, moe
+    from microdit_jax.xla import bench_report, bench_work
+
+    works = (*bench_work.WORKS, "loader")
+    what = _choices({"what": works}, "what", WHAT.value)
+    allowed = {"moe": moe.DISPATCHES, "remat": tuple(models.REMAT_POLICIES)}
+    allowed["dtype"] = ("float32", "bfloat16")
+    config = {"Tiny_2": dit.MicroDiT_Tiny_2, "XL_2": dit.MicroDiT_XL_2}[ARCH.value](
+        input_size=SIDE.value, pos_interp_scale=SIDE.value / 32
+    )
+    choices = {
+        "attention": tuple(ATTENTION.value or [dit.for_this_machine(config).attention]),
+        "moe_dispatch": _choices(allowed, "moe", MOE.value),
+        "remat": _choices(allowed, "remat", REMAT.value),
+        "dtype": _choices(allowed, "dtype", DTYPE.value),
+        "micro_batches": _choices({}, "micro_batches", PARTS.value, int),
+        "expert": _choices({}, "expert", EXPERT.value, int),
+    }
+    needed = jax.device_count() * math.lcm(*choices["micro_batches"])
+    if "train_step" in what and (min(choices["micro_batches"]) < 1 or BATCH.value % needed):
+        raise UserError(
+            f"--batch_size must be a multiple of {jax.device_count()} devices and of "
+            f"--micro_batches, found {BATCH.value} and {','.join(PARTS.value)}"
+        )
+    size = bench_work.Size(BATCH.value, IMAGES.value, MASK.value, STEPS.value)
+    report = bench_report.new(ARCH.value, SIDE.value, size)
+    settings = bench_report.Settings(
+        REPEATS.value,
+        WARM_UP.value,
+        Path(REFERENCE.value) if REFERENCE.value else None,
+        Path(DUMP.value) if DUMP.value else None,
+    )
+    variants = [(w, v) for w in what if w != "loader" for v in bench_work.grid(w, choices)]
+    for work, variant in variants:
+        row = bench_report.measure(work, config, size, variant, settings)
+        print(bench_report.line(row), flush=True)
+        report["rows"].append(row)
+    if "loader" in what:
+        report["loader"] = _loader()
+    if REPORT.value:
+        bench_report.write(report, Path(REPORT.value))
+
+
+if __name__ == "__main__":
+    run(main)

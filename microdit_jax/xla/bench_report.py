@@ -1,0 +1,188 @@
+"""One row of the benchmark for each variant: measured, printed, and drawn."""
+
+import dataclasses
+import datetime
+import gc
+import json
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from convert import reference
+from convert.dit import to_torch
+from microdit_jax import diffusion
+from microdit_jax.errors import UserError, disk_errors
+from microdit_jax.models.dit import DiTConfig
+from microdit_jax.xla import bench_timing, bench_work
+from microdit_jax.xla.bench_work import Size, Variant, Work
+
+Row = dict[str, Any]
+
+
+class Settings(NamedTuple):
+    """How variants are measured; reference and dump are folders or None."""
+
+    repeats: int
+    warm_up: int
+    reference: Path | None
+    dump: Path | None
+
+
+def new(arch: str, input_size: int, size: Size) -> dict[str, Any]:
+    """A report without rows: where and on what they are measured."""
+    return {
+        "date": datetime.date.today().isoformat(),
+        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "cpus": len(os.sched_getaffinity(0)),
+        "jax": jax.__version__,
+        "arch": arch,
+        "input_size": input_size,
+        "size": size._asdict(),
+        "rows": [],
+    }
+
+
+def measure(what: str, config: DiTConfig, size: Size, variant: Variant, settings: Settings) -> Row:
+    """Compiles one variant and times it in turns with a matrix product and the reference.
+
+    Raises:
+      UserError: a variant that cannot run here, or no torch or checkout for the reference.
+    """
+    theirs = None
+    if settings.reference and what in ("train_step", "forward", "sampler"):
+        theirs = _reference_work(what, config, size, settings.reference)
+    work = bench_work.MAKERS[what](config, size, variant)
+    gemm, gemm_operations = bench_timing.gemm(variant.dtype)
+    runs = [work.run, gemm] + ([theirs] if theirs else [])
+    ours, product, *rest = bench_timing.take_turns(
+        runs, repeats=settings.repeats, warm_up=settings.warm_up
+    )
+    if settings.dump:
+        _dump(settings.dump / name(what, variant), work)
+    rate = work.operations / np.median(ours.seconds) / jax.device_count()
+    gemm_rate = gemm_operations / np.median(product.seconds)
+    row = {
+        "what": what,
+        "variant": {key: getattr(variant, key) for key in bench_work.MATTERS[what]},
+        "seconds": ours.summary(),
+        "compile_seconds": work.compile_seconds,
+        "operations": work.operations,
+        "memory": _memory(work.compiled),
+        "gemm_operations_per_second": gemm_rate,
+        "share_of_gemm": rate / gemm_rate,
+    }
+    if rest:
+        row["reference_seconds"] = rest[0].summary()
+        row["over_reference"] = ours.over(rest[0])
+    del work, runs, theirs
+    gc.collect()  # before the next variant's state
+    return row
+
+
+def _memory(compiled: jax.stages.Compiled) -> dict[str, int] | None:
+    """Bytes on each device."""
+    found = compiled.memory_analysis()
+    if found is None:
+        return None
+    return {
+        "arguments": found.argument_size_in_bytes,
+        "results": found.output_size_in_bytes - found.alias_size_in_bytes,
+        "temporaries": found.temp_size_in_bytes,
+    }
+
+
+def _reference_work(what: str, config: DiTConfig, size: Size, folder: Path):
+    """The same work by the reference, on the same weights and data, with as many threads."""
+    if jax.default_backend() != "cpu":
+        raise UserError(
+            f"--reference is timed on CPUs, found {jax.default_backend()}; set JAX_PLATFORMS=cpu"
+        )
+    params = jax.tree.map(np.asarray, bench_work.random_tree(bench_work.abstract_params(config)))
+    tensors = {key: np.array(value) for key, value in to_torch(params, config).items()}
+    theirs = reference.ReferenceWork(folder, config, tensors)
+    theirs.set_threads(len(os.sched_getaffinity(0)))
+    if what == "train_step":
+        data = bench_work.inputs(config, size.batch)
+        return lambda: theirs.train_step(data["x"], data["y"], size.mask_ratio)
+    data = bench_work.inputs(config, size.images)
+    if what == "forward":
+        return lambda: theirs.forward(data["x"], data["t"], data["y"])
+    sigmas = diffusion.sigma_steps(size.sampler_steps)
+    return lambda: theirs.sampler(data["x"], data["y"], sigmas, 5.0)
+
+
+def name(what: str, variant: Variant) -> str:
+    """A variant's name in tables and of its files."""
+    values = dataclasses.asdict(variant)
+    return "_".join([what, *(str(values[key]) for key in bench_work.MATTERS[what])])
+
+
+def _dump(folder: Path, work: Work) -> None:
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "optimised_hlo.txt").write_text(work.compiled.as_text())
+        with jax.profiler.trace(str(folder)):
+            work.run()
+
+
+def line(row: Row) -> str:
+    """One row as text."""
+    seconds, memory = row["seconds"], row["memory"]
+    text = "_".join([row["what"], *map(str, row["variant"].values())])
+    text = f"{text:44} {seconds['median']:9.4f} s (spread {100 * seconds['spread']:3.0f} %)"
+    text += f"  compile {row['compile_seconds']:6.1f} s"
+    if memory:
+        text += f"  temporaries {memory['temporaries'] / 2**20:8.0f} MiB"
+    text += f"  share {100 * row['share_of_gemm']:3.0f} % of "
+    text += f"{row['gemm_operations_per_second'] / 1e9:.0f} GFLOP/s"
+    if "over_reference" in row:
+        over = row["over_reference"]
+        text += f"  {over['median']:.2f} x reference [{over['lowest']:.2f}, {over['highest']:.2f}]"
+    return text
+
+
+def write(report: dict[str, Any], path: Path) -> None:
+    """The report as JSON, and, where anything was compiled, a picture beside it.
+
+    Raises:
+      UserError: the disk is full, or matplotlib is not installed.
+    """
+    with disk_errors(path):
+        path.absolute().parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(report, indent=1) + "\n")
+        if report["rows"]:
+            draw(report, path.with_suffix(".png"))
+
+
+def draw(report: dict[str, Any], out: Path) -> None:
+    """Medians of all variants as bars, and the reference's beside them."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise UserError(
+            "drawing needs the package matplotlib, found none; pip install 'microdit_jax[plot]'"
+        ) from error
+    rows = report["rows"]
+    works = list(dict.fromkeys(row["what"] for row in rows))
+    height = 0.8 + 0.45 * len(rows) + 0.5 * len(works)
+    figure = Figure(figsize=(8, height), layout="constrained", dpi=100)
+    counts = [sum(row["what"] == work for row in rows) for work in works]
+    panels = figure.subplots(len(works), 1, squeeze=False, height_ratios=counts)[:, 0]
+    for panel, work in zip(panels, works, strict=True):
+        found = [row for row in rows if row["what"] == work]
+        places = np.arange(len(found))
+        labels = [", ".join(map(str, row["variant"].values())) for row in found]
+        seconds = [row["seconds"]["median"] for row in found]
+        panel.barh(places, seconds, height=0.4, color="#1b9e77", label="ours")
+        if "reference_seconds" in found[0]:
+            theirs = [row["reference_seconds"]["median"] for row in found]
+            panel.barh(places + 0.4, theirs, height=0.4, color="#888888", label="reference")
+            panel.legend(fontsize=8, frameon=False)
+        panel.set_yticks(places, labels, fontsize=8)
+        panel.invert_yaxis()
+        panel.set_title(f"{work}, seconds", fontsize=9, loc="left")
+        panel.spines[["top", "right"]].set_visible(False)
+    figure.savefig(out)

@@ -1,0 +1,90 @@
+"""The benchmark's flags, its figures on the smallest network, and the loader's."""
+
+import json
+
+import numpy as np
+import pytest
+from absl import flags
+from conftest import tiny_model
+
+from microdit_jax.errors import UserError
+from microdit_jax.xla import bench, bench_loader, bench_report, bench_timing, bench_work
+from microdit_jax.xla.bench_work import Size, Variant
+
+CHOICES = {
+    "attention": ("xla", "looped"),
+    "moe_dispatch": ("gather", "onehot"),
+    "remat": ("none", "block", "dots"),
+    "dtype": ("float32",),
+    "micro_batches": (1, 2),
+    "expert": (1,),
+}
+
+
+def test_a_grid_has_only_what_matters():
+    assert len(list(bench_work.grid("train_step", CHOICES))) == 2 * 2 * 3 * 2
+    assert [v.moe_dispatch for v in bench_work.grid("moe", CHOICES)] == ["gather", "onehot"]
+    with pytest.raises(UserError, match="--attention takes xla, looped on this cpu, found cudnn"):
+        list(bench_work.grid("attention", CHOICES | {"attention": ("cudnn",)}))
+
+
+def test_turns_are_compared_pair_by_pair():
+    ours, theirs = bench_timing.Timed(np.array([1.0, 2.0, 8.0])), bench_timing.Timed(np.full(3, 4))
+    assert ours.over(theirs) == {"median": 0.5, "lowest": 0.25, "highest": 2.0}
+    assert ours.summary() == {"median": 2.0, "lowest": 1.0, "spread": 1.75}
+    calls = []
+    found = bench_timing.take_turns([lambda: calls.append(0), lambda: calls.append(1)], repeats=2)
+    assert calls == [0, 1] * 3 and [len(timed.seconds) for timed in found] == [2, 2]
+
+
+@pytest.mark.parametrize("what", bench_work.WORKS)
+def test_each_work_is_measured(what, tmp_path):
+    size = Size(batch=16, images=8, sampler_steps=2)
+    variant = Variant(attention="looped", expert=2 if what == "train_step" else 1)
+    settings = bench_report.Settings(2, 1, None, tmp_path / "dump" if what == "moe" else None)
+    row = bench_report.measure(what, tiny_model().config, size, variant, settings)
+    assert row["seconds"]["lowest"] > 0 and row["compile_seconds"] > 0
+    assert row["operations"] > 0 and row["memory"]["temporaries"] > 0
+    assert what in bench_report.line(row)
+    report = bench_report.new("Tiny_2", 8, size) | {"rows": [row]}
+    bench_report.write(report, tmp_path / "report.json")
+    assert json.loads((tmp_path / "report.json").read_text())["rows"][0]["what"] == what
+    assert (tmp_path / "report.png").stat().st_size > 1000
+    if what == "moe":
+        folder = tmp_path / "dump" / "moe_gather_float32"
+        assert "ENTRY" in (folder / "optimised_hlo.txt").read_text()
+        assert list(folder.rglob("*.xplane.pb"))
+
+
+def test_the_reference_needs_a_checkout(tmp_path):
+    settings = bench_report.Settings(1, 0, tmp_path, None)
+    with pytest.raises(UserError, match="expected (PyTorch|micro_diffusion/models/dit.py)"):
+        bench_report.measure("forward", tiny_model().config, Size(), Variant(), settings)
+
+
+def test_the_loader_says_what_a_step_waits():
+    found = bench_loader.measure_all(
+        bench_loader.Settings(None, 64, 256, 8, (1,), 0.05, 100.0, False, None)
+    )
+    assert set(found) == {"MDS", "ArrayRecord"}
+    for figures in found.values():
+        assert figures["pipeline, 1 threads, samples/s"] > 0
+        assert 0 <= figures["data-wait at 100 images/s, percent"] <= 100
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--what=speed"], "--what takes train_step, forward, sampler, moe, attention, loader"),
+        (["--moe=ragged"], "--moe takes gather, onehot, found ragged"),
+        (["--micro_batches=two"], "--micro_batches takes whole numbers, found two"),
+        (["--batch_size=9"], "--batch_size must be a multiple of 8 devices"),
+    ],
+)
+def test_bad_flags(arguments, message):
+    flags.FLAGS(["bench", *arguments])
+    with pytest.raises(UserError, match=message):
+        bench.main(["bench"])
+    flags.FLAGS.unparse_flags()
+    for name in ("what", "moe", "micro_batches", "batch_size"):
+        flags.FLAGS[name].unparse()
