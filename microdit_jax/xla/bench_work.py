@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.compilation_cache import compilation_cache
 
 from microdit_jax import diffusion, optim, sample, sharding, train_step
 from microdit_jax.errors import UserError
@@ -138,12 +139,14 @@ def _compile(function: Callable, *args, **kwargs) -> tuple[jax.stages.Compiled, 
     """From traced function to program, past the compilation cache, and the seconds it took."""
     kept = jax.config.jax_enable_compilation_cache
     jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()  # whether to use it is decided once
     try:
         lowered = function.lower(*args, **kwargs)
         start = time.perf_counter()
         return lowered.compile(), time.perf_counter() - start
     finally:
         jax.config.update("jax_enable_compilation_cache", kept)
+        compilation_cache.reset_cache()
 
 
 def _mesh(variant: Variant) -> jax.sharding.Mesh | None:
