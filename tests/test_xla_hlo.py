@@ -113,6 +113,8 @@ def test_exchanges():
     assert scatter.devices == (0, 2)
     assert (swap.kind, swap.num_bytes) == ("all-to-all", 128 * 64 * 4 * 3 / 4)
     assert swap.devices == (0, 2, 4, 6)
+    by_axes = EXCHANGES.replace("[1,8]<=[8]", "mesh['a'=2,'b'=3,'c'=4] {'a','c'}")
+    assert hlo.count(module(by_axes)).collectives[0].devices == (0, 1, 2, 3, 12, 13, 14, 15)
 
 
 def test_place():
@@ -143,6 +145,13 @@ def test_memory_traffic():
   %i = s32[] parameter(1)
   ROOT %f = f32[1,1024]{1,0} fusion(%a, %i), kind=kLoop, calls=%body"""
     assert hlo.count(module(call, SLICES)).num_bytes == 2 * 4096 + 4
+    # A TPU's own scratch memory does not count.
+    kept = call.replace("ROOT %f = f32[1,1024]{1,0}", "ROOT %f = f32[1,1024]{1,0:T(8,128)S(1)}")
+    assert hlo.count(module(kept, SLICES)).num_bytes < 2 * 4096 + 8
+    fetched = """\
+  %a = f32[64,1024]{1,0} parameter(0)
+  ROOT %s = ((f32[64,1024]{1,0}), f32[8,1024]{1,0:S(1)}, s32[]) slice-start(%a), slice={[0:8]}"""
+    assert hlo.count(module(fetched)).num_bytes == 8 * 1024 * 4
     add = "  %a = f32[64,1024]{1,0} parameter(0)\n  ROOT %s = f32[64,1024]{1,0} add(%a, %a)"
     assert hlo.count(module(add)).num_bytes == 3 * 64 * 1024 * 4
 

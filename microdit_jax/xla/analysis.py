@@ -2,6 +2,10 @@
 
 import contextlib
 import dataclasses
+import gzip
+import hashlib
+import json
+import os
 import sys
 import threading
 import time
@@ -10,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jaxlib
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from microdit_jax import run_config, sharding
+from microdit_jax import cli, run_config, sharding
 from microdit_jax.errors import UserError, disk_errors
 from microdit_jax.models.config import DiTConfig
 from microdit_jax.xla import hlo, programs, reduced, report, roofline
@@ -87,23 +92,74 @@ def _compile(
     topology, start = request.topology, time.monotonic()
     with alive(f"{label}: tracing"):
         lowered = program.lower()
-    traced = time.monotonic()
-    with alive(f"{label}: compiling for {topology.name}"), _memory_refusals(program):
-        compiled = lowered.compile(compiler_options=topology.compiler_options)
-    seconds = time.monotonic() - traced
-    text = compiled.as_text()
+    traced = time.monotonic() - start
+    found = _cached(lowered, topology)
+    if found is None:
+        with alive(f"{label}: compiling for {topology.name}"), _memory_refusals(program):
+            found = _compiled(lowered, topology)
+        _keep(lowered, topology, found)
+    else:
+        say(f"{label}: compiled before, in {found['compile_seconds']:.0f} s")
     if request.dump is not None:
         path = request.dump / f"{label.replace(', ', '_').replace(' ', '_')}.hlo.txt"
         with disk_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text)
+            path.write_text(found["text"])
     with alive(f"{label}: counting"):
-        counts = hlo.count(text)
-    found = report.measure(compiled, counts)
-    found |= {"trace_seconds": traced - start, "compile_seconds": seconds}
+        counts = hlo.count(found["text"])
+    figures = report.measure(found["memory"], found["cost"], counts)
+    figures |= {"trace_seconds": traced, "compile_seconds": found["compile_seconds"]}
     known = topology.chip is not None and topology.chip.memory_bandwidth > 0
     bound = roofline.bound(counts, topology) if known else None
-    return found, bound, report.carried(counts)
+    return figures, bound, report.carried(counts)
+
+
+def _compiled(lowered: jax.stages.Lowered, topology: Topology) -> dict[str, Any]:
+    """What is kept of a compiled program: its text, memory and costs by the compiler."""
+    start = time.monotonic()
+    compiled = lowered.compile(compiler_options=topology.compiler_options)
+    memory, cost = compiled.memory_analysis(), compiled.cost_analysis() or {}
+    return {
+        "text": compiled.as_text(),
+        "memory": {
+            "arguments": memory.argument_size_in_bytes,
+            "outputs": memory.output_size_in_bytes,
+            "aliased": memory.alias_size_in_bytes,
+            "temporaries": memory.temp_size_in_bytes,
+        },
+        "cost": {key: cost[key] for key in ("flops", "optimal_seconds") if key in cost},
+        "compile_seconds": time.monotonic() - start,
+    }
+
+
+# JAX's own cache keeps no programs for devices that are not there.
+def _cache_path(lowered: jax.stages.Lowered, topology: Topology) -> Path:
+    parts = (
+        lowered.as_text(),
+        topology.name,
+        json.dumps(topology.compiler_options, sort_keys=True),
+        os.environ.get("XLA_FLAGS", ""),
+        jaxlib.__version__,
+    )
+    key = hashlib.sha256("\n".join(parts).encode()).hexdigest()
+    return cli.cache_folder() / "aot" / f"{key}.json.gz"
+
+
+def _cached(lowered: jax.stages.Lowered, topology: Topology) -> dict[str, Any] | None:
+    if not jax.config.jax_enable_compilation_cache:
+        return None
+    try:
+        return json.loads(gzip.decompress(_cache_path(lowered, topology).read_bytes()))
+    except (OSError, EOFError, ValueError):  # not there, or cut off
+        return None
+
+
+def _keep(lowered: jax.stages.Lowered, topology: Topology, found: dict[str, Any]) -> None:
+    if jax.config.jax_enable_compilation_cache:
+        path = _cache_path(lowered, topology)
+        with disk_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(gzip.compress(json.dumps(found).encode(), compresslevel=1))
 
 
 @contextlib.contextmanager

@@ -29,6 +29,7 @@ COLLECTIVES = (
 )
 # Neither computes nor moves anything.
 _FREE = {
+    "slice-done",
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "domain",
     "opt-barrier", "partition-id", "replica-id", "iota", "copy-done", "async-done", "async-update",
     *(f"{kind}-done" for kind in COLLECTIVES), "send-done", "recv-done", "add-dependency",
@@ -178,7 +179,12 @@ def traffic(module: Module, computation: Computation, instruction: Instruction) 
     """
     opcode = instruction.opcode
     if opcode in _SLICES:
-        return 2 * instruction.num_bytes
+        source = computation.operand_shapes(instruction)[0]
+        read = 0.0 if source[0].on_chip else instruction.num_bytes
+        return read + _bytes(instruction.shapes)
+    if opcode in ("copy-start", "slice-start"):  # (source, destination, state)
+        source, destination = instruction.shapes[:2]
+        return destination.num_bytes * ((not source.on_chip) + (not destination.on_chip))
     if opcode in ("dynamic-update-slice", "scatter"):
         return 2 * _bytes(computation.operand_shapes(instruction)[-1 if opcode == "scatter" else 1])
     operands = computation.operand_shapes(instruction)
@@ -191,7 +197,7 @@ def traffic(module: Module, computation: Computation, instruction: Instruction) 
         return read + _written(body, body.root)
     if opcode.endswith("-start"):  # its result repeats its operands
         return 2 * sum(map(_bytes, operands), 0.0)
-    written = instruction.num_bytes
+    written = _bytes(instruction.shapes)
     if opcode == "custom-call":  # libraries' scratch space comes last, as plain bytes
         last = instruction.shapes[-1] if len(instruction.shapes) > 1 else None
         if last is not None and last.dtype in ("s8", "u8") and len(last.dims) == 1:
@@ -200,7 +206,8 @@ def traffic(module: Module, computation: Computation, instruction: Instruction) 
 
 
 def _bytes(shapes: Iterable[Shape]) -> float:
-    return sum((shape.num_bytes for shape in shapes), 0.0)
+    """What of them lies in the chip's main memory."""
+    return sum((shape.num_bytes for shape in shapes if not shape.on_chip), 0.0)
 
 
 def _read(body: Computation, parameter: Instruction, shapes: tuple[Shape, ...]) -> float:
@@ -232,7 +239,7 @@ def _written(body: Computation, root: Instruction) -> float:
         return _written(body, body.instructions[root.operands[0]])
     if root.opcode == "dynamic-update-slice":
         return _bytes(body.operand_shapes(root)[1])
-    return root.num_bytes
+    return _bytes(root.shapes)
 
 
 # ------------------------------------------------------------------------------ counting
@@ -317,8 +324,20 @@ class _Counter:
 
 
 def first_group(instruction: Instruction) -> tuple[int, ...]:
-    """The first group of devices that exchange: {{0,1},{2,3}}, or [2,2]<=[4], maybe transposed."""
+    """The first group of devices that exchange.
+
+    Written as {{0,1},{2,3}}; as [2,2]<=[4], maybe transposed; or by the axes of a mesh.
+    """
     text = instruction.attributes
+    if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", text):
+        sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", mesh[1])}
+        axes = re.findall(r"'(\w+)'", mesh[2])
+        ids = np.arange(math.prod(sizes.values())).reshape(tuple(sizes.values()))
+        kept = [list(sizes).index(axis) for axis in axes]
+        rest = [i for i in range(len(sizes)) if i not in kept]
+        return tuple(
+            ids.transpose(rest + kept).reshape(-1, math.prod(sizes[a] for a in axes))[0].tolist()
+        )
     if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", text):
         return _numbers(listed[1])
     if iota := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text):

@@ -17,7 +17,7 @@ BITS = {
     "c64": 64, "c128": 128, "f8e4m3fn": 8, "f8e5m2": 8, "f8e4m3": 8, "f8e4m3b11fnuz": 8,
 }  # fmt: skip
 
-_LEAF = re.compile(r"([a-z]\w*)\[([\d,<=]*)\]")
+_LEAF = re.compile(r"([a-z]\w*)\[([\d,<=]*)\](\{[^}]*\})?")
 _INSTRUCTION = re.compile(r"\s+(ROOT )?%?([\w.\-]+) = (?=\S)")
 _OPCODE = re.compile(r"\s*([a-z][\w\-]*)\(")
 _COMMENT = re.compile(r"/\*.*?\*/")
@@ -33,10 +33,11 @@ _CALLED = re.compile(
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """An array's element type and sizes."""
+    """An array's element type and sizes; on_chip: it lies in a TPU's vector memory."""
 
     dtype: str
     dims: tuple[int, ...]
+    on_chip: bool = False
 
     @property
     def elements(self) -> int:
@@ -171,7 +172,10 @@ def _instruction(line: str) -> Instruction | None:
     return Instruction(
         name=start[2],
         opcode=opcode[1],
-        shapes=tuple(Shape(t, tuple(map(_size, filter(None, d.split(","))))) for t, d in shapes),
+        shapes=tuple(
+            Shape(t, tuple(map(_size, filter(None, d.split(",")))), "S(1)" in layout)
+            for t, d, layout in shapes
+        ),
         operands=tuple(_NAME.findall(arguments)) if opcode[1] != "constant" else (),
         arguments=arguments,
         attributes=line[last:],

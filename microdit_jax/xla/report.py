@@ -18,10 +18,13 @@ USABLE = {"cuda": 0.92, "tpu": 0.98}
 DAY = 24 * 3600
 
 
-def measure(compiled: jax.stages.Compiled, counts: hlo.Counts) -> dict[str, Any]:
-    """Everything that adds up over blocks, of one device and one run: what may be extrapolated."""
-    memory = compiled.memory_analysis()
-    cost = compiled.cost_analysis() or {}
+def measure(memory: dict[str, float], cost: dict[str, float], counts: hlo.Counts) -> dict[str, Any]:
+    """Everything that adds up over blocks, of one device and one run: what may be extrapolated.
+
+    Args:
+      memory: bytes by the compiler: "arguments", "outputs", "aliased", "temporaries".
+      cost: the compiler's own analysis, as far as it gives one.
+    """
     collectives: dict[str, dict[str, float]] = {}
     for c in counts.collectives:
         entry = collectives.setdefault(c.kind, {"instructions": 0, "runs": 0, "bytes": 0.0})
@@ -29,12 +32,7 @@ def measure(compiled: jax.stages.Compiled, counts: hlo.Counts) -> dict[str, Any]
         entry["runs"] += c.times
         entry["bytes"] += c.times * c.num_bytes
     found = {
-        "memory": {
-            "arguments": memory.argument_size_in_bytes,
-            "outputs": memory.output_size_in_bytes,
-            "aliased": memory.alias_size_in_bytes,
-            "temporaries": memory.temp_size_in_bytes,
-        },
+        "memory": dict(memory),
         "flops": counts.flops,
         "flops_by_type": dict(counts.flops_by_type),
         "bytes_moved": counts.num_bytes,
