@@ -72,7 +72,9 @@ def draw(reports: Sequence[dict[str, Any]], out: str | Path) -> None:
     right.set_xlabel("ms of a step at the chip's peaks")
     for panel in (left, right):
         panel.spines[["top", "right"]].set_visible(False)
-        panel.legend(fontsize=8, frameon=False)
+        panel.legend(
+            fontsize=8, frameon=False, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1)
+        )
     left.invert_yaxis()
     with disk_errors(Path(out)):
         Path(out).absolute().parent.mkdir(parents=True, exist_ok=True)

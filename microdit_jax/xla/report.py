@@ -18,7 +18,7 @@ USABLE = {"cuda": 0.92, "tpu": 0.98}
 DAY = 24 * 3600
 
 
-def measure(memory: dict[str, float], cost: dict[str, float], counts: hlo.Counts) -> dict[str, Any]:
+def measure(memory: dict[str, Any], cost: dict[str, Any], counts: hlo.Counts) -> dict[str, Any]:
     """Everything that adds up over blocks, of one device and one run: what may be extrapolated.
 
     Args:
