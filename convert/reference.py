@@ -100,6 +100,20 @@ def _require_torch(other: str = "") -> None:
         )
 
 
+def check(folder: Path) -> None:
+    """Raises UserError where there is no torch, or no checkout in the folder."""
+    _require_torch()
+    _require_checkout(folder)
+
+
+def _require_checkout(folder: Path) -> None:
+    if not (folder / "micro_diffusion" / "models" / "dit.py").is_file():
+        raise UserError(
+            f"expected micro_diffusion/models/dit.py in {folder}, found none; give --reference the "
+            "folder of a checkout of the PyTorch reference"
+        )
+
+
 def _make_model(folder: Path, config: DiTConfig, state_dict: Mapping[str, np.ndarray]) -> Any:
     import torch
 
@@ -206,11 +220,7 @@ def _sub_modules(model: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _import_reference(folder: Path) -> types.ModuleType:
-    if not (folder / "micro_diffusion" / "models" / "dit.py").is_file():
-        raise UserError(
-            f"expected micro_diffusion/models/dit.py in {folder}, found none; give --reference the "
-            "folder of a checkout of the PyTorch reference"
-        )
+    _require_checkout(folder)
     stand_ins = {name: _empty_module(name) for name in UNUSED}
     try:
         import timm.models.vision_transformer  # noqa: F401

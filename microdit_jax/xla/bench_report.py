@@ -100,6 +100,7 @@ def _reference_work(what: str, config: DiTConfig, size: Size, folder: Path):
         raise UserError(
             f"--reference is timed on CPUs, found {jax.default_backend()}; set JAX_PLATFORMS=cpu"
         )
+    reference.check(folder)
     params = jax.tree.map(np.asarray, bench_work.random_tree(bench_work.abstract_params(config)))
     # Copies, since it writes to them, and in C order, which PyTorch's own weights have.
     tensors = {key: np.array(v, order="C") for key, v in to_torch(params, config).items()}
@@ -182,7 +183,8 @@ def draw(report: dict[str, Any], out: Path) -> None:
         if "reference_seconds" in found[0]:
             theirs = [row["reference_seconds"]["median"] for row in found]
             panel.barh(places + 0.4, theirs, height=0.4, color="#888888", label="reference")
-            panel.legend(fontsize=8, frameon=False)
+            panel.set_xlim(right=1.25 * max(seconds + theirs))
+            panel.legend(fontsize=8, frameon=False, loc="right")
         panel.set_yticks(places, labels, fontsize=8)
         panel.invert_yaxis()
         panel.set_title(f"{work}, seconds", fontsize=9, loc="left")
