@@ -4,19 +4,14 @@ Example:
   python -m microdit_jax.xla.plot --reports=stage1.json --reports=stage2.json --out=aot.png
 """
 
+import argparse
 import collections
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from absl import app, flags
-
-from microdit_jax.cli import run
-from microdit_jax.errors import UserError, disk_errors
-
-REPORTS = flags.DEFINE_multi_string("reports", [], "JSON files of aot --report, a bar each.")
-OUT = flags.DEFINE_string("out", "aot.png", "The picture to write.")
+from microdit_jax.errors import Parser, UserError, disk_errors, exit_on_user_error
 
 
 def read(paths: Sequence[str | Path]) -> list[dict[str, Any]]:
@@ -81,14 +76,21 @@ def draw(reports: Sequence[dict[str, Any]], out: str | Path) -> None:
         figure.savefig(out)
 
 
-def main(argv):
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments {argv[1:]}")
-    if not REPORTS.value:
-        raise UserError("expected at least one report, found none; give --reports=FILE.json")
-    draw(read(REPORTS.value), OUT.value)
-    print(f"{len(REPORTS.value)} reports drawn in {OUT.value}")
+def main() -> None:
+    parser = Parser(
+        prog="python -m microdit_jax.xla.plot",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--reports", action="append", required=True, help="JSON of aot --report; each a bar"
+    )
+    parser.add_argument("--out", default="aot.png", help="the picture to write")
+    args = parser.parse_args()
+    draw(read(args.reports), args.out)
+    print(f"{len(args.reports)} reports drawn in {args.out}")
 
 
 if __name__ == "__main__":
-    run(main)
+    with exit_on_user_error():
+        main()
