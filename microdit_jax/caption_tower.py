@@ -14,6 +14,11 @@ from microdit_jax.errors import UserError
 from microdit_jax.train_step import Batch
 
 
+def batch_key(tower: "CaptionTower | None") -> str:
+    """What a batch's captions are called: token ids for a tower, else stored embeddings."""
+    return "caption_latents" if tower is None else "tokens"
+
+
 class CaptionTower:
     """A frozen CLIP or T5 that turns the token ids of a batch into caption embeddings.
 

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from microdit_jax import assets, sharding, train_step
-from microdit_jax.caption_tower import CaptionTower
+from microdit_jax.caption_tower import CaptionTower, batch_key
 from microdit_jax.data.pipeline import Source
 from microdit_jax.diffusion import EdmConfig
 from microdit_jax.evaluate.in_training import TrainingScores
@@ -54,7 +54,7 @@ class HeldoutLoss:
         tower: CaptionTower | None = None,
     ):
         self._source, self._draws, self._mesh = source, draws, mesh
-        self._captions = "caption_latents" if tower is None else "tokens"
+        self._captions = batch_key(tower)
         self._tower_params = None if tower is None else tower.params
         count = min(num_images, len(source))
         self._chosen = np.linspace(0, len(source) - 1, count).astype(int)

@@ -13,7 +13,7 @@ from jax.sharding import AbstractMesh, Mesh
 from ml_collections import ConfigDict
 
 from microdit_jax import hosts, optim, train_step
-from microdit_jax.caption_tower import CaptionTower
+from microdit_jax.caption_tower import CaptionTower, batch_key
 from microdit_jax.data import pipeline
 from microdit_jax.data.latents import LatentSource, load_prepared, prepare_twemoji
 from microdit_jax.data.pipeline import Record, Source
@@ -143,8 +143,7 @@ class RunData(NamedTuple):
     sources, weights: for `pipeline.make_dataset`; a record's "source" is its number in `names`.
     heldout: records that training does not see.
     made_by: names of the "vae" and the "text_encoder" of all of them.
-    captions: what records hold of captions, "caption_latents" or "tokens".
-    tower: embeds those tokens, else None.
+    tower: embeds the captions of records that hold "tokens", else None.
     codec: the folder of the codec where the run's data made one, else None.
     """
 
@@ -153,7 +152,6 @@ class RunData(NamedTuple):
     names: list[str]
     heldout: Source
     made_by: dict[str, str]
-    captions: str
     tower: CaptionTower | None
     codec: Path | None
     attribution: str
@@ -161,7 +159,7 @@ class RunData(NamedTuple):
     @property
     def batch_keys(self) -> tuple[str, ...]:
         """What of a batch goes to the devices."""
-        return ("latents", self.captions, "keep_caption")
+        return ("latents", batch_key(self.tower), "keep_caption")
 
     def check_batch(self, batch: Record) -> None:
         """Raises UserError for token ids that are not the tower's."""
@@ -218,7 +216,6 @@ def load_data(config: ConfigDict, mesh: Mesh) -> RunData:
     tower = None
     if config.data.captions == "tokens":
         tower = CaptionTower(config.data.text_encoder, config.model.options.dtype, mesh)
-    captions = "caption_latents" if tower is None else "tokens"
     opened = [_open(config, entry, "train", tower) for entry in entries]
     heldout = _open(config, heldout_entry, "heldout", tower)
     made_by = {"vae": heldout.vae, "text_encoder": heldout.text_encoder}
@@ -229,12 +226,11 @@ def load_data(config: ConfigDict, mesh: Mesh) -> RunData:
     if has_codec:
         notes.append(ATTRIBUTION)
     return RunData(
-        [_Numbered(source, i, captions) for i, source in enumerate(opened)],
+        [_Numbered(source, i, batch_key(tower)) for i, source in enumerate(opened)],
         [entry["weight"] * len(source) for entry, source in zip(entries, opened, strict=True)],
         [entry["folder"] for entry in entries],
         heldout,
         made_by,
-        captions,
         tower,
         Path(heldout_entry["folder"]) / "codec" if has_codec else None,
         "; ".join(dict.fromkeys(note for note in notes if note)),

@@ -305,7 +305,7 @@ def test_samples_are_scored_at_evaluations(pipe, tmp_path):
         np.zeros((2, 8, 8, 4), np.float32), np.zeros((2, 6, 24), np.float32), captions,
         vae="v", text_encoder="t",
     )  # fmt: skip
-    data = RunData([], [], [], heldout, {}, "caption_latents", None, tmp_path / "codec", "")
+    data = RunData([], [], [], heldout, {}, None, tmp_path / "codec", "")
     said, written = [], []
     writer = types.SimpleNamespace(write=lambda step, values: written.append((step, values)))
     mesh = sharding.make_mesh()

@@ -93,11 +93,12 @@ def _compile(
     with alive(f"{label}: tracing"):
         lowered = program.lower()
     traced = time.monotonic() - start
-    found = _cached(lowered, topology)
+    kept = _cache_path(lowered, topology)
+    found = _cached(kept)
     if found is None:
         with alive(f"{label}: compiling for {topology.name}"), _memory_refusals(program):
             found = _compiled(lowered, topology)
-        _keep(lowered, topology, found)
+        _keep(kept, found)
     else:
         say(f"{label}: compiled before, in {found['compile_seconds']:.0f} s")
     if request.dump is not None:
@@ -133,7 +134,10 @@ def _compiled(lowered: jax.stages.Lowered, topology: Topology) -> dict[str, Any]
 
 
 # JAX's own cache keeps no programs for devices that are not there.
-def _cache_path(lowered: jax.stages.Lowered, topology: Topology) -> Path:
+def _cache_path(lowered: jax.stages.Lowered, topology: Topology) -> Path | None:
+    """Where a program's figures are kept; None where caches are off."""
+    if not jax.config.jax_enable_compilation_cache:
+        return None
     parts = (
         lowered.as_text(),
         topology.name,
@@ -145,18 +149,17 @@ def _cache_path(lowered: jax.stages.Lowered, topology: Topology) -> Path:
     return cli.cache_folder() / "aot" / f"{key}.json.gz"
 
 
-def _cached(lowered: jax.stages.Lowered, topology: Topology) -> dict[str, Any] | None:
-    if not jax.config.jax_enable_compilation_cache:
+def _cached(path: Path | None) -> dict[str, Any] | None:
+    if path is None:
         return None
     try:
-        return json.loads(gzip.decompress(_cache_path(lowered, topology).read_bytes()))
+        return json.loads(gzip.decompress(path.read_bytes()))
     except (OSError, EOFError, ValueError):  # not there, or cut off
         return None
 
 
-def _keep(lowered: jax.stages.Lowered, topology: Topology, found: dict[str, Any]) -> None:
-    if jax.config.jax_enable_compilation_cache:
-        path = _cache_path(lowered, topology)
+def _keep(path: Path | None, found: dict[str, Any]) -> None:
+    if path is not None:
         with disk_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(gzip.compress(json.dumps(found).encode(), compresslevel=1))
