@@ -11,7 +11,7 @@ from jaxtyping import Int32
 from microdit_jax import assets
 from microdit_jax.encoders.transformer import check_ids
 from microdit_jax.errors import UserError
-from microdit_jax.train_step import Batch
+from microdit_jax.loss import Batch
 
 
 def batch_key(tower: "CaptionTower | None") -> str:

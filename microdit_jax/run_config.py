@@ -24,9 +24,10 @@ from microdit_jax.diffusion import EdmConfig
 from microdit_jax.encoders import registry
 from microdit_jax.encoders.patch_pca import PatchPCA
 from microdit_jax.errors import UserError
+from microdit_jax.loss import Batch
 from microdit_jax.models import dit
 from microdit_jax.models.dit import DiT, DiTConfig
-from microdit_jax.train_step import Batch, Metrics, TrainState
+from microdit_jax.train_step import Metrics, TrainState
 from microdit_jax.xla import presets
 
 DATASET_KEYS = {"source", "folder", "weight"}

@@ -7,7 +7,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 
 # A module may import from its own entry and from those above it, never from those below.
 LAYERS = [
-    {"microdit_jax.errors", "microdit_jax.background"},
+    {"microdit_jax.errors", "microdit_jax.background", "microdit_jax.trees"},
     {
         "microdit_jax.cli",
         "microdit_jax.hosts",
@@ -30,6 +30,8 @@ LAYERS = [
     {
         "microdit_jax.checkpoint",
         "microdit_jax.hub",
+        "microdit_jax.loss",
+        "microdit_jax.run_packing",
         "microdit_jax.run_restore",
         "microdit_jax.run_checkpoint",
         "microdit_jax.weights",
@@ -60,7 +62,9 @@ ALLOWED_BESIDE = {
     ("convert", "microdit_jax.checkpoint"),
     ("convert", "microdit_jax.metrics"),
     ("microdit_jax.run_restore", "microdit_jax.checkpoint"),
+    ("microdit_jax.run_restore", "microdit_jax.run_packing"),
     ("microdit_jax.run_checkpoint", "microdit_jax.checkpoint"),
+    ("microdit_jax.run_checkpoint", "microdit_jax.run_packing"),
     ("microdit_jax.run_checkpoint", "microdit_jax.run_restore"),
     ("microdit_jax.weights", "microdit_jax.checkpoint"),
     ("microdit_jax.weights", "microdit_jax.run_restore"),

@@ -11,6 +11,7 @@ from conftest import load_golden, relative_l2, tiny_model
 
 from microdit_jax import diffusion, optim, train_step
 from microdit_jax.diffusion import EdmConfig
+from microdit_jax.loss import batch_loss, with_position
 from microdit_jax.models import dit
 
 EDM = EdmConfig()
@@ -128,9 +129,7 @@ def test_dropped_caption_is_the_zero_caption():
     @jax.jit
     def loss(batch):
         key = jax.random.key(3)
-        return train_step.batch_loss(
-            tiny_model(), state.params, batch, key, edm=EDM, mask_ratio=0.0
-        )[0]
+        return batch_loss(tiny_model(), state.params, batch, key, edm=EDM, mask_ratio=0.0)[0]
 
     batch = tiny_batch()
     dropped = loss(batch | {"keep_caption": jnp.zeros(4)})
@@ -181,10 +180,10 @@ def test_noise_belongs_to_the_image_not_to_its_row():
     def losses(batch):
         key = jax.random.key(3)
         return jnp.stack(
-            train_step.batch_loss(tiny_model(), state.params, batch, key, edm=EDM, mask_ratio=0.5)
+            batch_loss(tiny_model(), state.params, batch, key, edm=EDM, mask_ratio=0.5)
         )
 
-    batch, order = train_step.with_position(tiny_batch()), jnp.array([2, 0, 3, 1])
+    batch, order = with_position(tiny_batch()), jnp.array([2, 0, 3, 1])
     shuffled = {name: value[order] for name, value in batch.items()}
     np.testing.assert_allclose(losses(shuffled), losses(batch)[:, order], rtol=1e-6)
 
@@ -201,7 +200,7 @@ def test_casting_matrices_ahead_changes_no_bit():
     @jax.jit
     def loss(params):
         key = jax.random.key(3)
-        return train_step.batch_loss(model, params, batch, key, edm=EDM, mask_ratio=0.5)[0]
+        return batch_loss(model, params, batch, key, edm=EDM, mask_ratio=0.5)[0]
 
     cast = dit.cast_matrices(params, cfg)
     np.testing.assert_array_equal(loss(cast), loss(params))

@@ -9,7 +9,8 @@ from microdit_jax.chips import chip_of
 from microdit_jax.errors import UserError
 from microdit_jax.models import dit, flops
 from microdit_jax.xla import analysis, plot, presets, reduced, report, roofline, topologies
-from microdit_jax.xla.hlo import Collective, Counts, Kernel
+from microdit_jax.xla.collectives import Collective
+from microdit_jax.xla.hlo import Counts, Kernel
 from microdit_jax.xla.programs import Program
 from microdit_jax.xla.topologies import Topology
 

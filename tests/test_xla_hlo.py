@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from microdit_jax.xla import hlo
+from microdit_jax.xla.collectives import place
 from microdit_jax.xla.hlo_text import parse
 
 
@@ -125,7 +126,7 @@ def test_place():
             "blocks_2/attn/qkv (backward)",
         "": "",
     }.items():  # fmt: skip
-        assert hlo.place(op_name) == expected
+        assert place(op_name) == expected
 
 
 SLICES = """\

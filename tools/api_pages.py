@@ -24,10 +24,11 @@ GROUPS = (
         "Training",
         (
             "microdit_jax.train", "microdit_jax.recipe", "microdit_jax.train_step",
-            "microdit_jax.optim", "microdit_jax.sharding", "microdit_jax.run_config",
-            "microdit_jax.start", "microdit_jax.caption_tower", "microdit_jax.heldout",
-            "microdit_jax.progress", "microdit_jax.metric_writer", "microdit_jax.plot",
-            "microdit_jax.hosts", "microdit_jax.signals", "microdit_jax.background",
+            "microdit_jax.loss", "microdit_jax.optim", "microdit_jax.sharding",
+            "microdit_jax.run_config", "microdit_jax.start", "microdit_jax.caption_tower",
+            "microdit_jax.heldout", "microdit_jax.progress", "microdit_jax.metric_writer",
+            "microdit_jax.plot", "microdit_jax.hosts", "microdit_jax.signals",
+            "microdit_jax.background",
         ),
     ),
     (
