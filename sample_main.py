@@ -18,6 +18,7 @@ import numpy as np
 import tqdm
 from absl import app, flags
 
+from microdit_jax import model_flags
 from microdit_jax.cli import compiled_programs, run
 from microdit_jax.errors import UserError
 
@@ -25,10 +26,6 @@ MODEL = flags.DEFINE_string(
     "model", None, "A released checkpoint's name, a .pt or .safetensors file, or a folder: a "
     "training run's, or one made by python -m convert."
 )  # fmt: skip
-VAE = flags.DEFINE_string(
-    "vae", None, "Its VAE, as a file, a folder or a repository; default: the one it is known for."
-)
-TEXT_ENCODER = flags.DEFINE_string("text_encoder", None, "Its text encoder, likewise.")
 PROMPT = flags.DEFINE_multi_string("prompt", [], "What to draw; may be given several times.")
 PROMPTS = flags.DEFINE_string("prompts", None, "A text file with a prompt on each line.")
 AGAIN = flags.DEFINE_string("again", None, "Make the picture of this PNG again, from its settings.")
@@ -43,24 +40,16 @@ NOISE = flags.DEFINE_enum(
     "noise", "jax", ["jax", "torch_cpu", "torch_cuda"], "Whose random numbers to start from."
 )
 BATCH = flags.DEFINE_integer("batch_size", 32, "Pictures drawn at a time.", lower_bound=1)
-DTYPE = flags.DEFINE_enum(
-    "dtype", None, ["float32", "bfloat16"], "Type of the computation; default: a training run's "
-    "own, else bfloat16, on a CPU float32."
-)  # fmt: skip
-EMA = flags.DEFINE_boolean("ema", True, "Use the moving average of the weights where there is one.")
-FSDP = flags.DEFINE_integer(
-    "fsdp", 0, "Devices over which each weight is split; 0: one, or more where it does not fit.",
-    lower_bound=0,
-)  # fmt: skip
 WARMUP = flags.DEFINE_boolean(
     "warmup", False, "Compile for these settings first; without prompts: only that."
 )
 OUT = flags.DEFINE_string("out", "out", "Folder for the pictures.")
+flags.adopt_module_key_flags(model_flags)
 
 GRID = 60  # pictures in samples.png, at most
 
 # What a picture is made of, and its PNG tells
-SETTINGS = (MODEL, VAE, TEXT_ENCODER, STEPS, GUIDANCE, SEED, NOISE, DTYPE, EMA)
+SETTINGS = (MODEL, *model_flags.OF_A_PICTURE, STEPS, GUIDANCE, SEED, NOISE)
 
 
 def main(argv):
@@ -73,16 +62,7 @@ def main(argv):
     if not MODEL.value:
         raise UserError("flag --model must have a value; see sample_main.py --help")
     prompts = [picture["prompt"]] if picture else _prompts()
-    start = time.perf_counter()
-    pipe, model = create.load(
-        MODEL.value,
-        vae=VAE.value,
-        text_encoder=TEXT_ENCODER.value,
-        ema=EMA.value,
-        dtype=DTYPE.value,
-        fsdp=FSDP.value,
-    )
-    print(f"{pipe.description}: loaded in {time.perf_counter() - start:.1f} s", flush=True)
+    pipe, model = model_flags.load(MODEL.value)
 
     rows = []
     if HELDOUT.value:

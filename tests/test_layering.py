@@ -40,6 +40,7 @@ LAYERS = [
     },
     {"microdit_jax.assets", "microdit_jax.train_step", "microdit_jax.sample"},
     {"microdit_jax.create", "microdit_jax.caption_tower"},
+    {"microdit_jax.model_flags"},
     {
         "microdit_jax.app",
         "microdit_jax.data.precompute",

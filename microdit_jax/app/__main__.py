@@ -15,17 +15,12 @@ from pathlib import Path
 
 from absl import app, flags
 
+from microdit_jax import model_flags
 from microdit_jax.cli import compiled_programs, run
 from microdit_jax.errors import UserError
 
 MODEL = flags.DEFINE_multi_string(
     "model", [], "A network, as for sample_main.py; may be given several times, to choose from."
-)
-VAE = flags.DEFINE_string("vae", None, "Its VAE; default: the one it is known for.")
-TEXT_ENCODER = flags.DEFINE_string("text_encoder", None, "Its text encoder, likewise.")
-EMA = flags.DEFINE_boolean("ema", True, "Use the moving average of the weights where there is one.")
-DTYPE = flags.DEFINE_enum(
-    "dtype", None, ["float32", "bfloat16"], "Type of the computation; default: as sample_main.py."
 )
 BATCH = flags.DEFINE_integer(
     "batch_size", 4, "Pictures drawn at a time, of one request.", lower_bound=1
@@ -40,6 +35,7 @@ MAX_PROMPT = flags.DEFINE_integer("max_prompt", 1000, "Characters of a prompt.",
 MAX_STEPS = flags.DEFINE_integer("max_steps", 100, "Steps of the sampler.", lower_bound=1)
 MAX_COUNT = flags.DEFINE_integer("max_count", 8, "Pictures of a request.", lower_bound=1)
 MAX_WAITING = flags.DEFINE_integer("max_waiting", 20, "Requests in the queue.", lower_bound=1)
+flags.adopt_module_key_flags(model_flags)
 
 # To try first: what the embedded pictures have, and what models of photographs know.
 EMOJI = {
@@ -123,24 +119,15 @@ def _listen() -> socket.socket:
 
 def _load():
     """The models by the names that the page shows: never their whole paths."""
-    from microdit_jax import create
     from microdit_jax.app.studio import PageModel
 
     models = {}
     for given in MODEL.value:
-        start = time.perf_counter()
-        options = {
-            "vae": VAE.value,
-            "text_encoder": TEXT_ENCODER.value,
-            "ema": EMA.value,
-            "dtype": DTYPE.value,
-        }
-        pipe, _ = create.load(given, **options)
-        print(f"{pipe.description}: loaded in {time.perf_counter() - start:.1f} s", flush=True)
+        pipe, _ = model_flags.load(given)
         name = "/".join(Path(given).parts[-2:]).strip("/") or given
         if name in models:
             name = f"{name} ({len(models) + 1})"
-        models[name] = PageModel(pipe, {"model": given} | options)
+        models[name] = PageModel(pipe, {"model": given} | model_flags.of_a_picture())
     return models
 
 

@@ -16,12 +16,11 @@ from pathlib import Path
 
 from absl import app, flags
 
+from microdit_jax import model_flags
 from microdit_jax.cli import run
 from microdit_jax.errors import UserError
 
 MODEL = flags.DEFINE_string("model", None, "A network, as for sample_main.py.")
-VAE = flags.DEFINE_string("vae", None, "Its VAE; default: the one it is known for.")
-TEXT_ENCODER = flags.DEFINE_string("text_encoder", None, "Its text encoder, likewise.")
 METRICS = flags.DEFINE_list(
     "metrics", ["frechet_small"],
     "Of fid, kid, precision_recall, clip_score, geneval; or frechet_small, a distance that needs "
@@ -37,15 +36,10 @@ NUM_IMAGES = flags.DEFINE_integer(
 GUIDANCE = flags.DEFINE_list("guidance_scale", ["5"], "One scale, or several for a sweep.")
 STEPS = flags.DEFINE_integer("num_inference_steps", 30, "Steps of the sampler.", lower_bound=1)
 SEEDS = flags.DEFINE_list("seeds", ["2024"], "Of the noise; several give an interval.")
-EMA = flags.DEFINE_boolean("ema", True, "Use the moving average of the weights where there is one.")
-DTYPE = flags.DEFINE_enum(
-    "dtype", None, ["float32", "bfloat16"], "Type of the computation; default: as sample_main.py."
-)
 BATCH = flags.DEFINE_integer("batch_size", 32, "Pictures drawn at a time.", lower_bound=1)
 CHUNK = flags.DEFINE_integer(
     "chunk_size", 128, "Pictures between two savings; what a kill can cost.", lower_bound=1
 )
-FSDP = flags.DEFINE_integer("fsdp", 0, "Devices over which each weight is split.", lower_bound=0)
 REFERENCE = flags.DEFINE_string(
     "reference", None, ".npz of statistics (ours, pytorch-fid's, clean-fid's, torch-fidelity's), a "
     "folder of real pictures, or train or heldout; default: train, for a run on embedded pictures."
@@ -74,6 +68,7 @@ COORDINATOR = flags.DEFINE_string(
 )
 NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes draw together.")
 PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
+flags.adopt_module_key_flags(model_flags)
 
 
 def main(argv):
@@ -93,7 +88,6 @@ def main(argv):
 def _evaluate() -> None:
     import jax
 
-    from microdit_jax import create
     from microdit_jax.evaluate import protocol
 
     asked = protocol.Request(
@@ -114,14 +108,7 @@ def _evaluate() -> None:
         geneval_results=GENEVAL_RESULTS.value,
         keep_images=KEEP.value,
     )
-    pipe, model = create.load(
-        MODEL.value,
-        vae=VAE.value,
-        text_encoder=TEXT_ENCODER.value,
-        ema=EMA.value,
-        dtype=DTYPE.value,
-        fsdp=FSDP.value,
-    )
+    pipe, model = model_flags.load(MODEL.value)
     subject = protocol.Subject(MODEL.value, model, pipe)
     result, files = protocol.evaluate(subject, asked, Path(OUT.value))
     if jax.process_index():

@@ -1,0 +1,53 @@
+"""The flags that all commands which draw share: a network's towers, and how it is computed.
+
+MODEL = flags.DEFINE_string("model", ...)     one name or several, as the command needs it
+flags.adopt_module_key_flags(model_flags)     --help shows the shared ones too
+pipe, model = model_flags.load(MODEL.value)
+"""
+
+import time
+from typing import TYPE_CHECKING, Any
+
+import jax
+from absl import flags
+
+if TYPE_CHECKING:  # loading these takes a second, and --help should not
+    from microdit_jax.assets import Model
+    from microdit_jax.sample import LatentDiffusion
+
+VAE = flags.DEFINE_string(
+    "vae", None, "Its VAE, as a file, a folder or a repository; default: the one it is known for."
+)
+TEXT_ENCODER = flags.DEFINE_string("text_encoder", None, "Its text encoder, likewise.")
+EMA = flags.DEFINE_boolean("ema", True, "Use the moving average of the weights where there is one.")
+DTYPE = flags.DEFINE_enum(
+    "dtype", None, ["float32", "bfloat16"], "Type of the computation; default: a training run's "
+    "own, else bfloat16, on a CPU float32."
+)  # fmt: skip
+FSDP = flags.DEFINE_integer(
+    "fsdp", 0, "Devices over which each weight is split; 0: one, or more where it does not fit.",
+    lower_bound=0,
+)  # fmt: skip
+
+# What a picture depends on, and its PNG tells.
+OF_A_PICTURE = (VAE, TEXT_ENCODER, EMA, DTYPE)
+
+
+def load(name: str) -> "tuple[LatentDiffusion, Model]":
+    """The network `name` as the flags ask for it, by `create.load`; prints how long it took.
+
+    Raises:
+      UserError: something is not there, is damaged, or does not fit the rest.
+    """
+    from microdit_jax import create
+
+    start = time.perf_counter()
+    pipe, model = create.load(name, **of_a_picture(), fsdp=FSDP.value)
+    if jax.process_index() == 0:
+        print(f"{pipe.description}: loaded in {time.perf_counter() - start:.1f} s", flush=True)
+    return pipe, model
+
+
+def of_a_picture() -> dict[str, Any]:
+    """The values of OF_A_PICTURE by name."""
+    return {flag.name: flag.value for flag in OF_A_PICTURE}
