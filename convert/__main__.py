@@ -29,13 +29,7 @@ EXAMPLE = """example:
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     """The command's flags; an unknown or bad one is a UserError."""
-    parser = Parser(
-        prog="python -m convert",
-        description=__doc__,
-        epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = Parser("convert", __doc__, EXAMPLE)
     add = parser.add_argument
     add("--kind", choices=tuple(KINDS), default="dit", help="what the model is (default: dit)")
     add("--input", required=True, type=Path, help=".pt, .bin, .safetensors, or a model's folder")

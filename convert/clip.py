@@ -6,7 +6,6 @@ elsewhere in the file.
 
 import dataclasses
 import functools
-import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,11 +15,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from convert import clip_text
-from convert.arguments import config_from_fields, size_faults
+from convert.arguments import (
+    config_from_fields,
+    count_blocks,
+    open_folder,
+    refuse_other_config,
+    size_faults,
+)
 from convert.clip_config import ACTIVATIONS
 from convert.keymap import CONV, LINEAR, Entry, Params, Rule, build_table, to_params, to_tensors
 from convert.state_dict import StateDict
-from microdit_jax.checkpoint import load_model
 from microdit_jax.encoders.clip import Clip, ClipConfig, ClipEncoder
 from microdit_jax.encoders.clip_image import ClipImageConfig
 from microdit_jax.encoders.clip_text import ClipTextConfig
@@ -118,11 +122,7 @@ def infer_config(
     layout = "transformers" if _CONV["transformers"] in tensors else "openclip"
     sizes, given = _image_sizes(tensors, layout), _image_fields(config_json)
     faults = size_faults(given, sizes)
-    if faults:
-        raise UserError(
-            f"expected the config of these weights, found {'; '.join(faults)}; give the two that "
-            "belong together"
-        )
+    refuse_other_config(faults)
     text = clip_text.infer_config(tensors, config_json.get("text", config_json))
     projection = tensors.get("text_projection", tensors.get("text_projection.weight"))
     embed_dim = projection.shape[0 if layout == "transformers" else 1]
@@ -209,14 +209,9 @@ def load_encoder(
     Raises:
       UserError: not a model folder of this kind, or damaged.
     """
-    params, metadata = load_model(folder, sharding=sharding, verify=verify)
-    if metadata["kind"] != KIND:
-        raise UserError(
-            f"expected a model of kind {KIND} in {folder}, found {metadata['kind']}; convert one "
-            f"with python -m convert --kind={KIND}"
-        )
-    name = f"{KIND}:weights={metadata.get('source', {}).get('sha256', 'unknown')[:12]}"
-    return ClipEncoder(name, config_from_dict(metadata[KIND]), params, batch=batch)
+    found = open_folder(folder, KIND, sharding=sharding, verify=verify)
+    name = f"{KIND}:weights={found.weights}"
+    return ClipEncoder(name, config_from_dict(found.config), found.params, batch=batch)
 
 
 def _image_fields(config_json: Mapping[str, Any]) -> dict[str, Any]:
@@ -277,6 +272,5 @@ def _image_sizes(tensors: Mapping[str, Any], layout: str) -> dict[str, int]:
             f" {len(tensors)} tensors ({names}, ...); is --kind right?"
         )
     (width, _, patch, _), (ffn, _) = found
-    blocks = (re.match(rf"{re.escape(_IMAGE_BLOCKS[layout])}\.(\d+)\.", name) for name in tensors)
-    layers = max(int(match[1]) + 1 for match in blocks if match)
+    layers = count_blocks(tensors, _IMAGE_BLOCKS[layout])
     return {"width": width, "patch_size": patch, "ffn": ffn, "layers": layers}

@@ -11,13 +11,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from convert.arguments import config_from_fields, size_faults
+from convert.arguments import (
+    config_from_fields,
+    count_blocks,
+    matrix_shapes,
+    open_folder,
+    refuse_other_config,
+    size_faults,
+)
 from convert.clip_config import stated_fields
 from convert.keymap import LINEAR, Entry, Params, Rule, build_table, to_params, to_tensors
 from convert.state_dict import StateDict
-from microdit_jax.checkpoint import load_model
 from microdit_jax.encoders.clip_text import ClipText, ClipTextConfig, ClipTextEncoder
 from microdit_jax.encoders.tokenizers import END_OF_TEXT, PADDING
+from microdit_jax.encoders.transformer import BATCH
 from microdit_jax.errors import UserError
 
 __all__ = [
@@ -149,11 +156,7 @@ def infer_config(
     for name, value in flags.items():
         if value is not None and given.setdefault(name, value) != value:
             faults.append(f"{name} {given[name]} (asked for is {value})")
-    if faults:
-        raise UserError(
-            f"expected the config of these weights, found {'; '.join(faults)}; give the two that "
-            "belong together"
-        )
+    refuse_other_config(faults)
     if "activation" not in given:
         raise UserError(
             "expected the activation of the text tower in open_clip_config.json or config.json "
@@ -247,29 +250,29 @@ def abstract_params(config: ClipTextConfig) -> Params:
 
 
 def load_encoder(
-    folder: str | Path, name: str | None = None, *, dtype: str | None = None, **options: Any
+    folder: str | Path,
+    name: str | None = None,
+    *,
+    dtype: str | None = None,
+    batch: int = BATCH,
+    **options: Any,
 ) -> ClipTextEncoder:
     """The text tower of a model folder made by `python -m convert --kind=clip_text`.
 
     Args:
       name: what data and models carry to find it again; by default the weights' checksum.
       dtype: type of the computation; None keeps the model's own.
-      options: `batch` goes to ClipTextEncoder, `sharding` and `verify` to checkpoint.load_model.
+      batch: texts the tower takes at once.
+      options: `sharding` and `verify`, as for microdit_jax.checkpoint.load_model.
     Raises:
       UserError: not a model folder of this kind, or damaged.
     """
-    batch = {key: options.pop(key) for key in ("batch",) if key in options}
-    params, metadata = load_model(folder, **options)
-    if metadata["kind"] != KIND:
-        raise UserError(
-            f"expected a model of kind {KIND} in {folder}, found {metadata['kind']}; convert one "
-            f"with python -m convert --kind={KIND}"
-        )
-    config = config_from_dict(metadata[KIND])
+    found = open_folder(folder, KIND, **options)
+    config = config_from_dict(found.config)
     if dtype is not None:
         config = dataclasses.replace(config, dtype=dtype)
-    name = name or f"{KIND}:weights={metadata.get('source', {}).get('sha256', 'unknown')[:12]}"
-    return ClipTextEncoder(name, config, params, **batch)
+    name = name or f"{KIND}:weights={found.weights}"
+    return ClipTextEncoder(name, config, found.params, batch=batch)
 
 
 def _layout(tensors: Mapping[str, Any]) -> str:
@@ -286,15 +289,12 @@ def _layout(tensors: Mapping[str, Any]) -> str:
 def _sizes(tensors: Mapping[str, Any], layout: str) -> dict[str, int]:
     """ClipTextConfig's sizes as the tensors' shapes have them."""
     names = (_TOKENS[layout], _POSITIONS[layout], _FFN[layout])
-    shapes = [tuple(tensors[name].shape) if name in tensors else () for name in names]
-    if any(len(shape) != 2 for shape in shapes):
-        pairs = ", ".join(f"{n} {s or '(missing)'}" for n, s in zip(names, shapes, strict=True))
-        raise UserError(f"expected matrices that tell the tower's sizes, found {pairs}")
-    (vocab_size, width), (context_length, _), (ffn, _) = shapes
-    blocks = (re.match(rf"{re.escape(_BLOCKS[layout])}\.(\d+)\.", name) for name in tensors)
+    (vocab_size, width), (context_length, _), (ffn, _) = matrix_shapes(
+        tensors, names, "a CLIP text tower"
+    )
     return {
         "width": width,
-        "layers": max(int(match[1]) + 1 for match in blocks if match),
+        "layers": count_blocks(tensors, _BLOCKS[layout]),
         "context_length": context_length,
         "vocab_size": vocab_size,
         "ffn": ffn,

@@ -48,13 +48,7 @@ class Recording(NamedTuple):
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     """The command's flags; an unknown or bad one is a UserError."""
-    parser = Parser(
-        prog="python -m convert.parity",
-        description=__doc__,
-        epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = Parser("convert.parity", __doc__, EXAMPLE)
     add = parser.add_argument
     add("--input", required=True, type=Path, help=".pt, .safetensors, or a model folder")
     add("--reference", type=Path, help="checkout that holds micro_diffusion/; needs torch")

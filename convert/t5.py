@@ -11,11 +11,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from convert.arguments import config_from_fields, size_faults
+from convert.arguments import (
+    config_from_fields,
+    count_blocks,
+    matrix_shapes,
+    open_folder,
+    refuse_other_config,
+    size_faults,
+)
 from convert.keymap import LINEAR, Entry, Params, Rule, build_table, to_params, to_tensors
 from convert.state_dict import StateDict
-from microdit_jax.checkpoint import load_model
 from microdit_jax.encoders.t5 import T5, T5Config, T5Encoder, T5Tokenizer
+from microdit_jax.encoders.transformer import BATCH
 from microdit_jax.errors import UserError
 
 __all__ = [
@@ -108,11 +115,7 @@ def infer_config(
     ours = {field.name for field in dataclasses.fields(T5Config)}
     fields = given if set(given) <= ours else {_FIELDS[k]: given[k] for k in _FIELDS if k in given}
     faults += size_faults(fields, sizes)
-    if faults:
-        raise UserError(
-            f"expected the config.json of these weights, found {'; '.join(faults)}; give the two "
-            "that belong together"
-        )
+    refuse_other_config(faults)
     if max_tokens is not None:
         fields["max_tokens"] = max_tokens
     return T5Config(**fields | sizes)
@@ -202,6 +205,7 @@ def load_encoder(
     *,
     tokenizer: str | None = None,
     dtype: str | None = None,
+    batch: int = BATCH,
     **options: Any,
 ) -> T5Encoder:
     """The encoder of a model folder made by `python -m convert --kind=t5`.
@@ -210,23 +214,18 @@ def load_encoder(
       name: what data and models carry to find it again; by default the weights' checksum.
       tokenizer: folder or repository of its tokenizer; None: only ids can be encoded.
       dtype: type of the computation; None keeps the model's own.
-      options: `batch` goes to T5Encoder, `sharding` and `verify` to checkpoint.load_model.
+      batch: texts the encoder takes at once.
+      options: `sharding` and `verify`, as for microdit_jax.checkpoint.load_model.
     Raises:
       UserError: not a model folder of this kind, or damaged, or no tokenizer there.
     """
-    batch = {key: options.pop(key) for key in ("batch",) if key in options}
-    params, metadata = load_model(folder, **options)
-    if metadata["kind"] != KIND:
-        raise UserError(
-            f"expected a model of kind {KIND} in {folder}, found {metadata['kind']}; convert one "
-            f"with python -m convert --kind={KIND}"
-        )
-    config = config_from_dict(metadata[KIND])
+    found = open_folder(folder, KIND, **options)
+    config = config_from_dict(found.config)
     if dtype is not None:
         config = dataclasses.replace(config, dtype=dtype)
-    name = name or f"{KIND}:weights={metadata.get('source', {}).get('sha256', 'unknown')[:12]}"
+    name = name or f"{KIND}:weights={found.weights}"
     words = T5Tokenizer(tokenizer, config.max_tokens) if tokenizer else None
-    return T5Encoder(name, config, params, words, **batch)
+    return T5Encoder(name, config, found.params, words, batch=batch)
 
 
 def _sizes(tensors: Mapping[str, Any]) -> dict[str, int]:
@@ -238,21 +237,14 @@ def _sizes(tensors: Mapping[str, Any]) -> dict[str, int]:
             "take v1.1's weights"
         )
     names = ("shared.weight", _BIAS, f"{first}{_ATTENTION}.q.weight", f"{first}{_FFN}.wi_0.weight")
-    shapes = [tuple(tensors[name].shape) if name in tensors else () for name in names]
-    if any(len(shape) != 2 for shape in shapes):
-        pairs = ", ".join(f"{n} {s or '(missing)'}" for n, s in zip(names, shapes, strict=True))
-        found = ", ".join(list(tensors)[:5]) or "no tensor"
-        raise UserError(
-            f"expected a T5 v1.1 encoder's matrices, found {pairs} among {len(tensors)} tensors "
-            f"({found}, ...); is --kind right, and are all shards there?"
-        )
-    (vocab_size, width), (buckets, heads), (inner, _), (ffn, _) = shapes
+    (vocab_size, width), (buckets, heads), (inner, _), (ffn, _) = matrix_shapes(
+        tensors, names, "a T5 v1.1 encoder"
+    )
     if inner % heads:
         raise UserError(f"expected q of {heads} equal heads, found width {inner}; is it damaged?")
-    blocks = (re.match(rf"{re.escape(_BLOCK)}\.(\d+)\.", name) for name in tensors)
     return {
         "width": width,
-        "layers": max(int(match[1]) + 1 for match in blocks if match),
+        "layers": count_blocks(tensors, _BLOCK),
         "heads": heads,
         "head_dim": inner // heads,
         "ffn": ffn,

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from convert.arguments import config_from_fields, open_folder, refuse_other_config
 from convert.keymap import CONV, LINEAR, SAME, Entry, Params, Rule, build_table, to_params
 from convert.keymap import to_tensors as table_to_tensors
-from microdit_jax.checkpoint import load_model
 from microdit_jax.encoders.vae import VaeConfig, abstract_params
 from microdit_jax.encoders.vae_codec import VaeCodec
 from microdit_jax.errors import UserError
@@ -135,19 +135,7 @@ def config_from_dict(fields: Mapping[str, Any]) -> VaeConfig:
     Raises:
       UserError: fields that VaeConfig does not have, or too few.
     """
-    known = {field.name: field for field in dataclasses.fields(VaeConfig)}
-    unknown = [name for name in fields if name not in known]
-    missing = [
-        name
-        for name, field in known.items()
-        if field.default is dataclasses.MISSING and name not in fields
-    ]
-    if unknown or missing:
-        raise UserError(
-            f"expected fields of VaeConfig ({', '.join(known)}), found unknown "
-            f"{', '.join(unknown) or 'none'}, missing {', '.join(missing) or 'none'}; correct them"
-        )
-    return VaeConfig(**fields)
+    return config_from_fields(VaeConfig, fields)
 
 
 def config_json(config: VaeConfig) -> dict[str, Any]:
@@ -190,21 +178,15 @@ def load_codec(
     Raises:
       UserError: not a model folder of this kind, or damaged.
     """
-    params, metadata = load_model(folder, sharding=sharding)
-    if metadata["kind"] != PART:
-        raise UserError(
-            f"expected a model of kind {PART} in {folder}, found {metadata['kind']}; convert a VAE "
-            "with python -m convert --kind=vae"
-        )
-    config = config_from_dict(metadata[PART])
+    found = open_folder(folder, PART, sharding=sharding)
+    config = config_from_dict(found.config)
     if dtype is not None:
         config = dataclasses.replace(config, dtype=dtype)
-    source = metadata.get("source", {}).get("sha256", "unknown")[:12]
     name = (
         f"vae:channels={config.latent_channels},scaling_factor={config.scaling_factor:g},"
-        f"weights={source}"
+        f"weights={found.weights}"
     )
-    return VaeCodec(name, config, params, slice_size)
+    return VaeCodec(name, config, found.params, slice_size)
 
 
 def _modern(state_dict: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -272,8 +254,4 @@ def _check_config(given: Mapping[str, Any], sizes: Mapping[str, Any]) -> None:
     factor = given.get("scaling_factor")
     if factor is not None and not (isinstance(factor, int | float) and math.isfinite(factor)):
         faults.append(f"scaling_factor {factor!r} (not a number)")
-    if faults:
-        raise UserError(
-            f"expected the config.json of these weights, found {'; '.join(faults)}; give the two "
-            "that belong together"
-        )
+    refuse_other_config(faults)

@@ -21,7 +21,19 @@ class UserError(ValueError):
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose complaints are UserErrors that name its --help."""
+    """An argument parser for a module's command: texts as written, no abbreviations of flags.
+
+    Its complaints are UserErrors that name its --help.
+    """
+
+    def __init__(self, module: str, description: str, epilog: str | None = None):
+        super().__init__(
+            f"python -m {module}",
+            description=description,
+            epilog=epilog,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
 
     def error(self, message: str):
         raise UserError(f"{message}; see {self.prog} --help")

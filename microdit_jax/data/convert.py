@@ -9,7 +9,6 @@ The reference's datasets do not say what made them: add --vae and --text_encoder
 share the work, each with its --process_index of --process_count, writing to one folder.
 """
 
-import argparse
 import dataclasses
 import math
 from collections.abc import Iterator, Sequence
@@ -168,11 +167,7 @@ def _samples(store: Store, info: LatentInfo, indices: range) -> Iterator[dict[st
 
 
 def _parser() -> Parser:
-    parser = Parser(
-        prog="python -m microdit_jax.data.convert",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser("microdit_jax.data.convert", __doc__)
     parser.add_argument("--input", required=True, help="a dataset of latents; a folder or a URL")
     parser.add_argument("--output", required=True, help="the folder to write")
     parser.add_argument("--to", required=True, choices=FORMATS, help="the format to write")

@@ -11,7 +11,6 @@ datasets of pictures; the emoji set; the paper's datasets (docs/datasets.md). On
 the same command on each with --process_index and --process_count, writing to one shared folder.
 """
 
-import argparse
 import copy
 import dataclasses
 import time
@@ -116,11 +115,7 @@ def contact_sheet(output: Path, codec: Any, settings: Settings) -> Path:
 
 
 def _parser() -> Parser:
-    parser = Parser(
-        prog="python -m microdit_jax.data.precompute",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser("microdit_jax.data.precompute", __doc__)
     add = parser.add_argument
     add("--source", required=True, choices=registry.KINDS, help="what --input holds")
     add("--input", help="the folder of the source; the emoji set has none")

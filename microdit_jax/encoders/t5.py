@@ -15,7 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float32, Int, Int32
 
-from microdit_jax.encoders.transformer import BATCH, MASKED, attend, check_ids, in_batches
+from microdit_jax.encoders.transformer import (
+    BATCH,
+    MASKED,
+    attend,
+    check_ids,
+    check_texts,
+    in_batches,
+)
 from microdit_jax.errors import UserError
 
 PADDING = 0
@@ -211,16 +218,7 @@ class T5Tokenizer:
         return np.maximum(lengths - np.int32(self.max_tokens), np.int32(0))
 
     def _encode(self, texts: Any, **options) -> list[list[int]]:
-        if not isinstance(texts, list | tuple | np.ndarray):
-            raise UserError(
-                f"texts: expected a list of strings; found {type(texts).__name__}; put it in a list"
-            )
-        for index, text in enumerate(texts):
-            if not isinstance(text, str):
-                raise UserError(
-                    f"texts: expected strings; found {type(text).__name__} at index {index}; "
-                    "decode bytes, or leave missing captions as ''"
-                )
+        check_texts(texts)
         return self._tokenizer(list(texts), **options)["input_ids"] if len(texts) else []
 
 

@@ -9,6 +9,7 @@ import instant_clip_tokenizer
 import numpy as np
 from jaxtyping import Int32
 
+from microdit_jax.encoders.transformer import check_texts
 from microdit_jax.errors import UserError
 
 START_OF_TEXT, END_OF_TEXT, PADDING = 49406, 49407, 0
@@ -72,14 +73,5 @@ def _vocabulary() -> instant_clip_tokenizer.Tokenizer:
 
 
 def _encode(texts: Any) -> list[list[int]]:
-    if isinstance(texts, str) or not isinstance(texts, list | tuple | np.ndarray):
-        raise UserError(
-            f"texts: expected a list of strings; found {type(texts).__name__}; put it in a list"
-        )
-    for index, text in enumerate(texts):
-        if not isinstance(text, str):
-            raise UserError(
-                f"texts: expected strings; found {type(text).__name__} at index {index}; "
-                "decode bytes, or leave missing captions as ''"
-            )
+    check_texts(texts)
     return [_vocabulary().encode(clean(text)) for text in texts]

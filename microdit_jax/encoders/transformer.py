@@ -47,6 +47,20 @@ def check_ids(ids: Int32[np.ndarray, "n l"], length: int, vocab_size: int, name:
         )
 
 
+def check_texts(texts: Any) -> None:
+    """Raises UserError for what is no list of strings."""
+    if not isinstance(texts, list | tuple | np.ndarray):
+        raise UserError(
+            f"texts: expected a list of strings; found {type(texts).__name__}; put it in a list"
+        )
+    for index, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise UserError(
+                f"texts: expected strings; found {type(text).__name__} at index {index}; "
+                "decode bytes, or leave missing captions as ''"
+            )
+
+
 def in_batches(
     function: Callable[..., Array], params: Any, *arrays: np.ndarray, size: int
 ) -> Float32[np.ndarray, "n l d"]:

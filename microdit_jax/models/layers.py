@@ -151,18 +151,11 @@ class TimestepEmbedder(nn.Module):
 
     @nn.compact
     def __call__(self, t: Float[Array, " n"]) -> Float[Array, "n d"]:
-        def linear(name: str) -> nn.Dense:
-            init = small_normal(self.init_std)
-            return Linear(
-                self.dim,
-                kernel_init=init,
-                dtype=self.dtype,
-                param_dtype=self.param_dtype,
-                name=name,
-            )
-
-        features = timestep_embedding(t).astype(self.dtype)
-        return linear("mlp_2")(gelu_tanh(linear("mlp_0")(features)))
+        kinds = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        init = small_normal(self.init_std)
+        x = timestep_embedding(t).astype(self.dtype)
+        x = gelu_tanh(Linear(self.dim, kernel_init=init, name="mlp_0", **kinds)(x))
+        return Linear(self.dim, kernel_init=init, name="mlp_2", **kinds)(x)
 
 
 class Mlp(nn.Module):
@@ -218,18 +211,11 @@ class FeedForward(nn.Module):
         d = x.shape[-1]
         f = round_up(int(2 * int(d * self.mlp_ratio) / 3), self.multiple_of)
 
-        def linear(features: int, init: Initializer, name: str) -> nn.Dense:
-            return Linear(
-                features,
-                use_bias=self.use_bias,
-                kernel_init=init,
-                dtype=self.dtype,
-                param_dtype=self.param_dtype,
-                name=name,
-            )
-
-        gate = nn.silu(linear(f, small_normal(self.init_std), "w1")(x))  # (n, t, f)
-        return linear(d, self.out_init, "w3")(gate * linear(f, self.hidden_init, "w2")(x))
+        kinds = {"use_bias": self.use_bias, "dtype": self.dtype, "param_dtype": self.param_dtype}
+        init = small_normal(self.init_std)
+        gate = nn.silu(Linear(f, kernel_init=init, name="w1", **kinds)(x))  # (n, t, f)
+        value = Linear(f, kernel_init=self.hidden_init, name="w2", **kinds)(x)
+        return Linear(d, kernel_init=self.out_init, name="w3", **kinds)(gate * value)
 
 
 class FinalLayer(nn.Module):

@@ -4,7 +4,6 @@ Example:
   python -m microdit_jax.xla.plot --reports=stage1.json --reports=stage2.json --out=aot.png
 """
 
-import argparse
 import collections
 import json
 from collections.abc import Sequence
@@ -77,11 +76,7 @@ def draw(reports: Sequence[dict[str, Any]], out: str | Path) -> None:
 
 
 def main() -> None:
-    parser = Parser(
-        prog="python -m microdit_jax.xla.plot",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser("microdit_jax.xla.plot", __doc__)
     parser.add_argument(
         "--reports", action="append", required=True, help="JSON of aot --report; each a bar"
     )
