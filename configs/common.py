@@ -183,9 +183,11 @@ def stages(**configs: ConfigDict) -> ConfigDict:
     return ConfigDict({"stages": tuple(configs), **configs}).lock()
 
 
-def use_emoji(config: ConfigDict, *, resolution: int, folder: str, tokens: int, width: int) -> None:
+def use_emoji(
+    config: ConfigDict, *, resolution: int, folder: str, tokens: int, width: int, channels: int = 8
+) -> None:
     """The embedded emoji pictures, their codec fitted at 32 px whatever the resolution."""
-    patch, channels = 4, 8
+    patch = 4
     config.data.update(
         datasets=({"source": "twemoji", "folder": folder, "weight": 1.0},),
         resolution=resolution,

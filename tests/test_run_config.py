@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 
-from configs import common, demo
+from configs import common, demo, instant
 from microdit_jax import sharding
 from microdit_jax.data.mds_writer import MdsWriter
 from microdit_jax.data.records import SIDECAR, LatentInfo
+from microdit_jax.data.sources import twemoji
 from microdit_jax.errors import UserError
 from microdit_jax.run_config import check_data, check_intervals, load_data, model_config
 
@@ -69,6 +70,26 @@ def test_datasets_that_do_not_belong_together(tmp_path, second, message):
         check_data(model_config(config), load_data(config, MESH))
 
 
+def test_the_instant_model_sees_a_thing_three_times_as_often_as_a_person_of_some_tone(
+    tmp_path, monkeypatch
+):
+    pictures = [*twemoji.list_pictures()[:20], *twemoji.list_pictures()[1000:1120]]
+    monkeypatch.setattr(twemoji, "list_pictures", lambda: pictures)
+    config = instant.get_config("stage1")
+    for entry in (*config.data.datasets, config.data.heldout):
+        entry["folder"] = str(tmp_path / "data")
+    data = load_data(config, MESH)
+    both, untoned = data.sources
+    assert 0 < len(untoned) < len(both) and data.weights == [len(both), 2 * len(untoned)]
+    captions = [p.caption for p in pictures]
+    kept_out = twemoji.heldout_mask(captions)
+    shown = [p for p, out in zip(pictures, kept_out, strict=True) if not out]
+    things = [i for i, p in enumerate(shown) if "skin tone" not in p.caption]
+    for i, thing in enumerate(things):
+        np.testing.assert_array_equal(untoned[i]["latents"], both[thing]["latents"])
+    assert len(untoned) == len(things) and check_data(model_config(config), data) == 16
+
+
 def test_latents_of_another_size_are_refused(tmp_path):
     config = stored_config(tmp_path)
     config.model.options.input_size = 64
@@ -83,7 +104,7 @@ def test_latents_of_another_size_are_refused(tmp_path):
         ({"datasets": ({"source": "twemoji"},)}, "dictionary of folder, source, weight"),
         (
             {"datasets": ({"source": "laion", "folder": "x", "weight": 1.0},)},
-            "must be one of latents, twemoji, found 'laion'",
+            "must be one of latents, twemoji, twemoji_untoned, found 'laion'",
         ),
         ({"vae": "sdxl"}, "must be like patch_pca:.*found 'sdxl'"),
     ],

@@ -87,6 +87,17 @@ class LatentSource:
             "index": np.int32(index),
         }
 
+    def subset(self, keep: Sequence[bool]) -> "LatentSource":
+        """The records for which `keep`, one for each, is true, in their order and numbered anew."""
+        chosen = np.flatnonzero(keep)
+        return LatentSource(
+            self.latents[chosen],
+            self.caption_latents[chosen],
+            [self.captions[i] for i in chosen],
+            vae=self.vae,
+            text_encoder=self.text_encoder,
+        )
+
     def check_made_by(self, *, vae: str, text_encoder: str) -> None:
         """Raises UserError unless the data come from this VAE and this text encoder."""
         check_made_by((vae, text_encoder), (self.vae, self.text_encoder))
