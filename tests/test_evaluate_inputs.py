@@ -17,7 +17,7 @@ from convert.torch_file import write_torch
 from microdit_jax.data.sources import twemoji
 from microdit_jax.errors import UserError
 from microdit_jax.evaluate import protocol
-from microdit_jax.evaluate.prompts import embedded_pictures, read_prompts
+from microdit_jax.evaluate.prompts import read_prompts
 from microdit_jax.evaluate.reference import crop_to, get_reference
 from microdit_jax.evaluate.scores import cosine_score, feature_scores, over_seeds
 from microdit_jax.metrics.features import small_features
@@ -101,7 +101,7 @@ def test_a_reference_is_computed_once_and_known_by_its_inputs(tmp_path):
 def test_the_embedded_pictures_as_reference(tmp_path):
     network = small_features()
     found = get_reference("heldout", network, tmp_path, resolution=32)
-    pictures = embedded_pictures("heldout")
+    pictures = twemoji.pictures_of("heldout")
     expected = network(list(np.round(
         (twemoji.read_images(pictures, 32) / 2 + 0.5) * 255).astype(np.uint8)))  # fmt: skip
     np.testing.assert_allclose(found.features, expected, rtol=1e-5, atol=1e-6)

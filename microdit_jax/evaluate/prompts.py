@@ -46,7 +46,7 @@ def read_prompts(source: str, count: int = 0) -> PromptSet:
     """
     metadata: list[dict[str, Any]] = []
     if source in RUN_SPLITS:
-        texts = [picture.caption for picture in embedded_pictures(source)]
+        texts = [picture.caption for picture in twemoji.pictures_of(source)]
         if count > len(texts):
             texts = list(np.resize(np.array(texts), count))
     else:
@@ -77,13 +77,6 @@ def read_prompts(source: str, count: int = 0) -> PromptSet:
     if metadata:
         texts = [text for text in texts for _ in range(geneval.SAMPLES)]
     return PromptSet(Path(source).name, [str(text) for text in texts], metadata)
-
-
-def embedded_pictures(split: str) -> list[twemoji.Picture]:
-    """The captioned pictures that come with pip, of one split."""
-    pictures = twemoji.list_pictures()
-    heldout = twemoji.heldout_mask([picture.caption for picture in pictures])
-    return [p for p, out in zip(pictures, heldout, strict=True) if out == (split == "heldout")]
 
 
 def _read(path: Path) -> list[str]:

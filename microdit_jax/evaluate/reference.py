@@ -13,7 +13,7 @@ from PIL import Image, UnidentifiedImageError
 
 from microdit_jax.data.sources import twemoji
 from microdit_jax.errors import UserError
-from microdit_jax.evaluate.prompts import RUN_SPLITS, embedded_pictures
+from microdit_jax.evaluate.prompts import RUN_SPLITS
 from microdit_jax.metrics.features import FeatureNetwork
 from microdit_jax.metrics.statistics import Reference, load_reference, save_reference
 from microdit_jax.pictures import to_uint8
@@ -56,7 +56,7 @@ def get_reference(
         reference.check_features(network.name, network.width)
         return reference
     if source in RUN_SPLITS:
-        pictures = embedded_pictures(source)
+        pictures = twemoji.pictures_of(source)
         inputs = _digest([p.path for p in pictures], {"resolution": resolution})
     else:
         files = _pictures_in(Path(source))

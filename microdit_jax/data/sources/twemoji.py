@@ -69,6 +69,13 @@ def heldout_mask(captions: Sequence[str], fraction: float = 0.05) -> Bool[np.nda
     return proposed & np.array([known.issuperset(caption.split()) for caption in captions], bool)
 
 
+def pictures_of(split: str) -> list[Picture]:
+    """The pictures of "train", or of "heldout", whose captions training never sees."""
+    pictures = list_pictures()
+    mask = heldout_mask([picture.caption for picture in pictures])
+    return [p for p, out in zip(pictures, mask, strict=True) if out == (split == "heldout")]
+
+
 def _hash_below(caption: str, fraction: float) -> bool:
     digest = hashlib.sha256(f"{_SPLIT_SALT}{caption}".encode()).digest()
     return int.from_bytes(digest[:8], "big") < fraction * 2**64
