@@ -5,7 +5,7 @@ better ones. Pictures: Twemoji, CC-BY 4.0.
 
   python train_main.py --config=configs/instant.py --workdir=out/instant         # all four
   python train_main.py --config=configs/instant.py:stage4 --workdir=out/instant/stage4
-  python -m microdit_jax.instant --from=out/instant/stage4                       # ships them
+  python -m tools.ship_instant --run=out/instant/stage4                          # ships them
 
 Stages 1 and 2 see 32 px, 75 % masked and then whole; 3 and 4 the same at 64 px, from the weights of
 stage 2. The same command again resumes.
@@ -14,8 +14,8 @@ stage 2. The same command again resumes.
 from configs import common
 from microdit_jax.errors import UserError
 
-# Masked, then whole; the second counts on from the first.
-STEPS = {32: (400, 2800), 64: (200, 2200)}
+# By pixels: masked, then whole, which counts on from the former.
+STEPS = {32: (400, 2800), 64: (400, 4800)}
 
 
 def get_config(stage: str = ""):
@@ -58,18 +58,22 @@ def get_config(stage: str = ""):
         "pos_interp_scale": resolution / 32,
     }
     common.set_sizes(config, sizes)
-    config.optim.update(
-        learning_rate=2.5e-3 if resolution == 32 else 2e-3, warmup_steps=100, decay_steps=steps,
-        final_ratio=0.2 if resolution == 32 else 0.01, clip_norm=1.0, weight_decay=0.02,
-    )  # fmt: skip
-    # The recipe's shift to more noise at the higher resolution; not its narrower spread, which
-    # leaves too little training to the first steps of sampling.
-    if resolution == 64:
+    if resolution == 32:
+        config.optim.update(learning_rate=2.5e-3, final_ratio=0.2)
+        config.ema.smoothing = 0.995
+        config.train.update(batch_size=64, eval_every=800)
+    else:
+        # The recipe's shift to more noise at the higher resolution; not its narrower spread, which
+        # leaves too little training to the first steps of sampling.
         config.edm.update(P_mean=0.0, P_std=1.2)
-    config.ema.update(enabled=True, smoothing=0.995, start_step=100)
+        config.optim.update(learning_rate=1.5e-3, final_ratio=0.01)
+        config.ema.smoothing = 0.998
+        config.train.update(batch_size=32, eval_every=1600)
+    config.optim.update(warmup_steps=100, decay_steps=steps, clip_norm=1.0, weight_decay=0.02)
+    config.ema.update(enabled=True, start_step=100)
     config.train.update(
-        batch_size=64, log_every=50, checkpoint_every=200, eval_every=800,
         steps=masked_steps if masked else steps, mask_ratio=0.75 if masked else 0.0,
+        log_every=50, checkpoint_every=200,
     )  # fmt: skip
     config.eval.update(num_images=512, batch_size=128, draws=4, num_samples=24, guidance_scale=3.0)
     if number == 3:
