@@ -17,6 +17,7 @@ import numpy as np
 
 from convert.files import CHUNK
 from microdit_jax.errors import UserError
+from microdit_jax.trees import flatten, unflatten
 
 Shape = tuple[int, ...]
 Params = dict[str, Any]
@@ -92,27 +93,6 @@ class Entry:
 def torch_name(path: str) -> str:
     """blocks_3/attn/qkv -> blocks.3.attn.qkv."""
     return re.sub(r"_(\d+)(?=[/.]|$)", r".\1", path).replace("/", ".")
-
-
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A nested dict as {"a/b/c": leaf}."""
-    flat = {}
-    for key, value in tree.items():
-        inner = isinstance(value, Mapping)
-        flat.update(flatten(value, f"{prefix}{key}/") if inner else {f"{prefix}{key}": value})
-    return flat
-
-
-def unflatten(flat: Mapping[str, Any]) -> Params:
-    """The inverse of flatten."""
-    tree: Params = {}
-    for path, leaf in flat.items():
-        *parents, last = path.split("/")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[last] = leaf
-    return tree
 
 
 def build_table(rules: Sequence[Rule], expected: Mapping[str, Any]) -> list[Entry]:

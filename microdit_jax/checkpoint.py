@@ -23,6 +23,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from microdit_jax.errors import UserError, disk_errors
+from microdit_jax.trees import flatten, unflatten
 
 FORMAT, VERSION = "microdit_jax.model", 1
 CONCURRENT_GB = 1  # held by Orbax while it writes or reads, beside the arrays themselves
@@ -77,7 +78,7 @@ def save_model(folder: str | os.PathLike, params: Mapping[str, Any], metadata: d
     folder = Path(folder).absolute()
     if folder.exists():
         raise UserError(f"{folder} exists already; choose another name or remove it first")
-    paths = dict(leaves_by_path(params))
+    paths = flatten(params)
     num_bytes = sum(leaf.size * np.dtype(leaf.dtype).itemsize for leaf in paths.values())
     partial = folder.with_name(f".{folder.name}.partial")
     with disk_errors(folder, num_bytes), _cleared(partial):
@@ -123,15 +124,15 @@ def load_model(
     if sharding is None:
         sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     single = isinstance(sharding, jax.sharding.Sharding)
-    shardings = {} if single else dict(leaves_by_path(sharding))
-    abstract: Params = {}
-    for path, (dtype, shape) in manifest["arrays"].items():
-        *parents, last = path.split("/")
-        node = abstract
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        target = sharding if single else shardings[path]
-        node[last] = jax.ShapeDtypeStruct(tuple(shape), np.dtype(dtype), sharding=target)
+    shardings = {} if single else flatten(sharding)
+    abstract = unflatten(
+        {
+            path: jax.ShapeDtypeStruct(
+                tuple(shape), np.dtype(dtype), sharding=sharding if single else shardings[path]
+            )
+            for path, (dtype, shape) in manifest["arrays"].items()
+        }
+    )
     with _checkpointer() as checkpointer:
         args = ocp.args.PyTreeRestore(
             item=abstract, restore_args=ocp.checkpoint_utils.construct_restore_args(abstract)
@@ -178,15 +179,6 @@ def read_metadata(folder: str | os.PathLike) -> dict:
             f"version {metadata.get('version')}; convert the checkpoint again"
         )
     return metadata
-
-
-def leaves_by_path(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """The leaves of a nested dict with their paths, "a/b/c"."""
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from leaves_by_path(value, f"{prefix}{key}/")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def _checkpointer() -> ocp.Checkpointer:

@@ -21,10 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
-from microdit_jax import checkpoint, hosts
+from microdit_jax import checkpoint, hosts, run_packing
 from microdit_jax.background import give_way
 from microdit_jax.checkpoint import VERSION, read_json, write_json
 from microdit_jax.errors import UserError, disk_errors
@@ -96,8 +97,10 @@ class RunCheckpoints:
         hosts.from_first(f"prepare checkpoint {step}", lambda: self._prepare(step, num_bytes))
         if self._manager is None:
             self._manager = _manager(self.folder, *self._keep, self._timeout)
+        arrays, index = run_packing.pack(state)
         args = ocp.args.Composite(
-            state=ocp.args.PyTreeSave(state), metadata=ocp.args.JsonSave(dict(metadata))
+            state=ocp.args.PyTreeSave(arrays, custom_metadata=index),
+            metadata=ocp.args.JsonSave(dict(metadata)),
         )
         with self._save_errors(step):
             self._executor.submit(self._manager.save, step, args=args, force=True).result()
@@ -238,7 +241,9 @@ def _manager(folder: Path, keep_last: int, keep_every: int, timeout_seconds: flo
     handler = ocp.PyTreeCheckpointHandler(
         use_ocdbt=True,
         use_compression=False,
-        type_handler_registry=ocp.type_handlers.create_type_handler_registry((jax.Array, arrays)),
+        type_handler_registry=ocp.type_handlers.create_type_handler_registry(
+            (jax.Array, arrays), (np.ndarray, ocp.type_handlers.NumpyHandler())
+        ),
     )
     registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
     registry.add("state", ocp.args.PyTreeSave, handler)

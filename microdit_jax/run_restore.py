@@ -3,15 +3,18 @@
 import json
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
-from microdit_jax import checkpoint, hosts
+from microdit_jax import checkpoint, hosts, run_packing
 from microdit_jax.checkpoint import read_json
 from microdit_jax.errors import UserError
+from microdit_jax.trees import flatten, unflatten
 
 RESTORE_GB = 8  # held by Orbax while it reads, beside the arrays themselves
 
@@ -81,31 +84,41 @@ def restore_state(folder: Path, abstract: Any, *, partial: bool) -> Any:
         part may change its types.
     """
     handler = ocp.PyTreeCheckpointHandler(restore_concurrent_gb=RESTORE_GB)
-    _check_fit(folder, _arrays(handler.metadata(folder / "state").tree), _arrays(abstract), partial)
+    stored, expected = handler.metadata(folder / "state"), flatten(abstract)
+    index = run_packing.read_index(stored.custom_metadata)
+    large = {path: leaf for path, leaf in flatten(stored.tree).items() if hasattr(leaf, "shape")}
+    rows = {path: large.pop(path) for path in run_packing.rows_of(index)}
+    _check_fit(folder, _kinds(large | index), _kinds(expected), partial)
+    wanted = {path: leaf for path, leaf in expected.items() if path in large}
+    for path in run_packing.rows_of(path for path in expected if path in index):
+        wanted[path] = jax.ShapeDtypeStruct(rows[path].shape, rows[path].dtype)  # to NumPy
+    # One that packs nothing was stored in the state's own tree, with lists for its tuples.
+    item = unflatten(wanted) if index else abstract
     args = ocp.args.PyTreeRestore(
-        item=abstract,
-        restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
-        partial_restore=partial,
+        item=item,
+        restore_args=ocp.checkpoint_utils.construct_restore_args(item),
+        partial_restore=True,  # what fits is checked above
     )
     with ocp.Checkpointer(handler) as checkpointer:
-        return checkpointer.restore(folder / "state", args=args)
+        arrays = flatten(checkpointer.restore(folder / "state", args=args))
+    leaves = [
+        run_packing.unpack(arrays[run_packing.row_of(path)], index[path], leaf)
+        if path in index
+        else arrays[path]
+        for path, leaf in expected.items()
+    ]
+    return jax.tree.unflatten(jax.tree.structure(abstract), leaves)
 
 
-def _arrays(tree: Any) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Shape and type of every leaf by its path, with Orbax's names."""
-    # Empty nodes stay at first: Orbax cannot leave out items amid a tuple.
-    flat = ocp.tree.to_flat_dict(ocp.tree.serialize_tree(tree, keep_empty_nodes=True), sep="/")
-    return {
-        path: (tuple(leaf.shape), jnp.dtype(leaf.dtype).name)
-        for path, leaf in flat.items()
-        if hasattr(leaf, "shape")
-    }
+def _kinds(leaves: Mapping[str, Any]) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Shape and type of each."""
+    return {path: (tuple(leaf.shape), jnp.dtype(leaf.dtype).name) for path, leaf in leaves.items()}
 
 
 def _check_fit(folder: Path, found: dict, expected: dict, partial: bool) -> None:
     if partial:
         found = {path: (*found[path][:1], expected[path][1]) for path in expected if path in found}
-    differing = [path for path in found | expected if found.get(path) != expected.get(path)]
+    differing = sorted(path for path in found | expected if found.get(path) != expected.get(path))
     if differing:
         path = differing[0]
         raise UserError(

@@ -11,6 +11,7 @@ from microdit_jax.checkpoint import Params, read_json
 from microdit_jax.errors import UserError
 from microdit_jax.run_checkpoint import is_run, read_run_metadata
 from microdit_jax.run_restore import good_step, restore_state
+from microdit_jax.trees import flatten
 
 
 def load_run_params(
@@ -60,7 +61,7 @@ def load_weights(
     hosts.from_first(f"check {source}", lambda: checkpoint.verify_model(source))
     arrays = read_json(Path(source) / "manifest.json")["arrays"]
     found = {path: tuple(shape) for path, (_, shape) in arrays.items()}
-    expected = {path: leaf.shape for path, leaf in checkpoint.leaves_by_path(abstract_params)}
+    expected = {path: leaf.shape for path, leaf in flatten(abstract_params).items()}
     if differing := sorted(dict(found.items() ^ expected.items())):
         raise UserError(
             f"expected the parameters of this config's network in {source}, found others "

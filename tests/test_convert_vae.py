@@ -10,7 +10,6 @@ from conftest import relative_l2
 from test_convert_main import fails, run
 from test_vae import load_vae
 
-from convert.keymap import flatten
 from convert.safetensors_file import read_safetensors, write_safetensors
 from convert.torch_file import read_torch, write_torch
 from convert.vae import (
@@ -25,6 +24,7 @@ from convert.vae import (
 from microdit_jax.checkpoint import read_metadata
 from microdit_jax.encoders.vae import VaeConfig, abstract_params
 from microdit_jax.errors import UserError
+from microdit_jax.trees import flatten
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 SDXL = VaeConfig((128, 256, 512, 512), 4, 0.13025)

@@ -8,15 +8,14 @@ from convert.keymap import (
     SAME,
     Rule,
     build_table,
-    flatten,
     is_finite,
     patch_conv,
     to_params,
     to_tensors,
     torch_name,
-    unflatten,
 )
 from microdit_jax.errors import UserError
+from microdit_jax.trees import flatten, unflatten
 
 RULES = [
     Rule(r"conv/kernel", "conv.weight", CONV),

@@ -16,10 +16,12 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
+from microdit_jax import run_packing
 from microdit_jax.data import latents
 from microdit_jax.encoders import registry
 from microdit_jax.encoders.patch_pca import PatchPCA
 from microdit_jax.run_restore import steps_on_disk
+from microdit_jax.trees import flatten
 
 ROOT = pathlib.Path(__file__).parent.parent
 # By hand: KILLS=10 .venv/bin/python -m pytest -q tests/test_resume.py
@@ -111,17 +113,23 @@ def last_step(workdir) -> int:
 def state_of(workdir, step: int) -> dict[str, np.ndarray]:
     """Every array of a checkpoint by its path, whatever devices wrote it."""
     handler, folder = ocp.PyTreeCheckpointHandler(), workdir / "checkpoints" / str(step) / "state"
-    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    target = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
-        handler.metadata(folder).tree,
-    )
+    stored = handler.metadata(folder)
+    target = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), stored.tree)
     args = ocp.args.PyTreeRestore(
         item=target, restore_args=ocp.checkpoint_utils.construct_restore_args(target)
     )
     with ocp.Checkpointer(handler) as checkpointer:
-        flat = ocp.tree.to_flat_dict(checkpointer.restore(folder, args=args), sep="/")
-    return {path: np.asarray(leaf) for path, leaf in flat.items() if hasattr(leaf, "shape")}
+        arrays = flatten(checkpointer.restore(folder, args=args))
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    index = run_packing.read_index(stored.custom_metadata)
+    for path, packed in index.items():
+        leaf = jax.ShapeDtypeStruct(packed.shape, packed.dtype, sharding=place)
+        arrays[path] = np.asarray(
+            run_packing.unpack(arrays[run_packing.row_of(path)], packed, leaf)
+        )
+    for row in run_packing.rows_of(index):
+        del arrays[row]
+    return arrays
 
 
 def assert_equal_runs(found, expected):

@@ -53,8 +53,8 @@ class State(flax.struct.PyTreeNode):
 def make_state(step: int) -> State:
     """A state of AdamW and an average, every number of it another for another step."""
     rng = np.random.default_rng(step)
-    params = {
-        "blocks_0": {"kernel": rng.normal(size=(8, 16)), "experts": rng.normal(size=(4, 8, 6))},
+    params = {  # the kernel is stored by itself, the others packed
+        "blocks_0": {"kernel": rng.normal(size=(512, 512)), "experts": rng.normal(size=(4, 8, 6))},
         "bias": rng.normal(size=5),
     }
     params = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), params)
