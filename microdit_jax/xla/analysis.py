@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jaxlib
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -143,7 +142,7 @@ def _cache_path(lowered: jax.stages.Lowered, topology: Topology) -> Path | None:
         topology.name,
         json.dumps(topology.compiler_options, sort_keys=True),
         os.environ.get("XLA_FLAGS", ""),
-        jaxlib.__version__,
+        topology.compiler,
     )
     key = hashlib.sha256("\n".join(parts).encode()).hexdigest()
     return cli.cache_folder() / "aot" / f"{key}.json.gz"

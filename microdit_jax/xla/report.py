@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jaxlib
 
 from microdit_jax.errors import disk_errors
 from microdit_jax.xla import hlo, roofline
@@ -133,7 +132,7 @@ def header(config_name: str, what: str, topology: Topology, mesh: Any) -> dict[s
             "price_source": chip.price_source,
         },
         "date": datetime.date.today().isoformat(),
-        "versions": {"jax": jax.__version__, "jaxlib": jaxlib.__version__},
+        "versions": {"jax": jax.__version__, "compiler": topology.compiler},
         "compiler_options": topology.compiler_options,
     }
 

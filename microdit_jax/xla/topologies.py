@@ -8,7 +8,9 @@ The compilers of TPUs (the wheel libtpu) and NVIDIA GPUs (jax[cuda12]) run on an
 cannot be put on such devices, programs be compiled for them.
 """
 
+import contextlib
 import dataclasses
+import importlib.metadata
 import importlib.resources
 import importlib.util
 import math
@@ -26,6 +28,16 @@ from microdit_jax.xla import presets
 GPUS_PER_HOST = 8
 # TPUs: JAX's name -> sizes that libtpu knows of, the number of chips being their product
 TPU_DIMENSIONS = {"v4": 3, "v5e": 2, "v5p": 3, "v6e": 2}
+# Beside jaxlib; cuDNN plans attention kernels, nvcc's ptxas makes machine code.
+COMPILERS = {
+    "cpu": (),
+    "tpu": ("libtpu",),
+    "cuda": tuple(
+        name.format(n)
+        for n in (12, 13)
+        for name in ("jax-cuda{}-pjrt", "nvidia-cudnn-cu{}", "nvidia-cuda-nvcc-cu{}")
+    ),
+}
 EXPECTED = "h100:8, v5e:4x4, v5p:2x2x4, v6e:4x4 or cpu:8"
 INSTALL = "pip install 'microdit_jax[aot]'"
 
@@ -52,6 +64,15 @@ class Topology:
     def compiler_options(self) -> dict[str, Any]:
         """Options that compiling without a device needs, and our presets."""
         return presets.compiler_options(self.platform, without_a_device=True)
+
+    @property
+    def compiler(self) -> str:
+        """The wheels that compile for it and their versions, "jaxlib 0.10.2, libtpu 0.0.52"."""
+        found = []
+        for wheel in ("jaxlib", *COMPILERS[self.platform]):
+            with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+                found.append(f"{wheel} {importlib.metadata.version(wheel)}")
+        return ", ".join(found)
 
 
 def split_name(name: str) -> tuple[str, tuple[int, ...]]:
