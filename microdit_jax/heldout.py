@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict
 
-from microdit_jax import assets, sharding, train_step
+from microdit_jax import assets, report, sharding, train_step
 from microdit_jax.caption_tower import CaptionTower, batch_key
 from microdit_jax.data.pipeline import Source
 from microdit_jax.diffusion import EdmConfig
@@ -27,6 +28,21 @@ from microdit_jax.train_step import TrainState
 
 # The noise is the same at every evaluation of every run, whatever its own seed.
 NOISE_SEED = 0x4E1D
+# Levels of noise that losses are told for: this many, half a P_std apart in ln sigma.
+NUM_SIGMAS = 9
+
+
+def sigma_levels(edm: EdmConfig) -> np.ndarray:
+    """The levels, (NUM_SIGMAS,) float64, the middle one at exp(P_mean)."""
+    half = NUM_SIGMAS // 2
+    return np.exp(edm.P_mean + edm.P_std * np.arange(-half, half + 1) / 2)
+
+
+def nearest_level(sigma: Float[Array, " n"], edm: EdmConfig) -> Int[Array, " n"]:
+    """Of each sigma the level next to it in ln sigma; the outermost hold what lies beyond."""
+    half = NUM_SIGMAS // 2
+    steps = jnp.round((jnp.log(sigma) - edm.P_mean) / edm.P_std * 2)
+    return jnp.clip(steps.astype(jnp.int32), -half, half) + half
 
 
 class HeldoutLoss:
@@ -54,6 +70,7 @@ class HeldoutLoss:
         tower: CaptionTower | None = None,
     ):
         self._source, self._draws, self._mesh = source, draws, mesh
+        self._levels = sigma_levels(edm)
         self._captions = batch_key(tower)
         self._tower_params = None if tower is None else tower.params
         count = min(num_images, len(source))
@@ -66,12 +83,19 @@ class HeldoutLoss:
             images = {name: value for name, value in batch.items() if name != "weight"}
             if tower is not None:
                 images = tower.embed(tower_params, images)
-            return jnp.sum(loss(params, images) * batch["weight"])
+            losses, sigma = loss(params, images)
+            place = jax.nn.one_hot(nearest_level(sigma, edm), NUM_SIGMAS)
+            return batch["weight"] @ (losses[:, None] * place), batch["weight"] @ place
 
         self._summed = jax.jit(summed)
 
-    def __call__(self, params: Any) -> dict[str, float]:
-        """The mean losses {"right", "shuffled"} and their "ratio"; all processes call it."""
+    def __call__(self, params: Any) -> dict[str, Any]:
+        """Mean losses; all processes call it.
+
+        Returns:
+          "right" and "shuffled", their "ratio", and "by_sigma", the loss with the right captions by
+          level of noise, {"0.549": loss, ...}; NaN for a level that no draw came near.
+        """
         sums = {"right": [], "shuffled": []}
         for number, (batch, weight) in enumerate(self._batches()):
             for i in range(self._draws):
@@ -80,9 +104,12 @@ class HeldoutLoss:
                     part = {"latents": batch["latents"], self._captions: batch[captions]}
                     placed = sharding.put_batch(part | draw | {"weight": weight}, self._mesh)
                     losses.append(self._summed(params, self._tower_params, placed))
-        total = len(self._chosen) * self._draws
-        means = {name: float(sum(jax.device_get(found))) / total for name, found in sums.items()}
-        return means | {"ratio": means["right"] / means["shuffled"]}
+        found = {name: np.sum(jax.device_get(parts), axis=0) for name, parts in sums.items()}
+        means = {name: float(total.sum() / count.sum()) for name, (total, count) in found.items()}
+        with np.errstate(invalid="ignore"):
+            by_level = np.divide(*found["right"])
+        by_sigma = {f"{s:.3g}": float(x) for s, x in zip(self._levels, by_level, strict=True)}
+        return means | {"ratio": means["right"] / means["shuffled"], "by_sigma": by_sigma}
 
     def _batches(self) -> Iterator[tuple[dict[str, np.ndarray], np.ndarray]]:
         """This process's rows of each batch, and 1 for each image, 0 for what fills up."""
@@ -145,7 +172,7 @@ class Evaluation:
                 self._grid = Grid(pipe, data, config)
             if settings.score_images:
                 self._scores = SampleScores(pipe, data, config, workdir)
-        self._folder, self._attribution = workdir / "samples", data.attribution
+        self._workdir, self._attribution = workdir, data.attribution
         self._writer, self._say = writer, say
 
     def losses(self, step: int, state: TrainState) -> None:
@@ -163,7 +190,7 @@ class Evaluation:
     def grid(self, step: int, state: TrainState) -> None:
         """Samples of the average, where one is kept, as samples/step_*.png, and their scores.
 
-        All processes call it.
+        The run's page, report.html, is written anew. All processes call it.
         """
         params = state.params if state.ema is None else state.ema
         if self._scores is not None:
@@ -172,13 +199,14 @@ class Evaluation:
                 self._writer.write(step, {"samples": scores})
                 said = ", ".join(f"{name} {value:.4g}" for name, value in scores.items())
                 self._say(f"step {step}: samples against real pictures: {said}")
-        if self._grid is None:
+        image = None if self._grid is None else self._grid(params)
+        if self._writer is None:
             return
-        image = self._grid(params)
-        if self._writer is not None:
+        if image is not None:
             about = {"step": step, "attribution": self._attribution}
-            save_png(self._folder / f"step_{step:07d}.png", image, about)
+            save_png(self._workdir / "samples" / f"step_{step:07d}.png", image, about)
             self._writer.image(step, "samples", image)
+        report.write([self._workdir], self._workdir / "report.html")
 
 
 class _Embedded:

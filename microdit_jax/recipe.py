@@ -5,6 +5,7 @@ from pathlib import Path
 import jax
 from ml_collections import ConfigDict
 
+from microdit_jax import report, run_checkpoint
 from microdit_jax.errors import UserError
 from microdit_jax.run_checkpoint import RunCheckpoints
 from microdit_jax.train import train
@@ -13,7 +14,8 @@ from microdit_jax.train import train
 def run(config: ConfigDict, workdir: str | Path) -> bool:
     """Trains the stages of `config.stages`, each in its folder of the workdir.
 
-    The same call again passes over the stages that are done, and resumes in the right one.
+    The same call again passes over the stages that are done, and resumes in the right one. After
+    each, <workdir>/report.html shows all that have begun.
 
     Returns:
       Whether all are done; not so after a signal.
@@ -29,6 +31,16 @@ def run(config: ConfigDict, workdir: str | Path) -> bool:
             done = (checkpoints.latest_step() or 0) >= stage.train.steps
         if jax.process_index() == 0:
             print(f"stage {number + 1} of {len(config.stages)}, {name}{': done' * done}")
-        if not done and int(train(stage, folder).step) < stage.train.steps:
+        if not done:
+            done = int(train(stage, folder).step) >= stage.train.steps
+            _report(config, Path(workdir))
+        if not done:
             return False
     return True
+
+
+def _report(config: ConfigDict, workdir: Path) -> None:
+    """A page on all stages that have begun."""
+    begun = [workdir / name for name in config.stages if run_checkpoint.is_run(workdir / name)]
+    if jax.process_index() == 0 and begun:
+        report.write(begun, workdir / "report.html")

@@ -302,15 +302,15 @@ def make_eval_step(
     seed: int,
     mesh: Mesh | AbstractMesh | None = None,
     replicate_below: int = sharding.REPLICATE_BELOW,
-) -> Callable[[Any, Batch], Float[Array, " n"]]:
-    """Unmasked loss of each image; its noise is a function of seed and the batch's "draw"."""
+) -> Callable[[Any, Batch], tuple[Float[Array, " n"], Float[Array, " n"]]]:
+    """Unmasked loss and sigma of each image; noise is a function of seed and the batch's "draw"."""
 
     def shard_loss(specs, params, batch, key):
         if specs is not None:
             params = sharding.gather(dit.cast_matrices(params, model.config), specs)
-        return batch_loss(model, params, batch, key, edm=edm, mask_ratio=0.0)[0]
+        return batch_loss(model, params, batch, key, edm=edm, mask_ratio=0.0)
 
-    def eval_step(params: Any, batch: Batch) -> Float[Array, " n"]:
+    def eval_step(params: Any, batch: Batch) -> tuple[Float[Array, " n"], Float[Array, " n"]]:
         key = jax.random.fold_in(jax.random.key(seed), batch["draw"])
         batch = with_position({k: v for k, v in batch.items() if k != "draw"})
         if mesh is None:

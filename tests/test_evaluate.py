@@ -27,6 +27,7 @@ from microdit_jax.metrics.features import small_features
 from microdit_jax.metrics.frechet import Statistics, frechet_distance
 from microdit_jax.metrics.statistics import load_reference
 from microdit_jax.pictures import read_png
+from microdit_jax.run_checkpoint import write_run_metadata
 from microdit_jax.run_config import RunData
 from microdit_jax.sample import LatentDiffusion
 from microdit_jax.train_step import TrainState
@@ -313,6 +314,8 @@ def test_samples_are_scored_at_evaluations(pipe, tmp_path):
         pipe.model, pipe.edm, mesh, data, config, tmp_path, None, said.append
     )  # fmt: skip
     evaluation._writer = writer
+    write_run_metadata(tmp_path, {"config": config.to_dict()})
+    (tmp_path / "metrics.jsonl").write_text("")
     state = TrainState(step=5, params=pipe.params, opt_state=(), ema=None, skipped=0)
     evaluation.grid(5, state)
     ((step, values),) = written

@@ -65,7 +65,7 @@ def test_a_run_leaves_what_it_promises(trained):
     assert [line["step"] for line in (begin, *lines, end)] == [0, 3, 4, 4]
     for line in begin, end:
         assert set(line["heldout"]) == {"raw", "ema"}
-        assert set(line["heldout"]["ema"]) == {"right", "shuffled", "ratio"}
+        assert set(line["heldout"]["ema"]) == {"right", "shuffled", "ratio", "by_sigma"}
     assert 0 < lines[0]["loss"] < 10 and lines[0]["skipped"] == 0
     speed = lines[0]["speed"]
     assert speed["images_per_second"] * speed["seconds_per_step"] == pytest.approx(8)
@@ -73,6 +73,7 @@ def test_a_run_leaves_what_it_promises(trained):
     assert set(lines[0]["module_grad_norm"]) == set(state.params)
     with Image.open(run / "samples" / "step_0000004.png") as image:
         assert image.width > 300
+    assert "samples/step_0000004.png" in (run / "report.html").read_text()
     assert list((run / "tensorboard").iterdir()) and list((run / "profile").rglob("*.xplane.pb"))
     about = run_checkpoint.read_run_metadata(run)
     assert about["has_ema"] and about["config"]["train"]["steps"] == 4
@@ -112,6 +113,8 @@ def test_two_stages_as_one_run(trained, capsys):
     assert recipe.run(config, folder / "both")
     out = capsys.readouterr().out
     assert f"full state of {folder}/both/pretrain, step 2; step 2 of 3" in out
+    page = (folder / "both" / "report.html").read_text()
+    assert "<td>pretrain<td>2<td>" in page and "<td>finetune<td>3<td>" in page
     assert recipe.run(config, folder / "both")
     out = capsys.readouterr().out
     assert "stage 1 of 2, pretrain: done" in out and "stage 2 of 2, finetune: done" in out

@@ -27,7 +27,7 @@ GROUPS = (
             "microdit_jax.loss", "microdit_jax.optim", "microdit_jax.sharding",
             "microdit_jax.run_config", "microdit_jax.start", "microdit_jax.caption_tower",
             "microdit_jax.heldout", "microdit_jax.progress", "microdit_jax.metric_writer",
-            "microdit_jax.plot", "microdit_jax.hosts", "microdit_jax.signals",
+            "microdit_jax.report", "microdit_jax.hosts", "microdit_jax.signals",
             "microdit_jax.background",
         ),
     ),
@@ -37,6 +37,7 @@ GROUPS = (
         (
             "microdit_jax.checkpoint", "microdit_jax.run_checkpoint", "microdit_jax.run_restore",
             "microdit_jax.weights", "microdit_jax.assets", "microdit_jax.hub",
+            "microdit_jax.instant",
         ),
     ),
     ("data", "Data", ("microdit_jax.data",)),

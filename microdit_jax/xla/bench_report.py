@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from matplotlib.figure import Figure
 
 from convert import reference
 from convert.dit import to_torch
@@ -151,7 +152,7 @@ def write(report: dict[str, Any], path: Path) -> None:
     """The report as JSON, and, where anything was compiled, a picture beside it.
 
     Raises:
-      UserError: the disk is full, or matplotlib is not installed.
+      UserError: the disk is full.
     """
     with disk_errors(path):
         path.absolute().parent.mkdir(parents=True, exist_ok=True)
@@ -162,12 +163,6 @@ def write(report: dict[str, Any], path: Path) -> None:
 
 def draw(report: dict[str, Any], out: Path) -> None:
     """Medians of all variants as bars, and the reference's beside them."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise UserError(
-            "drawing needs the package matplotlib, found none; pip install 'microdit_jax[plot]'"
-        ) from error
     rows = report["rows"]
     works = list(dict.fromkeys(row["what"] for row in rows))
     height = 0.8 + 0.45 * len(rows) + 0.5 * len(works)

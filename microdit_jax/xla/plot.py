@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
+
 from microdit_jax.errors import Parser, UserError, disk_errors, exit_on_user_error
 
 
@@ -33,17 +35,7 @@ def read(paths: Sequence[str | Path]) -> list[dict[str, Any]]:
 
 
 def draw(reports: Sequence[dict[str, Any]], out: str | Path) -> None:
-    """A picture: memory by kind against the chip's, and the bound's parts, a bar each report.
-
-    Raises:
-      UserError: matplotlib is not installed.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise UserError(
-            "drawing needs the package matplotlib, found none; pip install 'microdit_jax[plot]'"
-        ) from error
+    """A picture: memory by kind against the chip's, and the bound's parts, a bar each report."""
     names = [f"{r['config']}\n{r['topology']}" for r in reports]
     figure = Figure(figsize=(10, 1.2 + 0.6 * len(reports)), layout="constrained", dpi=100)
     left, right = figure.subplots(1, 2, sharey=True)

@@ -1,0 +1,80 @@
+"""From a run's files to a page and a picture."""
+
+import json
+import re
+
+import pytest
+from PIL import Image
+
+from microdit_jax import report
+from microdit_jax.errors import UserError
+from microdit_jax.run_checkpoint import write_run_metadata
+
+LOSSES = {"right": 0.7, "shuffled": 0.9, "ratio": 0.7 / 0.9, "by_sigma": {"0.1": 2.0, "1": None}}
+LINES = [
+    {"step": 0, "heldout": {"raw": {"right": 1.0}}},
+    {"step": 5, "loss": 0.9},
+    {"step": 10, "loss": None},
+    {"step": 10, "heldout": {"raw": {"right": 0.8}, "ema": LOSSES}},
+    {"step": 10, "skipped": 2, "speed": {"images_per_second": 1234.5, "data_wait": 0.25}},
+]
+
+
+def write_run(folder):
+    folder.mkdir()
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in LINES))
+    config = {"train": {"mask_ratio": 0.75}, "model": {"options": {"input_size": 8}}}
+    write_run_metadata(folder, {"config": config, "attribution": "by A, B & C"})
+    return folder
+
+
+def test_series():
+    assert report.series(LINES) == {
+        "train": [(5, 0.9)],
+        "raw": [(0, 1.0), (10, 0.8)],
+        "ema": [(10, 0.7)],
+    }
+
+
+def test_a_panel_for_each_run(tmp_path):
+    runs = [write_run(tmp_path / name) for name in "abcd"]
+    report.write(runs[:2], tmp_path / "two.png")
+    report.write(runs, tmp_path / "four.png")
+    with Image.open(tmp_path / "two.png") as two, Image.open(tmp_path / "four.png") as four:
+        assert four.width == 2 * two.width and four.height == two.height
+        assert len(two.convert("RGB").getcolors(two.width * two.height)) > 100
+
+
+def test_what_cannot_be_drawn(tmp_path):
+    with pytest.raises(UserError, match="give --runs"):
+        report.write([], tmp_path / "x.png")
+    with pytest.raises(UserError, match="expected a training run"):
+        report.write([tmp_path], tmp_path / "x.png")
+    with pytest.raises(UserError, match="ends in .html or .png"):
+        report.write([tmp_path], tmp_path / "x.pdf")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_page_shows_sheets_and_figures(tmp_path):
+    run = write_run(tmp_path / "a & b")
+    (run / "samples").mkdir()
+    for step in range(0, 1200, 100):
+        (run / "samples" / f"step_{step:07d}.png").write_bytes(b"")
+    report.write([run], tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    sheets = re.findall(r"<img src='a &amp; b/samples/step_(\d+).png'", page)
+    assert len(sheets) == report.NUM_SHEETS
+    assert (int(sheets[0]), int(sheets[-1])) == (0, 1100)
+    assert "<td>a &amp; b<td>10<td>0.7000<td>0.9000<td>0.7778<td>1,234<td>2" in page
+    assert "Pictures: by A, B &amp; C" in page
+    report.write([run], run / "report.html")
+    assert "<img src='samples/step_0000000.png'" in (run / "report.html").read_text()
+
+
+def test_loss_by_noise_is_drawn_where_there_is_one(tmp_path):
+    run = write_run(tmp_path / "a")
+    (_, by_sigma, speed) = report.curves([run]).axes
+    assert [line.get_xydata().tolist() for line in by_sigma.lines] == [[[0.1, 2.0]]]
+    assert by_sigma.get_xscale() == "log"
+    assert speed.lines[0].get_xydata().tolist() == [[10, 1234.5]]
+    assert "25.0%" in speed.get_title()
