@@ -8,6 +8,7 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+from jaxtyping import Float
 
 from convert.dit_table import rename_table
 from microdit_jax.errors import UserError
@@ -78,7 +79,7 @@ def infer_config(
     return _custom(shapes, dim, backbone, mixer, head_dim, common)
 
 
-def interp_scale(pos_embed: np.ndarray) -> float | None:
+def interp_scale(pos_embed: Float[np.ndarray, "1 t d"]) -> float | None:
     """The pos_interp_scale a position embedding (1, t, d) was made with; None if by none.
 
     The last column's angles are (grid - 1) / scale times each frequency: taken from the lowest

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
+from jaxtyping import Shaped, UInt8
 
 from microdit_jax.errors import UserError, disk_errors
 
 CHUNK = 1 << 24  # bytes handled at a time, so that no second copy of a file is ever held
 
 
-def map_bytes(path: str | os.PathLike) -> np.ndarray:
+def map_bytes(path: str | os.PathLike) -> UInt8[np.ndarray, " b"]:
     """The file as a read-only uint8 array, read page by page when touched.
 
     Raises:
@@ -53,7 +54,7 @@ def atomic_file(path: str | os.PathLike, num_bytes: int = 0) -> Iterator[BinaryI
             partial.unlink(missing_ok=True)
 
 
-def byte_chunks(tensor: np.ndarray, dtype: np.dtype) -> Iterator[memoryview]:
+def byte_chunks(tensor: Shaped[np.ndarray, "..."], dtype: np.dtype) -> Iterator[memoryview]:
     """The tensor's bytes in row-major order as `dtype`, a few MB at a time.
 
     Works for transposed views too, without a contiguous copy of the whole.

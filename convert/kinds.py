@@ -34,6 +34,7 @@ class Kind(NamedTuple):
     config_files: tuple[str, ...] = ("config.json",)
 
     def load(self) -> ModuleType:
+        """Its module, imported when it is needed."""
         return importlib.import_module(self.module)
 
 

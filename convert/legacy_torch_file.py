@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from jaxtyping import UInt8
 
 from microdit_jax.errors import UserError
 
@@ -30,7 +31,7 @@ class _Sizes(NamedTuple):
 
 def load_legacy(
     path: Path,
-    data: np.ndarray,
+    data: UInt8[np.ndarray, " b"],
     load: Callable[[io.BufferedIOBase, FindStorage], Any],
     make_storage: MakeStorage,
 ) -> Any:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float, Int
 
 from convert import dit
 from convert.arguments import Parser
@@ -154,7 +155,9 @@ def run_ours(
     return outputs
 
 
-def compare(ours: np.ndarray, reference: np.ndarray) -> dict[str, float]:
+def compare(
+    ours: Float[np.ndarray, "..."], reference: Float[np.ndarray, "..."]
+) -> dict[str, float]:
     """Errors of one array, in units of the reference's standard deviation (see EXAMPLE)."""
     reference = np.asarray(reference, np.float64).reshape(ours.shape)
     error, std = np.abs(ours - reference), reference.std() or 1.0
@@ -166,7 +169,9 @@ def compare(ours: np.ndarray, reference: np.ndarray) -> dict[str, float]:
     }
 
 
-def routing_difference(ours: np.ndarray, reference: np.ndarray) -> float:
+def routing_difference(
+    ours: Int[np.ndarray, "... k"], reference: Int[np.ndarray, "... k"]
+) -> float:
     """The share of slots (n, e, k) holding a token that the same expert of the reference left."""
     pairs = zip(
         ours.reshape(-1, ours.shape[-1]), reference.reshape(-1, ours.shape[-1]), strict=True

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float
 
 from microdit_jax.errors import UserError
 from microdit_jax.models.dit import DiTConfig
@@ -159,7 +160,9 @@ class ReferenceWork:
         x, *rest, y = (self._torch.from_numpy(np.array(a)) for a in arrays)
         return [x.movedim(-1, 1).contiguous(), *rest, y[:, None]]
 
-    def train_step(self, x: np.ndarray, y: np.ndarray, mask_ratio: float) -> float:
+    def train_step(
+        self, x: Float[np.ndarray, "n h w c"], y: Float[np.ndarray, "n l d"], mask_ratio: float
+    ) -> float:
         """One step on latents x (n, h, w, channels) and captions y; returns the loss."""
         torch = self._torch
         x, y = self._tensors(x, y)
@@ -183,13 +186,24 @@ class ReferenceWork:
         sample = SIGMA_DATA**2 / total * x + sigma * SIGMA_DATA / total.sqrt() * out["sample"]
         return out | {"sample": sample}
 
-    def forward(self, x: np.ndarray, t: np.ndarray, y: np.ndarray) -> np.ndarray:
+    def forward(
+        self,
+        x: Float[np.ndarray, "n h w c"],
+        t: Float[np.ndarray, " n"],
+        y: Float[np.ndarray, "n l d"],
+    ) -> Float[np.ndarray, "n h w c"]:
         """One evaluation without masking; (n, h, w, channels)."""
         with self._torch.inference_mode():
             out = self._model(*self._tensors(x, t, y))["sample"]
         return out.movedim(1, -1).numpy()
 
-    def sampler(self, x: np.ndarray, y: np.ndarray, sigmas: np.ndarray, guidance: float) -> Any:
+    def sampler(
+        self,
+        x: Float[np.ndarray, "n h w c"],
+        y: Float[np.ndarray, "n l d"],
+        sigmas: Float[np.ndarray, " steps"],
+        guidance: float,
+    ) -> Float[np.ndarray, "n h w c"]:
         """Heun's method with guidance from standard normal x; one evaluation after the last."""
         torch = self._torch
         x, y = self._tensors(x, y)

@@ -7,13 +7,14 @@ import zlib
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+from jaxtyping import Float32
 
 from convert.dit_table import buffer_shapes, rename_table
 from microdit_jax.models.dit import DiTConfig
 from microdit_jax.models.layers import sincos_pos_embed
 
 
-def synthetic_tensor(name: str, shape: Sequence[int], seed: int) -> np.ndarray:
+def synthetic_tensor(name: str, shape: Sequence[int], seed: int) -> Float32[np.ndarray, "..."]:
     """float32 noise, scaled so that activations keep their size through a network.
 
     With r standard normal: 1 + 0.1 r for a norm's weight, 0.1 r for other vectors and scalars, and

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
+from jaxtyping import Shaped
 
 from convert.files import atomic_file, byte_chunks, map_bytes
 from convert.legacy_torch_file import MAGIC, load_legacy
@@ -69,7 +70,7 @@ class Opaque:
 
     __slots__ = ()
 
-    def __init__(self, *args):
+    def __init__(self, *args: Any):
         pass
 
     def __setstate__(self, state):
@@ -343,7 +344,7 @@ def write_torch(
                         progress(len(chunk))
 
 
-def output_dtype(tensor: np.ndarray, dtype: str | None) -> np.dtype:
+def output_dtype(tensor: Shaped[np.ndarray, "..."], dtype: str | None) -> np.dtype:
     """The type a tensor is written in: `dtype` for floating ones, else its own."""
     is_float = tensor.dtype.kind == "f" or tensor.dtype == ml_dtypes.bfloat16
     return np.dtype(DTYPES[dtype][0]) if dtype and is_float else tensor.dtype.newbyteorder("=")

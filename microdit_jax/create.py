@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh
+from jaxtyping import Float
 
 from microdit_jax import assets, hub, memory, run_checkpoint, sharding
 from microdit_jax.data.latents import Prepared, load_prepared
@@ -178,7 +179,9 @@ def choose_heldout(data: Prepared, count: int) -> list[int]:
     return [int(i) for i in np.linspace(0, total - 1, count)]
 
 
-def heldout_pictures(model: assets.Model, count: int) -> tuple[list[str], np.ndarray]:
+def heldout_pictures(
+    model: assets.Model, count: int
+) -> tuple[list[str], Float[np.ndarray, "n h w c"]]:
     """Captions that a run was not trained on, and the latents of their pictures."""
     if model.folder is None:
         raise UserError(

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import reduce
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Float64
 
 from microdit_jax.errors import UserError
 
@@ -147,7 +147,7 @@ def edm_loss(
     return (patches * kept).sum(axis=1) / kept.sum(axis=1)
 
 
-def sigma_steps(num_steps: int, config: EdmConfig = EdmConfig()) -> np.ndarray:
+def sigma_steps(num_steps: int, config: EdmConfig = EdmConfig()) -> Float64[np.ndarray, " steps"]:
     """Noise levels of the sampler, from sigma_max to sigma_min, then 0 (EDM, equation 5).
 
     Returns:

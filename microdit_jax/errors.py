@@ -8,6 +8,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NoReturn
 
 
 class UserError(ValueError):
@@ -35,7 +36,8 @@ class Parser(argparse.ArgumentParser):
             allow_abbrev=False,
         )
 
-    def error(self, message: str):
+    def error(self, message: str) -> NoReturn:
+        """Raises UserError: what argparse could not take."""
         raise UserError(f"{message}; see {self.prog} --help")
 
 

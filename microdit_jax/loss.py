@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from microdit_jax import diffusion
 from microdit_jax.diffusion import EdmConfig
@@ -26,7 +26,7 @@ class Draws(NamedTuple):
     mask_noise: Float[Array, "n t"]
 
 
-def draw(key: Array, position: Int[Array, " n"], model: DiT) -> Draws:
+def draw(key: PRNGKeyArray, position: Int[Array, " n"], model: DiT) -> Draws:
     """Draws for the images at these places of the batch, each from a key of its own."""
     cfg = model.config
 
@@ -49,7 +49,7 @@ def with_position(batch: Batch) -> Batch:
 
 
 def batch_loss(
-    model: DiT, params: Any, batch: Batch, key: Array, *, edm: EdmConfig, mask_ratio: float
+    model: DiT, params: Any, batch: Batch, key: PRNGKeyArray, *, edm: EdmConfig, mask_ratio: float
 ) -> tuple[Float[Array, " n"], Float[Array, " n"]]:
     """EDM loss of each image of a batch, and its noise level.
 

@@ -1,18 +1,19 @@
 """Learning-rate schedules, AdamW with clipping, and the moving average of the weights."""
 
+from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
 from microdit_jax.errors import UserError
 
 EXPERT_WEIGHTS = ("w1", "w2")  # dense layers call theirs "kernel"
 
 
-def lenient_promotion():
+def lenient_promotion() -> AbstractContextManager[None]:
     """For Optax's own code, which mixes integers with floats: strict promotion forbids that."""
     return jax.numpy_dtype_promotion("standard")
 
@@ -102,7 +103,7 @@ def apply_gradients(
     opt_state: optax.OptState,
     params: Any,
     *,
-    norm: Array | None = None,
+    norm: Float[Array, ""] | None = None,
 ) -> tuple[Any, optax.OptState]:
     """One update: the new parameters and the new optimiser state.
 

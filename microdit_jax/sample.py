@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Float32, Int, Shaped
 
 from microdit_jax import diffusion, memory, sharding
 from microdit_jax.diffusion import EdmConfig, HeunState
@@ -125,8 +125,8 @@ class LatentDiffusion:
     def generate(
         self,
         prompt: str | Sequence[str] | None = None,
-        tokenized_prompts: np.ndarray | None = None,
-        attention_mask: np.ndarray | None = None,
+        tokenized_prompts: Int[np.ndarray, "n l"] | None = None,
+        attention_mask: Shaped[np.ndarray, "..."] | None = None,
         guidance_scale: float = 5.0,
         num_inference_steps: int = 30,
         seed: int | None = None,
@@ -135,7 +135,7 @@ class LatentDiffusion:
         noise: str | Float[np.ndarray, "n h w c"] = "jax",
         batch_size: int = 32,
         progress: Callable[[Sequence[Any]], Iterable[Any]] | None = None,
-    ) -> np.ndarray:
+    ) -> Float32[np.ndarray, "n H W c"]:
         """Draws one picture for each prompt.
 
         Args:
@@ -171,8 +171,8 @@ class LatentDiffusion:
     def encode(
         self,
         prompt: str | Sequence[str] | None = None,
-        tokenized_prompts: np.ndarray | None = None,
-        attention_mask: np.ndarray | None = None,
+        tokenized_prompts: Int[np.ndarray, "n l"] | None = None,
+        attention_mask: Shaped[np.ndarray, "..."] | None = None,
     ) -> Float[np.ndarray, "n l caption"]:
         """Embeddings of texts or token ids, each different text computed once."""
         if (prompt is None) == (tokenized_prompts is None):

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Float
 
 from microdit_jax.errors import UserError
 
@@ -208,7 +209,7 @@ def sum_rest(grads: Any, specs: Any) -> Any:
     return tree.unflatten(leaves)
 
 
-def norm(shards: Any, specs: Any) -> jax.Array:
+def norm(shards: Any, specs: Any) -> Float[jax.Array, ""]:
     """L2 norm of all weights together, float32 (), by one exchange of one number.
 
     Left to the partitioner, each weight's share would be an exchange of its own.

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from microdit_jax import optim, sharding
 from microdit_jax.diffusion import EdmConfig
@@ -48,7 +48,7 @@ class TrainState(flax.struct.PyTreeNode):
 
 # ------------------------------------------------------------------------------ initialisation
 def init_state(
-    model: DiT, optimizer: optax.GradientTransformation, key: Array, *, with_ema: bool
+    model: DiT, optimizer: optax.GradientTransformation, key: PRNGKeyArray, *, with_ema: bool
 ) -> TrainState:
     """The state before the first step. Pure: jit it, or take its shapes with `jax.eval_shape`."""
     cfg = model.config
@@ -82,7 +82,7 @@ def abstract_state(
 def sharded_init(
     model: DiT,
     optimizer: optax.GradientTransformation,
-    key: Array,
+    key: PRNGKeyArray,
     mesh: Mesh,
     *,
     with_ema: bool,
@@ -125,7 +125,7 @@ def make_gradients(
     mesh: Mesh | AbstractMesh | None = None,
     micro_batches: int = 1,
     replicate_below: int = sharding.REPLICATE_BELOW,
-) -> Callable[[Any, Batch, Array], Gradients]:
+) -> Callable[[Any, Batch, PRNGKeyArray], Gradients]:
     """(params, batch, key) -> Gradients, over the mesh and micro-batch by micro-batch.
 
     Weights are gathered once a step, matrices in the type that the network computes in (XL/2 in
@@ -165,7 +165,7 @@ def make_gradients(
         grads = sharding.sum_rest(grads, specs)
         return Gradients(grads, sharding.norm(grads, specs), total.loss, total.sigma)
 
-    def gradients(params: Any, batch: Batch, key: Array) -> Gradients:
+    def gradients(params: Any, batch: Batch, key: PRNGKeyArray) -> Gradients:
         devices, n = 1 if mesh is None else mesh.size, batch["latents"].shape[0]
         if n % (devices * micro_batches):
             raise UserError(

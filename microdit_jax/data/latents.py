@@ -29,9 +29,17 @@ class Codec(Protocol):
     name: str
     scaling_factor: float
 
-    def encode(self, images: np.ndarray) -> np.ndarray: ...
-    def decode(self, latents: np.ndarray) -> np.ndarray: ...
-    def save(self, folder: Path) -> None: ...
+    def encode(self, images: Float[np.ndarray, "n H W colours"]) -> Float[np.ndarray, "n h w c"]:
+        """Pictures in [-1, 1] to raw latents."""
+        ...
+
+    def decode(self, latents: Float[np.ndarray, "n h w c"]) -> Float[np.ndarray, "n H W colours"]:
+        """Raw latents to pictures in [-1, 1]."""
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Writes what `registry.image_codec` reads."""
+        ...
 
 
 @runtime_checkable
@@ -40,7 +48,9 @@ class TextEncoder(Protocol):
 
     name: str
 
-    def encode_text(self, texts: Sequence[str]) -> np.ndarray: ...
+    def encode_text(self, texts: Sequence[str]) -> Float[np.ndarray, "n l d"]:
+        """Embeddings of all tokens of each text."""
+        ...
 
 
 class LatentSource:

@@ -83,8 +83,14 @@ class Store(Protocol):
     columns: Mapping[str, str]
 
     def __len__(self) -> int: ...
-    def raw(self, index: int) -> Mapping[str, Any]: ...
-    def where(self, index: int) -> str: ...
+
+    def raw(self, index: int) -> Mapping[str, Any]:
+        """The columns of one record, as they are stored."""
+        ...
+
+    def where(self, index: int) -> str:
+        """In words, where a record is stored, for messages."""
+        ...
 
 
 class StoredLatents:

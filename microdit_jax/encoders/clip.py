@@ -40,14 +40,18 @@ class Clip(nn.Module):
         self.logit_scale = self.param("logit_scale", nn.initializers.zeros, ())
 
     def encode_image(self, pixels: Float32[Array, "n H W 3"]) -> Float32[Array, "n e"]:
+        """Embeddings of prepared pixels."""
         return _project(self.image(pixels), self.image_projection)
 
     def encode_text(self, ids: Int[Array, "n l"]) -> Float32[Array, "n e"]:
+        """Embeddings of token ids, each at its end marker."""
         # The end marker has the highest id: its first place is where the text ends.
         tokens, end = self.text(ids), jnp.argmax(ids, axis=1)
         return _project(tokens[jnp.arange(len(ids)), end], self.text_projection)
 
-    def __call__(self, pixels, ids):
+    def __call__(
+        self, pixels: Float32[Array, "n H W 3"], ids: Int[Array, "m l"]
+    ) -> tuple[Float32[Array, "n e"], Float32[Array, "m e"]]:
         return self.encode_image(pixels), self.encode_text(ids)
 
 

@@ -41,6 +41,7 @@ class PatchPCA:
 
     @property
     def channels(self) -> int:
+        """Channels c of the latents."""
         return self.basis.shape[1]
 
     @classmethod

@@ -25,7 +25,7 @@ def rows_sharding(params: Any) -> tuple[Sharding, int]:
     return leaf.sharding, 1
 
 
-def fetch(array: jax.Array) -> Shaped[np.ndarray, "..."]:
+def fetch(array: Shaped[jax.Array, "..."]) -> Shaped[np.ndarray, "..."]:
     """A whole array in this host's memory, also where other hosts hold parts of it."""
     if not array.is_fully_addressable:
         everywhere = NamedSharding(array.sharding.mesh, P())

@@ -13,7 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float32, Int, Int32
+from jaxtyping import Array, Bool, Float32, Int, Int32, Shaped
 
 from microdit_jax.encoders.transformer import (
     BATCH,
@@ -268,7 +268,9 @@ class T5Encoder:
         return self.config.max_tokens
 
     def encode(
-        self, ids: Int32[np.ndarray, "n l"], attention_mask: np.ndarray | None = None
+        self,
+        ids: Int32[np.ndarray, "n l"],
+        attention_mask: Shaped[np.ndarray, "..."] | None = None,
     ) -> Float32[np.ndarray, "n l d"]:
         """Vectors (n, l, width) float32 of token ids.
 

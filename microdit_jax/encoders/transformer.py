@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
-from jaxtyping import Array, Float, Float32, Int32
+from jaxtyping import Array, Float, Float32, Int32, Shaped
 
 from microdit_jax.encoders.placement import fetch, rows_sharding
 from microdit_jax.errors import UserError
@@ -62,7 +62,7 @@ def check_texts(texts: Any) -> None:
 
 
 def in_batches(
-    function: Callable[..., Array], params: Any, *arrays: np.ndarray, size: int
+    function: Callable[..., Array], params: Any, *arrays: Shaped[np.ndarray, "n l"], size: int
 ) -> Float32[np.ndarray, "n l d"]:
     """function(params, *arrays) in batches of exactly `size` rows, so that it compiles once.
 

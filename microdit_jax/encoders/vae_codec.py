@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Float, PRNGKeyArray
 
 from microdit_jax.encoders.placement import fetch, rows_sharding
 from microdit_jax.encoders.vae import AutoencoderKL, VaeConfig, sample_latents
@@ -42,10 +42,12 @@ class VaeCodec:
 
     @property
     def scaling_factor(self) -> float:
+        """What raw latents are multiplied by before the diffusion model sees them."""
         return self.config.scaling_factor
 
     @property
     def channels(self) -> int:
+        """Channels c of the latents."""
         return self.config.latent_channels
 
     def encode(
@@ -53,7 +55,7 @@ class VaeCodec:
         images: Float[np.ndarray, "n H W colours"],
         *,
         noise: Float[np.ndarray, "n h w c"] | None = None,
-        key: Array | None = None,
+        key: PRNGKeyArray | None = None,
     ) -> Float[np.ndarray, "n h w c"]:
         """Pictures (n, H, W, 3) in [-1, 1] -> raw latents (n, h, w, channels), float32.
 

@@ -4,8 +4,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float
 
+from microdit_jax.encoders.clip import ClipEncoder
 from microdit_jax.errors import UserError
+from microdit_jax.evaluate.generation import Measure
 from microdit_jax.metrics.clip_score import cosines
 from microdit_jax.metrics.feature_sets import kernel_distance, precision_recall
 from microdit_jax.metrics.frechet import Statistics, frechet_distance
@@ -26,7 +29,7 @@ INCEPTION_METRICS = ("fid", "kid", "precision_recall")
 
 
 def feature_scores(
-    metrics: Sequence[str], features: np.ndarray, reference: Reference
+    metrics: Sequence[str], features: Float[np.ndarray, "n f"], reference: Reference
 ) -> dict[str, float]:
     """FID, KID, precision and recall, as far as they are among the metrics.
 
@@ -51,7 +54,7 @@ def feature_scores(
     return found
 
 
-def cosine_score(values: np.ndarray) -> float:
+def cosine_score(values: Float[np.ndarray, "..."]) -> float:
     """CLIP score from the cosines of all pictures."""
     return max(0.0, 100 * float(np.mean(values, dtype=np.float64)))
 
@@ -72,7 +75,7 @@ def over_seeds(values: Mapping[int, float]) -> dict[str, Any]:
     }
 
 
-def measure_cosines(clip: Any):
+def measure_cosines(clip: ClipEncoder) -> Measure:
     """What draw_set takes: the cosine (n, 1) of each picture with its text."""
 
     def measure(images, texts):

@@ -88,11 +88,22 @@ class Block(nn.Module):
 
     divisor: int
 
-    def conv(self, x, name, features, size, stride=1, padding="SAME"):
+    def conv(
+        self,
+        x: Float32[Array, "n H W c"],
+        name: str,
+        features: int,
+        size: int | tuple[int, int],
+        stride: int = 1,
+        padding: str = "SAME",
+    ) -> Float32[Array, "n h w d"]:
+        """A convolution under this name; size: of its square kernel, or (rows, columns)."""
         size = (size, size) if isinstance(size, int) else size
         return ConvNorm(features // self.divisor, size, stride, padding, name=name)(x)
 
-    def chain(self, x, prefix, *convs):
+    def chain(
+        self, x: Float32[Array, "n H W c"], prefix: str, *convs: tuple[Any, ...]
+    ) -> Float32[Array, "n h w d"]:
         """Convolutions one after another: prefix_1, prefix_2, ..."""
         for i, arguments in enumerate(convs, 1):
             x = self.conv(x, f"{prefix}_{i}", *arguments)

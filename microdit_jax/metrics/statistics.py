@@ -35,6 +35,7 @@ class Reference:
 
     @property
     def digest(self) -> str:
+        """sha256 of mean and covariance: which statistics a result was computed with."""
         parts = (self.statistics.mean, self.statistics.covariance)
         return hashlib.sha256(b"".join(part.tobytes() for part in parts)).hexdigest()
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Float32
 
 from microdit_jax.models import products
 
@@ -109,7 +109,9 @@ def unpatchify(
     return rearrange(x, "n (h w) (p q c) -> n (h p) (w q) c", h=side, w=side, p=p, q=p)
 
 
-def sincos_pos_embed(dim: int, grid: int, pos_interp_scale: float = 1.0) -> np.ndarray:
+def sincos_pos_embed(
+    dim: int, grid: int, pos_interp_scale: float = 1.0
+) -> Float32[np.ndarray, "t d"]:
     """Fixed 2-D sin-cos position embedding (MAE, He et al. 2021), computed in float64.
 
     Args:

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from microdit_jax.errors import UserError
 
@@ -35,7 +35,7 @@ def num_kept(t: int, mask_ratio: float) -> int:
     return kept
 
 
-def draw_noise(key: Array, n: int, t: int) -> Float[Array, "n t"]:
+def draw_noise(key: PRNGKeyArray, n: int, t: int) -> Float[Array, "n t"]:
     """The uniform noise that decides a mask, from a PRNG key."""
     return jax.random.uniform(key, (n, t), jnp.float32)
 

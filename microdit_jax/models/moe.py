@@ -61,7 +61,13 @@ def exchanged_experts(
     )
 
 
-def dispatch_gather(x, weight, index, w1, w2) -> Float[Array, "n t d"]:
+def dispatch_gather(
+    x: Float[Array, "n t d"],
+    weight: Float[Array, "n e k"],
+    index: Int[Array, "n e k"],
+    w1: Float[Array, "e_here d f"],
+    w2: Float[Array, "e_here f d"],
+) -> Float[Array, "n t d"]:
     """Gathers the chosen tokens and scatter-adds the experts' outputs back into place."""
     n, t, d = x.shape
     e, k = index.shape[1:]
@@ -73,7 +79,13 @@ def dispatch_gather(x, weight, index, w1, w2) -> Float[Array, "n t d"]:
     return jax.vmap(lambda i, o: jnp.zeros((t, d), x.dtype).at[i].add(o))(flat, out)
 
 
-def dispatch_onehot(x, weight, index, w1, w2) -> Float[Array, "n t d"]:
+def dispatch_onehot(
+    x: Float[Array, "n t d"],
+    weight: Float[Array, "n e k"],
+    index: Int[Array, "n e k"],
+    w1: Float[Array, "e_here d f"],
+    w2: Float[Array, "e_here f d"],
+) -> Float[Array, "n t d"]:
     """The same by one-hot matrix products, as the reference does it: more FLOPs, no gathers."""
     chosen = jax.nn.one_hot(index, x.shape[1], dtype=x.dtype)  # (n, e, k, t)
     tokens = jnp.einsum("nekt,ntd->enkd", chosen, x)

@@ -55,6 +55,7 @@ class Counts:
 
     @property
     def flops_by_type(self) -> dict[str, float]:
+        """Operations of matrix products by the operands' type."""
         total: dict[str, float] = Counter()
         for kernel in self.kernels:
             for dtype, flops in kernel.flops.items():

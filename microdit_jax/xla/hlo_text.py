@@ -41,10 +41,12 @@ class Shape:
 
     @property
     def elements(self) -> int:
+        """How many."""
         return math.prod(self.dims)
 
     @property
     def num_bytes(self) -> float:
+        """Of all elements; types smaller than a byte count as they are packed."""
         return self.elements * BITS.get(self.dtype, 0) / 8
 
 
@@ -84,6 +86,7 @@ class Instruction:
 
     @property
     def num_bytes(self) -> float:
+        """Of its result."""
         return sum((shape.num_bytes for shape in self.shapes), 0.0)
 
     def attribute(self, name: str) -> str | None:
@@ -101,6 +104,7 @@ class Computation:
 
     @functools.cached_property
     def root(self) -> Instruction:
+        """The instruction whose result is the computation's."""
         return next(i for i in self.instructions.values() if i.is_root)
 
     @functools.cached_property
@@ -120,6 +124,7 @@ class Computation:
         return users
 
     def operand_shapes(self, instruction: Instruction) -> list[tuple[Shape, ...]]:
+        """The shapes of what an instruction of this computation takes."""
         return [self.instructions[name].shapes for name in instruction.operands]
 
     def __iter__(self) -> Iterator[Instruction]:

@@ -39,7 +39,9 @@ class Pictures(Protocol):
     parts: Sequence[str]
     attribution: str
 
-    def read(self, part: int) -> Iterator[Picture]: ...
+    def read(self, part: int) -> Iterator[Picture]:
+        """The pictures of the part with this number."""
+        ...
 
 
 class ListedPictures:
