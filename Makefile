@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEMO := out/demo
 
-.PHONY: demo test test-ui docs lint setup clean
+.PHONY: demo test test-ui test-matrix test-oldest test-newest wheel-test docs lint setup clean
 setup: .venv/.ready
 
 .venv/.ready: pyproject.toml constraints.txt
@@ -28,6 +28,27 @@ test-ui: setup  ## the web page in a headless Chromium; not part of `make test`,
 		|| echo "No chromedriver, and no right to install one: Selenium tries to fetch a browser."
 	$(BIN)/python -m pytest -q tests/ui --durations=5
 
+# What another Python or JAX would break first. All tests on another Python: rm -rf .venv, then
+# make test PYTHON=python3.12.
+CORE := layering dit moe attention masking diffusion optim sharding train_step run_checkpoint sample convert_dit
+# The lower bounds of pyproject.toml.
+OLDEST := $(shell sed -nE 's/^    "(jax|flax|optax|orbax-checkpoint|grain)>=(.*)",/\1==\2/p' pyproject.toml)
+
+define core  # name, Python, what pip is told besides
+	$(2) -m venv .venv-$(1)
+	.venv-$(1)/bin/pip install -qq $(3) --editable '.[dev]'
+	.venv-$(1)/bin/python -m pytest -q -n 2 --dist=worksteal $(CORE:%=tests/test_%.py)
+endef
+
+test-matrix: test-oldest test-newest
+test-oldest:  ## the core's tests on Python 3.11 with the oldest JAX that is supported
+	$(call core,oldest,python3.11,$(OLDEST))
+test-newest:  ## the same on Python 3.12 with the newest
+	$(call core,newest,python3.12,--constraint constraints.txt)
+
+wheel-test:  ## sdist and wheel; the wheel alone in an empty environment, all commands outside of here
+	PYTHON=$(PYTHON) bash tools/wheel_test.sh
+
 docs: setup  ## the docs site in site/, open site/index.html; a warning is an error
 	$(BIN)/pip install -qq --constraint constraints.txt --editable '.[dev,docs]'
 	$(BIN)/python tools/api_pages.py
@@ -38,4 +59,4 @@ lint: setup
 	$(BIN)/ruff format --check .
 
 clean:
-	rm -rf out site .venv
+	rm -rf out site dist build .venv .venv-*

@@ -1,6 +1,7 @@
 """What every command shares: one line and exit status 2 for bad input, the compilation cache."""
 
 import collections
+import importlib.util
 import os
 import re
 from collections.abc import Callable
@@ -47,7 +48,7 @@ def run(main: Callable[[list[str]], None]) -> None:
 
     def parse(argv: list[str]) -> list[str]:
         try:
-            return flags.FLAGS(argv)
+            return flags.FLAGS(_with_installed_configs(argv))
         # What absl and ml_collections raise for flags, files, keys and values they cannot take
         except (flags.Error, LookupError, AttributeError, TypeError, ValueError, OSError) as error:
             raise UserError(f"{_last_words(error)}; see {argv[0]} --help") from error
@@ -77,6 +78,20 @@ def read_config(holder: flags.FlagHolder) -> ConfigDict:
             "there; ls configs/"
         ) from error
     return config
+
+
+def _with_installed_configs(argv: list[str]) -> list[str]:
+    """--config=configs/NAME.py is the file of the package where the current folder has none."""
+    found = []
+    for argument in argv:
+        flag, divider, value = argument.rpartition("=configs/")
+        name = value.split(":")[0]
+        if divider and flag.lstrip("-") == "config" and not Path("configs", name).exists():
+            package = importlib.util.find_spec("configs")
+            if package and (Path(package.origin).parent / name).is_file():
+                argument = f"{flag}={Path(package.origin).parent}/{value}"
+        found.append(argument)
+    return found
 
 
 def _last_words(error: Exception) -> str:

@@ -6,6 +6,8 @@ import sys
 
 import pytest
 
+from microdit_jax import cli
+
 ROOT = pathlib.Path(__file__).parent.parent
 
 
@@ -45,3 +47,13 @@ def test_bad_input(args, message):
 def test_help_shows_an_example():
     result = command("sample_main.py", "--help")
     assert "python sample_main.py --model=" in result.stdout
+
+
+def test_configs_of_an_installed_package(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    given = ["x", "--config=configs/demo.py:pretrain", "--config=configs/nope.py", "--workdir=a"]
+    installed = f"--config={ROOT}/configs/demo.py:pretrain"
+    assert cli._with_installed_configs(given) == ["x", installed, *given[2:]]
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "demo.py").touch()  # one's own comes first
+    assert cli._with_installed_configs(given) == given

@@ -57,7 +57,7 @@ LAYERS = [
     },
     {"microdit_jax.train", "microdit_jax.xla"},
     {"microdit_jax.recipe"},
-    {"microdit_jax", "configs", "train_main", "sample_main"},
+    {"microdit_jax", "microdit_jax.scripts", "configs", "train_main", "sample_main"},
 ]
 # Within one layer, who may import whom: everything else of that layer is out of bounds.
 ALLOWED_BESIDE = {

@@ -48,8 +48,8 @@ GROUPS = (
         "shared",
         "Shared",
         (
-            "microdit_jax.cli", "microdit_jax.model_flags", "microdit_jax.errors",
-            "microdit_jax.memory", "microdit_jax.chips",
+            "microdit_jax.cli", "microdit_jax.model_flags", "microdit_jax.scripts",
+            "microdit_jax.errors", "microdit_jax.memory", "microdit_jax.chips",
         ),
     ),
 )  # fmt: skip

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from microdit_jax.encoders.placement import fetch, rows_sharding
 from microdit_jax.encoders.vae import AutoencoderKL, VaeConfig, sample_latents

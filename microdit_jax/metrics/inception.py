@@ -6,7 +6,7 @@ maximum, there are 1008 classes. Modules are named as in pt_inception-2015-12-05
 """
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax

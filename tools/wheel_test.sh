@@ -1,0 +1,57 @@
+#!/usr/bin/env bash
+# make wheel-test: builds sdist and, from it, the wheel, installs the wheel into an empty environment
+# and runs every command there, from an empty folder, HOME being empty too.
+set -euo pipefail
+checkout=$(cd "$(dirname "$0")/.." && pwd)
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+
+"${PYTHON:-python3}" -m venv "$work/build"
+"$work/build/bin/pip" install -qq build
+rm -rf "$checkout/dist"
+"$work/build/bin/python" -m build --outdir "$checkout/dist" "$checkout" >"$work/build.log" 2>&1 || {
+  cat "$work/build.log"
+  exit 1
+}
+ls -l "$checkout/dist"
+
+"${PYTHON:-python3}" -m venv "$work/env"
+wheel=$(echo "$checkout"/dist/*.whl)
+"$work/env/bin/pip" install -qq --constraint "$checkout/constraints.txt" "$wheel[ui]"
+mkdir "$work/home" "$work/empty"
+cd "$work/empty"
+export HOME="$work/home" PATH="$work/env/bin:$PATH"
+unset PYTHONPATH
+
+check() { # check WORDS COMMAND...: the command ends well and says these words
+  local words=$1
+  shift
+  echo "+ $*"
+  "$@" >"$work/log" 2>&1 || { tail -n 30 "$work/log"; exit 1; }
+  grep -q -e "$words" "$work/log" || { cat "$work/log"; echo "expected: $words"; exit 1; }
+}
+check "$work/env" python -c 'import microdit_jax; print(microdit_jax.__file__)'
+for module in convert convert.parity microdit_jax.xla.aot microdit_jax.xla.bench \
+  microdit_jax.xla.plot microdit_jax.data.precompute microdit_jax.data.convert; do
+  check "python -m $module" python -m "$module" --help
+done
+# absl's --help ends with status 1.
+for command in "python -m microdit_jax.evaluate" "python -m microdit_jax.app" \
+  microdit-train microdit-sample; do
+  check "--config:\|--model:" bash -c "$command --help || test \$? = 1"
+done
+check "wrote\|grid in" microdit-sample --prompt="hot pepper" --num_inference_steps=4 --out=drawn
+test -s drawn/samples.png
+check "step" microdit-train --config=configs/res_256_pretrain.py:runlocal --workdir=run \
+  --config.train.steps=4 --config.train.batch_size=8 --config.eval.num_images=8
+check "grid in" microdit-sample --model=run --prompt="red apple" --num_inference_steps=2 --out=own
+check "error: unknown config key" bash -c \
+  'microdit-train --config=configs/demo.py --workdir=x --config.nothing=1; test $? = 2'
+
+python -m microdit_jax.app --port=0 >page.log 2>&1 &
+page=$!
+for _ in $(seq 300); do grep -q "^Open " page.log && break; sleep 1; done
+address=$(sed -n 's/^Open //p' page.log)
+check "<title>" python -c "import urllib.request; print(urllib.request.urlopen('$address').read().decode())"
+kill $page
+echo "the wheel works outside of the checkout"
