@@ -72,11 +72,6 @@ class Counts:
         """Moved between the chip and its memory, caches taken as empty at each kernel's start."""
         return sum((kernel.times * kernel.num_bytes for kernel in self.kernels), 0.0)
 
-    def exchanged(self, *kinds: str) -> float:
-        """Bytes that one device must receive, of these kinds or all."""
-        wanted = kinds or COLLECTIVES
-        return sum((c.times * c.num_bytes for c in self.collectives if c.kind in wanted), 0.0)
-
 
 def count(text: str) -> Counts:
     """Counts a program.

@@ -10,7 +10,6 @@ from typing import NamedTuple
 # A member's bytes are held in memory; no picture that could be used is larger.
 _MAX_BYTES = 500 * 10**6
 _DAMAGE = (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError)
-ARCHIVES = (".tar", ".tgz", ".tar.gz", ".zip")
 
 
 class Member(NamedTuple):
