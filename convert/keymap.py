@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import Shaped
 
 from convert.files import CHUNK
 from microdit_jax.errors import UserError
@@ -135,7 +136,7 @@ def _entries(rule: Rule, match: re.Match, shape: Shape) -> list[Entry]:
     ]
 
 
-def is_finite(tensor: np.ndarray) -> bool:
+def is_finite(tensor: Shaped[np.ndarray, "..."]) -> bool:
     """Whether no value is NaN or infinite, looked at a few MB at a time."""
     if tensor.dtype.kind not in "fV" or not tensor.size:
         return True

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Float32, Float64, Int
 from ml_collections import ConfigDict
 
 from microdit_jax import assets, report, sharding, train_step
@@ -22,7 +22,7 @@ from microdit_jax.evaluate.reference import pixels_per_latent
 from microdit_jax.metric_writer import MetricWriter
 from microdit_jax.models.dit import DiT
 from microdit_jax.pictures import captioned_grid, save_png
-from microdit_jax.run_config import RunData
+from microdit_jax.run_data import RunData
 from microdit_jax.sample import LatentDiffusion
 from microdit_jax.train_step import TrainState
 
@@ -32,7 +32,7 @@ NOISE_SEED = 0x4E1D
 NUM_SIGMAS = 9
 
 
-def sigma_levels(edm: EdmConfig) -> np.ndarray:
+def sigma_levels(edm: EdmConfig) -> Float64[np.ndarray, " levels"]:
     """The levels, (NUM_SIGMAS,) float64, the middle one at exp(P_mean)."""
     half = NUM_SIGMAS // 2
     return np.exp(edm.P_mean + edm.P_std * np.arange(-half, half + 1) / 2)
@@ -248,7 +248,7 @@ class Grid:
             self._real = np.stack([data.heldout[int(i)]["latents"] for i in chosen])
         self._pipe = _with_texts(pipe, self._captions)
 
-    def __call__(self, params: Any) -> np.ndarray | None:
+    def __call__(self, params: Any) -> Float32[np.ndarray, "H W 3"] | None:
         """The grid (H, W, 3) in [0, 1], on process 0; all processes call it."""
         pipe = dataclasses.replace(self._pipe, params=params)
         latents = pipe.generate(

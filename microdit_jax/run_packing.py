@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Shaped, UInt8
 
 from microdit_jax.trees import flatten, unflatten
 
@@ -29,6 +30,7 @@ class Packed(NamedTuple):
 
     @property
     def num_bytes(self) -> int:
+        """Of the array."""
         return math.prod(self.shape) * jnp.dtype(self.dtype).itemsize
 
 
@@ -76,7 +78,9 @@ def rows_of(paths: Iterable[str]) -> set[str]:
     return {row_of(path) for path in paths}
 
 
-def unpack(row: np.ndarray, place: Packed, abstract: jax.ShapeDtypeStruct) -> jax.Array:
+def unpack(
+    row: UInt8[np.ndarray, " b"], place: Packed, abstract: jax.ShapeDtypeStruct
+) -> Shaped[jax.Array, "..."]:
     """One array of a row of bytes, with `abstract`'s type and sharding."""
     part = row[place.offset : place.offset + place.num_bytes]
     array = part.view(jnp.dtype(place.dtype)).reshape(place.shape).astype(abstract.dtype)

@@ -23,15 +23,13 @@ from microdit_jax.models.dit import DiT, for_this_machine
 from microdit_jax.progress import Progress, StepTrace
 from microdit_jax.run_checkpoint import RunCheckpoints
 from microdit_jax.run_config import (
-    RunData,
-    check_data,
     check_intervals,
-    load_data,
     make_optimizer,
     make_step,
     model_config,
     num_micro_batches,
 )
+from microdit_jax.run_data import RunData, check_data, load_data
 from microdit_jax.signals import StopRequest
 from microdit_jax.start import starting_state
 from microdit_jax.train_step import TrainState

@@ -14,7 +14,7 @@ from microdit_jax.data.records import SIDECAR, LatentInfo
 from microdit_jax.encoders.clip_text import ClipText, ClipTextConfig
 from microdit_jax.errors import UserError
 from microdit_jax.metric_writer import read_metrics
-from microdit_jax.run_config import load_data
+from microdit_jax.run_data import load_data
 from microdit_jax.train import train
 
 LENGTH, WIDTH = 8, 16

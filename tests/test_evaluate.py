@@ -28,7 +28,7 @@ from microdit_jax.metrics.frechet import Statistics, frechet_distance
 from microdit_jax.metrics.statistics import load_reference
 from microdit_jax.pictures import read_png
 from microdit_jax.run_checkpoint import write_run_metadata
-from microdit_jax.run_config import RunData
+from microdit_jax.run_data import RunData
 from microdit_jax.sample import LatentDiffusion
 from microdit_jax.train_step import TrainState
 

@@ -48,6 +48,7 @@ LAYERS = [
         "microdit_jax.evaluate",
         "microdit_jax.metric_writer",
         "microdit_jax.run_config",
+        "microdit_jax.run_data",
     },
     {
         "microdit_jax.heldout",

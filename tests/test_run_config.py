@@ -9,7 +9,8 @@ from microdit_jax.data.mds_writer import MdsWriter
 from microdit_jax.data.records import SIDECAR, LatentInfo
 from microdit_jax.data.sources import twemoji
 from microdit_jax.errors import UserError
-from microdit_jax.run_config import check_data, check_intervals, load_data, model_config
+from microdit_jax.run_config import check_intervals, model_config
+from microdit_jax.run_data import check_data, load_data
 
 MESH = sharding.make_mesh()
 COLUMNS = {"caption": "str", "caption_latents": "bytes", "latents_256": "bytes"}

@@ -25,7 +25,8 @@ GROUPS = (
         (
             "microdit_jax.train", "microdit_jax.recipe", "microdit_jax.train_step",
             "microdit_jax.loss", "microdit_jax.optim", "microdit_jax.sharding",
-            "microdit_jax.run_config", "microdit_jax.start", "microdit_jax.caption_tower",
+            "microdit_jax.run_config", "microdit_jax.run_data", "microdit_jax.start",
+            "microdit_jax.caption_tower",
             "microdit_jax.heldout", "microdit_jax.progress", "microdit_jax.metric_writer",
             "microdit_jax.report", "microdit_jax.hosts", "microdit_jax.signals",
             "microdit_jax.background",
@@ -35,8 +36,9 @@ GROUPS = (
         "checkpoints",
         "Checkpoints and assets",
         (
-            "microdit_jax.checkpoint", "microdit_jax.run_checkpoint", "microdit_jax.run_restore",
-            "microdit_jax.weights", "microdit_jax.assets", "microdit_jax.hub",
+            "microdit_jax.checkpoint", "microdit_jax.run_checkpoint", "microdit_jax.run_packing",
+            "microdit_jax.run_restore", "microdit_jax.weights", "microdit_jax.assets",
+            "microdit_jax.hub",
             "microdit_jax.instant",
         ),
     ),
@@ -49,7 +51,7 @@ GROUPS = (
         "Shared",
         (
             "microdit_jax.cli", "microdit_jax.model_flags", "microdit_jax.scripts",
-            "microdit_jax.errors", "microdit_jax.memory", "microdit_jax.chips",
+            "microdit_jax.errors", "microdit_jax.memory", "microdit_jax.chips", "microdit_jax.trees",
         ),
     ),
 )  # fmt: skip

@@ -1,0 +1,102 @@
+"""The house's own rules: short files, and signatures that say what goes in and out."""
+
+import ast
+import itertools
+import pathlib
+
+import jaxtyping
+
+ROOT = pathlib.Path(__file__).parent.parent
+FOLDERS = ("microdit_jax", "convert", "configs", "tests", "benchmarks", "tools")
+ARRAYS = {"Array", "ndarray", "ArrayLike"}
+# Several arrays by name, or whatever another function takes: their shapes are the docstring's.
+CONTAINERS = {"dict", "Mapping", "Callable"}
+
+
+def sources(*folders: str) -> list[pathlib.Path]:
+    return list(itertools.chain(*(sorted((ROOT / folder).rglob("*.py")) for folder in folders)))
+
+
+def test_files_are_short():
+    files = [*sources(*FOLDERS), ROOT / "train_main.py", ROOT / "sample_main.py"]
+    lines = {str(f.relative_to(ROOT)): len(f.read_text().splitlines()) for f in files}
+    assert len(lines) > 200
+    assert not {name: count for name, count in lines.items() if count > 350}
+
+
+def bare_arrays(annotation: ast.expr | None) -> bool:
+    """Whether an annotation names an array without jaxtyping's shape and type."""
+    if isinstance(annotation, ast.Constant) and isinstance(annotation.value, str):
+        annotation = ast.parse(annotation.value, mode="eval").body
+    if isinstance(annotation, ast.Subscript):
+        name = ast.unparse(annotation.value).split(".")[-1]
+        return (
+            name not in CONTAINERS
+            and not hasattr(jaxtyping, name)
+            and any(
+                map(bare_arrays, ast.iter_child_nodes(annotation.slice))
+                if isinstance(annotation.slice, ast.Tuple)
+                else [bare_arrays(annotation.slice)]
+            )
+        )
+    if isinstance(annotation, ast.Name | ast.Attribute):
+        return ast.unparse(annotation).split(".")[-1] in ARRAYS
+    return annotation is not None and any(map(bare_arrays, ast.iter_child_nodes(annotation)))
+
+
+def faults(body: list[ast.stmt], owner: str = "") -> list[str]:
+    """What public functions and classes lack: "name: what"."""
+    found = []
+    for node in body:
+        if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+            if not ast.get_docstring(node):
+                found.append(f"{node.name}: no docstring")
+            found += faults(node.body, f"{node.name}.")
+        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            continue
+        # A command's docstring is its module's, a constructor's its class's.
+        special = node.name in ("__init__", "__call__", "setup")
+        if node.name == "main" or (node.name.startswith("_") and not special):
+            continue
+        name = owner + node.name
+        if not (special or ast.get_docstring(node)):
+            found.append(f"{name}: no docstring")
+        given = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+        given = [a for a in given if a.arg not in ("self", "cls")] + [
+            a for a in (node.args.vararg,) if a
+        ]
+        annotations = {a.arg: a.annotation for a in given}
+        if node.name not in ("__init__", "setup"):
+            annotations["what it returns"] = node.returns
+        found += [f"{name}: {what} has no type" for what, a in annotations.items() if a is None]
+        found += [
+            f"{name}: {what} is an array without shape"
+            for what, annotation in annotations.items()
+            if bare_arrays(annotation)
+        ]
+    return found
+
+
+def test_public_functions_say_what_they_take():
+    found = {
+        str(file.relative_to(ROOT)): wrong
+        for file in sources("microdit_jax", "convert")
+        if (wrong := faults(ast.parse(file.read_text()).body))
+    }
+    assert not found, "\n".join(f"{file}: {', '.join(wrong)}" for file, wrong in found.items())
+
+
+def test_a_bare_array_is_noticed():
+    source = (
+        'def scale(x: Array, y: Float[Array, "n"] | None, z: tuple[np.ndarray, int]) -> '
+        '"Float[Array, \'n\'] | jax.Array":\n    """Scales."""\n'
+        "class Scaler:\n    def apply(self, by, named: dict[str, Array]) -> None: ...\n"
+    )
+    assert faults(ast.parse(source).body) == [
+        "scale: x is an array without shape",
+        "scale: z is an array without shape",
+        "scale: what it returns is an array without shape",
+        "Scaler: no docstring",
+        "Scaler.apply: no docstring",
+        "Scaler.apply: by has no type",
+    ]
