@@ -51,7 +51,8 @@ GROUPS = (
         "Shared",
         (
             "microdit_jax.cli", "microdit_jax.model_flags", "microdit_jax.scripts",
-            "microdit_jax.errors", "microdit_jax.memory", "microdit_jax.chips", "microdit_jax.trees",
+            "microdit_jax.errors", "microdit_jax.memory", "microdit_jax.chips",
+            "microdit_jax.trees",
         ),
     ),
 )  # fmt: skip
