@@ -1,6 +1,7 @@
 """Draws pictures from prompts, each with its settings inside the PNG, and a grid of them all.
 
 Examples:
+  python sample_main.py --prompt="hot pepper"
   python sample_main.py --model=dit_4_channel_37M_real_and_synthetic_data --seed=2024 \\
     --num_images=4 --prompt="An elegant squirrel pirate on a ship"
   python sample_main.py --model=dit.pt --vae=sdxl/vae --text_encoder=open_clip_pytorch_model.bin \\
@@ -18,13 +19,13 @@ import numpy as np
 import tqdm
 from absl import app, flags
 
-from microdit_jax import model_flags
+from microdit_jax import hub, model_flags
 from microdit_jax.cli import compiled_programs, run
 from microdit_jax.errors import UserError
 
 MODEL = flags.DEFINE_string(
-    "model", None, "A released checkpoint's name, a .pt or .safetensors file, or a folder: a "
-    "training run's, or one made by python -m convert."
+    "model", hub.INSTANT, "The small one that comes along, a released checkpoint's name, a .pt or "
+    ".safetensors file, or a folder: a training run's, or one made by python -m convert."
 )  # fmt: skip
 PROMPT = flags.DEFINE_multi_string("prompt", [], "What to draw; may be given several times.")
 PROMPTS = flags.DEFINE_string("prompts", None, "A text file with a prompt on each line.")
@@ -34,7 +35,10 @@ HELDOUT = flags.DEFINE_integer(
 )
 NUM_IMAGES = flags.DEFINE_integer("num_images", 1, "Pictures for each prompt.", lower_bound=1)
 STEPS = flags.DEFINE_integer("num_inference_steps", 30, "Steps of the sampler.", lower_bound=1)
-GUIDANCE = flags.DEFINE_float("guidance_scale", 5.0, "Classifier-free guidance; 1 means none.")
+GUIDANCE = flags.DEFINE_float(
+    "guidance_scale", None, "Classifier-free guidance; 1 means none; default: 5, of a network that "
+    "was trained on the embedded pictures 3."
+)  # fmt: skip
 SEED = flags.DEFINE_integer("seed", 2024, "Seed of the initial noise.", lower_bound=0)
 NOISE = flags.DEFINE_enum(
     "noise", "jax", ["jax", "torch_cpu", "torch_cuda"], "Whose random numbers to start from."
@@ -59,10 +63,10 @@ def main(argv):
     from microdit_jax import create, pictures
 
     picture = _take_settings(pictures.read_settings(Path(AGAIN.value))) if AGAIN.value else None
-    if not MODEL.value:
-        raise UserError("flag --model must have a value; see sample_main.py --help")
     prompts = [picture["prompt"]] if picture else _prompts()
     pipe, model = model_flags.load(MODEL.value)
+    if GUIDANCE.value is None:
+        flags.FLAGS[GUIDANCE.name].value = create.usual_guidance(pipe)
 
     rows = []
     if HELDOUT.value:

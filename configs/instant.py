@@ -15,7 +15,7 @@ from configs import common
 from microdit_jax.errors import UserError
 
 # By pixels: masked, then whole, which counts on from the former.
-STEPS = {32: (400, 2800), 64: (400, 4800)}
+STEPS = {32: (400, 2500), 64: (200, 2200)}
 
 
 def get_config(stage: str = ""):

@@ -1,7 +1,8 @@
 """Networks, VAEs and text towers by name or path, each converted once and kept.
 
-What can be loaded: a released checkpoint or a repository by name (hub.py fetches it), a PyTorch or
-safetensors file or a folder of one, a folder made by python -m convert, and a training run.
+What can be loaded: the model that comes with the package, a released checkpoint or a repository by
+name (hub.py fetches it), a PyTorch or safetensors file or a folder of one, a folder made by
+python -m convert, and a training run.
 PyTorch files are converted into the user's cache folder, and the next run starts from there.
 """
 
@@ -24,7 +25,7 @@ from convert.dit import config_from_dict
 from convert.inputs import find_input, read_config
 from convert.kinds import KINDS
 from convert.to_folder import convert_to_folder
-from microdit_jax import checkpoint, hub, run_checkpoint, sharding, weights
+from microdit_jax import checkpoint, hub, instant, run_checkpoint, sharding, weights
 from microdit_jax.cli import cache_folder
 from microdit_jax.diffusion import EdmConfig
 from microdit_jax.encoders import registry
@@ -38,8 +39,9 @@ Place = Mesh | Callable[[int], Mesh | None] | None
 class Model(NamedTuple):
     """A network with its weights, and what its maker said about it.
 
-    folder is the training run, or None; vae and text_encoder are what load_codec and
-    load_text_encoder take, or None where nobody said; description tells a person what was loaded.
+    folder is that of the training run or of the shipped model, which knows its data, or None; vae
+    and text_encoder are what load_codec and load_text_encoder take, or None where nobody said;
+    description tells a person what was loaded.
     """
 
     config: DiTConfig
@@ -61,8 +63,9 @@ def load_model(
     """A network by name or path.
 
     Args:
-      name: of a released checkpoint, with or without ".pt"; or the path of a .pt or .safetensors
-        file, of a model folder (python -m convert), or of a training run.
+      name: "instant", for the one that comes with the package; of a released checkpoint, with or
+        without ".pt"; or the path of a .pt or .safetensors file, of a model folder (python -m
+        convert), or of a training run.
       ema: of a training run, the moving average of the weights, if it keeps one.
       dtype: type of the computation; None keeps the model's own.
       mesh: where the weights go, by the rules of sharding.py.
@@ -72,9 +75,13 @@ def load_model(
     path, released = Path(name), hub.RELEASED.get(name.removesuffix(".pt"))
     if released and not path.exists():
         path = hub.released_checkpoint(name)
+    if name == hub.INSTANT and not path.exists():
+        path = instant.FOLDER
     if path.is_file():
         model = _from_folder(converted("dit", path), mesh)
         model = model._replace(description=path.name)
+    elif instant.is_shipped(path):
+        model = _from_shipped(path, ema, mesh)
     elif run_checkpoint.is_run(path):
         model = _from_run(path, ema, mesh)
     elif path.is_dir():
@@ -82,7 +89,8 @@ def load_model(
     else:
         raise UserError(
             "--model must be a training run, a folder made by python -m convert, a .pt or "
-            f".safetensors file, or one of {', '.join(hub.RELEASED)}, found nothing at {name}"
+            f".safetensors file, or one of {', '.join((hub.INSTANT, *hub.RELEASED))}, found "
+            f"nothing at {name}"
         )
     if model.folder is None:
         vae_name = hub.DEFAULT_VAES.get(model.config.in_channels)
@@ -136,11 +144,30 @@ def _from_folder(folder: Path, mesh: Place) -> Model:
     return Model(config, params, EdmConfig(), None, None, None, f"{folder}")
 
 
+def _from_shipped(path: Path, ema: bool, mesh: Place) -> Model:
+    if not ema:
+        raise UserError(
+            f"expected the moving average to be asked for, as {path} holds nothing else, found "
+            "ema=False; leave out --noema"
+        )
+    metadata = run_checkpoint.read_run_metadata(path)
+    config = config_from_dict(metadata["dit"])
+    params = instant.load_params(path, abstract_params(config, mesh))
+    name = "the instant model" if path == instant.FOLDER else f"{path}"
+    return _of_run(metadata, config, params, path, name)
+
+
 def _from_run(path: Path, ema: bool, mesh: Place) -> Model:
     metadata = run_checkpoint.read_run_metadata(path)
     config, ema = config_from_dict(metadata["dit"]), ema and metadata["has_ema"]
     params, step = weights.load_run_params(path, abstract_params(config, mesh), ema=ema)
-    kept = path / "vae"  # the codec that the run was trained with, where that is small
+    description = f"{path}, step {step}, {'moving average' if ema else 'raw weights'}"
+    return _of_run(metadata, config, params, path, description)
+
+
+def _of_run(metadata: dict, config: DiTConfig, params: Any, path: Path, description: str) -> Model:
+    """A run's parameters with what its config.json says, and the codec it keeps, if small."""
+    kept = path / "vae"
     return Model(
         config,
         params,
@@ -148,7 +175,7 @@ def _from_run(path: Path, ema: bool, mesh: Place) -> Model:
         str(kept) if kept.is_dir() else metadata["vae"],
         metadata["text_encoder"],
         path,
-        f"{path}, step {step}, {'moving average' if ema else 'raw weights'}",
+        description,
     )
 
 

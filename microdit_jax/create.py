@@ -1,7 +1,6 @@
 """Puts pipelines together: a network by name, and the VAE and text encoder that belong to it."""
 
 import functools
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -10,9 +9,10 @@ from jax.sharding import Mesh
 from jaxtyping import Float
 
 from microdit_jax import assets, hub, memory, run_checkpoint, sharding
-from microdit_jax.data.latents import Prepared, load_prepared
+from microdit_jax.data.sources import twemoji
 from microdit_jax.encoders import registry
 from microdit_jax.encoders.placement import rows_sharding
+from microdit_jax.encoders.token_table import TokenTable
 from microdit_jax.errors import UserError
 from microdit_jax.models import dit
 from microdit_jax.models.dit import DiT
@@ -42,9 +42,10 @@ def create_latent_diffusion(
       in_channels: channels of the latents.
       pos_interp_scale: 2 at 512 px.
       dtype: type of the computation, of the network and the towers.
-      checkpoint: weights, as `assets.load_model` takes them; None starts from the initialisation. A
-        training run brings its own network, codec and text encoder; the arguments above but dtype
-        are not used then. Any other must be of the sizes asked for.
+      checkpoint: weights, as `assets.load_model` takes them; None starts from the initialisation.
+        "instant", the small model of the package, and a training run bring their own network, codec
+        and text encoder; the arguments above but dtype are not used then. Any other must be of the
+        sizes asked for.
       ema: of a training run, the moving average of the weights, if it keeps one.
       mesh: devices to run on: from `sharding.make_mesh`, or `fitting_mesh`; None: the first.
     Raises:
@@ -146,6 +147,13 @@ def from_model(
     )
 
 
+def usual_guidance(pipe: LatentDiffusion) -> float:
+    """The guidance to begin with: 3 for a network of the embedded pictures, which alone have a
+    token table for captions, and for all others the reference's 5.
+    """
+    return 3.0 if isinstance(pipe.text_encoder, TokenTable) else 5.0
+
+
 def fitting_mesh(num_bytes: int, *, fsdp: int = 0) -> Mesh | None:
     """A mesh of all local devices, which share the pictures; None for a single device.
 
@@ -167,32 +175,30 @@ def fitting_mesh(num_bytes: int, *, fsdp: int = 0) -> Mesh | None:
     return sharding.make_mesh(fsdp=fsdp, devices=devices)
 
 
-def choose_heldout(data: Prepared, count: int) -> list[int]:
-    """Indices of held-out captions, spread evenly, the same every time.
-
-    Raises:
-      UserError: there are fewer.
-    """
-    total = len(data.heldout)
-    if not 1 <= count <= total:
-        raise UserError(f"expected 1 to {total} held-out captions, found {count} asked for")
-    return [int(i) for i in np.linspace(0, total - 1, count)]
-
-
 def heldout_pictures(
     model: assets.Model, count: int
 ) -> tuple[list[str], Float[np.ndarray, "n h w c"]]:
-    """Captions that a run was not trained on, and the latents of their pictures."""
+    """Captions that a run was not trained on, and the latents of their pictures.
+
+    Args:
+      count: of them, spread evenly, the same every time.
+    Raises:
+      UserError: not a run on the embedded pictures, or there are fewer.
+    """
     if model.folder is None:
         raise UserError(
             f"held-out captions need a training run, found {model.description}; give --prompt"
         )
-    heldout = run_checkpoint.read_run_metadata(model.folder)["config"]["data"]["heldout"]
-    if heldout["source"] != "twemoji":
+    data = run_checkpoint.read_run_metadata(model.folder)["config"]["data"]
+    if data["heldout"]["source"] != "twemoji":
         raise UserError(
             f"--heldout draws captions of the embedded pictures, found a run with held-out data "
-            f"from {heldout['source'] or 'nowhere'}; give --prompt"
+            f"from {data['heldout']['source'] or 'nowhere'}; give --prompt"
         )
-    data = load_prepared(Path(heldout["folder"]), registry.image_codec)
-    chosen = choose_heldout(data, count)
-    return [data.heldout.captions[i] for i in chosen], data.heldout.latents[chosen]
+    pictures = twemoji.pictures_of("heldout")
+    if not 1 <= count <= len(pictures):
+        raise UserError(f"expected 1 to {len(pictures)} held-out captions, found {count} asked for")
+    chosen = [pictures[int(i)] for i in np.linspace(0, len(pictures) - 1, count)]
+    codec = registry.image_codec(model.vae)
+    latents = codec.encode(twemoji.read_images(chosen, data["resolution"]))
+    return [picture.caption for picture in chosen], latents * np.float32(codec.scaling_factor)

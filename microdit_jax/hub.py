@@ -13,6 +13,7 @@ from typing import NamedTuple
 from microdit_jax.cli import cache_folder
 from microdit_jax.errors import UserError, disk_errors
 
+INSTANT = "instant"  # the small model that comes with the package; see instant/__init__.py
 REPOSITORY = "VSehwag24/MicroDiT"
 SDXL_VAE = "stabilityai/stable-diffusion-xl-base-1.0"
 OSTRIS_VAE = "ostris/vae-kl-f8-d16"

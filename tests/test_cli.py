@@ -33,7 +33,7 @@ DEMO = "--config=configs/demo.py:pretrain"
         ),
         (["sample_main.py", "--model=nope", "--prompt=a"], "found nothing at nope"),
         (["sample_main.py", "--model=pyproject.toml", "--prompt=a"], "pyproject.toml"),
-        (["sample_main.py", "--prompt=a"], "--model must have a value"),
+        (["sample_main.py"], "expected a prompt, found an empty one"),
     ],
 )
 def test_bad_input(args, message):

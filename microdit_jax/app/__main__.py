@@ -1,6 +1,7 @@
 """A web page to draw with, on this machine.
 
 Examples:
+  python -m microdit_jax.app
   python -m microdit_jax.app --model=out/demo/finetune
   python -m microdit_jax.app --model=dit_4_channel_37M_real_and_synthetic_data --model=runs/mine
   python -m microdit_jax.app --model=... --host=0.0.0.0 --port=8080     (for everybody near)
@@ -15,12 +16,12 @@ from pathlib import Path
 
 from absl import app, flags
 
-from microdit_jax import model_flags
+from microdit_jax import hub, model_flags
 from microdit_jax.cli import compiled_programs, run
 from microdit_jax.errors import UserError
 
 MODEL = flags.DEFINE_multi_string(
-    "model", [], "A network, as for sample_main.py; may be given several times, to choose from."
+    "model", [hub.INSTANT], "A network, as for sample_main.py; may be given several times."
 )
 BATCH = flags.DEFINE_integer(
     "batch_size", 4, "Pictures drawn at a time, of one request.", lower_bound=1
@@ -38,25 +39,17 @@ MAX_WAITING = flags.DEFINE_integer("max_waiting", 20, "Requests in the queue.", 
 flags.adopt_module_key_flags(model_flags)
 
 # To try first: what the embedded pictures have, and what models of photographs know.
-EMOJI = {
-    "examples": ["hot pepper", "woman mechanic dark skin tone", "red apple", "crying cat face"],
-    "guidance_scale": 3.0,
-}
-PHOTOS = {
-    "examples": [
-        "An elegant squirrel pirate on a ship",
-        "A lighthouse above a stormy sea, oil painting",
-        "A bowl of ramen on a wooden table",
-    ],
-    "guidance_scale": 5.0,
-}
+EMOJI = ["hot pepper", "woman mechanic dark skin tone", "red apple", "crying cat face"]
+PHOTOS = [
+    "An elegant squirrel pirate on a ship",
+    "A lighthouse above a stormy sea, oil painting",
+    "A bowl of ramen on a wooden table",
+]
 
 
 def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}; a model goes into --model")
-    if not MODEL.value:
-        raise UserError("flag --model must have a value; see python -m microdit_jax.app --help")
     try:
         import uvicorn
 
@@ -132,8 +125,14 @@ def _load():
 
 
 def _suggested(pipe) -> dict:
-    """Prompts and a guidance to begin with; the embedded pictures' runs have a token table."""
-    return EMOJI if pipe.text_encoder.name.startswith("table:") else PHOTOS
+    """Prompts and a guidance to begin with."""
+    from microdit_jax import create
+
+    emoji = pipe.text_encoder.name.startswith("table:")
+    return {
+        "examples": EMOJI if emoji else PHOTOS,
+        "guidance_scale": create.usual_guidance(pipe),
+    }
 
 
 if __name__ == "__main__":

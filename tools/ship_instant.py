@@ -1,0 +1,177 @@
+"""Writes what microdit_jax/instant/model/ holds, from a finished run of configs/instant.py.
+
+  python -m tools.ship_instant --run=out/instant/stage4
+  python -m tools.ship_instant --run=runs/mine --out=mine      (sample_main.py --model=mine draws)
+
+The moving average of the weights in bfloat16, and beside it all that drawing needs.
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+from convert.dit import config_from_dict
+from convert.safetensors_file import write_safetensors
+from microdit_jax import assets, checkpoint, instant, run_checkpoint, run_restore, weights
+from microdit_jax.errors import Parser, UserError, disk_errors, exit_on_user_error
+from microdit_jax.trees import flatten
+
+MOST_BYTES = 8_000_000  # of the whole folder
+ALLOWED = {"README.md", "config.json", "manifest.json", "vae", "weights.safetensors"}
+
+CARD = """# {title}
+
+A MicroDiT of {parameters:,} parameters that draws emoji of {side} px from a few words. It knows the words of its {captions:,} captions
+and nothing else: try "hot pepper", "red apple" or "woman mechanic dark skin tone", not a sentence.
+
+| | |
+|---|---|
+| weights | moving average at step {step} of the last stage, bfloat16, {megabytes:.1f} MB with all files; sha256 of each in `manifest.json` |
+| data | {captions:,} emoji pictures and their English names; {heldout} more were held out |
+| held-out EDM loss | {right:.3f} with the right captions, {shuffled:.3f} with shuffled ones: {ratio:.2f} of it |
+| text | `{text_encoder}`: a fixed random vector for each of CLIP's tokens, no pretrained tower |
+| pictures | `{vae}`: principal components of 4 x 4 pixels, no pretrained VAE |
+| seed | {seed} |
+| made by | `{command}` |
+
+| stage | px | patches masked | batch | updates |
+|---|---|---|---|---|
+{stages}
+
+Pictures and names it was trained on: {attribution}. What it draws is made from them: give the same credit where you show it. The skin tones,
+genders and trades in its pictures are those of the emoji standard.
+"""  # noqa: E501  (rows of a table)
+
+
+class Stage(NamedTuple):
+    """A run in the chain that led to the weights: what it saw, and its own updates."""
+
+    folder: Path
+    resolution: int
+    mask_ratio: float
+    batch_size: int
+    updates: int
+
+
+def main() -> None:
+    parser = Parser("tools.ship_instant", __doc__)
+    parser.add_argument("--run", required=True, type=Path, help="the last stage's workdir")
+    parser.add_argument("--out", type=Path, default=instant.FOLDER, help="folder to write")
+    parser.add_argument(
+        "--command",
+        default="python train_main.py --config=configs/instant.py --workdir=out/instant",
+        help="how it was trained, for the model card",
+    )
+    arguments = parser.parse_args()
+    ship(arguments.run, arguments.out, command=arguments.command)
+    size = sum(path.stat().st_size for path in arguments.out.rglob("*") if path.is_file())
+    print(f"{arguments.out}: {size / 1e6:.2f} MB")
+
+
+def ship(run: Path, out: Path, *, command: str) -> None:
+    """Writes the folder, which takes its name only once it is complete; an older one is replaced.
+
+    Args:
+      run: a training run that keeps an average of its weights and whose data made their codec.
+      command: how it was trained, for the model card.
+    Raises:
+      UserError: not such a run; something else at `out`; more than 8 MB.
+    """
+    metadata = run_checkpoint.read_run_metadata(run)
+    if not metadata["has_ema"] or not (run / "vae").is_dir():
+        raise UserError(
+            f"expected a run with an average of its weights and a codec of its own in {run}, found "
+            "none; train configs/instant.py"
+        )
+    if out.exists() and not {path.name for path in out.iterdir()} <= ALLOWED:
+        raise UserError(f"expected an older shipped model at {out}, found other files; move them")
+    abstract = assets.abstract_params(config_from_dict(metadata["dit"]))
+    params, step = weights.load_run_params(run, abstract, ema=True)
+    arrays = {
+        path: np.asarray(array).astype(ml_dtypes.bfloat16)
+        for path, array in flatten(params).items()
+    }
+    partial = out.with_name(f".{out.name}.partial")
+    with disk_errors(out, MOST_BYTES):
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.copytree(run / "vae", partial / "vae")
+        write_safetensors(partial / instant.WEIGHTS, arrays)
+        shutil.copy(run / "config.json", partial)
+        size = sum(path.stat().st_size for path in partial.rglob("*") if path.is_file())
+        (partial / "README.md").write_text(card(run, metadata, step, arrays, size, command))
+        checkpoint.write_json(partial / instant.MANIFEST, checkpoint.checksums(partial))
+        size = sum(path.stat().st_size for path in partial.rglob("*") if path.is_file())
+        if size > MOST_BYTES:
+            raise UserError(
+                f"expected at most {MOST_BYTES:,} bytes, found {size:,}; train a smaller network"
+            )
+        shutil.rmtree(out, ignore_errors=True)
+        partial.rename(out)
+
+
+def card(
+    run: Path, metadata: dict, step: int, arrays: dict[str, Any], size: int, command: str
+) -> str:
+    """The model card, from what the run wrote down."""
+    losses = last_heldout(run)["ema"]
+    data = metadata["config"]["data"]
+    codec = json.loads((run / "vae" / "codec.json").read_text())
+    rows = [
+        f"| {stage.folder.name} | {stage.resolution} | {stage.mask_ratio:.0%} "
+        f"| {stage.batch_size} | {stage.updates} |"
+        for stage in chain(run)
+    ]
+    return CARD.format(
+        title="The instant model",
+        parameters=sum(array.size for array in arrays.values()),
+        side=data["resolution"],
+        captions=int(codec["name"].split("images=")[1].split("x")[0]),
+        heldout=128,
+        step=step,
+        megabytes=size / 1e6,
+        text_encoder=metadata["text_encoder"],
+        vae=metadata["vae"],
+        seed=metadata["config"]["seed"],
+        command=command,
+        stages="\n".join(rows),
+        attribution=metadata["attribution"],
+        **losses,
+    )
+
+
+def chain(run: Path) -> list[Stage]:
+    """The stages that led to a run, the first one first."""
+    stages, workdir = [], run
+    while workdir is not None:
+        config = run_checkpoint.read_run_metadata(workdir)["config"]
+        full, alone = (
+            Path(os.path.normpath(config[key].format(workdir=workdir))) if config[key] else None
+            for key in ("init_from", "init_weights_from")
+        )
+        # Steps count from where the weights began to train; of the full state they go on.
+        before = 0 if full is None else run_restore.good_step(full)[0]
+        train = config["train"]
+        stages.append(
+            Stage(
+                workdir, config["data"]["resolution"], train["mask_ratio"], train["batch_size"],
+                run_restore.good_step(workdir)[0] - before,
+            )
+        )  # fmt: skip
+        workdir = full or alone
+    return stages[::-1]
+
+
+def last_heldout(run: Path) -> dict:
+    """The run's last held-out losses, of the raw weights and of their average."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line["heldout"] for line in lines if "heldout" in line][-1]
+
+
+if __name__ == "__main__":
+    with exit_on_user_error():
+        main()
