@@ -1,7 +1,7 @@
 """Trains MicroDiT, one stage or several; the same command again resumes.
 
 Examples:
-  python train_main.py --config=configs/demo.py:pretrain --workdir=out/demo/pretrain \
+  python train_main.py --config=configs/demo.py:pretrain --workdir=out/demo/pretrain \\
       --config.train.batch_size=32
   python train_main.py --config=configs/recipe.py:mesh=-1x8x1 --workdir=runs/all
 

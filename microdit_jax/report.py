@@ -2,7 +2,7 @@
 
 Training writes <workdir>/report.html after every evaluation; of several stages, the page beside
 their folders shows all. By hand, or as a picture of the curves alone:
-  python -m microdit_jax.report --runs=runs/all/res_256_pretrain --runs=runs/all/res_256_finetune \
+  python -m microdit_jax.report --runs=runs/all/res_256_pretrain --runs=runs/all/res_256_finetune \\
       --out=training.png
 """
 

@@ -135,7 +135,7 @@ class LatentDiffusion:
         noise: str | Float[np.ndarray, "n h w c"] = "jax",
         batch_size: int = 32,
         progress: Callable[[Sequence[Any]], Iterable[Any]] | None = None,
-    ) -> Float32[np.ndarray, "n H W c"]:
+    ) -> Float32[np.ndarray, "n _ _ _"]:
         """Draws one picture for each prompt.
 
         Args:

@@ -31,14 +31,15 @@ check() { # check WORDS COMMAND...: the command ends well and says these words
   grep -q -e "$words" "$work/log" || { cat "$work/log"; echo "expected: $words"; exit 1; }
 }
 check "$work/env" python -c 'import microdit_jax; print(microdit_jax.__file__)'
-for module in convert convert.parity microdit_jax.xla.aot microdit_jax.xla.bench \
-  microdit_jax.xla.plot microdit_jax.data.precompute microdit_jax.data.convert; do
+for module in convert convert.parity microdit_jax.xla.plot microdit_jax.data.precompute \
+  microdit_jax.data.convert; do
   check "python -m $module" python -m "$module" --help
 done
 # absl's --help ends with status 1.
-for command in "python -m microdit_jax.evaluate" "python -m microdit_jax.app" \
-  microdit-train microdit-sample; do
-  check "--config:\|--model:" bash -c "$command --help || test \$? = 1"
+for command in microdit-train microdit-sample "python -m microdit_jax.evaluate" \
+  "python -m microdit_jax.app" "python -m microdit_jax.report" "python -m microdit_jax.xla.aot" \
+  "python -m microdit_jax.xla.bench"; do
+  check "  --[a-z_]*: " bash -c "$command --help || test \$? = 1"
 done
 check "wrote\|grid in" microdit-sample --prompt="hot pepper" --num_inference_steps=4 --out=drawn
 test -s drawn/samples.png

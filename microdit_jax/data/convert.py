@@ -2,7 +2,7 @@
 
 Example:
   python -m microdit_jax.data.convert --input=latents_mds --output=latents_ar --to=arrayrecord
-  python -m microdit_jax.data.convert --input=gs://bucket/latents --cache=/tmp/cache \
+  python -m microdit_jax.data.convert --input=gs://bucket/latents --cache=/tmp/cache \\
       --output=latents_mds --to=mds --compression=zstd
 
 The reference's datasets do not say what made them: add --vae and --text_encoder. Several processes

@@ -1,9 +1,9 @@
 """Pictures and captions to latents that training reads; the same command again resumes.
 
 Examples:
-  python -m microdit_jax.data.precompute --source=emoji --output=latents/emoji --resolutions=256 \
+  python -m microdit_jax.data.precompute --source=emoji --output=latents/emoji --resolutions=256 \\
       --text_encoder=table:width=256,tokens=24,seed=0 --vae=FOLDER_OF_A_VAE
-  python -m microdit_jax.data.precompute --source=cc12m --input=data/cc12m --output=latents/cc12m \
+  python -m microdit_jax.data.precompute --source=cc12m --input=data/cc12m --output=latents/cc12m \\
       --resolutions=256,512 --fraction=0.01
 
 Sources: a folder of pictures with .txt files or a table of captions; webdataset tars; MDS or TFDS

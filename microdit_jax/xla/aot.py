@@ -1,12 +1,12 @@
 """Compiles training or sampling for a machine you do not have, and reports what it would need.
 
 Examples:
-  python -m microdit_jax.xla.aot --config=configs/res_256_pretrain.py:mesh=1x8x1 \
+  python -m microdit_jax.xla.aot --config=configs/res_256_pretrain.py:mesh=1x8x1 \\
       --topology=h100:8 --config.train.micro_batch_size=64 --report=out/aot/stage1.json
-  python -m microdit_jax.xla.aot --config=configs/res_256_pretrain.py:mesh=1x16x1 \
+  python -m microdit_jax.xla.aot --config=configs/res_256_pretrain.py:mesh=1x16x1 \\
       --topology=v5e:4x4 --config.model.options.remat=block --reduced_depth
   python -m microdit_jax.xla.aot --config=configs/res_512_pretrain.py --topology=h100:8 --find
-  python -m microdit_jax.xla.aot --config=configs/res_512_finetune.py --topology=h100:8 \
+  python -m microdit_jax.xla.aot --config=configs/res_512_finetune.py --topology=h100:8 \\
       --what=sampler --images=64
 
 No accelerator is needed but its compiler, pip install 'microdit_jax[aot]', and no weight is
