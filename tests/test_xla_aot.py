@@ -156,6 +156,10 @@ def test_written_read_and_drawn(tmp_path):
     assert json.loads(path.read_text())["mesh"]["fsdp"] == 8
     plot.draw(plot.read([path, path]), tmp_path / "aot.png")
     assert (tmp_path / "aot.png").stat().st_size > 5000
-    (tmp_path / "other.json").write_text("{}")
-    with pytest.raises(UserError, match="expected a report"):
-        plot.read([tmp_path / "other.json"])
+    for other, message in (
+        ({}, "expected a report"),
+        ({"chip": None, "topology": "cpu:8"}, "peaks are known, found cpu:8"),
+    ):
+        (tmp_path / "other.json").write_text(json.dumps(other))
+        with pytest.raises(UserError, match=message):
+            plot.read([tmp_path / "other.json"])

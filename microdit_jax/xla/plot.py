@@ -19,18 +19,24 @@ def read(paths: Sequence[str | Path]) -> list[dict[str, Any]]:
     """Reports from their JSON.
 
     Raises:
-      UserError: no such file, or it is no report.
+      UserError: no such file, or it is no report, or one of CPUs, which has no bound to draw.
     """
     reports = []
     for path in paths:
         try:
             found = json.loads(Path(path).read_text())
-            reports.append(found | {"seconds": found["seconds"], "memory": found["memory"]})
+            chip = found["chip"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(
                 f"expected a report written by --report, found none in {path}; run python -m "
                 f"microdit_jax.xla.aot --report={path} first"
             ) from error
+        if chip is None:
+            raise UserError(
+                f"expected the report of a chip whose peaks are known, found {found['topology']} "
+                f"in {path}; take one of h100, v5e, v5p, v6e"
+            )
+        reports.append(found)
     return reports
 
 
