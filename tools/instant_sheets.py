@@ -1,0 +1,51 @@
+"""Draws docs/instant.png and docs/instant-before.png: held-out captions, and the demo beside it.
+
+  make demo && python tools/instant_sheets.py      (MODEL=... takes another than the one shipped)
+
+Run it again when the weights change.
+"""
+
+import os
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float
+from PIL import Image
+
+from microdit_jax import create
+from microdit_jax.pictures import captioned_grid, to_uint8
+
+DOCS = Path(__file__).parent.parent / "docs"
+BEFORE = "out/demo/finetune"
+# All but the last were shown in training.
+CAPTIONS = (
+    "hot pepper", "red apple", "rocket", "dog face", "pizza", "penguin", "tiger face", "blue heart",
+    "crying cat face", "mushroom", "firefighter medium skin tone", "woman mechanic dark skin tone",
+)  # fmt: skip
+HELDOUT = 64
+
+
+def main() -> None:
+    pipe, model = create.load(os.environ.get("MODEL", "instant"))
+    before, _ = create.load(BEFORE)
+    options = {"guidance_scale": create.usual_guidance(pipe), "seed": 2024}
+
+    captions, real = create.heldout_pictures(model, HELDOUT)
+    rows = [pipe.decode(real), pipe.generate(captions, **options)]
+    save(DOCS / "instant.png", captioned_grid(rows, captions, columns=8, min_side=64))
+
+    rows = [p.generate(list(CAPTIONS), **options) for p in (before, pipe)]
+    larger = rows[1].shape[1] // rows[0].shape[1]
+    rows[0] = rows[0].repeat(larger, axis=1).repeat(larger, axis=2)
+    save(DOCS / "instant-before.png", captioned_grid(rows, CAPTIONS, columns=4))
+
+
+def save(path: Path, sheet: Float[np.ndarray, "H W 3"]) -> None:
+    """In 256 colours, a third of the bytes."""
+    image = Image.fromarray(to_uint8(sheet)).quantize(256, dither=Image.Dither.NONE)
+    image.save(path, optimize=True)
+    print(f"{path}: {path.stat().st_size / 1e3:.0f} kB")
+
+
+if __name__ == "__main__":
+    main()
