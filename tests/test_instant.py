@@ -59,8 +59,11 @@ def test_it_ships_whole_and_small():
 
 
 def test_it_draws_what_it_was_asked_for():
-    """Trained captions come out nearer to their own pictures than to one another's."""
-    captions = ["hot pepper", "red apple", "woman mechanic light skin tone", "blue heart"]
+    """Trained captions come out nearer to their own pictures than to one another's.
+
+    Chosen from those it has learned; "hot pepper" is not among them yet (docs/instant.md).
+    """
+    captions = ["tiger face", "red apple", "woman mechanic light skin tone", "blue heart"]
     known = {picture.caption: picture for picture in twemoji.pictures_of("train")}
     real = twemoji.read_images([known[caption] for caption in captions], 64) / 2 + 0.5
     pipe = microdit_jax.create_latent_diffusion(checkpoint="instant", dtype="float32")

@@ -27,7 +27,7 @@ ALLOWED = {"README.md", "config.json", "manifest.json", "vae", "weights.safetens
 CARD = """# {title}
 
 A MicroDiT of {parameters:,} parameters that draws emoji of {side} px from a few words. It knows the words of its {captions:,} captions
-and nothing else: try "hot pepper", "red apple" or "woman mechanic dark skin tone", not a sentence.
+and nothing else: try "red apple" or "woman mechanic dark skin tone", not a sentence.{notes}
 
 | | |
 |---|---|
@@ -67,18 +67,19 @@ def main() -> None:
         default="python train_main.py --config=configs/instant.py --workdir=out/instant",
         help="how it was trained, for the model card",
     )
+    parser.add_argument("--notes", default="", help="what else the model card should say")
     arguments = parser.parse_args()
-    ship(arguments.run, arguments.out, command=arguments.command)
+    ship(arguments.run, arguments.out, command=arguments.command, notes=arguments.notes)
     size = sum(path.stat().st_size for path in arguments.out.rglob("*") if path.is_file())
     print(f"{arguments.out}: {size / 1e6:.2f} MB")
 
 
-def ship(run: Path, out: Path, *, command: str) -> None:
+def ship(run: Path, out: Path, *, command: str, notes: str = "") -> None:
     """Writes the folder, which takes its name only once it is complete; an older one is replaced.
 
     Args:
       run: a training run that keeps an average of its weights and whose data made their codec.
-      command: how it was trained, for the model card.
+      command, notes: how it was trained, and what else to say, for the model card.
     Raises:
       UserError: not such a run; something else at `out`; more than 8 MB.
     """
@@ -103,7 +104,8 @@ def ship(run: Path, out: Path, *, command: str) -> None:
         write_safetensors(partial / instant.WEIGHTS, arrays)
         shutil.copy(run / "config.json", partial)
         size = sum(path.stat().st_size for path in partial.rglob("*") if path.is_file())
-        (partial / "README.md").write_text(card(run, metadata, step, arrays, size, command))
+        texts = {"command": command, "notes": notes and f"\n\n{notes}"}
+        (partial / "README.md").write_text(card(run, metadata, step, arrays, size, texts))
         checkpoint.write_json(partial / instant.MANIFEST, checkpoint.checksums(partial))
         size = sum(path.stat().st_size for path in partial.rglob("*") if path.is_file())
         if size > MOST_BYTES:
@@ -115,7 +117,7 @@ def ship(run: Path, out: Path, *, command: str) -> None:
 
 
 def card(
-    run: Path, metadata: dict, step: int, arrays: dict[str, Any], size: int, command: str
+    run: Path, metadata: dict, step: int, arrays: dict[str, Any], size: int, texts: dict
 ) -> str:
     """The model card, from what the run wrote down."""
     losses = last_heldout(run)["ema"]
@@ -137,10 +139,10 @@ def card(
         text_encoder=metadata["text_encoder"],
         vae=metadata["vae"],
         seed=metadata["config"]["seed"],
-        command=command,
         stages="\n".join(rows),
         attribution=metadata["attribution"],
         **losses,
+        **texts,
     )
 
 
