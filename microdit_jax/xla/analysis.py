@@ -196,10 +196,11 @@ def _reduced(
 
     found = reduced.extrapolate(parts, figures)
     bound = roofline.Bound(**found.pop("bound")) if "bound" in found else None
-    found["extrapolated"] = {
-        "from": " + ".join(f"{part.weight:.2f} x {part.name}" for part in parts),
-        "compile_seconds": sum(figures["compile_seconds"] for figures, *_ in done.values()),
-    }
+    # Of these the sum was spent, nothing is extrapolated.
+    for name in ("trace_seconds", "compile_seconds"):
+        found[name] = sum(figures[name] for figures, *_ in done.values())
+    weights = " + ".join(f"{part.weight:.2f} x {part.name}" for part in parts)
+    found["extrapolated"] = {"from": weights}
     return found, bound, done[parts[-1].network][2]
 
 

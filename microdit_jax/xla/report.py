@@ -70,9 +70,9 @@ def complete(
     forward = program.forward_flops * program.images / devices
     expected = program.passes + program.recomputed
     collectives = found["collectives"]
-    moved = sum(
-        collectives.get(kind, {}).get("bytes", 0.0) for kind in ("all-gather", "reduce-scatter")
-    )
+    # libtpu makes all-reduces of all reduce-scatters.
+    summed = "reduce-scatter" if "reduce-scatter" in collectives else "all-reduce"
+    moved = sum(collectives.get(kind, {}).get("bytes", 0.0) for kind in ("all-gather", summed))
     needed = sum(program.needed_exchange.values())
     found |= {
         "parameters": program.num_params,
@@ -181,11 +181,11 @@ def table(found: dict[str, Any]) -> str:
         f"{found['forward_flops'] / 1e12:.2f}; {found['flops_over_analytic']:.4f} of the count",
     )
     add("recomputed", f"{found['remat_factor']:.3f} forward passes")
-    add("bytes moved", f"{found['bytes_moved'] / 1e9:.1f} GB by {found['kernels']:,} kernels")
+    add("bytes moved", f"{found['bytes_moved'] / 1e9:.1f} GB by {found['kernels']:,.0f} kernels")
     for kind, entry in sorted(found["collectives"].items()):
         add(
             kind,
-            f"{entry['instructions']} instructions, {entry['runs']} runs, "
+            f"{entry['instructions']:,.0f} instructions, {entry['runs']:,.0f} runs, "
             f"{entry['bytes'] / 1e9:.3f} GB received",
         )
     exchange = found["weight_exchange"]
@@ -195,7 +195,8 @@ def table(found: dict[str, Any]) -> str:
         rows += _times(found)
     if "compiler_optimal_seconds" in found:
         add("compiler's optimal", f"{found['compiler_optimal_seconds']:.4f} s")
-    add("compiled in", f"{found['compile_seconds']:.0f} s")
+    shallow = ", all of the shallow networks" if "extrapolated" in found else ""
+    add("compiled in", f"{found['compile_seconds']:.0f} s{shallow}")
     if "extrapolated" in found:
         add("extrapolated from", found["extrapolated"]["from"])
     width = max(len(name) for name, _ in rows)
