@@ -1,30 +1,19 @@
-"""Every notebook's code runs from top to bottom, on a run of one step instead of the demo's."""
+"""Every notebook's code runs from top to bottom, with the model that comes along."""
 
 import pathlib
 
 import pytest
-from tiny_config import get_config
 
-from microdit_jax.train import train
 from tools.notebook_page import read_cells, run_cell
 
 DOCS = pathlib.Path(__file__).parent.parent / "docs"
 NOTEBOOKS = sorted(DOCS.glob("*.ipynb"))
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory) -> pathlib.Path:
-    folder = tmp_path_factory.mktemp("notebook")
-    config = get_config(str(folder / "data"))
-    config.train.steps = 1
-    train(config, folder / "run")
-    return folder / "run"
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
-def test_runs_from_top_to_bottom(path, run, monkeypatch):
-    monkeypatch.setenv("MODEL", str(run))
+def test_runs_from_top_to_bottom(path, monkeypatch):
+    monkeypatch.delenv("MODEL", raising=False)
     names: dict = {}
     ran = [
         run_cell(source, path.name, names) for kind, source in read_cells(path) if kind == "code"

@@ -1,6 +1,6 @@
 """Runs docs/generate.ipynb and writes what came out as a page: docs/generate.md and its pictures.
 
-  make demo && python tools/notebook_page.py     (MODEL=... takes another run than the demo's)
+  python tools/notebook_page.py     (MODEL=... takes another model than the one that comes along)
 
 The notebook itself is kept without outputs. Run this again when it changes: a test compares.
 """
@@ -17,8 +17,8 @@ from PIL import Image
 DOCS = Path(__file__).parent.parent / "docs"
 NOTEBOOK = DOCS / "generate.ipynb"
 NOTE = """!!! note
-    This page is the notebook `docs/generate.ipynb`, run from top to bottom with the model of
-    `make demo` by `tools/notebook_page.py`."""
+    This page is the notebook `docs/generate.ipynb`, run from top to bottom by
+    `tools/notebook_page.py`."""
 
 
 class Ran(NamedTuple):
