@@ -61,7 +61,7 @@ def test_it_ships_whole_and_small():
 def test_it_draws_what_it_was_asked_for():
     """Trained captions come out nearer to their own pictures than to one another's.
 
-    Of those that it has learned; "hot pepper" and "tiger face" are not yet among them (docs/instant.md).
+    Of those that it has learned; "hot pepper" is not among them yet (docs/instant.md).
     """
     captions = ["red apple", "woman mechanic light skin tone", "blue heart"]
     known = {picture.caption: picture for picture in twemoji.pictures_of("train")}
