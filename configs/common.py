@@ -209,6 +209,29 @@ def set_sizes(config: ConfigDict, sizes: Mapping) -> None:
         config.model.options.update(sizes)
 
 
+def set_emoji_network(
+    config: ConfigDict, *, dim: int, patch_mixer_dim: int, init_std: float
+) -> None:
+    """A network of four blocks, two with experts, after two of the mixer, for CPUs."""
+    sizes = {
+        "dtype": "float32",
+        "dim": dim,
+        "depth": 4,
+        "head_dim": 32,
+        "multiple_of": 32,
+        "qkv_multipliers": (0.5, 0.75, 1.0, 1.0),
+        "ffn_multipliers": (1.0, 2.0, 3.0, 4.0),
+        "patch_mixer_depth": 2,
+        "patch_mixer_dim": patch_mixer_dim,
+        "patch_mixer_mlp_ratio": 4.0,
+        "use_bias": False,
+        "init_std": init_std,
+        "num_experts": 4,
+        "expert_capacity": 2.0,
+    }
+    set_sizes(config, sizes)
+
+
 def _runlocal(config: ConfigDict) -> None:
     """The same stage in small: 32 px for 256 and 64 px for 512, all steps by one scale."""
     depth, narrow_mixer = 4, config.model.arch == "MicroDiT_XL_2"

@@ -26,23 +26,7 @@ def get_config(stage: str = ""):
     config = common.base()
     # No caption has more than 17 tokens; one in a hundred has more than 15.
     common.use_emoji(config, resolution=32, folder="out/data/twemoji", tokens=16, width=256)
-    sizes = {
-        "dtype": "float32",
-        "dim": 128,
-        "depth": 4,
-        "head_dim": 32,
-        "multiple_of": 32,
-        "qkv_multipliers": (0.5, 0.75, 1.0, 1.0),
-        "ffn_multipliers": (1.0, 2.0, 3.0, 4.0),
-        "patch_mixer_depth": 2,
-        "patch_mixer_dim": 64,
-        "patch_mixer_mlp_ratio": 4.0,
-        "use_bias": False,
-        "init_std": 0.06,
-        "num_experts": 4,
-        "expert_capacity": 2.0,
-    }
-    common.set_sizes(config, sizes)
+    common.set_emoji_network(config, dim=128, patch_mixer_dim=64, init_std=0.06)
     config.optim.update(
         learning_rate=3e-3, warmup_steps=100, decay_steps=STEPS, final_ratio=0.05, clip_norm=1.0,
         weight_decay=0.05,

@@ -40,24 +40,8 @@ def get_config(stage: str = ""):
         {"source": "twemoji", "folder": folder, "weight": 1.0},
         {"source": "twemoji_untoned", "folder": folder, "weight": 2.0},
     )
-    sizes = {
-        "dtype": "float32",
-        "dim": 160,
-        "depth": 4,
-        "head_dim": 32,
-        "multiple_of": 32,
-        "qkv_multipliers": (0.5, 0.75, 1.0, 1.0),
-        "ffn_multipliers": (1.0, 2.0, 3.0, 4.0),
-        "patch_mixer_depth": 2,
-        "patch_mixer_dim": 96,
-        "patch_mixer_mlp_ratio": 4.0,
-        "use_bias": False,
-        "init_std": 0.055,
-        "num_experts": 4,
-        "expert_capacity": 2.0,
-        "pos_interp_scale": resolution / 32,
-    }
-    common.set_sizes(config, sizes)
+    common.set_emoji_network(config, dim=160, patch_mixer_dim=96, init_std=0.055)
+    config.model.options.pos_interp_scale = resolution / 32
     if resolution == 32:
         config.optim.update(learning_rate=2.5e-3, final_ratio=0.2)
         config.ema.smoothing = 0.995

@@ -147,11 +147,14 @@ def from_model(
     )
 
 
+def draws_emoji(pipe: LatentDiffusion) -> bool:
+    """Whether the network is of the embedded pictures, which alone have a token table."""
+    return isinstance(pipe.text_encoder, TokenTable)
+
+
 def usual_guidance(pipe: LatentDiffusion) -> float:
-    """The guidance to begin with: 3 for a network of the embedded pictures, which alone have a
-    token table for captions, and for all others the reference's 5.
-    """
-    return 3.0 if isinstance(pipe.text_encoder, TokenTable) else 5.0
+    """The guidance to begin with: 3 for emoji, for all others the reference's 5."""
+    return 3.0 if draws_emoji(pipe) else 5.0
 
 
 def fitting_mesh(num_bytes: int, *, fsdp: int = 0) -> Mesh | None:

@@ -31,9 +31,10 @@ def run(config: ConfigDict, workdir: str | Path) -> bool:
             done = (checkpoints.latest_step() or 0) >= stage.train.steps
         if jax.process_index() == 0:
             print(f"stage {number + 1} of {len(config.stages)}, {name}{': done' * done}")
-        if not done:
-            done = int(train(stage, folder).step) >= stage.train.steps
-            _report(config, Path(workdir))
+        if done:
+            continue
+        done = int(train(stage, folder).step) >= stage.train.steps
+        _report(config, Path(workdir))
         if not done:
             return False
     return True

@@ -12,7 +12,7 @@ import io
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib
 from absl import app, flags
@@ -63,26 +63,40 @@ def series(lines: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[int, floa
     return found
 
 
-# ------------------------------------------------------------------ curves
-def curves(workdirs: Sequence[str | Path]) -> Figure:
-    """A column for each run, in the order given: loss by step, loss by noise, images a second.
+class Run(NamedTuple):
+    """A training run's folder, and what is read there: metrics.jsonl and config.json."""
+
+    workdir: Path
+    lines: list[dict[str, Any]]
+    metadata: dict[str, Any]
+
+
+def read(workdirs: Sequence[str | Path]) -> list[Run]:
+    """The runs of these folders.
 
     Raises:
       UserError: no runs, or one without metrics.jsonl.
     """
     if not workdirs:
         raise UserError("expected at least one run, found none; give --runs=WORKDIR")
-    figure = Figure(figsize=(3.4 * max(2, len(workdirs)), 8.4), layout="constrained", dpi=100)
-    panels = figure.subplots(3, len(workdirs), squeeze=False)
-    for column, workdir in zip(panels.T, map(Path, workdirs), strict=True):
-        lines, config = read_metrics(workdir), read_run_metadata(workdir)["config"]
+    folders = [Path(workdir).absolute() for workdir in workdirs]
+    return [Run(folder, read_metrics(folder), read_run_metadata(folder)) for folder in folders]
+
+
+# ------------------------------------------------------------------ curves
+def curves(runs: Sequence[Run]) -> Figure:
+    """A column for each run, in the order given: loss by step, loss by noise, images a second."""
+    figure = Figure(figsize=(3.4 * max(2, len(runs)), 8.4), layout="constrained", dpi=100)
+    panels = figure.subplots(3, len(runs), squeeze=False)
+    for column, shown in zip(panels.T, runs, strict=True):
+        config = shown.metadata["config"]
         ratio, side = config["train"]["mask_ratio"], config["model"]["options"]["input_size"]
         column[0].set_title(
-            f"{workdir.name}\nmask ratio {ratio:g}, latents {side} x {side}", fontsize=10
+            f"{shown.workdir.name}\nmask ratio {ratio:g}, latents {side} x {side}", fontsize=10
         )
-        _draw_losses(column[0], lines)
-        _draw_by_sigma(column[1], lines)
-        _draw_speed(column[2], lines)
+        _draw_losses(column[0], shown.lines)
+        _draw_by_sigma(column[1], shown.lines)
+        _draw_speed(column[2], shown.lines)
     for row, label in zip(panels, ("EDM loss", "held-out loss", "images/s"), strict=True):
         row[0].set_ylabel(label)
         for panel in row:
@@ -144,13 +158,12 @@ def write(workdirs: Sequence[str | Path], out: str | Path) -> None:
     out = Path(out)
     if out.suffix not in (".html", ".png"):
         raise UserError(f"expected a name that ends in .html or .png, found {out}")
-    picture = io.BytesIO()
-    curves(workdirs).savefig(picture, format="png")
+    runs, picture = read(workdirs), io.BytesIO()
+    curves(runs).savefig(picture, format="png")
     data = picture.getvalue()
     if out.suffix == ".html":
-        runs = [Path(workdir).absolute() for workdir in workdirs]
         page = PAGE.format(
-            title=html.escape(", ".join(run.name for run in runs)),
+            title=html.escape(", ".join(run.workdir.name for run in runs)),
             curves=base64.b64encode(data).decode(),
             rows="\n".join(map(_row, runs)),
             sheets="\n".join(_sheets(run, out.absolute().parent) for run in runs),
@@ -163,11 +176,10 @@ def write(workdirs: Sequence[str | Path], out: str | Path) -> None:
         partial.replace(out)
 
 
-def _row(run: Path) -> str:
+def _row(run: Run) -> str:
     """The run's last figures."""
-    lines = read_metrics(run)
     last: dict[str, Any] = {}
-    for line in lines:
+    for line in run.lines:
         last |= line
     kinds = last.get("heldout", {})
     losses = kinds.get("ema", kinds.get("raw", {}))
@@ -175,19 +187,19 @@ def _row(run: Path) -> str:
     cells = [f"{cell:.4f}" if cell is not None else "" for cell in cells]
     speed = last.get("speed", {}).get("images_per_second")
     cells += [f"{speed:,.0f}" if speed is not None else "", str(last.get("skipped", ""))]
-    cells = [html.escape(run.name), str(last.get("step", "")), *cells]
+    cells = [html.escape(run.workdir.name), str(last.get("step", "")), *cells]
     return f"<tr>{''.join(f'<td>{cell}' for cell in cells)}</tr>"
 
 
-def _sheets(run: Path, base: Path) -> str:
+def _sheets(run: Run, base: Path) -> str:
     """The run's sheets of samples, oldest first, each linked to its file."""
-    files = sorted((run / "samples").glob("step_*.png"))
+    files = sorted((run.workdir / "samples").glob("step_*.png"))
     if not files:
         return ""
     last = len(files) - 1
     count = min(NUM_SHEETS, len(files))
     chosen = sorted({round(i * last / max(1, count - 1)) for i in range(count)})
-    parts = [f"<h2>Samples of {html.escape(run.name)}</h2><div class='sheets'>"]
+    parts = [f"<h2>Samples of {html.escape(run.workdir.name)}</h2><div class='sheets'>"]
     for file in (files[i] for i in chosen):
         link = html.escape(Path(os.path.relpath(file, base)).as_posix(), quote=True)
         step = int(file.stem.removeprefix("step_"))
@@ -195,7 +207,7 @@ def _sheets(run: Path, base: Path) -> str:
             f"<figure><a href='{link}'><img src='{link}' alt='Samples at step {step}' "
             f"loading='lazy'></a><figcaption>step {step:,}</figcaption></figure>"
         )
-    attribution = read_run_metadata(run).get("attribution")
+    attribution = run.metadata.get("attribution")
     note = f"<p>Pictures: {html.escape(attribution)}</p>" if attribution else ""
     return "\n".join([*parts, f"</div>{note}"])
 

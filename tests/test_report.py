@@ -73,7 +73,7 @@ def test_a_page_shows_sheets_and_figures(tmp_path):
 
 def test_loss_by_noise_is_drawn_where_there_is_one(tmp_path):
     run = write_run(tmp_path / "a")
-    (_, by_sigma, speed) = report.curves([run]).axes
+    (_, by_sigma, speed) = report.curves(report.read([run])).axes
     assert [line.get_xydata().tolist() for line in by_sigma.lines] == [[[0.1, 2.0]]]
     assert by_sigma.get_xscale() == "log"
     assert speed.lines[0].get_xydata().tolist() == [[10, 1234.5]]

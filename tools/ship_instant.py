@@ -18,7 +18,9 @@ import numpy as np
 from convert.dit import config_from_dict
 from convert.safetensors_file import write_safetensors
 from microdit_jax import assets, checkpoint, instant, run_checkpoint, run_restore, weights
+from microdit_jax.data.sources import twemoji
 from microdit_jax.errors import Parser, UserError, disk_errors, exit_on_user_error
+from microdit_jax.metric_writer import read_metrics
 from microdit_jax.trees import flatten
 
 MOST_BYTES = 8_000_000  # of the whole folder
@@ -70,8 +72,12 @@ def main() -> None:
     parser.add_argument("--notes", default="", help="what else the model card should say")
     arguments = parser.parse_args()
     ship(arguments.run, arguments.out, command=arguments.command, notes=arguments.notes)
-    size = sum(path.stat().st_size for path in arguments.out.rglob("*") if path.is_file())
-    print(f"{arguments.out}: {size / 1e6:.2f} MB")
+    print(f"{arguments.out}: {folder_bytes(arguments.out) / 1e6:.2f} MB")
+
+
+def folder_bytes(folder: Path) -> int:
+    """Of all files in it."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def ship(run: Path, out: Path, *, command: str, notes: str = "") -> None:
@@ -103,11 +109,11 @@ def ship(run: Path, out: Path, *, command: str, notes: str = "") -> None:
         shutil.copytree(run / "vae", partial / "vae")
         write_safetensors(partial / instant.WEIGHTS, arrays)
         shutil.copy(run / "config.json", partial)
-        size = sum(path.stat().st_size for path in partial.rglob("*") if path.is_file())
+        size = folder_bytes(partial)
         texts = {"command": command, "notes": notes and f"\n\n{notes}"}
         (partial / "README.md").write_text(card(run, metadata, step, arrays, size, texts))
         checkpoint.write_json(partial / instant.MANIFEST, checkpoint.checksums(partial))
-        size = sum(path.stat().st_size for path in partial.rglob("*") if path.is_file())
+        size = folder_bytes(partial)
         if size > MOST_BYTES:
             raise UserError(
                 f"expected at most {MOST_BYTES:,} bytes, found {size:,}; train a smaller network"
@@ -133,7 +139,7 @@ def card(
         parameters=sum(array.size for array in arrays.values()),
         side=data["resolution"],
         captions=int(codec["name"].split("images=")[1].split("x")[0]),
-        heldout=128,
+        heldout=len(twemoji.pictures_of("heldout")),
         step=step,
         megabytes=size / 1e6,
         text_encoder=metadata["text_encoder"],
@@ -170,8 +176,7 @@ def chain(run: Path) -> list[Stage]:
 
 def last_heldout(run: Path) -> dict:
     """The run's last held-out losses, of the raw weights and of their average."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [line["heldout"] for line in lines if "heldout" in line][-1]
+    return [line["heldout"] for line in read_metrics(run) if "heldout" in line][-1]
 
 
 if __name__ == "__main__":

@@ -128,9 +128,8 @@ def _suggested(pipe) -> dict:
     """Prompts and a guidance to begin with."""
     from microdit_jax import create
 
-    emoji = pipe.text_encoder.name.startswith("table:")
     return {
-        "examples": EMOJI if emoji else PHOTOS,
+        "examples": EMOJI if create.draws_emoji(pipe) else PHOTOS,
         "guidance_scale": create.usual_guidance(pipe),
     }
 
