@@ -219,7 +219,8 @@ def test_cpus_get_the_looped_attention(monkeypatch):
 
 
 def test_nothing_there():
-    with pytest.raises(UserError, match="or one of dit_4_channel_22M.*, found nothing at nope"):
+    expected = "or one of instant, dit_4_channel_22M.*, found nothing at nope"
+    with pytest.raises(UserError, match=expected):
         assets.load_model("nope")
     with pytest.raises(UserError, match="dit_arch must be"):
         microdit_jax.create_latent_diffusion(dit_arch="DiT")

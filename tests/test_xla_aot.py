@@ -51,6 +51,17 @@ def test_a_name_the_compiler_does_not_know(monkeypatch):
         topologies.get("v5e:3x5")
 
 
+def test_another_libtpu_is_told():
+    """A newer one compiled for half an hour what jaxlib could not read."""
+    wanted = ["jaxlib==0.10.2", 'libtpu==0.0.42.*; extra == "tpu"']
+    assert topologies.other_libtpu(wanted, "0.0.42") == ""
+    assert topologies.other_libtpu(wanted, "0.0.42.1") == ""
+    assert topologies.other_libtpu(None, "0.0.52") == ""
+    for version in ("0.0.52", "0.0.420", "0.0.4"):
+        warning = topologies.other_libtpu(wanted, version)
+        assert f"expects libtpu 0.0.42.*, found {version}" in warning and "pip install" in warning
+
+
 def test_simulated_devices():
     assert len(topologies.get("cpu:4").devices) == 4
     with pytest.raises(UserError, match="device_count=99"):

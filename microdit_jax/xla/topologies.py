@@ -8,7 +8,6 @@ The compilers of TPUs (the wheel libtpu) and NVIDIA GPUs (jax[cuda12]) run on an
 cannot be put on such devices, programs be compiled for them.
 """
 
-import contextlib
 import dataclasses
 import importlib.metadata
 import importlib.resources
@@ -16,6 +15,8 @@ import importlib.util
 import math
 import os
 import re
+import sys
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -68,11 +69,8 @@ class Topology:
     @property
     def compiler(self) -> str:
         """The wheels that compile for it and their versions, "jaxlib 0.10.2, libtpu 0.0.52"."""
-        found = []
-        for wheel in ("jaxlib", *COMPILERS[self.platform]):
-            with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-                found.append(f"{wheel} {importlib.metadata.version(wheel)}")
-        return ", ".join(found)
+        wheels = ("jaxlib", *COMPILERS[self.platform])
+        return ", ".join(f"{wheel} {found}" for wheel in wheels if (found := _version(wheel)))
 
 
 def split_name(name: str) -> tuple[str, tuple[int, ...]]:
@@ -115,10 +113,30 @@ def prepare(name: str) -> None:
         return
     if not _installed("libtpu"):
         raise UserError(f"compiling for {name} needs the wheel libtpu, found none; {INSTALL}")
+    if warning := other_libtpu(importlib.metadata.requires("jax"), _version("libtpu")):
+        print(f"warning: {warning}", file=sys.stderr, flush=True)
     # Or libtpu looks for a TPU's host and its neighbours.
     os.environ["TPU_SKIP_MDS_QUERY"] = "1"
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+
+
+def other_libtpu(requirements: Iterable[str] | None, version: str) -> str:
+    """What to say of a libtpu that is not of the series JAX asks for; "" of one that is.
+
+    Another libtpu may compile for half an hour a program whose text jaxlib then cannot read.
+
+    Args:
+      requirements: of the wheel jax, among them "libtpu==0.0.42.*; extra == 'tpu'".
+      version: of the wheel libtpu.
+    """
+    pinned = re.search(r"libtpu\s*==\s*([\d.]+)\.\*", "\n".join(requirements or ()))
+    if not pinned or f"{version}.".startswith(f"{pinned[1]}."):
+        return ""
+    return (
+        f"jax {jax.__version__} expects libtpu {pinned[1]}.*, found {version}, whose programs it "
+        f"may not be able to read; {INSTALL}"
+    )
 
 
 def _installed(module: str) -> bool:
@@ -126,6 +144,13 @@ def _installed(module: str) -> bool:
         return importlib.util.find_spec(module) is not None
     except ModuleNotFoundError:  # its parent is not there
         return False
+
+
+def _version(wheel: str) -> str:
+    try:
+        return importlib.metadata.version(wheel)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
 
 
 def get(name: str) -> Topology:
