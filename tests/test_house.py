@@ -3,6 +3,7 @@
 import ast
 import itertools
 import pathlib
+import re
 
 import jaxtyping
 
@@ -100,3 +101,19 @@ def test_a_bare_array_is_noticed():
         "Scaler.apply: no docstring",
         "Scaler.apply: by has no type",
     ]
+
+
+def test_contributing_has_every_module():
+    """And no module that is gone."""
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    table = text.split("## Where things are")[1].split("## ")[0]
+    rows = [row.split("|")[1] for row in table.splitlines() if row.startswith("| `")]
+    named = set(re.findall(r"`([^`]+)`", " ".join(rows)))
+    package = ROOT / "microdit_jax"
+    places = {p.name for p in package.glob("*.py")} | {
+        f"{p.parent.name}/" for p in package.glob("*/__init__.py")
+    }
+    mapped = {name.removeprefix("microdit_jax/") for name in named}
+    assert places - {"__init__.py"} - mapped == set()
+    gone = {n for n in mapped if not (package / n).exists() and not (ROOT / n).exists()}
+    assert gone == set()
