@@ -49,7 +49,7 @@ check "grid in" microdit-sample --model=run --prompt="red apple" --num_inference
 check "error: unknown config key" bash -c \
   'microdit-train --config=configs/demo.py --workdir=x --config.nothing=1; test $? = 2'
 
-python -m microdit_jax.app --model=run --port=0 >page.log 2>&1 &
+python -m microdit_jax.app --port=0 >page.log 2>&1 &
 page=$!
 until grep -q "^Open " page.log; do
   kill -0 $page 2>/dev/null || { cat page.log; exit 1; }
