@@ -17,7 +17,7 @@ from microdit_jax.pictures import captioned_grid, to_uint8
 
 DOCS = Path(__file__).parent.parent / "docs"
 BEFORE = "out/demo/finetune"
-# All but the last were shown in training.
+# All but the last were shown in training, one as "crying cat".
 CAPTIONS = (
     "hot pepper", "red apple", "rocket", "dog face", "pizza", "penguin", "tiger face", "blue heart",
     "crying cat face", "mushroom", "firefighter medium skin tone", "woman mechanic dark skin tone",

@@ -132,8 +132,9 @@ async function* lines(stream) {
 function stage(count, pixels) {
   const columns = count === 1 ? 1 : count <= 4 ? 2 : Math.min(4, Math.ceil(count / 2));
   $("stage").style.setProperty("--columns", columns);
-  $("stage").style.setProperty("--tile", `${columns === 1 ? 480 : 720 / columns}px`);
-  const tiles = Array.from({ length: count }, () => picture(null, pixels));
+  const room = columns === 1 ? 480 : 720 / columns;
+  $("stage").style.setProperty("--tile", `${Math.min(room, 8 * pixels)}px`);
+  const tiles = Array.from({ length: count }, () => picture(null));
   for (const tile of tiles) tile.classList.add("drawing");
   $("stage").replaceChildren(...tiles);
   say("starting", 0);
@@ -188,13 +189,12 @@ function element(tag, text) {
   return made;
 }
 
-function picture(source, pixels, words = "") {
+function picture(source, words = "") {
   const tile = element("button", "");
   const image = document.createElement("img");
   tile.type = "button";
   tile.className = "picture";
   image.alt = words;
-  image.classList.toggle("small", pixels <= 128);
   image.hidden = true;
   tile.append(image);
   if (source) setImage(tile, source);
@@ -211,7 +211,7 @@ function renderGallery() {
   $("gallery-head").hidden = gallery.length === 0;
   $("gallery").replaceChildren(...gallery.map((entry) => {
     const figure = element("figure", "");
-    const tile = picture(address(entry), side(entry.request.model), entry.request.prompt);
+    const tile = picture(address(entry), entry.request.prompt);
     tile.addEventListener("click", () => open(entry));
     tile.firstElementChild.addEventListener("error", () => {
       // The server keeps the newest pictures only; their settings are here.
@@ -229,7 +229,6 @@ function open(entry) {
   const request = entry.request;
   shown = entry;
   $("details-image").src = address(entry);
-  $("details-image").classList.toggle("small", side(request.model) <= 128);
   $("details-prompt").textContent = request.prompt;
   const rows = {
     Model: request.model,
