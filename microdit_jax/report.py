@@ -18,6 +18,7 @@ import matplotlib
 from absl import app, flags
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from microdit_jax.cli import run
 from microdit_jax.errors import UserError, disk_errors
@@ -132,6 +133,10 @@ def _draw_by_sigma(panel: Axes, lines: Sequence[Mapping[str, Any]]) -> None:
             style = {"marker": "o", "ms": 3, "lw": 1.2, "color": color}
             panel.plot(*zip(*points, strict=True), label=f"step {step}", **style)
             panel.set_xscale("log")
+            # Its own labels run into one another where the noise levels span less than a decade.
+            panel.xaxis.set_major_locator(LogLocator(subs=(1.0, 3.0)))
+            panel.xaxis.set_major_formatter("{x:g}")
+            panel.xaxis.set_minor_formatter(NullFormatter())
     panel.set_xlabel("noise, sigma")
 
 
