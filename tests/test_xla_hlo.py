@@ -58,6 +58,21 @@ def test_products(text, flops):
     assert not counts.uncounted
 
 
+def test_an_instruction_may_go_on_in_the_first_column():
+    """As Pallas kernels' metadata does; what follows them was lost once."""
+    kernel, after = (
+        'custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={\n'
+        '"xprof_metadata":"{\\"block_q\\": 128}"\n}}, ',
+        "\n  ROOT %r = bf16[8,16,128,64]{3,2,1,0} copy(%o)",
+    )
+    body = SPLASH.replace("ROOT ", "").replace('custom_call_target="tpu_custom_call", ', kernel)
+    found = parse(module(body + after))
+    assert [i.name for i in found.entry] == ["s", "q", "k", "o", "r"]
+    assert found.entry.root.opcode == "copy"
+    counts = hlo.count(module(body + after))
+    assert counts.flops == 2 * 2 * 8 * 16 * 128 * 256 * 64 and not counts.uncounted
+
+
 def test_unknown_kernels_are_named():
     counts = hlo.count(module(SPLASH.replace("splash_mha_fwd_no_residuals", "mystery")))
     assert counts.uncounted == {"tpu_custom_call": 1} and counts.flops == 0

@@ -146,7 +146,7 @@ def parse(text: str) -> Module:
       ValueError: the text has no entry computation.
     """
     computations, entry, current = {}, None, None
-    for line in text.splitlines():
+    for line in _whole_lines(text):
         if current is None:
             if line.endswith("{") and "->" in line:
                 head = line.removeprefix("ENTRY ").lstrip("%")
@@ -154,13 +154,32 @@ def parse(text: str) -> Module:
                 computations[current.name] = current
                 if line.startswith("ENTRY "):
                     entry = current
-        elif line.startswith("}"):
+        elif line == "}":
             current = None
         elif (instruction := _instruction(line)) is not None:
             current.instructions[instruction.name] = instruction
     if entry is None:
         raise ValueError(f"expected the text of an HLO module, found {text[:80]!r}")
     return Module(computations, entry)
+
+
+def _whole_lines(text: str) -> Iterator[str]:
+    """Lines, those of one instruction as one.
+
+    A Pallas kernel's metadata goes on in the first column, and may start with a closing brace.
+    """
+    whole: list[str] = []
+    for line in text.splitlines():
+        if whole and line[:1] not in ("", " ", "}") or line.startswith("}}"):
+            whole.append(line)
+            continue
+        if whole:
+            yield " ".join(whole)
+        whole = [line] if line.startswith("  ") else []
+        if not whole:
+            yield line
+    if whole:
+        yield " ".join(whole)
 
 
 def _instruction(line: str) -> Instruction | None:
