@@ -1,6 +1,7 @@
 """Names of topologies, the roofline, extrapolation over depth, the search, reports."""
 
 import json
+import pathlib
 
 import pytest
 
@@ -174,3 +175,11 @@ def test_written_read_and_drawn(tmp_path):
         (tmp_path / "other.json").write_text(json.dumps(other))
         with pytest.raises(UserError, match=message):
             plot.read([tmp_path / "other.json"])
+
+
+def test_a_count_far_off_is_called_doubtful():
+    reports = pathlib.Path(__file__).parent.parent / "docs" / "aot"
+    found = json.loads((reports / "res_256_pretrain_h100_8.json").read_text())
+    assert "DOUBTFUL" not in report.table(found)
+    found["flops_over_analytic"] = 0.005
+    assert "DOUBTFUL: far from the count" in report.table(found)

@@ -180,6 +180,8 @@ def table(found: dict[str, Any]) -> str:
         f"{found['flops'] / 1e12:.2f} TFLOP, {found['forward_passes']:.3f} forward passes of "
         f"{found['forward_flops'] / 1e12:.2f}; {found['flops_over_analytic']:.4f} of the count",
     )
+    if not 0.9 < found["flops_over_analytic"] < 1.2:
+        add("", "DOUBTFUL: far from the count; kernels were missed, or more is computed")
     add("recomputed", f"{found['remat_factor']:.3f} forward passes")
     add("bytes moved", f"{found['bytes_moved'] / 1e9:.1f} GB by {found['kernels']:,.0f} kernels")
     for kind, entry in sorted(found["collectives"].items()):
