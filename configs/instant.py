@@ -1,4 +1,4 @@
-"""The instant model: the demo's two stages, larger and longer, an hour and a half on two CPU cores.
+"""The instant model: the demo's two stages, larger and longer, an hour on two CPU cores.
 
 Its weights come with the package (docs/instant.md); this is how they were made, and how to make
 better ones. Pictures: Twemoji, CC-BY 4.0.
@@ -17,7 +17,7 @@ STEPS = {"stage1": 400, "stage2": 12_000}  # the second counts on from the first
 
 
 def get_config(stage: str = ""):
-    """ "stage1", "stage2", or both."""
+    """One of the stages, or both."""
     if not stage:
         return common.stages(**{name: get_config(name) for name in STEPS})
     if stage not in STEPS:

@@ -71,6 +71,14 @@ def test_an_instruction_may_go_on_in_the_first_column():
     assert found.entry.root.opcode == "copy"
     counts = hlo.count(module(body + after))
     assert counts.flops == 2 * 2 * 8 * 16 * 128 * 256 * 64 and not counts.uncounted
+    # Of another thread's computation the last line says more than its brace.
+    other = (
+        '%other (p: f32[]) -> f32[] {\n  ROOT %p = f32[] parameter(0)\n}, execution_thread="host"\n'
+    )
+    found = parse(module(body + after, other))
+    assert {name: len(c.instructions) for name, c in found.computations.items()} == {
+        "other": 1, "main": 5,
+    }  # fmt: skip
 
 
 def test_unknown_kernels_are_named():

@@ -154,7 +154,7 @@ def parse(text: str) -> Module:
                 computations[current.name] = current
                 if line.startswith("ENTRY "):
                     entry = current
-        elif line == "}":
+        elif _ends_computation(line):
             current = None
         elif (instruction := _instruction(line)) is not None:
             current.instructions[instruction.name] = instruction
@@ -168,18 +168,24 @@ def _whole_lines(text: str) -> Iterator[str]:
 
     A Pallas kernel's metadata goes on in the first column, and may start with a closing brace.
     """
-    whole: list[str] = []
+    pending = ""  # an instruction that may go on
     for line in text.splitlines():
-        if whole and line[:1] not in ("", " ", "}") or line.startswith("}}"):
-            whole.append(line)
+        if pending and line[:1] not in ("", " ") and not _ends_computation(line):
+            pending += f" {line}"
             continue
-        if whole:
-            yield " ".join(whole)
-        whole = [line] if line.startswith("  ") else []
-        if not whole:
+        if pending:
+            yield pending
+            pending = ""
+        if line.startswith("  "):
+            pending = line
+        else:
             yield line
-    if whole:
-        yield " ".join(whole)
+    if pending:
+        yield pending
+
+
+def _ends_computation(line: str) -> bool:
+    return line == "}" or line.startswith("}, execution_thread=")
 
 
 def _instruction(line: str) -> Instruction | None:
