@@ -193,7 +193,7 @@ def use_emoji(
         resolution=resolution,
         vae=f"patch_pca:patch={patch},channels={channels},resolution=32",
         text_encoder=f"table:width={width},tokens={tokens},seed=0",
-        threads=1,
+        threads=0,  # all in memory
     )
     config.data.heldout.update(source="twemoji", folder=folder)
     config.model.options.update(

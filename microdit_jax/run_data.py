@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from jax.sharding import Mesh
+from jaxtyping import Int
 from ml_collections import ConfigDict
 
 from microdit_jax import hosts
@@ -90,6 +91,10 @@ class _Numbered:
     def __getitem__(self, index: int) -> Record:
         record = self._source[index]
         return {name: record[name] for name in self._names} | {"source": self._number}
+
+    def rows(self, indices: Int[np.ndarray, " n"]) -> Record:
+        numbers = np.full(len(indices), self._number)
+        return pipeline.rows(self._source, indices, self._names) | {"source": numbers}
 
 
 def load_data(config: ConfigDict, mesh: Mesh) -> RunData:

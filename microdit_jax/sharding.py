@@ -12,6 +12,7 @@ all-to-all that no sharding rule asked for (19 in a step of six small blocks on 
 cannot place Pallas kernels at all.
 """
 
+import functools
 import math
 from collections import defaultdict
 from collections.abc import Sequence
@@ -22,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from microdit_jax.errors import UserError
 
@@ -157,12 +158,19 @@ def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
             f"the batch must be a multiple of {mesh.size} devices, found {rows} on each of "
             f"{processes} processes; change train.batch_size"
         )
-    position = jax.process_index() * local + np.arange(local, dtype=np.int32)
     split, whole = batch_sharding(mesh), NamedSharding(mesh, P())
-    return {
+    placed = {
         name: jax.make_array_from_process_local_data(split if np.ndim(value) else whole, value)
-        for name, value in {"position": position, **batch}.items()
+        for name, value in batch.items()
     }
+    return {"position": _positions(local, mesh), **placed}
+
+
+@functools.lru_cache(maxsize=8)
+def _positions(local: int, mesh: Mesh) -> Int[jax.Array, " n"]:
+    """The same for every batch of a size."""
+    here = jax.process_index() * local + np.arange(local, dtype=np.int32)
+    return jax.make_array_from_process_local_data(batch_sharding(mesh), here)
 
 
 # ------------------------------------------------- exchanges, inside shard_map over all three axes

@@ -164,3 +164,23 @@ def test_an_error_in_a_source_reaches_the_caller():
 def test_bad_values_are_named(changes, message):
     with pytest.raises(UserError, match=message):
         dataset(**changes)
+
+
+class Rows(Numbers):
+    """The same records, also read many at a time."""
+
+    def rows(self, indices):
+        return {
+            name: np.stack([self[i][name] for i in indices.tolist()])
+            for name in ("latents", "caption_latents", "index")
+        }
+
+
+@pytest.mark.parametrize("threads", [0, 2])
+def test_reading_rows_and_reading_threads_change_nothing(threads):
+    one_by_one = [Numbers(7), Numbers(50, 100), Numbers(20, 1000)]
+    mixed = [Rows(7), Numbers(50, 100), Rows(20, 1000)]
+    expected = take(batches(dataset(sources=one_by_one), 0), 12)
+    found = take(batches(dataset(sources=mixed), 0, threads=threads), 12)
+    assert len(set(np.digitize(found["index"].ravel(), [100, 1000]))) == 3
+    equal(found, expected)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from microdit_jax.data.records import check_made_by
 from microdit_jax.data.sources import twemoji
@@ -95,6 +95,14 @@ class LatentSource:
             "caption": self.captions[index],
             "id": str(index),
             "index": np.int32(index),
+        }
+
+    def rows(self, indices: Int[np.ndarray, " n"]) -> dict[str, np.ndarray]:
+        """The arrays of these records, stacked."""
+        return {
+            "latents": self.latents[indices].astype(np.float32, copy=False),
+            "caption_latents": self.caption_latents[indices].astype(np.float16, copy=False),
+            "index": indices.astype(np.int32),
         }
 
     def subset(self, keep: Sequence[bool]) -> "LatentSource":
