@@ -1,5 +1,6 @@
 """Names of topologies, the roofline, extrapolation over depth, the search, reports."""
 
+import dataclasses
 import json
 import pathlib
 
@@ -183,3 +184,13 @@ def test_a_count_far_off_is_called_doubtful():
     assert "DOUBTFUL" not in report.table(found)
     found["flops_over_analytic"] = 0.005
     assert "DOUBTFUL: far from the count" in report.table(found)
+
+
+def test_kernels_that_nobody_can_count_are_named():
+    memory = {"arguments": 1, "outputs": 1, "aliased": 1, "temporaries": 1}
+    found = report.measure(memory, {}, dataclasses.replace(COUNTS, uncounted={"my_kernel": 12}))
+    reports = pathlib.Path(__file__).parent.parent / "docs" / "aot"
+    whole = json.loads((reports / "res_256_pretrain_h100_8.json").read_text())
+    assert "WITHOUT" not in report.table(whole)
+    text = report.table(whole | {"uncounted": found["uncounted"]})
+    assert "WITHOUT 12 runs of the kernel my_kernel" in text

@@ -36,6 +36,7 @@ def measure(memory: dict[str, Any], cost: dict[str, Any], counts: hlo.Counts) ->
         "flops_by_type": dict(counts.flops_by_type),
         "bytes_moved": counts.num_bytes,
         "kernels": sum(k.times for k in counts.kernels),
+        "uncounted": dict(counts.uncounted),
         "collectives": collectives,
     }
     if cost.get("optimal_seconds", -1) > 0:
@@ -182,6 +183,8 @@ def table(found: dict[str, Any]) -> str:
     )
     if not 0.9 < found["flops_over_analytic"] < 1.2:
         add("", "DOUBTFUL: far from the count; kernels were missed, or more is computed")
+    for name, runs in found.get("uncounted", {}).items():  # older reports have none
+        add("", f"WITHOUT {runs:,.0f} runs of the kernel {name}, whose operations nobody knows")
     add("recomputed", f"{found['remat_factor']:.3f} forward passes")
     add("bytes moved", f"{found['bytes_moved'] / 1e9:.1f} GB by {found['kernels']:,.0f} kernels")
     for kind, entry in sorted(found["collectives"].items()):
