@@ -13,8 +13,7 @@ setup: .venv/.ready
 	$(BIN)/pip install -qq --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-# XLA asks for a program's memory anew at each call: huge pages are cleared in a fraction of the time,
-# an eighth of the demo's (docs/performance.md). Other C libraries than glibc ignore it.
+# The preset of microdit_jax/xla/presets.py for CPUs.
 demo: export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 demo: setup  ## train a small MicroDiT from scratch, two stages, and draw what it was not shown
 	$(BIN)/python train_main.py --config=configs/demo.py --workdir=$(DEMO)

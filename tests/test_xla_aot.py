@@ -74,6 +74,9 @@ def test_presets():
     assert "xla_gpu_autotune_level" not in presets.compiler_options("gpu")
     assert "xla_gpu_autotune_level" in presets.compiler_options("cuda", without_a_device=True)
     assert presets.environment("cuda").startswith("export XLA_PYTHON_CLIENT_MEM_FRACTION=")
+    makefile = (pathlib.Path(__file__).parent.parent / "Makefile").read_text()
+    for name, value in presets.ENVIRONMENT["cpu"].items():
+        assert f"demo: export {name} ?= {value}\n" in makefile
     with pytest.raises(UserError, match="cuda, tpu, cpu, found 'rocm'"):
         presets.environment("rocm")
 
