@@ -32,7 +32,9 @@ from microdit_jax.cli import run
 from microdit_jax.metric_writer import read_metrics
 from microdit_jax.run_config import make_optimizer, make_step
 
-STEPS = flags.DEFINE_integer("steps", 250, "Steps of the loop, and as many bare ones.")
+STEPS = flags.DEFINE_integer(
+    "steps", 250, "Steps of the loop, and as many bare ones.", lower_bound=100
+)
 PROCESSES = flags.DEFINE_integer("processes", 6, "One after another.", lower_bound=1)
 STAGE = flags.DEFINE_string("stage", "pretrain", "Of the demo: pretrain or finetune.")
 EVERY = 50

@@ -22,7 +22,7 @@ NOTE = "microdit_jax"  # where a written file says what it was made from
 EXAMPLE = """example:
   python -m convert --kind=dit --input=dit_4_channel_0.5B_synthetic_data.pt --output=models/dit
   python -m convert --kind=vae --input=stable-diffusion-xl-base-1.0 --output=models/vae
-  python -m convert --kind=clip_text --input=open_clip_pytorch_model.bin --output=models/clip
+  python -m convert --kind=clip_text --input=DFN5B-CLIP-ViT-H-14-378 --output=models/clip_text
   python -m convert --kind=dit --to=torch --input=models/dit --output=dit.safetensors
 """
 

@@ -60,6 +60,10 @@ _REQUIRED = {
     "dense_act_fn": "gelu_new",
     "is_gated_act": True,
 }
+TOKENIZER_FILES = (
+    "spiece.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+    "added_tokens.json",
+)  # fmt: skip
 _FIELDS = {
     "d_model": "width",
     "num_layers": "layers",

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +16,7 @@ from convert.inputs import Input, describe_source, find_input, read_tensors
 from convert.kinds import KINDS, make_config
 from convert.state_dict import StateDict
 from microdit_jax.checkpoint import read_metadata, save_model
-from microdit_jax.errors import UserError
+from microdit_jax.errors import UserError, disk_errors
 
 BIG = 1 << 28  # bytes from which a progress bar is shown
 
@@ -48,7 +49,8 @@ def convert_to_folder(
     values = {name: (given or {}).get(name) for name in kind.options}
     options = {**values, "config": source.config}
     if output.exists():
-        return _check_same(source, options, output)
+        _check_same(source, options, output)
+        return _copy_tokenizer(module, source, output)
     with ThreadPoolExecutor(1) as pool:
         found = read_tensors(source.files, module.PART)
         if hasattr(module, "select"):
@@ -74,8 +76,26 @@ def convert_to_folder(
             "options": options,
         }
         save_model(output, params, metadata | dict(notes or {}))
+    _copy_tokenizer(module, source, output)
     say("parameters", f"{read_metadata(output)['parameters']:,}")
     say_time(start, num_bytes)
+
+
+def _copy_tokenizer(module: ModuleType, source: Input, output: Path) -> None:
+    """To <output>/tokenizer, for kinds that have theirs in files beside the weights."""
+    if not hasattr(module, "TOKENIZER_FILES") or (output / "tokenizer").exists():
+        return
+    beside = source.files[0].parent
+    found = [beside / name for name in module.TOKENIZER_FILES if (beside / name).is_file()]
+    if not found:
+        say("", f"no tokenizer in {beside}; to encode texts put its files into {output}/tokenizer")
+        return
+    partial = output / ".tokenizer.partial"
+    with disk_errors(partial):
+        partial.mkdir(exist_ok=True)
+        for file in found:
+            shutil.copy(file, partial)
+        partial.rename(output / "tokenizer")
 
 
 def _check_same(source: Input, options: dict[str, Any], output: Path) -> None:
@@ -83,9 +103,10 @@ def _check_same(source: Input, options: dict[str, Any], output: Path) -> None:
     made_from = read_metadata(output)
     same = made_from.get("source", {}).get("sha256") == describe_source(source.files)["sha256"]
     if not same or made_from.get("options") != options:
+        made = made_from.get("source", {}).get("file", "another file")
         raise UserError(
-            f"expected {output} not to exist, found a model made from {made_from.get('source')} "
-            f"with {made_from.get('options')}; choose another --output or remove it"
+            f"expected {output} not to exist, found a {made_from['kind']} made from {made}, maybe "
+            "with other options; choose another --output or remove it"
         )
     say("nothing to do", f"{output} is complete, from the same file")
 

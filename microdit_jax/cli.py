@@ -49,6 +49,8 @@ def run(main: Callable[[list[str]], None]) -> None:
     def parse(argv: list[str]) -> list[str]:
         try:
             return flags.FLAGS(_with_installed_configs(argv))
+        except SystemExit:  # absl ends --help with 1
+            raise SystemExit(0) from None
         # What absl and ml_collections raise for flags, files, keys and values they cannot take
         except (flags.Error, LookupError, AttributeError, TypeError, ValueError, OSError) as error:
             raise UserError(f"{_last_words(error)}; see {argv[0]} --help") from error
@@ -96,6 +98,9 @@ def _with_installed_configs(argv: list[str]) -> list[str]:
 
 def _last_words(error: Exception) -> str:
     """The reason at the end of ml_collections' message, which may be a whole traceback."""
+    missing = re.search(r"flag --(\w+)=None", str(error))
+    if missing:
+        return f"--{missing[1]} must be given, found none"
     words = str(error).strip().splitlines()[-1].split("UserError: ")[-1].strip()
     unknown_key = re.search(r"'(\w+)[\\\\']", str(error)) if "flag" not in str(error) else None
     return (

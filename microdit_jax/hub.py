@@ -6,6 +6,7 @@ mean what they mean to huggingface_hub, which also shows progress and resumes br
 """
 
 import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -125,6 +126,8 @@ def _fetch_first(repository: str, names: Sequence[str]) -> Path:
     import huggingface_hub  # a second to import, and not needed where files are given by hand
     from huggingface_hub import constants, errors
 
+    # It tells every one of its tries; what came of them is told below.
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     why: tuple[str, Exception | None] = ("it has no such file", None)
     for name in names:
         try:
@@ -145,5 +148,6 @@ def _fetch_first(repository: str, names: Sequence[str]) -> Path:
     place = local_folder(repository)
     raise UserError(
         f"expected {' or '.join(names)} of the Hugging Face repository {repository}, could not "
-        f"fetch it ({why[0]}); try again, or put the repository's files into {place} by hand"
+        f"fetch it ({why[0]}); try again, or put the repository's files into {place} by hand, as "
+        f"{place / names[0]}"
     ) from why[1]

@@ -59,7 +59,7 @@ def make_mesh(
     elif free or given != count:
         raise UserError(
             f"the mesh {found} takes {'a multiple of ' * bool(free)}{given} devices, found {count};"
-            f" choose sizes whose product divides {count} and set one of them to -1"
+            f" choose sizes whose product is {count}, such as mesh=-1x1x1 (-1: the rest)"
         )
     # Auto: sharding stays out of the arrays' types, and Flax and Optax need not know of it.
     return jax.make_mesh(

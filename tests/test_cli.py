@@ -25,7 +25,7 @@ DEMO = "--config=configs/demo.py:pretrain"
         (["train_main.py", DEMO, "--workdir=x", "--config.foo=1"], "unknown config key 'foo'"),
         (["train_main.py", "--config=configs/demo.py:x", "--workdir=x"], "has stages pretrain"),
         (["train_main.py", "--config=nope.py", "--workdir=x"], "--config must be a Python file"),
-        (["train_main.py", DEMO], "--workdir must have a value"),
+        (["train_main.py", DEMO], "--workdir must be given, found none; see"),
         (["train_main.py", DEMO, "--workdir=x", "--bogus"], "Unknown command line flag 'bogus'"),
         (
             ["train_main.py", DEMO, "--workdir=x", "--config.train.mask_ratio=1.0"],
@@ -46,7 +46,7 @@ def test_bad_input(args, message):
 
 def test_help_shows_an_example():
     result = command("sample_main.py", "--help")
-    assert "python sample_main.py --model=" in result.stdout
+    assert "python sample_main.py --model=" in result.stdout and result.returncode == 0
 
 
 def test_configs_of_an_installed_package(monkeypatch, tmp_path):

@@ -100,7 +100,13 @@ def test_t5_by_command(tmp_path, t5_tensors, capsys):
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     (folder / "config.json").write_text(str(others["config"]))
     run("--kind=t5", f"--input={tmp_path}", f"--output={model}", "--max_tokens=40")
-    assert "3 blocks of width 32, 4 heads of 8" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "3 blocks of width 32, 4 heads of 8" in told and "no tokenizer in" in told
+    # Its tokenizer comes along, also when it was put there later.
+    (folder / "spiece.model").write_bytes(b"pieces")
+    run("--kind=t5", f"--input={tmp_path}", f"--output={model}", "--max_tokens=40")
+    assert "nothing to do" in capsys.readouterr().out
+    assert (model / "tokenizer" / "spiece.model").read_bytes() == b"pieces"
     encoder = t5.load_encoder(model)
     found = encoder.encode(others["tokens"], others["attention_mask"])
     assert encoder.max_tokens == 40 and relative_l2(found, others["hidden"]) < 2e-5

@@ -205,7 +205,10 @@ def test_geneval_is_drawn_then_scored(subject, tmp_path):
     assert result["geneval"]["tasks"] == {"counting": 0.5, "colors": 0.6}
     assert result["results"][0]["scores"]["geneval"]["mean"] == 0.55
     assert any("without the tasks single_object, two_object" in n for n in result["notes"])
-    assert "| published: dit_4_channel_37M" in (tmp_path / "out/result.md").read_text()
+    text = (tmp_path / "out/result.md").read_text()
+    # All pictures that the detector saw; of the published one's, FID's 30,000 are not meant.
+    assert f"| {2 * geneval.SAMPLES + 1} |" in text and "30000" not in text
+    assert "| published: dit_4_channel_37M" in text and "| counting | 0.5 |" in text
 
 
 @pytest.mark.parametrize(
@@ -213,8 +216,8 @@ def test_geneval_is_drawn_then_scored(subject, tmp_path):
     [
         ({"metrics": ("lpips",)}, "--metrics takes fid, .*found lpips"),
         ({"metrics": ()}, "found none"),
-        ({"metrics": ("fid",)}, "fid need --inception, found none; or take frechet_small"),
-        ({"metrics": ("clip_score",)}, "clip_score need --clip"),
+        ({"metrics": ("fid",)}, "--inception is needed for fid, found none; or take frechet_small"),
+        ({"metrics": ("clip_score",)}, "--clip is needed for clip_score"),
         ({"metrics": ("fid", "frechet_small"), "inception": "x"}, "goes without fid"),
         ({"metrics": ("geneval",)}, "geneval needs --geneval_prompts to draw"),
         ({"metrics": ("geneval",), "geneval_results": "x", "seeds": (1, 2)}, "found 2 sets"),

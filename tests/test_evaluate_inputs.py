@@ -133,7 +133,7 @@ def test_statistics_alone_give_no_recall():
     real, drawn = (rng.standard_normal((40, 4)).astype(np.float32) for _ in range(2))
     alone = Reference(Statistics.of(real), None, {})
     assert feature_scores(["fid"], drawn, alone).keys() == {"fid"}
-    with pytest.raises(UserError, match="kid, precision_recall need the features of all real"):
+    with pytest.raises(UserError, match="for kid, precision_recall expected the features"):
         feature_scores(["fid", "kid", "precision_recall"], drawn, alone)
     whole = Reference(Statistics.of(real), real, {})
     found = feature_scores(["kid", "precision_recall"], drawn, whole)
@@ -176,7 +176,7 @@ def test_fid_and_clip_score_from_converted_files(subject, tmp_path, monkeypatch)
     ("flags", "message"),
     [
         (["--model=nowhere"], "error: --model must be a training run, .*found nothing at nowhere"),
-        (["--metrics=fid", "--model=x"], "error: fid need --inception, found none"),
+        (["--metrics=fid", "--model=x"], "error: --inception is needed for fid, found none"),
     ],
 )
 def test_the_commands_one_line(flags, message, tmp_path):

@@ -101,7 +101,7 @@ def test_make_mesh():
     ("sizes", "message"),
     [
         ((2, 2, 1), "data=2, fsdp=2, expert=1 takes 4 devices, found 8"),
-        ((-1, 3, 1), "takes a multiple of 3 devices, found 8; choose sizes whose product divides"),
+        ((-1, 3, 1), "takes a multiple of 3 devices, found 8; choose sizes whose product is 8"),
         ((-1, -1, 1), "at most one of them -1"),
         ((-1, 0, 1), "must be positive"),
     ],

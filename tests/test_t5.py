@@ -134,7 +134,7 @@ def test_text_to_vectors(tiny, tokenizer_folder):
     vectors = encoder.encode_text(["a cat", "cat"])
     assert vectors.shape == (2, encoder.max_tokens, encoder.width) == (2, 9, 8)
     np.testing.assert_array_equal(vectors, encoder.encode(*tokenizer(["a cat", "cat"])))
-    with pytest.raises(UserError, match="without a tokenizer; give T5Tokenizer"):
+    with pytest.raises(UserError, match="tokenizer with tower, found none; put spiece.model"):
         T5Encoder("tower", TINY, tiny).encode_text(["cat"])
 
 

@@ -1,9 +1,11 @@
 """Writes docs/api/: a page for each group of modules, which mkdocstrings fills from docstrings.
 
-python tools/api_pages.py     (make docs runs it; the pages are not kept)
+python -m tools.api_pages     (make docs runs it; the pages are not kept)
 """
 
 from pathlib import Path
+
+from microdit_jax.errors import Parser, exit_on_user_error
 
 ROOT = Path(__file__).parent.parent
 
@@ -100,4 +102,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with exit_on_user_error():
+        Parser("tools.api_pages", __doc__).parse_args()
+        main()

@@ -1,6 +1,6 @@
 """Draws the method for docs/how-it-works.md, all numbers and choices from the code itself.
 
-  python tools/draw_method.py          (writes docs/method.svg, docs/experts.svg, docs/flops.svg)
+  python -m tools.draw_method          (writes docs/method.svg, docs/experts.svg, docs/flops.svg)
 
 Run it again after a change of the network's sizes, its masking or its routing. Needs matplotlib.
 """
@@ -16,6 +16,7 @@ from PIL import Image
 
 from microdit_jax import assets
 from microdit_jax.data.sources import twemoji
+from microdit_jax.errors import Parser, exit_on_user_error
 from microdit_jax.models import dit, flops, masking, moe
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -223,4 +224,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with exit_on_user_error():
+        Parser("tools.draw_method", __doc__).parse_args()
+        main()

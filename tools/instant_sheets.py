@@ -1,6 +1,6 @@
 """Draws docs/instant.png and docs/instant-before.png: held-out captions, and the demo beside it.
 
-  make demo && python tools/instant_sheets.py      (MODEL=... takes another than the one shipped)
+  make demo && python -m tools.instant_sheets      (MODEL=... takes another than the one shipped)
 
 Run it again when the weights change.
 """
@@ -13,6 +13,7 @@ from jaxtyping import Float
 from PIL import Image
 
 from microdit_jax import create
+from microdit_jax.errors import Parser, exit_on_user_error
 from microdit_jax.pictures import captioned_grid, to_uint8
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -48,4 +49,6 @@ def save(path: Path, sheet: Float[np.ndarray, "H W 3"]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with exit_on_user_error():
+        Parser("tools.instant_sheets", __doc__).parse_args()
+        main()

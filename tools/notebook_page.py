@@ -1,6 +1,6 @@
 """Runs docs/generate.ipynb and writes what came out as a page: docs/generate.md and its pictures.
 
-  python tools/notebook_page.py     (MODEL=... takes another model than the one that comes along)
+  python -m tools.notebook_page     (MODEL=... takes another model than the one that comes along)
 
 The notebook itself is kept without outputs. Run this again when it changes: a test compares.
 """
@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from PIL import Image
+
+from microdit_jax.errors import Parser, exit_on_user_error
 
 DOCS = Path(__file__).parent.parent / "docs"
 NOTEBOOK = DOCS / "generate.ipynb"
@@ -72,4 +74,6 @@ def make_page(path: Path) -> None:
 
 
 if __name__ == "__main__":
-    make_page(NOTEBOOK)
+    with exit_on_user_error():
+        Parser("tools.notebook_page", __doc__).parse_args()
+        make_page(NOTEBOOK)

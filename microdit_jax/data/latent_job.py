@@ -101,7 +101,7 @@ def run(
     with (
         ThreadPoolExecutor(threads) as decoders,
         ThreadPoolExecutor(len(towers)) as encoders,
-        tqdm.tqdm(desc="encoding", unit="picture", disable=not progress) as bar,
+        tqdm.tqdm(desc="encoding", unit=" pictures", disable=not progress) as bar,
     ):
         prepared = prepare(source, mine, settings, decoders, ahead=2 * threads + settings.batch)
         encoded = _encode(prepared, towers, settings, encoders)

@@ -290,5 +290,9 @@ class T5Encoder:
     def encode_text(self, texts: Any) -> Float32[np.ndarray, "n l d"]:
         """Vectors (n, max_tokens, width) float32 of a list of texts; raises as T5Tokenizer."""
         if self.tokenizer is None:
-            raise UserError(f"{self.name} was made without a tokenizer; give T5Tokenizer(FOLDER)")
+            raise UserError(
+                f"expected a tokenizer with {self.name}, found none; put spiece.model and "
+                "tokenizer_config.json into the folder tokenizer/ of the model's, or give "
+                "T5Tokenizer(FOLDER)"
+            )
         return self.encode(*self.tokenizer(texts))

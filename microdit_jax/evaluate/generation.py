@@ -84,7 +84,7 @@ def draw_set(
     if done:
         print(f"{folder}: {done} of {len(prompts.texts)} pictures are there already", flush=True)
     mine = missing[jax.process_index() :: jax.process_count()]
-    with tqdm.tqdm(total=len(prompts.texts), initial=done, unit="picture") as bar:
+    with tqdm.tqdm(total=len(prompts.texts), initial=done, unit=" pictures") as bar:
         for start in mine:
             texts = prompts.texts[start : start + chunk_size]
             images = _kept(start, texts, request, picture_path)

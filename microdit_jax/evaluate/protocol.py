@@ -77,7 +77,7 @@ class Request:
             ([m for m in self.metrics if m == "clip_score"], "clip", "both towers are needed"),
         ):
             if metrics and getattr(self, flag) is None:
-                raise UserError(f"{', '.join(metrics)} need --{flag}, found none; {hint}")
+                raise UserError(f"--{flag} is needed for {', '.join(metrics)}, found none; {hint}")
         if inception and "frechet_small" in self.metrics:
             raise UserError(f"frechet_small goes without {', '.join(inception)}; ask for one")
         if "geneval" in self.metrics and not (self.geneval_prompts or self.geneval_results):
@@ -136,6 +136,7 @@ def evaluate(subject: Subject, asked: Request, out: Path) -> tuple[dict[str, Any
     tasks = None
     if asked.geneval_results:
         tasks = geneval.scores(Path(asked.geneval_results))
+        rows[0]["pictures"] = rows[0]["pictures"] or tasks.images
         rows[0]["scores"]["geneval"] = over_seeds({asked.seeds[0]: tasks.overall})
         if missing := [task for task in geneval.TASKS if task not in tasks.tasks]:
             notes.append(f"the overall score is without the tasks {', '.join(missing)}")

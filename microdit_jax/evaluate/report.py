@@ -69,7 +69,16 @@ def markdown(result: dict[str, Any]) -> str:
     published = stem if stem in PUBLISHED else PAPERS
     if any(name in PUBLISHED[published] for name in names):
         cells = [f"{PUBLISHED[published].get(name, '-')}" for name in names]
-        rows.append([f"published: {published}", "-", "-", "30000", "-", *cells])
+        count = "30000" if "fid" in names else "-"
+        rows.append([f"published: {published}", "-", "-", count, "-", *cells])
+    text = _table(head, rows)
+    if result.get("geneval"):
+        tasks = result["geneval"]["tasks"].items()
+        text += "\n" + _table(["GenEval task", "score"], [[n, f"{s:.4g}"] for n, s in tasks])
+    return text
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 

@@ -43,8 +43,8 @@ def feature_scores(
     if wanted := [name for name in ("kid", "precision_recall") if name in metrics]:
         if reference.features is None:
             raise UserError(
-                f"{', '.join(wanted)} need the features of all real pictures, found statistics "
-                "alone; give a folder of pictures as --reference"
+                f"for {', '.join(wanted)} expected the features of all real pictures, found "
+                "statistics alone; give a folder of pictures as --reference"
             )
         if "kid" in wanted:
             size = min(1000, len(features), len(reference.features))

@@ -1,13 +1,17 @@
 """XLA's options by platform, each with the reason; the evidence is in docs/performance.md.
 
-The training step is compiled with COMPILE; what only the environment can set is printed by
-`python -m microdit_jax.xla.presets cuda`, for eval in a shell.
+The training step is compiled with COMPILE; what only the environment can set this prints, for a
+shell.
 """
 
 import sys
 from typing import Any
 
-from microdit_jax.errors import UserError, exit_on_user_error
+from microdit_jax.errors import Parser, UserError, exit_on_user_error
+
+EXAMPLE = """example:
+  eval "$(python -m microdit_jax.xla.presets cuda)"
+"""
 
 PLATFORMS = ("cuda", "tpu", "cpu")
 
@@ -65,4 +69,6 @@ def environment(platform: str) -> str:
 
 if __name__ == "__main__":
     with exit_on_user_error():
-        print(environment(sys.argv[1] if len(sys.argv) == 2 else ""))
+        parser = Parser("microdit_jax.xla.presets", __doc__, EXAMPLE)
+        parser.add_argument("platform", help=", ".join(PLATFORMS))
+        print(environment(parser.parse_args(sys.argv[1:]).platform))

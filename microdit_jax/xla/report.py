@@ -185,7 +185,8 @@ def table(found: dict[str, Any]) -> str:
         add("", "DOUBTFUL: far from the count; kernels were missed, or more is computed")
     for name, runs in found.get("uncounted", {}).items():  # older reports have none
         add("", f"WITHOUT {runs:,.0f} runs of the kernel {name}, whose operations nobody knows")
-    add("recomputed", f"{found['remat_factor']:.3f} forward passes")
+    # Below 0 where parts of the backward pass need no products
+    add("recomputed", f"{max(found['remat_factor'], 0.0):.3f} forward passes")
     add("bytes moved", f"{found['bytes_moved'] / 1e9:.1f} GB by {found['kernels']:,.0f} kernels")
     for kind, entry in sorted(found["collectives"].items()):
         add(

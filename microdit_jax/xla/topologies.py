@@ -86,7 +86,9 @@ def split_name(name: str) -> tuple[str, tuple[int, ...]]:
     dimensions = TPU_DIMENSIONS.get(kind, 1)
     if len(sizes) != dimensions or min(sizes) < 1:
         shape = "x".join("ABC"[:dimensions])
-        raise UserError(f"the topology {kind} is named {kind}:{shape}, found {name!r}")
+        raise UserError(
+            f"the topology {kind} is named {kind}:{shape}, numbers of at least 1, found {name!r}"
+        )
     if kind == "h100" and sizes[0] > GPUS_PER_HOST and sizes[0] % GPUS_PER_HOST:
         raise UserError(
             f"more than {GPUS_PER_HOST} GPUs are hosts of {GPUS_PER_HOST}; expected a multiple, "
