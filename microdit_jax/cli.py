@@ -13,6 +13,8 @@ from ml_collections import ConfigDict
 
 from microdit_jax.errors import UserError, exit_on_user_error
 
+HELP = frozenset({"?", "h", "help", "helpshort", "helpfull", "helpxml"})  # absl's flags
+
 
 def cache_folder() -> Path:
     """The user's cache folder of this project."""
@@ -49,8 +51,10 @@ def run(main: Callable[[list[str]], None]) -> None:
     def parse(argv: list[str]) -> list[str]:
         try:
             return flags.FLAGS(_with_installed_configs(argv))
-        except SystemExit:  # absl ends --help with 1
-            raise SystemExit(0) from None
+        except SystemExit:
+            if HELP.isdisjoint(argument.lstrip("-") for argument in argv):
+                raise  # a configuration's own
+            raise SystemExit(0) from None  # absl ends these with 1
         # What absl and ml_collections raise for flags, files, keys and values they cannot take
         except (flags.Error, LookupError, AttributeError, TypeError, ValueError, OSError) as error:
             raise UserError(f"{_last_words(error)}; see {argv[0]} --help") from error

@@ -6,7 +6,6 @@ mean what they mean to huggingface_hub, which also shows progress and resumes br
 """
 
 import json
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -127,7 +126,7 @@ def _fetch_first(repository: str, names: Sequence[str]) -> Path:
     from huggingface_hub import constants, errors
 
     # It tells every one of its tries; what came of them is told below.
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    huggingface_hub.logging.set_verbosity_error()
     why: tuple[str, Exception | None] = ("it has no such file", None)
     for name in names:
         try:

@@ -49,6 +49,11 @@ def test_help_shows_an_example():
     assert "python sample_main.py --model=" in result.stdout and result.returncode == 0
 
 
+def test_a_configuration_that_ends_the_process_is_no_success(tmp_path):
+    (tmp_path / "ends.py").write_text("raise SystemExit(3)\n")
+    assert command("train_main.py", f"--config={tmp_path}/ends.py", "--workdir=x").returncode == 3
+
+
 def test_configs_of_an_installed_package(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     given = ["x", "--config=configs/demo.py:pretrain", "--config=configs/nope.py", "--workdir=a"]
