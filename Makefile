@@ -13,11 +13,10 @@ setup: .venv/.ready
 	$(BIN)/pip install -qq --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-# The preset of microdit_jax/xla/presets.py for CPUs.
-demo: export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 demo: setup  ## train a small MicroDiT from scratch, two stages, and draw what it was not shown
-	$(BIN)/python train_main.py --config=configs/demo.py --workdir=$(DEMO)
-	$(BIN)/python sample_main.py --model=$(DEMO)/finetune --heldout=24 --guidance_scale=3 --out=$(DEMO)
+	eval "$$($(BIN)/python -m microdit_jax.xla.presets cpu)" && \
+	$(BIN)/python train_main.py --config=configs/demo.py --workdir=$(DEMO) && \
+	$(BIN)/python sample_main.py --model=$(DEMO)/finetune --heldout=24 --guidance_scale=3 --out=$(DEMO) && \
 	$(BIN)/python -m microdit_jax.evaluate --model=$(DEMO)/finetune --num_images=500 --guidance_scale=3 --num_inference_steps=12 --out=$(DEMO)/evaluate
 	@echo "Look at $(DEMO)/samples.png: each real picture stands left of a sample of its caption."
 

@@ -73,12 +73,24 @@ def test_simulated_devices():
 def test_presets():
     assert "xla_gpu_autotune_level" not in presets.compiler_options("gpu")
     assert "xla_gpu_autotune_level" in presets.compiler_options("cuda", without_a_device=True)
-    assert presets.environment("cuda").startswith("export XLA_PYTHON_CLIENT_MEM_FRACTION=")
-    makefile = (pathlib.Path(__file__).parent.parent / "Makefile").read_text()
-    for name, value in presets.ENVIRONMENT["cpu"].items():
-        assert f"demo: export {name} ?= {value}\n" in makefile
+    assert list(presets.environment("cuda")) == ["XLA_PYTHON_CLIENT_MEM_FRACTION"]
     with pytest.raises(UserError, match="cuda, tpu, cpu, found 'rocm'"):
         presets.environment("rocm")
+
+
+def test_the_preset_for_cpus_takes_tcmalloc_where_it_is(monkeypatch, capsys):
+    name = "libtcmalloc_minimal.so.4"
+    monkeypatch.setattr("ctypes.util.find_library", lambda wanted: None)
+    presets.main(["cpu"])
+    out, err = capsys.readouterr()
+    assert out == "export GLIBC_TUNABLES=glibc.malloc.hugetlb=1\n"
+    assert "apt install libtcmalloc-minimal4" in err
+
+    monkeypatch.setattr("ctypes.util.find_library", lambda wanted: name)
+    monkeypatch.setenv("LD_PRELOAD", f"libother.so {name}")
+    presets.main(["cpu"])
+    out, err = capsys.readouterr()
+    assert out.startswith(f"export LD_PRELOAD='{name} libother.so'\n") and not err
 
 
 # ------------------------------------------------------------------------------ roofline
