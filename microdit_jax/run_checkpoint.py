@@ -69,6 +69,7 @@ class RunCheckpoints:
         self._executor = concurrent.futures.ThreadPoolExecutor(1, initializer=give_way)
         self._saving: tuple[int, concurrent.futures.Future] | None = None
         self._newest: int | None = None  # step last saved or restored
+        self._rows: dict[str, np.ndarray] = {}  # of small arrays; one save at a time uses them
 
     def all_steps(self) -> list[int]:
         """The steps that were written whole, oldest first; not checked for damage."""
@@ -97,7 +98,7 @@ class RunCheckpoints:
         hosts.from_first(f"prepare checkpoint {step}", lambda: self._prepare(step, num_bytes))
         if self._manager is None:
             self._manager = _manager(self.folder, *self._keep, self._timeout)
-        arrays, index = run_packing.pack(state)
+        arrays, index = run_packing.pack(state, self._rows)
         args = ocp.args.Composite(
             state=ocp.args.PyTreeSave(arrays, custom_metadata=index),
             metadata=ocp.args.JsonSave(dict(metadata)),

@@ -54,6 +54,18 @@ def test_a_packed_copy_outlives_the_state():
     np.testing.assert_array_equal(arrays["packed"]["params"], before)
 
 
+def test_rows_of_an_earlier_call_are_written_over():
+    memory = {}
+    first, _ = pack({"params": {"a": jnp.arange(3), "b": jnp.ones(2)}, "step": jnp.int32(1)}, memory)
+    row = first["packed"]["params"]
+    new = {"params": {"a": jnp.arange(3) + 7, "b": jnp.zeros(2)}, "step": jnp.int32(2)}
+    second, _ = pack(new, memory)
+    assert second["packed"]["params"] is row
+    np.testing.assert_array_equal(row, pack(new)[0]["packed"]["params"])
+    larger, _ = pack({"params": {"a": jnp.arange(4)}}, memory)
+    assert larger["packed"]["params"].size == 16 and list(larger["packed"]) == ["params"]
+
+
 @pytest.mark.parametrize("partial", [False, True])
 def test_checkpoints_that_pack_nothing_are_read(tmp_path, partial):
     """As those of earlier versions, with every array by itself, empty optimiser states among."""
