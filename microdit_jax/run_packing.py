@@ -34,15 +34,13 @@ class Packed(NamedTuple):
         return math.prod(self.shape) * jnp.dtype(self.dtype).itemsize
 
 
-def pack(
-    state: Any, memory: dict[str, UInt8[np.ndarray, " b"]] | None = None
-) -> tuple[dict, dict[str, dict]]:
+def pack(state: Any, memory: dict[str, np.ndarray] | None = None) -> tuple[dict, dict[str, dict]]:
     """What to store, and the index of what it packs.
 
     Args:
       state: tree of jax arrays. Of several processes each must call; an array is packed if each
         of them has the whole of it.
-      memory: rows of an earlier call, which are written over, and then this call's. New memory
+      memory: rows (b,) of bytes of an earlier call, which are written over, and then this call's. New memory
         takes the system many times as long to give as it takes to copy to (measured).
     Returns:
       Nested dictionaries: large arrays as they are, rows of bytes as uint8 NumPy arrays, copied,

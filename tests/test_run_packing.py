@@ -56,7 +56,8 @@ def test_a_packed_copy_outlives_the_state():
 
 def test_rows_of_an_earlier_call_are_written_over():
     memory = {}
-    first, _ = pack({"params": {"a": jnp.arange(3), "b": jnp.ones(2)}, "step": jnp.int32(1)}, memory)
+    old = {"params": {"a": jnp.arange(3), "b": jnp.ones(2)}, "step": jnp.int32(1)}
+    first, _ = pack(old, memory)
     row = first["packed"]["params"]
     new = {"params": {"a": jnp.arange(3) + 7, "b": jnp.zeros(2)}, "step": jnp.int32(2)}
     second, _ = pack(new, memory)
