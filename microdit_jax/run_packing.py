@@ -40,8 +40,8 @@ def pack(state: Any, memory: dict[str, np.ndarray] | None = None) -> tuple[dict,
     Args:
       state: tree of jax arrays. Of several processes each must call; an array is packed if each
         of them has the whole of it.
-      memory: rows (b,) of bytes of an earlier call, which are written over, and then this call's. New memory
-        takes the system many times as long to give as it takes to copy to (measured).
+      memory: rows (b,) of bytes of an earlier call, which are written over, and then this call's.
+        New memory takes the system many times as long to give as it takes to copy to (measured).
     Returns:
       Nested dictionaries: large arrays as they are, rows of bytes as uint8 NumPy arrays, copied,
       so that the state may be donated. The index as JSON can hold it, for `read_index`.

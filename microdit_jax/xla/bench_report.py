@@ -32,6 +32,10 @@ class Settings(NamedTuple):
     dump: Path | None
 
 
+# What changes a program's speed from outside: see microdit_jax/xla/presets.py.
+ENVIRONMENT = ("GLIBC_TUNABLES", "LD_PRELOAD", "XLA_FLAGS", "XLA_PYTHON_CLIENT_MEM_FRACTION")
+
+
 def new(arch: str, input_size: int, size: Size) -> dict[str, Any]:
     """A report without rows: where and on what they are measured."""
     return {
@@ -39,6 +43,7 @@ def new(arch: str, input_size: int, size: Size) -> dict[str, Any]:
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "cpus": len(os.sched_getaffinity(0)),
         "jax": jax.__version__,
+        "environment": {name: os.environ[name] for name in ENVIRONMENT if name in os.environ},
         "arch": arch,
         "input_size": input_size,
         "size": size._asdict(),
