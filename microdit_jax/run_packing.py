@@ -53,10 +53,8 @@ def pack(state: Any, memory: dict[str, np.ndarray] | None = None) -> tuple[dict,
     memory = {} if memory is None else memory
     rows: dict[str, list[np.ndarray]] = {}
     index, sizes = {}, {}
-    for leaf in small.values():
-        leaf.copy_to_host_async()
-    for path, leaf in small.items():
-        array, row = np.asarray(leaf), row_of(path)
+    for path, array in jax.device_get(small).items():
+        row = row_of(path)
         offset = sizes.get(row, 0)
         index[path] = [array.dtype.name, list(array.shape), offset]
         sizes[row] = offset + array.nbytes

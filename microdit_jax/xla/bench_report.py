@@ -17,7 +17,7 @@ from convert.dit import to_torch
 from microdit_jax import diffusion
 from microdit_jax.errors import UserError, disk_errors
 from microdit_jax.models.dit import DiTConfig
-from microdit_jax.xla import bench_timing, bench_work
+from microdit_jax.xla import bench_timing, bench_work, presets
 from microdit_jax.xla.bench_work import Size, Variant, Work
 
 Row = dict[str, Any]
@@ -32,8 +32,8 @@ class Settings(NamedTuple):
     dump: Path | None
 
 
-# What changes a program's speed from outside: see microdit_jax/xla/presets.py.
-ENVIRONMENT = ("GLIBC_TUNABLES", "LD_PRELOAD", "XLA_FLAGS", "XLA_PYTHON_CLIENT_MEM_FRACTION")
+# What changes a program's speed from outside.
+ENVIRONMENT = sorted({"LD_PRELOAD", "XLA_FLAGS"}.union(*presets.ENVIRONMENT.values()))
 
 
 def new(arch: str, input_size: int, size: Size) -> dict[str, Any]:
