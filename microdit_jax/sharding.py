@@ -158,12 +158,12 @@ def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
             f"the batch must be a multiple of {mesh.size} devices, found {rows} on each of "
             f"{processes} processes; change train.batch_size"
         )
-    split, whole = batch_sharding(mesh), NamedSharding(mesh, P())
-    placed = {
-        name: jax.make_array_from_process_local_data(split if np.ndim(value) else whole, value)
-        for name, value in batch.items()
-    }
-    return {"position": _positions(local, mesh), **placed}
+    scalars = {name: value for name, value in batch.items() if name not in rows}
+    # All of a kind at once: one by one each takes a tenth of a millisecond more.
+    place = jax.make_array_from_process_local_data
+    split = place(batch_sharding(mesh), {name: batch[name] for name in rows})
+    whole = place(NamedSharding(mesh, P()), scalars)
+    return {"position": _positions(local, mesh), **split, **whole}
 
 
 @functools.lru_cache(maxsize=8)
