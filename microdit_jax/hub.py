@@ -6,6 +6,7 @@ mean what they mean to huggingface_hub, which also shows progress and resumes br
 """
 
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -130,6 +131,9 @@ def _fetch_first(repository: str, names: Sequence[str]) -> Path:
     why: tuple[str, Exception | None] = ("it has no such file", None)
     for name in names:
         try:
+            # Without network it is half a minute until that is known.
+            if not isinstance(huggingface_hub.try_to_load_from_cache(repository, name), str):
+                print(f"asking the Hugging Face Hub for {name} of {repository}", file=sys.stderr)
             with disk_errors(Path(constants.HF_HUB_CACHE) / "models"):
                 return Path(huggingface_hub.hf_hub_download(repository, name))
         except errors.LocalEntryNotFoundError as error:
