@@ -145,7 +145,7 @@ class _SmallOrder(Sequence[np.ndarray]):
     def _epoch(self, epoch: int) -> Int[np.ndarray, " size"]:
         # Raw numbers: these NumPy keeps from version to version, permutations it may change.
         drawn = np.random.Philox(key=self._seed, counter=[0, epoch, 0, 0]).random_raw(self._size)
-        return np.argsort(drawn, stable=True)
+        return np.argsort(drawn, kind="stable")
 
 
 class _Reader:
