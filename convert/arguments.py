@@ -94,14 +94,11 @@ def count_blocks(tensors: Mapping[str, Any], prefix: str) -> int:
 
 
 class Folder(NamedTuple):
-    """A model folder that was read: its parameters, its config's fields, its weights' checksum.
-
-    weights: the first 12 digits of the sha256 of the file it was made from.
-    """
+    """A model folder that was read: its parameters, its config's fields, and its `tower_name`."""
 
     params: dict[str, Any]
     config: dict[str, Any]
-    weights: str
+    name: str
 
 
 def open_folder(
@@ -120,5 +117,18 @@ def open_folder(
             f"expected a model of kind {kind} in {folder}, found {metadata['kind']}; convert one "
             f"with python -m convert --kind={kind}"
         )
-    weights = metadata.get("source", {}).get("sha256", "unknown")[:12]
-    return Folder(params, metadata[kind], weights)
+    return Folder(params, metadata[kind], tower_name(metadata))
+
+
+def tower_name(metadata: Mapping[str, Any]) -> str:
+    """What data say made them, of a tower that came as a path: the checksum of its weights.
+
+    Args:
+      metadata: config.json of its model folder, with the sha256 of the file it was made from.
+    """
+    kind, weights = metadata["kind"], metadata.get("source", {}).get("sha256", "unknown")[:12]
+    if kind != "vae":
+        return f"{kind}:weights={weights}"
+    # Latents are multiplied by the scaling factor, which is no part of the weights.
+    channels, factor = (metadata[kind][key] for key in ("latent_channels", "scaling_factor"))
+    return f"{kind}:channels={channels},scaling_factor={factor:g},weights={weights}"

@@ -210,8 +210,7 @@ def load_encoder(
       UserError: not a model folder of this kind, or damaged.
     """
     found = open_folder(folder, KIND, sharding=sharding, verify=verify)
-    name = f"{KIND}:weights={found.weights}"
-    return ClipEncoder(name, config_from_dict(found.config), found.params, batch=batch)
+    return ClipEncoder(found.name, config_from_dict(found.config), found.params, batch=batch)
 
 
 def _image_fields(config_json: Mapping[str, Any]) -> dict[str, Any]:

@@ -271,8 +271,7 @@ def load_encoder(
     config = config_from_dict(found.config)
     if dtype is not None:
         config = dataclasses.replace(config, dtype=dtype)
-    name = name or f"{KIND}:weights={found.weights}"
-    return ClipTextEncoder(name, config, found.params, batch=batch)
+    return ClipTextEncoder(name or found.name, config, found.params, batch=batch)
 
 
 def _layout(tensors: Mapping[str, Any]) -> str:

@@ -227,9 +227,8 @@ def load_encoder(
     config = config_from_dict(found.config)
     if dtype is not None:
         config = dataclasses.replace(config, dtype=dtype)
-    name = name or f"{KIND}:weights={found.weights}"
     words = T5Tokenizer(tokenizer, config.max_tokens) if tokenizer else None
-    return T5Encoder(name, config, found.params, words, batch=batch)
+    return T5Encoder(name or found.name, config, found.params, words, batch=batch)
 
 
 def _sizes(tensors: Mapping[str, Any]) -> dict[str, int]:

@@ -167,11 +167,17 @@ def rename_table(config: VaeConfig) -> Sequence[Entry]:
 
 
 def load_codec(
-    folder: str | Path, *, dtype: str | None = None, slice_size: int = 1, sharding: Any = None
+    folder: str | Path,
+    name: str | None = None,
+    *,
+    dtype: str | None = None,
+    slice_size: int = 1,
+    sharding: Any = None,
 ) -> VaeCodec:
     """The codec of a model folder made by `python -m convert --kind=vae`.
 
     Args:
+      name: what data and models carry to find it again; by default the weights' checksum.
       dtype: type of the computation, "float32" or "bfloat16"; None keeps the model's own.
       slice_size: pictures in one call of the network.
       sharding: where the parameters go, as for microdit_jax.checkpoint.load_model.
@@ -182,11 +188,7 @@ def load_codec(
     config = config_from_dict(found.config)
     if dtype is not None:
         config = dataclasses.replace(config, dtype=dtype)
-    name = (
-        f"vae:channels={config.latent_channels},scaling_factor={config.scaling_factor:g},"
-        f"weights={found.weights}"
-    )
-    return VaeCodec(name, config, found.params, slice_size)
+    return VaeCodec(name or found.name, config, found.params, slice_size)
 
 
 def _modern(state_dict: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

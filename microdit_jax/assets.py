@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from convert import clip_text, t5, vae
+from convert.arguments import tower_name
 from convert.dit import config_from_dict
 from convert.inputs import find_input, read_config
 from convert.kinds import KINDS
@@ -167,13 +168,14 @@ def _from_run(path: Path, ema: bool, mesh: Place) -> Model:
 
 def _of_run(metadata: dict, config: DiTConfig, params: Any, path: Path, description: str) -> Model:
     """A run's parameters with what its config.json says, and the codec it keeps, if small."""
-    kept = path / "vae"
+    # Paths and repositories as its config gave them: its data may call what is there by a checksum.
+    kept, towers = path / "vae", metadata["config"]["data"]
     return Model(
         config,
         params,
         EdmConfig(**metadata["edm"]),
-        str(kept) if kept.is_dir() else metadata["vae"],
-        metadata["text_encoder"],
+        str(kept) if kept.is_dir() else towers["vae"],
+        towers["text_encoder"],
         path,
         description,
     )
@@ -193,15 +195,10 @@ def load_text_encoder(name: str, *, dtype: str | None = None, mesh: Mesh | None 
     path, given_name = Path(name), None
     if not path.exists():
         path, given_name = hub.text_encoder(name), name
+    folder = _text_folder(path)
+    kind = checkpoint.read_metadata(folder)["kind"]
     tokenizer = {}
-    if checkpoint.is_model(path):
-        folder, kind = path, checkpoint.read_metadata(path)["kind"]
-        source = path / "tokenizer"
-    else:
-        kind = _text_kind(path)
-        folder, source = converted(kind, path), path if path.is_dir() else path.parent
-    if kind not in ("clip_text", "t5"):
-        raise UserError(f"expected a text encoder at {name}, found a model of kind {kind}")
+    source = path / "tokenizer" if folder == path else path if path.is_dir() else path.parent
     if kind == "t5" and source.is_dir():
         tokenizer = {"tokenizer": str(source)}
     return {"clip_text": clip_text, "t5": t5}[kind].load_encoder(
@@ -218,13 +215,39 @@ def load_codec(name: str, *, dtype: str | None = None, mesh: Mesh | None = None)
       dtype: type of the computation; None keeps the model's own.
       mesh: the devices that share the work, each with all weights; None: the first local device.
     """
-    path = Path(name)
+    path, given_name = Path(name), None
     if (path / "codec.json").is_file():
         return registry.image_codec(path)
     if not path.exists():
-        path = hub.vae(name)
-    folder = path if checkpoint.is_model(path) else converted("vae", path)
-    return vae.load_codec(folder, dtype=dtype, sharding=_copies(mesh))
+        path, given_name = hub.vae(name), name
+    return vae.load_codec(_vae_folder(path), given_name, dtype=dtype, sharding=_copies(mesh))
+
+
+def names_in_data(codec: str, text_encoder: str) -> dict[str, str]:
+    """The "vae" and the "text_encoder" of data that these made, `load_codec`'s and
+    `load_text_encoder`'s own `name`: of a path its weights' checksum, else what it is called here.
+    """
+
+    def name(given: str, folder_of: Callable[[Path], Path]) -> str:
+        path = Path(given)
+        if (path / "codec.json").is_file():
+            return registry.image_codec(path).name
+        return tower_name(checkpoint.read_metadata(folder_of(path))) if path.exists() else given
+
+    return {"vae": name(codec, _vae_folder), "text_encoder": name(text_encoder, _text_folder)}
+
+
+def _vae_folder(path: Path) -> Path:
+    return path if checkpoint.is_model(path) else converted("vae", path)
+
+
+def _text_folder(path: Path) -> Path:
+    """The model folder of a text encoder, which its path may be itself."""
+    folder = path if checkpoint.is_model(path) else converted(_text_kind(path), path)
+    kind = checkpoint.read_metadata(folder)["kind"]
+    if kind not in ("clip_text", "t5"):
+        raise UserError(f"expected a text encoder at {path}, found a model of kind {kind}")
+    return folder
 
 
 def converted(kind: str, path: Path) -> Path:

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from jaxtyping import Int
 from ml_collections import ConfigDict
 
-from microdit_jax import hosts
+from microdit_jax import assets, hosts
 from microdit_jax.caption_tower import CaptionTower, batch_key
 from microdit_jax.data import pipeline
 from microdit_jax.data.latents import LatentSource, load_prepared, prepare_twemoji
@@ -165,9 +165,7 @@ def _open_latents(
     return open_latents(
         folder,
         resolution=data.resolution,
-        vae=data.vae,
-        # Of a tower given by its path, data carry the name that it has there.
-        text_encoder=data.text_encoder if tower is None else tower.name,
+        **assets.names_in_data(data.vae, data.text_encoder),
         captions=data.captions,
         tokenizer=tower and tower.tokenizer,
         **({"cache": data.cache} if "://" in folder and data.cache else {}),

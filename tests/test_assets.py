@@ -165,6 +165,21 @@ def test_a_released_checkpoint_by_name(files):
     assert encoder.name == hub.DFN5B_CLIP and encoder.width == 24
 
 
+def test_data_say_what_made_them_by_repository_or_checksum(files):
+    """Data prepared with a tower are found to be its by whoever is given the same name or path."""
+    for repository, folder in ((f"{hub.SDXL_VAE}/vae", "vae"), (hub.SDXL_VAE, "clip")):
+        shutil.copytree(files / folder, hub.local_folder(repository), dirs_exist_ok=True)
+    by_name = {"vae": hub.SDXL_VAE, "text_encoder": hub.OPENCLIP + hub.SDXL_VAE}
+    by_path = {"vae": str(files / "vae"), "text_encoder": str(files / "clip")}
+    for towers in (by_name, by_path):
+        codec = assets.load_codec(towers["vae"])
+        encoder = assets.load_text_encoder(towers["text_encoder"])
+        found = assets.names_in_data(towers["vae"], towers["text_encoder"])
+        assert found == {"vae": codec.name, "text_encoder": encoder.name}
+        assert (found == towers) == (towers is by_name)
+        assert ("weights=" in codec.name) == ("weights=" in encoder.name) == (towers is by_path)
+
+
 def test_a_wrong_vae_and_a_wrong_text_encoder(files):
     model = assets.load_model(str(files / "dit.pt"))
     sixteen = load_vae("vae_small_16ch")

@@ -200,7 +200,8 @@ def check_made_by(expected: tuple[str, str], found: tuple[str, str]) -> None:
         if want != have:
             raise UserError(
                 f"expected data made with the {kind} {want}, found data made with {have}: "
-                f"prepare the data with {want}, or use a model trained with {have}"
+                f"prepare the data with {want}, or give the one that made them as data.vae or "
+                "data.text_encoder, by its repository or path"
             )
 
 
