@@ -198,7 +198,8 @@ def load_text_encoder(name: str, *, dtype: str | None = None, mesh: Mesh | None 
     folder = _text_folder(path)
     kind = checkpoint.read_metadata(folder)["kind"]
     tokenizer = {}
-    source = path / "tokenizer" if folder == path else path if path.is_dir() else path.parent
+    beside = path if path.is_dir() else path.parent
+    source = path / "tokenizer" if folder == path else beside
     if kind == "t5" and source.is_dir():
         tokenizer = {"tokenizer": str(source)}
     return {"clip_text": clip_text, "t5": t5}[kind].load_encoder(
