@@ -133,21 +133,34 @@ def test_other_patterns_of_blocks_are_refused():
 
 
 # ------------------------------------------------------------------------------ search
-def test_find_the_largest_micro_batch(monkeypatch):
+def search(monkeypatch, usable: float, refused: float = 1e99) -> dict:
+    """Finds in a program of 1 GB and 0.7 GB an image; a compiler refuses from `refused` on."""
+
     def analyse(request):
         size = request.config.train.micro_batch_size
-        if size > 64:
+        memory = {"arguments": 1e9, "peak": 1.5e9 + size * 7e8, "usable": usable}
+        if memory["peak"] > refused:
             raise analysis.DoesNotFit("too large")
-        return {"memory": {"peak": size * 1e9, "fits": size <= 16}, "size": size}
+        return {"memory": memory | {"fits": memory["peak"] <= usable}, "size": size}
 
     monkeypatch.setattr(analysis, "analyse", analyse)
     request = analysis.Request(res_256_pretrain.get_config(), topologies.get("cpu:8"), "stage1")
     found = analysis.find(request)
-    assert found["size"] == 16 and {16, 32} <= set(found["tried"]) and len(found["tried"]) <= 4
     assert request.config.train.micro_batch_size == 256  # the caller's own is as it was
-    monkeypatch.setattr(analysis, "analyse", lambda r: {"memory": {"peak": 1, "fits": False}})
+    return found
+
+
+def test_find_the_largest_micro_batch(monkeypatch):
+    assert list(search(monkeypatch, usable=300e9)["tried"]) == [256]
+    found = search(monkeypatch, usable=78e9)
+    assert found["size"] == 64 and list(found["tried"]) == [256, 64, 128]
+    found = search(monkeypatch, usable=78e9, refused=78e9)
+    assert found["size"] == 64 and found["tried"][256] is None and len(found["tried"]) <= 4
+    assert search(monkeypatch, usable=2.3e9)["size"] == 1
     with pytest.raises(UserError, match="not even one image"):
-        analysis.find(request)
+        search(monkeypatch, usable=2.1e9)
+    with pytest.raises(UserError, match="not even one image"):
+        search(monkeypatch, usable=9e9, refused=0)
 
 
 # ------------------------------------------------------------------------------ reports

@@ -1,5 +1,6 @@
 """Compiles a run configuration's program for a topology, counts it, and searches what fits."""
 
+import bisect
 import contextlib
 import dataclasses
 import gzip
@@ -215,16 +216,18 @@ def find(request: Request) -> dict[str, Any]:
     request = dataclasses.replace(request, config=config)
     share = config.train.batch_size // len(topology.devices)
     sizes = [size for size in range(1, share + 1) if share % size == 0]
-    fitting, too_large, best, tried = -1, len(sizes), None, {}
+    fitting, too_large, best, tried, memory = -1, len(sizes), None, {}, None
     while too_large - fitting > 1:
-        i = (fitting + too_large) // 2
+        i = _promising(sizes, memory) if memory or not tried else (fitting + too_large) // 2
+        i = min(max(i, fitting + 1), too_large - 1)
         config.train.micro_batch_size = sizes[i]
         try:
             found = analyse(request)
         except DoesNotFit:
             found = None
-        fits = found is not None and found["memory"].get("fits", True)
-        tried[sizes[i]] = None if found is None else found["memory"]["peak"]
+        memory = found["memory"] | {"size": sizes[i]} if found else memory
+        fits = found is not None and memory.get("fits", True)
+        tried[sizes[i]] = found and memory["peak"]
         say(f"micro-batch {sizes[i]}: {'fits' if fits else 'does not fit'}")
         if fits:
             fitting, best = i, found
@@ -236,6 +239,18 @@ def find(request: Request) -> dict[str, Any]:
             "model.options.remat=block, more chips, or a wider mesh.fsdp"
         )
     return best | {"tried": tried}
+
+
+def _promising(sizes: list[int], memory: dict[str, Any] | None) -> int:
+    """Index of the largest size that should fit, by the memory of one "size".
+
+    What a program holds beside its arguments is all but linear in the images at a time. Before one
+    is known it is the last: where that fits, one compilation is all.
+    """
+    if memory is None:
+        return len(sizes) - 1
+    for_each = (memory["peak"] - memory["arguments"]) / memory["size"]
+    return bisect.bisect(sizes, (memory["usable"] - memory["arguments"]) / for_each) - 1
 
 
 # ------------------------------------------------------------------------------ progress
