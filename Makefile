@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEMO := out/demo
 
-.PHONY: demo test test-ui test-matrix test-oldest test-newest wheel-test docs lint setup clean
+.PHONY: demo test bench test-ui test-matrix test-oldest test-newest wheel-test docs lint setup clean
 setup: .venv/.ready
 
 .venv/.ready: pyproject.toml constraints.txt
@@ -22,6 +22,10 @@ demo: setup  ## train a small MicroDiT from scratch, two stages, and draw what i
 
 test: setup  ## all tests, on eight simulated CPU devices
 	$(BIN)/python -m pytest -q -n 2 --dist=worksteal --durations=10
+
+bench: setup  ## times of this machine: training, sampling, their parts, the data loader
+	eval "$$($(BIN)/python -m microdit_jax.xla.presets cpu)" && \
+	$(BIN)/python -m microdit_jax.xla.bench --what=train_step,sampler,moe,attention,loader --report=out/bench.json
 
 test-ui: setup  ## the web page in a headless Chromium; not part of `make test`, which needs no browser
 	$(BIN)/pip install -qq --constraint constraints.txt --editable '.[dev,ui,ui-test]'

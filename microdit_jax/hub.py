@@ -132,7 +132,8 @@ def _fetch_first(repository: str, names: Sequence[str]) -> Path:
     for name in names:
         try:
             # Without network it is half a minute until that is known.
-            if not isinstance(huggingface_hub.try_to_load_from_cache(repository, name), str):
+            cached = isinstance(huggingface_hub.try_to_load_from_cache(repository, name), str)
+            if not cached and not constants.HF_HUB_OFFLINE:
                 print(f"asking the Hugging Face Hub for {name} of {repository}", file=sys.stderr)
             with disk_errors(Path(constants.HF_HUB_CACHE) / "models"):
                 return Path(huggingface_hub.hf_hub_download(repository, name))

@@ -142,11 +142,12 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
             with progress.waiting_for_data():
                 names, batch = next(batches)
             trace.before(step)
-            compiling = progress.compiling() if step == start + 1 else contextlib.nullcontext()
+            first = step == start + 1
+            compiling = progress.compiling() if first else contextlib.nullcontext()
             annotation = jax.profiler.StepTraceAnnotation("train", step_num=step)
             with compiling, annotation, jax.transfer_guard("disallow"):
                 state, metrics = step_fn(state, batch)
-            if step == start + 1:
+            if first:
                 # What compiling leaves, a third of a million objects, Python's collector would go
                 # through again and again, for a fifth of a second each time (measured).
                 gc.collect()

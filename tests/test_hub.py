@@ -133,7 +133,9 @@ def test_what_is_in_a_pipeline_and_in_a_t5(online):
         ("a/pipeline", {"HF_HUB_OFFLINE": True}, "no network, or offline mode"),
     ],
 )
-def test_what_cannot_be_had_is_told_with_the_place_to_put_it(online, tmp_path, name, setting, why):
+def test_what_cannot_be_had_is_told_with_the_place_to_put_it(
+    online, tmp_path, capsys, name, setting, why
+):
     for key, value in setting.items():
         online.setattr(constants, key, value)
     with pytest.raises(UserError, match="could not fetch it") as error:
@@ -141,6 +143,7 @@ def test_what_cannot_be_had_is_told_with_the_place_to_put_it(online, tmp_path, n
     message = str(error.value)
     assert why in message and "vae/config.json" in message
     assert str(tmp_path / "cache" / "microdit_jax" / "files" / name) in message
+    assert ("asking the Hugging Face Hub" in capsys.readouterr().err) == (not setting)
 
 
 def test_files_put_there_by_hand_come_first(tmp_path, monkeypatch):
