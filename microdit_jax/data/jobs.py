@@ -7,6 +7,8 @@ finishes the job. A part takes its name only once it is whole, so a killed job l
 import contextlib
 import json
 import os
+import re
+import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,34 +20,43 @@ JOB = "job.json"
 
 
 def begin(folder: Path, request: dict[str, Any]) -> None:
-    """Marks the folder as this job's, or checks that it is.
+    """Marks the folder as this job's, or checks that it is; of several at once the first decides.
 
     Args:
       request: all that decides what will be written; JSON values.
     Raises:
-      UserError: the folder is another job's, or holds something else.
+      UserError: the folder is another job's, holds something else, or may not be written.
     """
-    path = folder / JOB
+    path, text = folder / JOB, json.dumps(request, indent=2, sort_keys=True) + "\n"
+    with disk_errors(path):
+        if not path.exists():
+            # Others may begin at the same time: what they write comes after their job.json
+            if _content(folder) and not path.exists():
+                raise UserError(
+                    f"expected a free place for the output in {folder}, found something else "
+                    "there; choose another folder"
+                )
+            write_bytes(path, text.encode(), replace=False)
+        stored = path.read_bytes()
     try:
-        found = json.loads(path.read_text())
-    except FileNotFoundError:
-        if folder.exists() and any(folder.iterdir()):
-            raise UserError(
-                f"expected a free place for the output in {folder}, found something else there; "
-                "choose another folder"
-            ) from None
-        write_text(path, json.dumps(request, indent=2, sort_keys=True) + "\n")
-        return
-    except ValueError as error:
-        raise UserError(f"expected a job in {path}, found damage; delete {folder}") from error
-    request = json.loads(json.dumps(request))
-    if found != request:
+        found, request = json.loads(stored), json.loads(text)
         names = sorted(k for k in found.keys() | request if found.get(k) != request.get(k))
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"expected a job in {path}, found damage; delete {folder}") from error
+    if names:
+        finished = not all(name.endswith(".partial") for name in _content(folder))
         raise UserError(
             f"{folder} was begun with other settings: "
             + ", ".join(f"{k}={found.get(k)!r}, now {request.get(k)!r}" for k in names)
             + "; use those, or choose another folder"
+            + ("" if finished else "; nothing is finished there: delete it if no process uses it")
         )
+
+
+def _content(folder: Path) -> list[str]:
+    """The names in a folder, if there is one, without job.json and half-written ones of it."""
+    found = [path.name for path in folder.iterdir()] if folder.exists() else []
+    return [name for name in found if not re.fullmatch(rf"(\.{JOB}\..*\.partial|{JOB})", name)]
 
 
 @contextlib.contextmanager
@@ -61,8 +72,29 @@ def part(folder: Path) -> Iterator[Path]:
 
 def write_text(path: Path, text: str) -> None:
     """Writes a file whole or not at all, also where several processes write the same."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    with disk_errors(path, len(text)):
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, data: bytes, *, replace: bool = True) -> None:
+    """As `write_text`; with `replace` false, a file that is there already stays."""
+    # Not the process's number, which processes on several hosts can have in common
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+    with disk_errors(path, len(data)):
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(text)
-        partial.replace(path)
+        try:
+            partial.write_bytes(data)
+            if replace or not _link(partial, path):
+                partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def _link(partial: Path, path: Path) -> bool:
+    """Names a file unless the name is taken; False on disks without hard links."""
+    try:
+        os.link(partial, path)
+    except FileExistsError:
+        pass
+    except OSError:
+        return False
+    return True

@@ -10,6 +10,7 @@ import numpy as np
 
 from microdit_jax.data import mds_encodings
 from microdit_jax.data.compression import compress, split
+from microdit_jax.data.jobs import write_bytes
 from microdit_jax.data.mds import INDEX, digest
 from microdit_jax.errors import UserError, disk_errors
 
@@ -121,7 +122,7 @@ class MdsWriter:
             name += "." + split(self._config["compression"])[0]
             data = compress(self._config["compression"], data)
             packed = self._describe(name, data)
-        _write_atomically(self.folder / name, data)
+        write_bytes(self.folder / name, data)
         entry = {**self._config, "samples": n, "raw_data": raw, "zip_data": packed}
         self._shards.append(entry)
         self._samples, self._size = [], self._empty_size
@@ -157,11 +158,4 @@ def merge_index(folder: str | os.PathLike) -> int:
 def write_index(folder: Path, shards: Sequence[Mapping[str, Any]]) -> None:
     """Writes index.json, whole or not at all."""
     text = json.dumps({"version": 2, "shards": list(shards)}, sort_keys=True)
-    _write_atomically(folder / INDEX, text.encode())
-
-
-def _write_atomically(path: Path, data: bytes) -> None:
-    partial = path.with_name(f"{path.name}.partial")
-    with disk_errors(path, len(data)):
-        partial.write_bytes(data)
-        partial.replace(path)
+    write_bytes(folder / INDEX, text.encode())
