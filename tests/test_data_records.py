@@ -94,13 +94,15 @@ def test_token_ids_stand_in_for_embeddings(folder, tmp_path):
     write_mds(tmp_path / "none", columns=columns, info=info)
     with pytest.raises(UserError, match="expected token ids of captions, found none"):
         open_latents(tmp_path / "none", resolution=256, captions="tokens")
-    made = open_latents(
-        tmp_path / "none",
-        resolution=256,
-        captions="tokens",
-        tokenizer=lambda texts: np.array([[len(text) for text in texts]], np.int32),
-    )
-    np.testing.assert_array_equal(made[3]["tokens"], [7], strict=False)
+
+    def ids(texts):
+        return np.array([[len(text), 0] for text in texts], np.int32)
+
+    for tokenizer in (ids, lambda texts: (ids(texts), ids(texts) != 0)):  # as CLIP's, as T5's
+        made = open_latents(
+            tmp_path / "none", resolution=256, captions="tokens", tokenizer=tokenizer
+        )
+        np.testing.assert_array_equal(made[3]["tokens"], np.int32([7, 0]), strict=True)
 
     columns = {k: v for k, v in COLUMNS.items() if k != "caption_latents"}
     info = LatentInfo(VAE, TEXT_ENCODER, INFO.latents, None, 7)

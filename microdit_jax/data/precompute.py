@@ -26,6 +26,7 @@ from microdit_jax.cli import use_compilation_cache
 from microdit_jax.data import latent_job
 from microdit_jax.data.decoding import Settings
 from microdit_jax.data.latent_job import Towers
+from microdit_jax.data.records import token_ids
 from microdit_jax.data.sources import registry
 from microdit_jax.data.stores import open_latents
 from microdit_jax.encoders.vae_codec import VaeCodec
@@ -68,8 +69,7 @@ def _on_device(codec: Any, text_encoder: Any, seed: int, device: Any) -> Towers:
             return text_encoder.encode_text(list(texts))
 
     def tokenize(texts: Sequence[str]) -> np.ndarray:
-        ids = text_encoder.tokenizer(list(texts))
-        return ids[0] if isinstance(ids, tuple) else ids  # T5's mask is where ids are not 0
+        return token_ids(text_encoder.tokenizer, texts)
 
     return Towers(
         codec.name,

@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
+from jaxtyping import Int
 
 from microdit_jax.errors import UserError
 
@@ -107,13 +108,13 @@ class StoredLatents:
         *,
         resolution: int,
         captions: str = "embeddings",
-        tokenizer: Callable[[list[str]], np.ndarray] | None = None,
+        tokenizer: Callable[[list[str]], Any] | None = None,
     ):
         """
         Args:
           resolution: which latents, by the side of their pictures in pixels.
           captions: "embeddings" as stored, or "tokens" for a run that embeds captions itself.
-          tokenizer: gives the ids (1, l) of a caption where none are stored.
+          tokenizer: gives the ids of a caption where none are stored; see `token_ids`.
         Raises:
           UserError: the dataset has no such latents or captions.
         """
@@ -132,7 +133,7 @@ class StoredLatents:
             if info.captions is None:
                 raise UserError(
                     f"expected caption embeddings, found token ids alone in {where}; train with "
-                    "captions=tokens, or precompute with --captions=embeddings"
+                    "captions=tokens, or precompute with --captions_as=embeddings"
                 )
             self._wants.append(("caption_latents", "<f2", info.captions))
         elif info.tokens is not None:
@@ -140,7 +141,7 @@ class StoredLatents:
         elif tokenizer is None:
             raise UserError(
                 f"expected token ids of captions, found none in {where}, nor a tokenizer to make "
-                "them; precompute with --captions=tokens, or train with captions=embeddings"
+                "them; precompute with --captions_as=tokens, or train with captions=embeddings"
             )
         else:
             self._tokenizer = tokenizer
@@ -162,7 +163,7 @@ class StoredLatents:
         record = {"latents": arrays[0].transpose(1, 2, 0).astype(np.float32, order="C")}
         caption = str(raw["caption"], "utf-8", "replace") if "caption" in raw else ""
         if self._tokenizer is not None:
-            record["tokens"] = self._tokenizer([caption])[0]
+            record["tokens"] = token_ids(self._tokenizer, [caption])[0]
         elif arrays[1].dtype == np.float16:
             record["caption_latents"] = arrays[1].copy()  # not a view of the file
         else:
@@ -192,6 +193,17 @@ class StoredLatents:
                 f"{found}; set the resolution, channels and caption tokens the data were made with"
             )
         return np.frombuffer(data, dtype).reshape(shape)
+
+
+def token_ids(
+    tokenizer: Callable[[list[str]], Any], texts: Sequence[str]
+) -> Int[np.ndarray, "n l"]:
+    """The ids of texts, by a tokenizer that gives these alone, as CLIP's, or with a mask, as T5's.
+
+    The mask is not kept: it is where ids are not 0.
+    """
+    found = tokenizer(list(texts))
+    return found[0] if isinstance(found, tuple) else found
 
 
 def check_made_by(expected: tuple[str, str], found: tuple[str, str]) -> None:

@@ -5,8 +5,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from microdit_jax.data import mds
 from microdit_jax.data.mds import MdsReader
 from microdit_jax.data.records import SIDECAR, LatentInfo, Store, StoredLatents, infer_info
@@ -24,7 +22,7 @@ def open_latents(
     text_encoder: str | None = None,
     caption_tokens: int = 77,
     captions: str = "embeddings",
-    tokenizer: Callable[[list[str]], np.ndarray] | None = None,
+    tokenizer: Callable[[list[str]], Any] | None = None,
     **options: Any,
 ) -> StoredLatents:
     """The records of a dataset of latents; a source for `pipeline.make_dataset`.
