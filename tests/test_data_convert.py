@@ -113,9 +113,11 @@ def test_the_command_survives_being_killed(tmp_path):
     "changes, message",
     [
         ({"to": "tfrecord"}, "--to must be one of mds, arrayrecord"),
-        ({"records_per_shard": 0}, "at least 1 record a shard"),
-        ({"process_index": 1}, "process index below the process count"),
+        ({"records_per_shard": 0}, "--records_per_shard must be at least 1, found 0"),
+        ({"process_index": 1}, "--process_index must be 0 to 0, found 1"),
+        ({"process_count": 0}, "--process_count must be at least 1, found 0"),
         ({"compression": "zstd"}, "--compression is for --to=mds"),
+        ({"compression": "foo", "to": "mds"}, "--compression: unknown compression 'foo', known"),
         ({"input": "nowhere"}, "expected a dataset of latents in nowhere"),
     ],
 )

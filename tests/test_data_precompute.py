@@ -208,12 +208,14 @@ def test_nothing_usable_and_wrong_settings_are_named(tmp_path):
     for changes, message in (
         ({"resolutions": (20,)}, "multiples of 8"),
         ({"resolutions": (16, 16)}, "must differ"),
-        ({"batch": 0}, "a batch of at least 1"),
+        ({"batch": 0}, "--batch must be at least 1, found 0"),
+        ({"min_size": -1}, "--min_size must be at least 0"),
+        ({"seed": -1}, "--seed must be at least 0"),
         ({"caption_store": "x"}, "--captions_as must be"),
     ):
         with pytest.raises(UserError, match=message):
             dataclasses.replace(SETTINGS, **changes)
-    with pytest.raises(UserError, match="process index of 0 to 0"):
+    with pytest.raises(UserError, match="--process_index must be 0 to 0, found 1"):
         compute(tmp_path / "out", process_index=1)
 
 
@@ -260,6 +262,8 @@ def test_the_command_names_bad_values(tmp_path):
         ("--resolutions=big", "expected 256,512, found 'big'"),
         ("--source=laion", "invalid choice"),
         ("--fraction=2", "--fraction must be above 0"),
+        ("--threads=0", "--threads must be at least 1, found 0"),
+        ("--process_count=0", "--process_count must be at least 1, found 0"),
     ):
         with pytest.raises(UserError, match=message):
             precompute.main([*command(tmp_path, f"--output={tmp_path / 'out'}")[3:], option])

@@ -147,6 +147,8 @@ def test_the_references_datasets_need_to_be_told(tmp_path):
     source = open_latents(tmp_path / "ref", resolution=512, caption_tokens=7, **told)
     assert source.info == LatentInfo(VAE, TEXT_ENCODER, INFO.latents, (7, 6))
     assert source[4]["latents"].shape == (64, 64, 4) and source[4]["id"] == "4"
+    with pytest.raises(UserError, match="caption tokens must be at least 1, found 0"):
+        open_latents(tmp_path / "ref", resolution=512, caption_tokens=0, **told)
     with pytest.raises(UserError, match="multiples of 154 bytes of caption_latents .*found 84"):
         open_latents(tmp_path / "ref", resolution=512, **told)
 

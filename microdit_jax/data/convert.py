@@ -18,6 +18,7 @@ from typing import Any
 import tqdm
 
 from microdit_jax.data import jobs, mds_writer
+from microdit_jax.data.compression import split
 from microdit_jax.data.records import SIDECAR, LatentInfo, Store, infer_info
 from microdit_jax.data.stores import open_store
 from microdit_jax.errors import Parser, UserError, exit_on_user_error
@@ -57,13 +58,14 @@ def convert(
     """
     if to not in FORMATS:
         raise UserError(f"--to must be one of {', '.join(FORMATS)}, found {to!r}")
-    if records_per_shard < 1 or not 0 <= process_index < process_count:
-        raise UserError(
-            "expected at least 1 record a shard and a process index below the process count, found "
-            f"{records_per_shard}, {process_index} and {process_count}"
-        )
+    jobs.check_counts(process_index, process_count, records_per_shard=records_per_shard)
     if compression is not None and to != "mds":
         raise UserError("--compression is for --to=mds; leave it out")
+    if compression is not None:
+        try:
+            split(compression)
+        except ValueError as error:
+            raise UserError(f"--compression: {error}") from error
     store, info = open_store(input, **options)
     if not len(store):
         raise UserError(f"expected records in {input}, found an empty dataset; nothing to convert")

@@ -43,11 +43,9 @@ class Settings:
             raise UserError(
                 f"--captions_as must be embeddings, tokens or both, found {self.caption_store!r}"
             )
-        if self.batch < 1 or self.min_size < 0:
-            raise UserError(
-                f"expected a batch of at least 1 and a minimum size of at least 0, found "
-                f"{self.batch} and {self.min_size}"
-            )
+        for name, least in (("batch", 1), ("min_size", 0), ("seed", 0)):
+            if (found := getattr(self, name)) < least:
+                raise UserError(f"--{name} must be at least {least}, found {found}")
 
 
 class Prepared(NamedTuple):

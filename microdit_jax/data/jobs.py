@@ -19,6 +19,15 @@ from microdit_jax.errors import UserError, disk_errors
 JOB = "job.json"
 
 
+def check_counts(process_index: int, process_count: int, **others: int) -> None:
+    """Raises UserError unless the processes, and the other counts by name, are possible ones."""
+    for name, count in {"process_count": process_count, **others}.items():
+        if count < 1:
+            raise UserError(f"--{name} must be at least 1, found {count}")
+    if not 0 <= process_index < process_count:
+        raise UserError(f"--process_index must be 0 to {process_count - 1}, found {process_index}")
+
+
 def begin(folder: Path, request: dict[str, Any]) -> None:
     """Marks the folder as this job's, or checks that it is; of several at once the first decides.
 

@@ -80,10 +80,7 @@ def run(
     Raises:
       UserError: another job's folder, a full disk, or no usable picture at all.
     """
-    if not 0 <= process_index < process_count:
-        raise UserError(
-            f"expected a process index of 0 to {process_count - 1}, found {process_index}"
-        )
+    jobs.check_counts(process_index, process_count, threads=threads)
     made_by = towers[0]
     jobs.begin(
         output,

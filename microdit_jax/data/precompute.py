@@ -23,7 +23,7 @@ import numpy as np
 
 from microdit_jax import assets, pictures
 from microdit_jax.cli import use_compilation_cache
-from microdit_jax.data import latent_job
+from microdit_jax.data import jobs, latent_job
 from microdit_jax.data.decoding import Settings
 from microdit_jax.data.latent_job import Towers
 from microdit_jax.data.records import token_ids
@@ -148,6 +148,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         resolutions = tuple(int(side) for side in args.resolutions.split(","))
     except ValueError:
         parser.error(f"argument --resolutions: expected 256,512, found {args.resolutions!r}")
+    jobs.check_counts(args.process_index, args.process_count, threads=args.threads)
     settings = Settings(
         resolutions=resolutions,
         min_size=min(resolutions) if args.min_size is None else args.min_size,

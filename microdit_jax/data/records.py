@@ -233,6 +233,8 @@ def infer_info(
             f"expected {SIDECAR} beside {store.where(0)}, found none; state the VAE and the text "
             "encoder that made the data, such as vae=stabilityai/stable-diffusion-xl-base-1.0"
         )
+    if caption_tokens < 1:
+        raise UserError(f"the number of caption tokens must be at least 1, found {caption_tokens}")
     raw, latents = store.raw(0), {}
     for name in store.columns:
         if name.startswith("latents_") and name.removeprefix("latents_").isdecimal():
