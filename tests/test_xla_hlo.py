@@ -84,6 +84,8 @@ def test_an_instruction_may_go_on_in_the_first_column():
 def test_unknown_kernels_are_named():
     counts = hlo.count(module(SPLASH.replace("splash_mha_fwd_no_residuals", "mystery")))
     assert counts.uncounted == {"tpu_custom_call": 1} and counts.flops == 0
+    signal = '%s = token[] custom-call(), custom_call_target="PrepareAsyncCallDone"'  # libtpu's
+    assert not hlo.count(module(f"  ROOT {signal}")).uncounted
 
 
 def test_a_compiled_program():

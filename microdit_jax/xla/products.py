@@ -17,7 +17,8 @@ SPLASH_PRODUCTS = {"splash_mha_fwd": 2, "splash_mha_dq": 3, "splash_mha_dkv": 4}
 # Kernels from outside XLA that multiply no matrices.
 _NO_PRODUCT = re.compile(
     r"topk|sort|rng|memset|annotate|Sharding|SPMD|AllocateBuffer|MoveToHost|MoveToDevice|"
-    r"PartialReduce|InspectSparse|LayoutConstraint|Eigen|erf|ConcatBitcast|GatherScatterIndices",
+    r"PartialReduce|InspectSparse|LayoutConstraint|Eigen|erf|ConcatBitcast|GatherScatterIndices|"
+    r"PrepareAsyncCall",
     re.IGNORECASE,
 )
 
