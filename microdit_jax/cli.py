@@ -49,21 +49,25 @@ def run(main: Callable[[list[str]], None]) -> None:
     """absl's app.run, with one line instead of a traceback for what a person can mend."""
 
     def parse(argv: list[str]) -> list[str]:
+        argv = _with_installed_configs(argv)
         try:
-            return flags.FLAGS(_with_installed_configs(argv))
+            return flags.FLAGS(argv)
         except SystemExit:
             if HELP.isdisjoint(argument.lstrip("-") for argument in argv):
                 raise  # a configuration's own
             raise SystemExit(0) from None  # absl ends these with 1
         # What absl and ml_collections raise for flags, files, keys and values they cannot take
         except (flags.Error, LookupError, AttributeError, TypeError, ValueError, OSError) as error:
-            raise UserError(f"{_last_words(error)}; see {argv[0]} --help") from error
+            raise UserError(f"{_last_words(error, argv)}; see {argv[0]} --help") from error
 
     def guarded(argv: list[str]) -> None:
         logging.set_verbosity(logging.WARNING)  # Orbax tells every rename
         use_compilation_cache()
         with exit_on_user_error():
-            main(argv)
+            try:
+                main(argv)
+            except app.UsageError as error:  # absl would print all of --help
+                raise UserError(f"{error}; see {argv[0]} --help") from error
 
     with exit_on_user_error():
         app.run(guarded, flags_parser=parse)
@@ -100,15 +104,21 @@ def _with_installed_configs(argv: list[str]) -> list[str]:
     return found
 
 
-def _last_words(error: Exception) -> str:
+def _last_words(error: Exception, argv: list[str]) -> str:
     """The reason at the end of ml_collections' message, which may be a whole traceback."""
     missing = re.search(r"flag --(\w+)=None", str(error))
     if missing:
         return f"--{missing[1]} must be given, found none"
-    words = str(error).strip().splitlines()[-1].split("UserError: ")[-1].strip()
     unknown_key = re.search(r"'(\w+)[\\\\']", str(error)) if "flag" not in str(error) else None
-    return (
-        f"unknown config key {unknown_key[1]!r}, configs/common.py has all"
-        if unknown_key
-        else words
-    )
+    if not unknown_key:
+        return str(error).strip().splitlines()[-1].split("UserError: ")[-1].strip()
+    key, given = unknown_key[1], "\0".join(argv)
+    file = re.search(r"-config[=\0]([^\0]+)", given)
+    if file and re.search(rf"-config\.{key}\b", given):
+        config = flags.FLAGS["config"].parser.parse(file[1])  # as it is without the flags after it
+        if "stages" in config:
+            return (
+                f"unknown config key {key!r}, {file[1]} is a chain of stages; give "
+                f"--config.STAGE.{key}, with STAGE one of {', '.join(config.stages)}"
+            )
+    return f"unknown config key {key!r}, configs/common.py has all"

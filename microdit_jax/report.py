@@ -25,9 +25,6 @@ from microdit_jax.errors import UserError, disk_errors
 from microdit_jax.metric_writer import read_metrics
 from microdit_jax.run_checkpoint import read_run_metadata
 
-RUNS = flags.DEFINE_multi_string("runs", [], "Workdirs of training runs, one column each.")
-OUT = flags.DEFINE_string("out", "report.html", "The page (.html) or picture (.png) to write.")
-
 TRAINING, RAW, EMA = "#888888", "#d95f02", "#1b9e77"
 HELDOUT_STYLES = {"raw": (RAW, "held out"), "ema": (EMA, "held out, moving average")}
 NUM_SHEETS = 8  # of samples on the page, spread over the run
@@ -219,10 +216,14 @@ def _sheets(run: Run, base: Path) -> str:
 
 def main(argv):
     if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments {argv[1:]}")
-    write(RUNS.value, OUT.value)
-    print(f"{len(RUNS.value)} runs shown in {OUT.value}")
+        raise app.UsageError(f"unexpected arguments {argv[1:]}; a run goes into --runs")
+    runs, out = flags.FLAGS.runs, flags.FLAGS.out
+    write(runs, out)
+    print(f"{len(runs)} runs shown in {out}")
 
 
 if __name__ == "__main__":
+    # Here, not above: training imports this module, and other commands have an --out of their own.
+    flags.DEFINE_multi_string("runs", [], "Workdirs of training runs, one column each.")
+    flags.DEFINE_string("out", "report.html", "The page (.html) or picture (.png) to write.")
     run(main)

@@ -4,6 +4,7 @@ import json
 import re
 
 import pytest
+from absl import flags
 from PIL import Image
 
 from microdit_jax import report
@@ -26,6 +27,11 @@ def write_run(folder):
     config = {"train": {"mask_ratio": 0.75}, "model": {"options": {"input_size": 8}}}
     write_run_metadata(folder, {"config": config, "attribution": "by A, B & C"})
     return folder
+
+
+def test_flags_are_those_of_the_command_alone():
+    """Training imports the module, and so does any program of a user's with an --out of its own."""
+    assert report.__name__ not in flags.FLAGS.flags_by_module_dict()
 
 
 def test_series():
