@@ -1,6 +1,7 @@
 """The MDS reader on datasets that mosaicml-streaming 0.13.0 wrote, whole and damaged."""
 
 import json
+import os
 import shutil
 import threading
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 from conftest import GOLDEN
 
-from microdit_jax.data import mds
+from microdit_jax.data import mds, shard_files
 from microdit_jax.data.mds import MdsReader
 from microdit_jax.data.mds_writer import merge_index
 from microdit_jax.errors import UserError
@@ -79,12 +80,15 @@ def test_urls_are_read_through_a_cache_that_stays_small(url, tmp_path, name):
     for index in (*range(10), *range(9, -1, -1)):
         assert reader[index] == expected(index)
         assert sum(path.stat().st_size for path in cache.rglob("*") if path.is_file()) <= 5000
-    # what an earlier process left is used, and counted; leftovers of a killed one go
+    # what an earlier process left is used, and counted; leftovers of a killed one go, in time
     (kept,) = cache.rglob("*.mds")
-    kept.with_name("shard.00009.mds.1.partial").write_bytes(bytes(4000))
+    new, old = (kept.with_name(f"shard.0000{i}.mds.1.partial") for i in (8, 9))
+    for path in (new, old):
+        path.write_bytes(bytes(4000))
+    os.utime(old, (0, 0))
     fsspec.filesystem("memory").rm(f"/fixtures/{name}/**/shard.00000*", recursive=True)
     assert MdsReader(f"{url}/{name}", cache=cache, cache_bytes=5000)[0] == expected(0)
-    assert list(cache.rglob("*.partial")) == []
+    assert list(cache.rglob("*.partial")) == [new]  # another process may be writing it
 
 
 def test_bad_urls_are_clean_errors(url, tmp_path):
@@ -101,6 +105,33 @@ def test_bad_urls_are_clean_errors(url, tmp_path):
     memory.rm("/fixtures/plain/shard.00000.mds")
     with pytest.raises(UserError, match="could not fetch it"):
         MdsReader(f"{url}/plain", cache=tmp_path)[0]
+
+
+def test_errors_of_a_filesystem_are_reported_after_three_attempts(url, tmp_path, monkeypatch):
+    """Those of gs:// and https:// are no OSErrors."""
+
+    class HttpError(Exception):
+        pass
+
+    calls = []
+
+    def cat_file(path, **options):
+        calls.append(path)
+        if path.endswith(".mds"):
+            raise HttpError("503, try\nlater")
+        return whole(path)
+
+    memory = fsspec.filesystem("memory")
+    whole = memory.cat_file
+    monkeypatch.setattr(memory, "cat_file", cat_file)
+    monkeypatch.setattr(shard_files.time, "sleep", lambda seconds: None)
+    reader = MdsReader(f"{url}/plain", cache=tmp_path)
+    message = r"could not fetch it \(HttpError: 503, try later\)"
+    with pytest.raises(UserError, match=message) as caught:
+        reader[0]
+    assert len(calls) == 4 and isinstance(caught.value.__cause__, HttpError)
+    with pytest.raises(UserError, match=r"could not read it \(HttpError: 503"):
+        shard_files.ShardFiles(f"{url}/plain", cache=tmp_path).read("shard.00000.mds")
 
 
 def test_threads_read_one_dataset_together(url, tmp_path):

@@ -1,11 +1,12 @@
 """Files of a dataset as local paths: a folder's own, or copies of a URL's in a bounded cache."""
 
 import collections
+import contextlib
 import hashlib
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -13,6 +14,7 @@ import fsspec
 
 from microdit_jax.errors import UserError, disk_errors
 
+_OLD_PARTIAL = 3600  # seconds; a younger unfinished file may be another process's at work
 _ATTEMPTS = 3  # to fetch a file; the second and third after 1 and 2 seconds
 
 
@@ -58,13 +60,8 @@ class ShardFiles:
         self._lock = threading.Lock()
         self._file_locks: dict[str, threading.Lock] = collections.defaultdict(threading.Lock)
         self._kept: collections.OrderedDict[str, int] = collections.OrderedDict()
-        if self._cache is not None:  # what an earlier run left, oldest first
-            found = [path for path in self._cache.rglob("*") if path.is_file()]
-            for path in sorted(found, key=lambda path: path.stat().st_mtime):
-                if path.name.endswith(".partial"):
-                    path.unlink()
-                else:
-                    self._kept[path.relative_to(self._cache).as_posix()] = path.stat().st_size
+        if self._cache is not None:
+            self._kept.update(_left_by_earlier_runs(self._cache))
 
     def location(self, name: str) -> str:
         """Where a file is, for people."""
@@ -86,7 +83,7 @@ class ShardFiles:
             if self.is_local:
                 return Path(self.root, name).read_bytes()
             return self._filesystem.cat_file(f"{self._path}/{name}")
-        except OSError as error:
+        except Exception as error:  # filesystems of URLs raise their own
             raise UserError(
                 f"expected the file {self.location(name)}, could not read it "
                 f"({_reason(error)}); check the path"
@@ -135,7 +132,7 @@ class ShardFiles:
             try:
                 data = self._filesystem.cat_file(f"{self._path}/{name}")
                 break
-            except OSError as error:
+            except Exception as error:  # each filesystem of URLs raises its own
                 missing = isinstance(error, FileNotFoundError)
                 if attempt == _ATTEMPTS or missing:
                     raise UserError(
@@ -157,6 +154,20 @@ class ShardFiles:
         for old in gone:
             self._on_evict(old)
             (self._cache / old).unlink(missing_ok=True)  # who has it open can read on
+
+
+def _left_by_earlier_runs(cache: Path) -> Iterator[tuple[str, int]]:
+    """Names and sizes of the files in a cache, oldest first; removes those cut off by a kill."""
+    found = []
+    for path in filter(Path.is_file, cache.rglob("*")):
+        with contextlib.suppress(FileNotFoundError):  # other processes move and remove files
+            state = path.stat()
+            if not path.name.endswith(".partial"):
+                found.append((state.st_mtime, path.relative_to(cache).as_posix(), state.st_size))
+            elif time.time() - state.st_mtime > _OLD_PARTIAL:
+                path.unlink()
+    for _, name, size in sorted(found):
+        yield name, size
 
 
 def _open_sized(path: Path, size: int) -> BinaryIO | None:
@@ -192,5 +203,6 @@ def _check_size(where: str | Path, expected: int, found: int) -> None:
         )
 
 
-def _reason(error: OSError) -> str:
-    return error.strerror or type(error).__name__
+def _reason(error: Exception) -> str:
+    strerror = getattr(error, "strerror", None)
+    return strerror or f"{type(error).__name__}: {error}".removesuffix(": ")
