@@ -10,8 +10,10 @@ import dataclasses
 import hashlib
 import json
 import math
+import multiprocessing
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -258,6 +260,8 @@ def converted(kind: str, path: Path) -> Path:
     older file at the same path is replaced. The folder's own files have checksums.
     """
     source = find_input(path, KINDS[kind])
+    if missing := [file.name for file in source.files if not file.is_file()]:
+        raise UserError(f"expected all files of {path}, found no {', '.join(missing)}; fetch it")
     stats = [(str(file.resolve()), file.stat()) for file in source.files]
     made_from = {"files": [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]}
     made_from["config"] = source.config
@@ -266,12 +270,37 @@ def converted(kind: str, path: Path) -> Path:
     with disk_errors(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(f"{folder}.lock"):  # another process may be at it
-            if folder.is_dir() and checkpoint.read_metadata(folder).get("cached") != made_from:
+            if folder.is_dir() and not _is_made_from(folder, made_from):
+                (folder / "config.json").unlink(missing_ok=True)  # no model from here on
                 shutil.rmtree(folder)
             if not folder.is_dir():
                 print(f"converting {path}, once, into {folder}", flush=True)
-                convert_to_folder(kind, path, folder, notes={"cached": made_from})
+                notes = {"cached": made_from}
+                _outside_of_job(convert_to_folder, kind, path, folder, notes=notes)
     return folder
+
+
+def _is_made_from(folder: Path, made_from: dict[str, Any]) -> bool:
+    if not checkpoint.is_model(folder):  # a killed process was about to remove it
+        return False
+    return checkpoint.read_metadata(folder).get("cached") == made_from
+
+
+def _outside_of_job(function: Callable, *args: Any, **kwargs: Any) -> None:
+    """Calls it in a process of its own, where several make one program.
+
+    Orbax saves with all processes of a job, and one alone of each host converts.
+    """
+    if jax.process_count() == 1:
+        function(*args, **kwargs)
+        return
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context, initializer=_leave_accelerators) as pool:
+        pool.submit(function, *args, **kwargs).result()
+
+
+def _leave_accelerators() -> None:
+    jax.config.update("jax_platforms", "cpu")  # the others are the parent's
 
 
 def _text_kind(path: Path) -> str:

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Float32, Float64, Int
 from ml_collections import ConfigDict
 
-from microdit_jax import assets, report, sharding, train_step
+from microdit_jax import assets, hosts, report, sharding, train_step
 from microdit_jax.caption_tower import CaptionTower, batch_key
 from microdit_jax.data.pipeline import Source
 from microdit_jax.diffusion import EdmConfig
@@ -167,6 +167,8 @@ class Evaluation:
             codec = None
             if jax.process_index() == 0:
                 codec = assets.load_codec(str(data.codec or config.data.vae))
+            # Who converts them first takes minutes, and the next exchange waits half a one.
+            hosts.barrier("load the towers for samples", timeout_seconds=hosts.WORK_SECONDS)
             pipe = LatentDiffusion(model, None, edm, encoder, codec)
             if settings.num_samples:
                 self._grid = Grid(pipe, data, config)

@@ -5,6 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
+from test_assets import files  # noqa: F401
 from test_hosts import finish, free_port, start
 from test_resume import Command, data, lines, state_of  # noqa: F401
 from test_run_checkpoint import assert_same, flip, largest, make_state, restore
@@ -80,6 +81,27 @@ except UserError as error:
         tmp_path,
     )
     assert told[0] == told[1] and "found step 3 is damaged: state/" in told[0]
+
+
+def test_towers_of_two_processes(files):  # noqa: F811
+    """Converted by one of each cache, also where a host has its own; loaded by one while others
+    are elsewhere."""
+    program = """
+import os
+from microdit_jax import assets
+os.environ["XDG_CACHE_HOME"] = sys.argv[3] + sys.argv[4] * sys.argv[2].count("1")
+codec = assets.load_codec(sys.argv[5])
+hosts.barrier("converted")
+if sys.argv[2] == "0":
+    assets.load_codec(sys.argv[5])
+first = hosts.from_first("go on", lambda: "went on")
+print(first, codec.channels, np.isfinite(codec.decode(np.zeros((1, 4, 4, 4), np.float32))).all())
+"""
+    for suffix in ("", "_other"):
+        told = both(program, files / f"cache{suffix}", suffix, files / "vae")
+        assert [text.splitlines()[-1] for text in told] == ["went on 4 True"] * 2
+        conversions = sum("converting" in text for text in told)
+        assert conversions == (2 if suffix else 1)
 
 
 # ------------------------------------------------------------------ the real command
