@@ -19,6 +19,7 @@ from test_vae import load_vae
 from microdit_jax.data import latent_job, precompute
 from microdit_jax.data.decoding import Settings
 from microdit_jax.data.mds import MdsReader
+from microdit_jax.data.mds_encodings import parse
 from microdit_jax.data.sources import twemoji
 from microdit_jax.data.sources.pictures import Picture, unusable
 from microdit_jax.data.stores import open_latents
@@ -29,6 +30,7 @@ from microdit_jax.encoders.vae_codec import VaeCodec
 from microdit_jax.errors import UserError
 
 TABLE = TokenTable(width=8, max_tokens=6, seed=0)
+RAW = memoryview(np.array([1, 1, 3], "<u4").tobytes() + b"XYZ...")
 SETTINGS = Settings(resolutions=(16, 24), min_size=16, seed=3, batch=4)
 
 
@@ -68,6 +70,8 @@ class Source:
             yield Picture("text", "no picture", lambda: b"hello")
             yield Picture("cut", "cut off", lambda: png(1)[:300])
             yield Picture("gone", "no file", lambda: open("/nowhere/x", "rb").read())
+            yield Picture("mode", "a pil column", lambda: parse("pil").decode(RAW))
+            yield Picture("deep", "16 bits", lambda: Image.fromarray(np.zeros((9, 9, 3), "u2")))
             yield unusable("listed", "unsafe by its scores")
 
 
@@ -109,7 +113,7 @@ def test_records_are_the_pictures_and_their_captions(tmp_path):
 def test_what_cannot_be_used_is_counted_and_listed(tmp_path):
     compute(tmp_path)
     report = json.loads((tmp_path / "report.json").read_text())
-    assert report["records"] == 21 and report["skipped"] == 8 and report["parts"] == 3
+    assert report["records"] == 21 and report["skipped"] == 10 and report["parts"] == 3
     lines = (tmp_path / "skipped.jsonl").read_text().splitlines()
     found = {entry["id"]: entry["reason"] for entry in map(json.loads, lines)}
     assert found == {
@@ -120,6 +124,8 @@ def test_what_cannot_be_used_is_counted_and_listed(tmp_path):
         "text": "not a picture",
         "cut": "cannot be decoded (OSError)",
         "gone": "cannot be read (No such file or directory)",
+        "mode": "cannot be decoded (KeyError)",
+        "deep": "cannot be decoded (TypeError)",
         "listed": "unsafe by its scores",
     }
     assert report["reasons"] == {reason: 1 for reason in sorted(found.values())}

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
+from PIL import Image
 
 from microdit_jax.data import captions, images
 from microdit_jax.data.sources.pictures import Picture, Pictures
@@ -97,7 +98,7 @@ def _prepare_one(picture: Picture, settings: Settings) -> Prepared:
     if not caption.strip():
         return left_out("empty caption")
     try:
-        image = images.decode(picture.load())
+        image = images.decode(_load(picture))
         if min(image.size) < settings.min_size:
             return left_out(f"smaller than {settings.min_size} pixels")
         squares = [images.resize_and_crop(image, side) for side in settings.resolutions]
@@ -106,3 +107,10 @@ def _prepare_one(picture: Picture, settings: Settings) -> Prepared:
     except ValueError as error:
         return left_out(str(error))
     return Prepared(picture.id, caption, tuple(squares))
+
+
+def _load(picture: Picture) -> bytes | Image.Image:
+    try:
+        return picture.load()
+    except (LookupError, TypeError, ArithmeticError) as error:  # modes and types Pillow has not
+        raise ValueError(f"cannot be decoded ({type(error).__name__})") from error

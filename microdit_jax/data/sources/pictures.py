@@ -15,7 +15,8 @@ class Picture(NamedTuple):
     """One picture of a source.
 
     id: unique in its dataset. caption: None where there is none. load: gives the file's bytes, or
-    the picture; may raise OSError. reason: why the picture is unusable, else None.
+    the picture; may raise OSError, or ValueError and its kin. reason: why the picture is unusable,
+    else None.
     """
 
     id: str
