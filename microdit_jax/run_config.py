@@ -114,8 +114,24 @@ def make_step(
     return lambda state, batch: jitted(state, batch, tower.params)
 
 
-def check_intervals(config: ConfigDict) -> None:
-    """Raises UserError where something is to happen every 0 steps or fewer."""
-    for name in ("steps", "batch_size", "log_every", "eval_every", "checkpoint_every"):
-        if config.train[name] < 1:
-            raise UserError(f"train.{name} must be at least 1, found {config.train[name]}")
+# Counts of a run configuration by the least that they may be.
+COUNTS = {
+    1: (
+        "train.steps", "train.batch_size", "train.log_every", "train.eval_every",
+        "train.checkpoint_every", "eval.num_images", "eval.batch_size", "eval.draws",
+        "eval.num_inference_steps", "profile.start",
+    ),
+    0: (
+        "train.micro_batch_size", "train.max_skipped", "eval.num_samples", "eval.score_images",
+        "data.threads", "profile.steps",
+    ),
+}  # fmt: skip
+
+
+def check_counts(config: ConfigDict) -> None:
+    """Raises UserError for a count below its least: some are needed only hours after the start."""
+    for least, names in COUNTS.items():
+        for name in names:
+            part, key = name.split(".")
+            if config[part][key] < least:
+                raise UserError(f"{name} must be at least {least}, found {config[part][key]}")

@@ -24,7 +24,7 @@ from microdit_jax.models.dit import DiT, for_this_machine
 from microdit_jax.progress import Progress, StepTrace
 from microdit_jax.run_checkpoint import RunCheckpoints
 from microdit_jax.run_config import (
-    check_intervals,
+    check_counts,
     make_optimizer,
     make_step,
     model_config,
@@ -40,7 +40,9 @@ OUT_OF_MEMORY = (
 )
 
 
-def train(config: ConfigDict, workdir: str | Path) -> TrainState:
+def train(
+    config: ConfigDict, workdir: str | Path, stop: StopRequest | None = None
+) -> TrainState:
     """Trains one stage; the same call again resumes, and returns at once when all is done.
 
     All processes call it. On SIGTERM or SIGINT it saves and returns early.
@@ -49,6 +51,8 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
     and each evaluation), tensorboard/, samples/, nonfinite/ where updates were skipped, profile/
     where asked for, and vae/ where the data made their codec.
 
+    Args:
+      stop: of a chain of stages, so that no signal is lost between two of them.
     Returns:
       The last state; its step is below config.train.steps after a signal.
     Raises:
@@ -62,7 +66,7 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
     num_micro_batches(config, mesh)  # raises here what does not divide
     cfg, edm = model_config(config), EdmConfig(**config.edm)
     masking.num_kept(cfg.num_tokens, run.mask_ratio)
-    check_intervals(config)
+    check_counts(config)
     if config.log.wandb:
         import_wandb()
     model = DiT(for_this_machine(cfg))
@@ -133,7 +137,7 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
         batches = stack.enter_context(Prefetch(data.batches(config, start), place))
 
         # ------------------------------------------------------------ loop
-        stop = stack.enter_context(StopRequest())
+        stop = stop or stack.enter_context(StopRequest())
         stack.enter_context(memory.out_of_memory(OUT_OF_MEMORY))
         if resumed is None:
             with progress.paused():
@@ -157,7 +161,7 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
             progress.push(step, metrics, names)
             checkpoints.check()
 
-            stopping = stop.agreed(step)
+            stopping = stop.agreed()
             last = step == run.steps
             evaluating = last or step % run.eval_every == 0
             saving = last or stopping or step % run.checkpoint_every == 0

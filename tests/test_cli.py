@@ -34,10 +34,10 @@ DEMO = "--config=configs/demo.py:pretrain"
         (["sample_main.py", "--model=nope", "--prompt=a"], "found nothing at nope"),
         (["sample_main.py", "--model=pyproject.toml", "--prompt=a"], "pyproject.toml"),
         (["sample_main.py"], "expected a prompt, found an empty one"),
-        (["sample_main.py", "apple"], "unexpected arguments ['apple']; a prompt goes into --prompt"),
+        (["sample_main.py", "apple"], "unexpected arguments ['apple']; a prompt"),
         (
             ["train_main.py", "--config=configs/demo.py", "--workdir=x", "--config.train.steps=1"],
-            "demo.py is a chain of stages; give --config.STAGE.train, with STAGE one of pretrain, f",
+            "a chain of stages; give --config.STAGE.train, with STAGE one of pretrain, f",
         ),
     ],
 )

@@ -15,7 +15,7 @@ from configs import (
 from microdit_jax import sharding
 from microdit_jax.errors import UserError
 from microdit_jax.models import masking
-from microdit_jax.run_config import check_intervals, make_optimizer, model_config, num_micro_batches
+from microdit_jax.run_config import check_counts, make_optimizer, model_config, num_micro_batches
 
 STAGES = {
     "res_256_pretrain": res_256_pretrain,
@@ -90,7 +90,7 @@ def test_runlocal_keeps_the_form_of_each_stage(variants):
     sides = []
     for name, stage in STAGES.items():
         small, full = config[name], stage.get_config()
-        check_intervals(small)
+        check_counts(small)
         cfg = model_config(small)
         sides.append(cfg.input_size)
         assert masking.num_kept(cfg.num_tokens, small.train.mask_ratio) >= 4

@@ -9,7 +9,7 @@ from microdit_jax.data.mds_writer import MdsWriter
 from microdit_jax.data.records import SIDECAR, LatentInfo
 from microdit_jax.data.sources import twemoji
 from microdit_jax.errors import UserError
-from microdit_jax.run_config import check_intervals, model_config
+from microdit_jax.run_config import check_counts, model_config
 from microdit_jax.run_data import check_data, load_data
 
 MESH = sharding.make_mesh()
@@ -129,8 +129,13 @@ def test_networks_that_do_not_exist():
         model_config(config)
 
 
-def test_intervals_of_nothing_are_refused():
+@pytest.mark.parametrize(
+    "name, least",
+    [("train.log_every", 1), ("eval.draws", 1), ("eval.num_samples", 0), ("data.threads", 0)],
+)
+def test_counts_below_their_least_are_refused(name, least):
     config = common.base()
-    config.train.log_every = 0
-    with pytest.raises(UserError, match="train.log_every must be at least 1, found 0"):
-        check_intervals(config)
+    check_counts(config)
+    config.update_from_flattened_dict({name: least - 1})
+    with pytest.raises(UserError, match=f"{name} must be at least {least}, found {least - 1}"):
+        check_counts(config)
