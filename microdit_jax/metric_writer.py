@@ -96,17 +96,15 @@ def keep_until(path: str | os.PathLike, step: int | None) -> None:
     if step is None or not path.exists():
         path.unlink(missing_ok=True)
         return
-    lines = path.read_text().splitlines(keepends=True)
-    whole = [line for line in lines if line.endswith("\n")]
-    kept = [line for line in whole if json.loads(line)["step"] <= step]
-    if kept != lines:
+    kept = [line for line in _whole_lines(path) if json.loads(line)["step"] <= step]
+    if "".join(kept) != path.read_text():
         partial = path.with_name(f".{path.name}.partial")
         partial.write_text("".join(kept))
         partial.replace(path)
 
 
 def read_metrics(workdir: str | os.PathLike) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl.
+    """The lines of a run's metrics.jsonl, but for one that a kill cut off.
 
     Raises:
       UserError: there is none.
@@ -114,7 +112,12 @@ def read_metrics(workdir: str | os.PathLike) -> list[dict[str, Any]]:
     path = Path(workdir) / METRICS_FILE
     if not path.is_file():
         raise UserError(f"expected a training run with {METRICS_FILE} at {workdir}, found none")
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return [json.loads(line) for line in _whole_lines(path)]
+
+
+def _whole_lines(path: Path) -> list[str]:
+    """Lines with their ends; not what a run that was killed had begun to write."""
+    return [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:

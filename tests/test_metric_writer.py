@@ -45,6 +45,7 @@ def test_a_resume_keeps_lines_up_to_its_step(tmp_path, step, expected):
     path = tmp_path / "metrics.jsonl"
     lines = [json.dumps({"step": s}) for s in (1, 2, 2, 3)]
     path.write_text("\n".join(lines) + '\n{"step": 4, "lo')  # killed while writing
+    assert len(read_metrics(tmp_path)) == 4
     MetricWriter(tmp_path, restored_step=step, tensorboard=False).close()
     assert [line["step"] for line in read_metrics(tmp_path)] == expected
 
