@@ -138,6 +138,30 @@ def test_an_interrupted_run_leaves_nothing_that_looks_finished(counted, tmp_path
     assert data.load_prepared(tmp_path / "new", PatchPCA.load).train.captions
 
 
+def test_a_run_beside_another_one_leaves_its_work_alone(counted, tmp_path):
+    folder = tmp_path / "data"
+
+    class Slow:
+        """A tower during whose work another process prepares the same, from start to end."""
+
+        name = TEXT_ENCODER.name
+
+        def encode_text(self, texts):
+            prepare(folder)
+            (folder / "first").touch()
+            return TEXT_ENCODER.encode_text(texts)
+
+    assert prepare(folder, text_encoder=Slow()) == folder
+    assert (folder / "first").exists() and len(counted) == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]
+
+
+def test_a_place_that_may_not_be_written_is_named(counted, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="could not write .*file/data: Not a directory; choose"):
+        prepare(tmp_path / "file/data")
+
+
 def test_other_peoples_folders_are_left_alone(counted, tmp_path):
     (tmp_path / "thesis.txt").write_text("mine")
     with pytest.raises(UserError, match="something else there"):

@@ -5,6 +5,7 @@ handed theirs, and the names that come with them travel with the data.
 """
 
 import json
+import secrets
 import shutil
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +18,7 @@ from jaxtyping import Float, Int
 
 from microdit_jax.data.records import check_made_by
 from microdit_jax.data.sources import twemoji
-from microdit_jax.errors import UserError
+from microdit_jax.errors import UserError, disk_errors
 
 _FORMAT, _FORMAT_VERSION = "microdit_jax prepared latents", 2
 
@@ -143,7 +144,7 @@ def prepare_twemoji(
     """Makes latents and caption embeddings of the Twemoji pictures; reuses what is done.
 
     The codec is fitted on the training pictures alone. The folder appears whole or not at all: it
-    is written beside its place and renamed. One process at a time may do this.
+    is written beside its place and renamed. Where processes do this at once, the first one's stays.
 
     Args:
       folder: written with train.npz, heldout.npz, captions.json, codec/ and meta.json. A folder
@@ -157,7 +158,8 @@ def prepare_twemoji(
     Returns:
       `folder`.
     Raises:
-      UserError: if the pictures cannot be read, or `folder` holds something else.
+      UserError: if the pictures cannot be read, or `folder` holds something else or may not be
+        written.
     """
     request = {
         "format": _FORMAT,
@@ -169,35 +171,52 @@ def prepare_twemoji(
         "codec_resolution": codec_resolution or resolution,
         "text_encoder": text_encoder.name,
     }
-    found = _read_meta(folder)
-    if found is not None and {key: found.get(key) for key in request} == request:
+    if _is_prepared(folder, request):
         return folder
-    if found is None and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    stranger = folder.exists() and _read_meta(folder) is None
+    if stranger and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(
             f"expected a free place for prepared data at {folder}, found something else there: "
             f"choose another folder or move it away"
         )
+    partial = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.partial")
+    with disk_errors(folder):
+        try:
+            _write_twemoji(partial, request, fit_codec, text_encoder, progress)
+            if not _is_prepared(folder, request):  # by another process meanwhile
+                shutil.rmtree(folder, ignore_errors=True)
+                partial.rename(folder)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    return folder
 
+
+def _write_twemoji(
+    folder: Path,
+    request: Mapping[str, Any],
+    fit_codec: Callable[..., Codec],
+    text_encoder: TextEncoder,
+    progress: bool,
+) -> None:
+    resolution, codec_resolution = request["resolution"], request["codec_resolution"]
     pictures = twemoji.list_pictures()
     images = twemoji.read_images(pictures, resolution, progress=progress)
     heldout = twemoji.heldout_mask([picture.caption for picture in pictures])
     fitted = images
-    if codec_resolution not in (None, resolution):
+    if codec_resolution != resolution:
         fitted = twemoji.read_images(pictures, codec_resolution, progress=progress)
-    codec = fit_codec(fitted[~heldout], **codec_settings)
+    codec = fit_codec(fitted[~heldout], **request["codec"])
     latents = codec.encode(images) * np.float32(codec.scaling_factor)
 
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # what an interrupted run left
-    partial.mkdir(parents=True)
+    folder.mkdir(parents=True)
     captions = {}
     for split, chosen in (("train", ~heldout), ("heldout", heldout)):
         indices = np.flatnonzero(chosen)
         captions[split] = [pictures[i].caption for i in indices]
         embeddings = text_encoder.encode_text(captions[split]).astype(np.float16)
-        np.savez(partial / f"{split}.npz", latents=latents[indices], caption_latents=embeddings)
-    (partial / "captions.json").write_text(json.dumps(captions, ensure_ascii=False, indent=0))
-    codec.save(partial / "codec")
+        np.savez(folder / f"{split}.npz", latents=latents[indices], caption_latents=embeddings)
+    (folder / "captions.json").write_text(json.dumps(captions, ensure_ascii=False, indent=0))
+    codec.save(folder / "codec")
     meta = {
         **request,
         "vae": codec.name,
@@ -205,11 +224,7 @@ def prepare_twemoji(
         "pictures": {split: len(texts) for split, texts in captions.items()},
         "attribution": twemoji.ATTRIBUTION,
     }
-    (partial / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
-    if folder.exists():
-        shutil.rmtree(folder)
-    partial.rename(folder)
-    return folder
+    (folder / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
 
 
 def load_prepared(folder: Path, load_codec: Callable[[Path], Any]) -> Prepared:
@@ -242,6 +257,11 @@ def load_prepared(folder: Path, load_codec: Callable[[Path], Any]) -> Prepared:
             f"delete the folder and prepare the data again"
         ) from error
     return Prepared(*sources, load_codec(folder / "codec"), meta)
+
+
+def _is_prepared(folder: Path, request: Mapping[str, Any]) -> bool:
+    found = _read_meta(folder) or {}
+    return {key: found.get(key) for key in request} == request
 
 
 def _read_meta(folder: Path) -> dict[str, Any] | None:
