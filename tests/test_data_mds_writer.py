@@ -4,6 +4,7 @@ import decimal
 import filecmp
 import io
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from PIL import Image
 
 from microdit_jax.data import compression, mds_encodings
 from microdit_jax.data.mds import MdsReader
-from microdit_jax.data.mds_writer import MdsWriter
+from microdit_jax.data.mds_writer import MdsWriter, merge_index
 from microdit_jax.errors import UserError
 
 COLUMNS = {"caption": "str", "number": "int32"}
@@ -100,6 +101,14 @@ def test_nothing_looks_finished_before_it_is(tmp_path):
     assert json.loads((tmp_path / "empty/index.json").read_text()) == {"version": 2, "shards": []}
     with pytest.raises(UserError, match="expected no dataset in .*empty, found an index"):
         MdsWriter(tmp_path / "empty", COLUMNS)
+
+
+def test_processes_that_end_together_merge_the_same_index(tmp_path):
+    with MdsWriter(tmp_path / "0", COLUMNS) as writer:
+        writer.write({"caption": "x", "number": 1})
+    with ThreadPoolExecutor(8) as pool:
+        assert set(pool.map(lambda _: merge_index(tmp_path), range(200))) == {1}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0", "index.json"]
 
 
 @pytest.mark.parametrize(
