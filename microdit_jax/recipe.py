@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 from microdit_jax import report, run_checkpoint
 from microdit_jax.errors import UserError
 from microdit_jax.run_checkpoint import RunCheckpoints
+from microdit_jax.signals import StopRequest
 from microdit_jax.train import train
 
 
@@ -25,18 +26,21 @@ def run(config: ConfigDict, workdir: str | Path) -> bool:
     for name in config.stages:
         if name not in config:
             raise UserError(f"config.stages names {name}, found no such stage in the config")
-    for number, name in enumerate(config.stages):
-        stage, folder = config[name], Path(workdir) / name
-        with RunCheckpoints(folder) as checkpoints:
-            done = (checkpoints.latest_step() or 0) >= stage.train.steps
-        if jax.process_index() == 0:
-            print(f"stage {number + 1} of {len(config.stages)}, {name}{': done' * done}")
-        if done:
-            continue
-        done = int(train(stage, folder).step) >= stage.train.steps
-        _report(config, Path(workdir))
-        if not done:
-            return False
+    with StopRequest() as stop:
+        for number, name in enumerate(config.stages):
+            stage, folder = config[name], Path(workdir) / name
+            with RunCheckpoints(folder) as checkpoints:
+                done = (checkpoints.latest_step() or 0) >= stage.train.steps
+            if jax.process_index() == 0:
+                print(f"stage {number + 1} of {len(config.stages)}, {name}{': done' * done}")
+            if done:
+                continue
+            done = int(train(stage, folder, stop).step) >= stage.train.steps
+            _report(config, Path(workdir))
+            last = number + 1 == len(config.stages)
+            # Several processes agree in the next stage's first step.
+            if not done or (stop.received and jax.process_count() == 1 and not last):
+                return False
     return True
 
 

@@ -1,5 +1,6 @@
 """SIGTERM and SIGINT (Ctrl-C) as a request to save and stop, agreed on by all processes."""
 
+import itertools
 import os
 import signal
 import sys
@@ -8,13 +9,17 @@ import threading
 import jax
 from jax.experimental import multihost_utils
 
+# Not steps: the next stage's may begin at 0, and the one that was agreed on would never come.
+_times_asked = itertools.count()
+
 
 class StopRequest:
     """Within `with StopRequest() as stop:`, the first signal asks to stop, a second SIGINT kills.
 
     One process remembers the signal itself. With several, JAX's preemption service tells all of a
-    SIGTERM that any of them got, and picks a step that none has done yet; a SIGINT becomes a
-    SIGTERM. Asking costs microseconds; a collective each step would drain the device's queue.
+    SIGTERM that any of them got, and picks a time to ask that none has come to yet; a SIGINT
+    becomes a SIGTERM. Asking costs microseconds; a collective each step would drain the device's
+    queue.
 
     Signals reach the main thread of a program only: in any other this never asks to stop.
     """
@@ -23,11 +28,11 @@ class StopRequest:
         self.received = False
         self._previous = {}
 
-    def agreed(self, step: int) -> bool:
+    def agreed(self) -> bool:
         """Whether all processes stop after this step; ask once a step, on all, in order."""
         if jax.process_count() == 1:
             return self.received
-        return multihost_utils.reached_preemption_sync_point(step)
+        return multihost_utils.reached_preemption_sync_point(next(_times_asked))
 
     def __enter__(self) -> "StopRequest":
         if threading.current_thread() is threading.main_thread():

@@ -56,7 +56,7 @@ def starting_state(
     abstract = train_step.abstract_state(model, optimizer, mesh, with_ema=with_ema)
     full, alone = (
         # Without ".." after a folder that may not exist yet
-        os.path.normpath(name.format(workdir=workdir)) if name else ""
+        os.path.normpath(name.replace("{workdir}", str(workdir))) if name else ""
         for name in (config.init_from, config.init_weights_from)
     )
     if full and alone:

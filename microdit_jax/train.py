@@ -40,9 +40,7 @@ OUT_OF_MEMORY = (
 )
 
 
-def train(
-    config: ConfigDict, workdir: str | Path, stop: StopRequest | None = None
-) -> TrainState:
+def train(config: ConfigDict, workdir: str | Path, stop: StopRequest | None = None) -> TrainState:
     """Trains one stage; the same call again resumes, and returns at once when all is done.
 
     All processes call it. On SIGTERM or SIGINT it saves and returns early.

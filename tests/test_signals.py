@@ -12,9 +12,9 @@ from microdit_jax.signals import StopRequest
 def test_a_signal_asks_to_stop(number, capfd):
     before = signal.getsignal(number)
     with StopRequest() as stop:
-        assert not stop.received and not stop.agreed(1)
+        assert not stop.received and not stop.agreed()
         os.kill(os.getpid(), number)
-        assert stop.received and stop.agreed(2)
+        assert stop.received and stop.agreed()
     assert signal.getsignal(number) == before
     assert f"{number.name}: saving and stopping" in capfd.readouterr().err
 
@@ -24,7 +24,7 @@ def test_another_thread_is_left_alone():
 
     def ask():
         with StopRequest() as stop:
-            stops.append(stop.agreed(1))
+            stops.append(stop.agreed())
 
     before = signal.getsignal(signal.SIGTERM)
     thread = threading.Thread(target=ask)
@@ -37,7 +37,7 @@ def test_a_second_ctrl_c_kills():
     program = """
     with signals.StopRequest() as stop:
         os.kill(os.getpid(), signal.SIGINT)
-        print("stopping", stop.agreed(1), flush=True)
+        print("stopping", stop.agreed(), flush=True)
         os.kill(os.getpid(), signal.SIGINT)
         print("still here")
     """
@@ -57,7 +57,7 @@ def test_processes_agree(name):
             time.sleep(0.02)
             if step == 20 and number == 1:
                 os.kill(os.getpid(), getattr(signal, sys.argv[3]))
-            if stop.agreed(step):
+            if stop.agreed():
                 print("stopped", step)
                 break
     """

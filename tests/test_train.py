@@ -1,6 +1,9 @@
 """The real training loop and the real pipeline on a shrunken demo: resumed, continued, poisoned."""
 
+import itertools
 import json
+import os
+import signal
 
 import jax
 import numpy as np
@@ -83,7 +86,8 @@ def test_stopped_and_resumed_is_bit_exact_with_its_records(trained, monkeypatch,
     folder, state = trained
     with monkeypatch.context() as patch:
         # As a signal during step 2, amid the three steps of a line
-        patch.setattr(train_module.StopRequest, "agreed", lambda self, step: step == 2)
+        asked = itertools.count(1)
+        patch.setattr(train_module.StopRequest, "agreed", lambda self: next(asked) == 2)
         stopped = train(tiny_config(folder), folder / "resumed")
     assert int(stopped.step) == 2
     assert "stopped and saved at step 2" in capsys.readouterr().out
@@ -104,12 +108,22 @@ def test_done_runs_return_at_once(trained, capsys):
     assert "done already" in capsys.readouterr().out
 
 
-def test_two_stages_as_one_run(trained, capsys):
+def test_two_stages_as_one_run(trained, monkeypatch, capsys):
     folder, _ = trained
     config = demo.get_config()
     with config.unlocked():
         config.pretrain = tiny_config(folder, steps=2)
         config.finetune = tiny_config(folder, "finetune", steps=3)
+
+    def signalled(config, workdir, stop):
+        state = train(config, workdir, stop)
+        os.kill(os.getpid(), signal.SIGTERM)  # too late for the stage, which has ended
+        return state
+
+    with monkeypatch.context() as patch:
+        patch.setattr(recipe, "train", signalled)
+        assert not recipe.run(config, folder / "both")
+    assert "stage 2" not in capsys.readouterr().out
     assert recipe.run(config, folder / "both")
     out = capsys.readouterr().out
     assert f"full state of {folder}/both/pretrain, step 2; step 2 of 3" in out
