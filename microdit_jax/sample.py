@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Float32, Int, Shaped
 
 from microdit_jax import diffusion, memory, sharding
 from microdit_jax.diffusion import EdmConfig, HeunState
-from microdit_jax.encoders.placement import fetch, rows_sharding
+from microdit_jax.encoders.placement import fetch, put_rows, rows_sharding
 from microdit_jax.errors import UserError
 from microdit_jax.models.dit import Caption, DiT
 from microdit_jax.noise import initial_noise
@@ -221,8 +221,8 @@ class LatentDiffusion:
             for start, i in work if progress is None else progress(work):
                 if i == 0:
                     rows = np.resize(np.arange(len(y))[start : start + size], size)
-                    caption = encode(self.params, jax.device_put(y[rows], place))
-                    state = _start(jax.device_put(x[rows], place), edm=self.edm)
+                    caption = encode(self.params, put_rows(y[rows], place))
+                    state = _start(put_rows(x[rows], place), edm=self.edm)
                 at = {name: values[i] for name, values in evaluations.items()}
                 state = evaluate(self.params, caption, state, at, np.float32(guidance_scale))
                 if progress is not None:
@@ -296,7 +296,8 @@ class LatentDiffusion:
         size, _, _ = self.programs(min(batch_size, num_images), captions, guide)
         cfg = self.model.config
         x = np.zeros((num_images, cfg.input_size, cfg.input_size, cfg.in_channels), np.float32)
-        _start(jax.device_put(x[:1].repeat(size, 0), rows_sharding(self.params)[0]), edm=self.edm)
+        place, _ = rows_sharding(self.params)
+        _start(put_rows(x[:1].repeat(size, 0), place), edm=self.edm)
         self.decode(x)
 
     def _initial_noise(self, noise, seed: int | None, count: int) -> np.ndarray:

@@ -84,22 +84,25 @@ except UserError as error:
 
 
 def test_towers_of_two_processes(files):  # noqa: F811
-    """Converted by one of each cache, also where a host has its own; loaded by one while others
-    are elsewhere."""
+    """Converted by one of each cache, also where a host has its own; loaded by one while the other
+    is elsewhere; and rows that hosts computed differently."""
     program = """
 import os
 from microdit_jax import assets
+from microdit_jax.encoders.placement import fetch, put_rows
 os.environ["XDG_CACHE_HOME"] = sys.argv[3] + sys.argv[4] * sys.argv[2].count("1")
 codec = assets.load_codec(sys.argv[5])
 hosts.barrier("converted")
 if sys.argv[2] == "0":
     assets.load_codec(sys.argv[5])
-first = hosts.from_first("go on", lambda: "went on")
-print(first, codec.channels, np.isfinite(codec.decode(np.zeros((1, 4, 4, 4), np.float32))).all())
+images = codec.decode(np.zeros((1, 4, 4, 4), np.float32))
+devices = jax.NamedSharding(jax.make_mesh((8,), ("data",)), jax.P("data"))
+rows = fetch(put_rows(np.full(8, 1 + int(sys.argv[2])), devices))
+print(hosts.from_first("go on", lambda: "went on"), np.isfinite(images).all(), rows)
 """
     for suffix in ("", "_other"):
         told = both(program, files / f"cache{suffix}", suffix, files / "vae")
-        assert [text.splitlines()[-1] for text in told] == ["went on 4 True"] * 2
+        assert [text.splitlines()[-1] for text in told] == ["went on True [1 1 1 1 2 2 2 2]"] * 2
         conversions = sum("converting" in text for text in told)
         assert conversions == (2 if suffix else 1)
 
