@@ -12,6 +12,7 @@ Examples:
 
 import collections
 import contextlib
+import math
 import time
 from pathlib import Path
 
@@ -39,6 +40,9 @@ GUIDANCE = flags.DEFINE_float(
     "guidance_scale", None, "Classifier-free guidance; 1 means none; default: 5, of a network that "
     "was trained on the embedded pictures 3."
 )  # fmt: skip
+flags.register_validator(
+    GUIDANCE, lambda scale: scale is None or math.isfinite(scale), "expected a finite number"
+)
 SEED = flags.DEFINE_integer("seed", 2024, "Seed of the initial noise.", lower_bound=0)
 NOISE = flags.DEFINE_enum(
     "noise", "jax", ["jax", "torch_cpu", "torch_cuda"], "Whose random numbers to start from."
@@ -79,9 +83,10 @@ def main(argv):
         print(f"compiled in {time.perf_counter() - start:.1f} s{compiled_programs()}", flush=True)
         if not prompts:
             return
-    for prompt, dropped in zip(prompts, pipe.text_encoder.tokenizer.dropped(prompts), strict=True):
-        if dropped:
-            print(f"warning: the last {dropped} tokens of this prompt are cut: {prompt}")
+    if tokenizer := pipe.text_encoder.tokenizer:  # without one, encoding says what is missing
+        for prompt, dropped in zip(prompts, tokenizer.dropped(prompts), strict=True):
+            if dropped:
+                print(f"warning: the last {dropped} tokens of this prompt are cut: {prompt}")
 
     chosen = [picture["index"]] if picture else list(range(len(prompts)))
     total = picture["of"] if picture else len(prompts)

@@ -15,14 +15,16 @@ from microdit_jax.encoders.placement import rows_sharding
 from microdit_jax.encoders.token_table import TokenTable
 from microdit_jax.errors import UserError
 from microdit_jax.models import dit
-from microdit_jax.models.dit import DiT
+from microdit_jax.models.dit import DiT, DiTConfig
 from microdit_jax.sample import LatentDiffusion
+
+ARCHES = ("MicroDiT_XL_2", "MicroDiT_Tiny_2")
 
 
 def create_latent_diffusion(
     vae_name: str = hub.SDXL_VAE,
     text_encoder_name: str = hub.DFN5B_CLIP,
-    dit_arch: str = "MicroDiT_XL_2",
+    dit_arch: str | None = None,
     latent_res: int = 32,
     in_channels: int = 4,
     pos_interp_scale: float = 1.0,
@@ -37,7 +39,7 @@ def create_latent_diffusion(
     Args:
       vae_name: name of the VAE, as `assets.load_codec` takes it.
       text_encoder_name: name of the text encoder, as `assets.load_text_encoder` takes it.
-      dit_arch: "MicroDiT_XL_2" or "MicroDiT_Tiny_2".
+      dit_arch: "MicroDiT_XL_2" or "MicroDiT_Tiny_2"; None: the checkpoint's, without one XL_2.
       latent_res: side of the latents, 32 for 256 px.
       in_channels: channels of the latents.
       pos_interp_scale: 2 at 512 px.
@@ -51,10 +53,14 @@ def create_latent_diffusion(
     Raises:
       UserError: something is not there, is damaged, or does not fit the rest.
     """
+    if dit_arch not in (None, *ARCHES):
+        raise UserError(f"dit_arch must be one of {', '.join(ARCHES)}, found {dit_arch}")
     if checkpoint is not None:
         model = assets.load_model(checkpoint, ema=ema, dtype=dtype, mesh=mesh)
         if model.folder is None:
+            arch = _arch(model.config)
             asked = {
+                "dit_arch": (dit_arch or arch, arch),
                 "latent_res": (latent_res, model.config.input_size),
                 "in_channels": (in_channels, model.config.in_channels),
                 "pos_interp_scale": (pos_interp_scale, model.config.pos_interp_scale),
@@ -63,14 +69,12 @@ def create_latent_diffusion(
                 if wanted != found:
                     raise UserError(
                         f"{checkpoint} has {name} {found}, found {wanted} asked for; pass "
-                        f"{name}={found}"
+                        f"{name}={found!r}"
                     )
             model = model._replace(vae=vae_name, text_encoder=text_encoder_name)
         return from_model(model, dtype=dtype)
-    if dit_arch not in ("MicroDiT_XL_2", "MicroDiT_Tiny_2"):
-        raise UserError(f"dit_arch must be MicroDiT_XL_2 or MicroDiT_Tiny_2, found {dit_arch}")
     text_encoder = assets.load_text_encoder(text_encoder_name, dtype=dtype)
-    config = getattr(dit, dit_arch)(
+    config = getattr(dit, dit_arch or ARCHES[0])(
         input_size=latent_res,
         in_channels=in_channels,
         pos_interp_scale=pos_interp_scale,
@@ -79,6 +83,15 @@ def create_latent_diffusion(
     )
     model = assets.untrained_model(config, mesh=mesh)._replace(vae=vae_name)
     return from_model(model, dtype=dtype, text_encoder=text_encoder)
+
+
+def _arch(config: DiTConfig) -> str | None:
+    """The one of ARCHES that has a network's width and depth; None of other sizes."""
+    for name in ARCHES:
+        known = getattr(dit, name)()
+        if (known.dim, known.depth) == (config.dim, config.depth):
+            return name
+    return None
 
 
 def load(

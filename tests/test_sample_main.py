@@ -1,15 +1,20 @@
 """The command: prompts to PNGs, the same again, one made again from its settings, bad input."""
 
+import json
 import os
 import pathlib
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 from test_assets import files  # noqa: F401
 
-from microdit_jax import pictures
+from convert import t5
+from convert.safetensors_file import write_safetensors
+from microdit_jax import assets, pictures
+from microdit_jax.encoders.t5 import T5, T5Config
 
 ROOT = pathlib.Path(__file__).parent.parent
 PROMPTS = ["an apple", "a dog", "the sun"]
@@ -81,12 +86,28 @@ def test_drawn_resumed_and_made_again(files):  # noqa: F811
         (["--prompt=a", "--vae=table:x"], "of the Hugging Face repository table:x"),
         (["--again=pyproject.toml"], "expected a PNG made by sample_main.py"),
         (["--prompt= "], "expected a prompt, found an empty one"),
+        (["--prompt=a", "--guidance_scale=nan"], "--guidance_scale=nan: expected a finite number"),
     ],
 )
 def test_bad_input(files, flags, message):  # noqa: F811
     result = sample(files, *model(files), *flags, HF_HUB_OFFLINE="1")
     assert result.returncode == 2, result.stderr
     assert message in result.stderr.strip().splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_a_t5_without_its_tokenizer(files):  # noqa: F811
+    config = T5Config(width=24, layers=1, heads=2, head_dim=8, ffn=32, vocab_size=96)
+    ids = np.ones((1, 4), np.int32)
+    params = jax.jit(T5(config).init)(jax.random.key(0), ids, ids == 1)["params"]
+    tensors = t5.to_torch(jax.tree.map(np.asarray, params), config)
+    (files / "t5").mkdir()
+    (files / "t5" / "config.json").write_text(json.dumps(t5.config_json(config)))
+    write_safetensors(files / "t5" / "model.safetensors", tensors)
+    tower = assets.converted("t5", files / "t5")
+    result = sample(files, *model(files), f"--text_encoder={tower}", "--prompt=a")
+    assert result.returncode == 2, result.stderr
+    assert "expected a tokenizer with" in result.stderr.strip().splitlines()[-1]
 
 
 @pytest.mark.slow
