@@ -70,7 +70,10 @@ def disk_errors(path: str | os.PathLike, num_bytes: int = 0) -> Iterator[None]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             fix = "free some space or choose another place"
-        elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
+        # The last three: a file where a folder is needed, and the other way round.
+        elif error.errno in (
+            errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR,
+        ):  # fmt: skip
             fix = "choose a place you may write to"
         else:
             raise

@@ -59,6 +59,9 @@ def test_what_cannot_be_drawn(tmp_path):
     with pytest.raises(UserError, match="ends in .html or .png"):
         report.write([tmp_path], tmp_path / "x.pdf")
     assert list(tmp_path.iterdir()) == []
+    run = write_run(tmp_path / "run")
+    with pytest.raises(UserError, match="File exists; choose a place you may write to"):
+        report.write([run], run / "metrics.jsonl" / "x.png")
 
 
 def test_a_page_shows_sheets_and_figures(tmp_path):
