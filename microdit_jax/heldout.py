@@ -16,6 +16,7 @@ from microdit_jax import assets, hosts, report, sharding, train_step
 from microdit_jax.caption_tower import CaptionTower, batch_key
 from microdit_jax.data.pipeline import Source
 from microdit_jax.diffusion import EdmConfig
+from microdit_jax.errors import UserError
 from microdit_jax.evaluate.in_training import TrainingScores
 from microdit_jax.evaluate.prompts import read_prompts
 from microdit_jax.evaluate.reference import pixels_per_latent
@@ -167,13 +168,14 @@ class Evaluation:
             codec = None
             if jax.process_index() == 0:
                 codec = assets.load_codec(str(data.codec or config.data.vae))
-            # Who converts them first takes minutes, and the next exchange waits half a one.
-            hosts.barrier("load the towers for samples", timeout_seconds=hosts.WORK_SECONDS)
             pipe = LatentDiffusion(model, None, edm, encoder, codec)
             if settings.num_samples:
                 self._grid = Grid(pipe, data, config)
             if settings.score_images:
                 self._scores = SampleScores(pipe, data, config, workdir)
+            # One process may have converted towers for minutes, or measured real pictures, and the
+            # next exchange waits for half a one.
+            hosts.barrier("prepare samples", timeout_seconds=hosts.WORK_SECONDS)
         self._workdir, self._attribution = workdir, data.attribution
         self._writer, self._say = writer, say
 
@@ -192,23 +194,31 @@ class Evaluation:
     def grid(self, step: int, state: TrainState) -> None:
         """Samples of the average, where one is kept, as samples/step_*.png, and their scores.
 
-        The run's page, report.html, is written anew. All processes call it.
+        The run's page, report.html, is written anew. All processes call it. Where no samples can be
+        drawn, the log says why, and training goes on.
         """
         params = state.params if state.ema is None else state.ema
-        if self._scores is not None:
-            scores = self._scores(params)
-            if self._writer is not None:
-                self._writer.write(step, {"samples": scores})
-                said = ", ".join(f"{name} {value:.4g}" for name, value in scores.items())
-                self._say(f"step {step}: samples against real pictures: {said}")
+        for draw in (self._write_scores, self._write_sheet):
+            try:
+                draw(step, params)
+            except UserError as error:  # before the step is saved: each restart would end so
+                self._say(f"step {step}: no samples: {error}")
+        if self._writer is not None:
+            report.write([self._workdir], self._workdir / "report.html")
+
+    def _write_scores(self, step: int, params: Any) -> None:
+        scores = None if self._scores is None else self._scores(params)
+        if self._writer is not None and scores is not None:
+            self._writer.write(step, {"samples": scores})
+            said = ", ".join(f"{name} {value:.4g}" for name, value in scores.items())
+            self._say(f"step {step}: samples against real pictures: {said}")
+
+    def _write_sheet(self, step: int, params: Any) -> None:
         image = None if self._grid is None else self._grid(params)
-        if self._writer is None:
-            return
-        if image is not None:
+        if self._writer is not None and image is not None:
             about = {"step": step, "attribution": self._attribution}
             save_png(self._workdir / "samples" / f"step_{step:07d}.png", image, about)
             self._writer.image(step, "samples", image)
-        report.write([self._workdir], self._workdir / "report.html")
 
 
 class _Embedded:

@@ -19,6 +19,7 @@ from microdit_jax.metric_writer import read_metrics
 from microdit_jax.models.dit import DiT
 from microdit_jax.run_checkpoint import RunCheckpoints
 from microdit_jax.run_config import make_optimizer, model_config
+from microdit_jax.sample import LatentDiffusion
 from microdit_jax.start import starting_state
 from microdit_jax.train import changes, train
 
@@ -100,6 +101,20 @@ def test_stopped_and_resumed_is_bit_exact_with_its_records(trained, monkeypatch,
     assert "since step 2 the config changed: eval.batch_size 16 -> 8" in capsys.readouterr().out
     expected, found = (read_metrics(folder / run) for run in ("whole", "resumed"))
     assert without_clock(found[:-1]) == without_clock(expected[:-1])
+
+
+def test_samples_that_are_not_finite_do_not_end_a_run(trained, monkeypatch, capsys):
+    folder, state = trained
+
+    def nan(self, latents):
+        raise UserError("expected finite pictures, found NaN")
+
+    monkeypatch.setattr(LatentDiffusion, "decode", nan)
+    config = tiny_config(folder)
+    config.eval.update(num_samples=2, num_inference_steps=2)
+    same(train(config, folder / "unseen"), state)
+    assert "step 4: no samples: expected finite pictures" in capsys.readouterr().out
+    assert (folder / "unseen" / "report.html").is_file()
 
 
 def test_done_runs_return_at_once(trained, capsys):
