@@ -73,8 +73,9 @@ def base() -> ConfigDict:
             "edm": {"P_mean": -0.6, "P_std": 1.2, "sigma_data": 0.9},
             "data": {
                 # Each {"source", "folder", "weight"}. Sources: "latents", precomputed, in MDS or
-                # ArrayRecord files; "twemoji", the embedded pictures. A record of a set with weight
-                # 2 is seen twice as often as one of a set with weight 1.
+                # ArrayRecord files; "twemoji", the embedded pictures; "twemoji_untoned", those of
+                # no skin tone. A record of a set with weight 2 is seen twice as often as one of a
+                # set with weight 1.
                 "datasets": (),
                 # {"source", "folder"}, of pictures that training does not see.
                 "heldout": ConfigDict({"source": "", "folder": ""}),

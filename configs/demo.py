@@ -1,4 +1,4 @@
-"""A small MicroDiT on 3,500 captioned emoji pictures, in minutes on two CPU cores.
+"""A small MicroDiT on 3,563 captioned emoji pictures, in minutes on two CPU cores.
 
 Every part of the paper's recipe in miniature: patch mixer, 75 % of the patches masked and then
 none, experts, dropped captions, EDM, an average of the weights. Pictures: Twemoji, CC-BY 4.0.

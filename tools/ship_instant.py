@@ -1,6 +1,6 @@
 """Writes what microdit_jax/instant/model/ holds, from a finished run of configs/instant.py.
 
-  python -m tools.ship_instant --run=out/instant/stage4
+  python -m tools.ship_instant --run=out/instant/stage2
   python -m tools.ship_instant --run=runs/mine --out=mine      (sample_main.py --model=mine draws)
 
 The moving average of the weights in bfloat16, and beside it all that drawing needs.
