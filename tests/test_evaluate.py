@@ -112,6 +112,35 @@ def test_kept_pictures_are_what_was_measured(pipe, tmp_path, monkeypatch):
     np.testing.assert_allclose(again["twice"], 2 * found)
 
 
+def test_another_measure_leaves_the_first_ones(pipe, tmp_path, monkeypatch):
+    found = draw(pipe, tmp_path)
+    other = draw_set(pipe, PROMPTS, SETTINGS, tmp_path, {"red": mean_colours}, chunk_size=4)
+    np.testing.assert_allclose(other["red"], found, atol=0.5)
+    monkeypatch.setattr(generation, "_draw", None)
+    np.testing.assert_array_equal(draw(pipe, tmp_path), found)
+
+
+def test_processes_deal_from_one_list(pipe, tmp_path, monkeypatch):
+    """The second comes when the first has drawn a chunk, which that one's list still had."""
+    monkeypatch.setattr(
+        generation, "_draw", lambda pipe, texts, *_: np.zeros((len(texts), 2, 2, 3))
+    )
+    draw(pipe, tmp_path)
+    for start in (4, 8):
+        (tmp_path / f"features/{start:06d}.npz").unlink()
+
+    def from_first(name, function):
+        return function() if name == "open the set" else [0, 4, 8]
+
+    monkeypatch.setattr(generation.hosts, "from_first", from_first)
+    monkeypatch.setattr(generation.hosts, "barrier", lambda *_, **__: None)
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(UserError, match="expected colours in .*000008"):  # the first one's to draw
+        draw(pipe, tmp_path)
+    assert (tmp_path / "features/000004.npz").exists()
+
+
 def test_another_set_is_not_mixed_in(pipe, tmp_path):
     draw(pipe, tmp_path)
     other = SETTINGS._replace(asked={"weights": "b"}, num_inference_steps=3)

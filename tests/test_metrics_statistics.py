@@ -67,6 +67,13 @@ def test_bad_files(tmp_path, features):
     path.write_bytes(b"PK\x03\x04 cut")
     with pytest.raises(UserError, match="could not read it"):
         load_reference(path)
+    np.savez_compressed(path, mu=features)
+    whole = path.read_bytes()
+    at, central = whole.index(b"mu.npy") + 26, whole.index(b"PK\x01\x02") + 10
+    for place, wrong in ((at, b"\xff" * 9), (central, b"\x63")):  # its bytes; its compression
+        path.write_bytes(whole[:place] + wrong + whole[place + len(wrong) :])
+        with pytest.raises(UserError, match="could not read it"):
+            load_reference(path)
     np.savez(path, mu=np.array([{}], object))
     with pytest.raises(UserError, match="could not read it"):
         load_reference(path)  # a pickle is never opened

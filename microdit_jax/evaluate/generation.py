@@ -8,7 +8,6 @@ again as it was, on whatever devices there are now.
 
 import hashlib
 import json
-import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,9 +18,10 @@ import tqdm
 from jaxtyping import UInt8
 
 from microdit_jax import hosts
+from microdit_jax.data.jobs import write_text
 from microdit_jax.errors import UserError
 from microdit_jax.evaluate.prompts import PromptSet
-from microdit_jax.metrics.statistics import write_npz
+from microdit_jax.metrics.statistics import read_npz, write_npz
 from microdit_jax.noise import initial_noise
 from microdit_jax.pictures import is_made_so, read_png, save_png, to_uint8
 from microdit_jax.sample import LatentDiffusion
@@ -79,7 +79,13 @@ def draw_set(
     hosts.from_first("open the set", lambda: _open(folder, request))
     starts = range(0, len(prompts.texts), chunk_size)
     counts = {start: len(prompts.texts[start : start + chunk_size]) for start in starts}
-    missing = [s for s, n in counts.items() if not _is_done(folder, s, n, measures, picture_path)]
+    # One list for all: a process that comes later would find some of it drawn already.
+    missing = hosts.from_first(
+        "see what is drawn",
+        lambda: [
+            s for s, n in counts.items() if not _is_done(folder, s, n, measures, picture_path)
+        ],
+    )
     done = len(prompts.texts) - sum(counts[start] for start in missing)
     if done:
         print(f"{folder}: {done} of {len(prompts.texts)} pictures are there already", flush=True)
@@ -92,10 +98,12 @@ def draw_set(
                 images = to_uint8(_draw(pipe, texts, start, settings))
                 _keep(images, start, texts, request, picture_path)
             arrays = {name: measure(list(images), texts) for name, measure in measures.items()}
+            # What other metrics measured of these pictures stays.
+            arrays = _read_chunk(folder, start, len(texts)) | arrays
             write_npz(_chunk(folder, start), arrays | {COUNT: np.array(len(texts))})
             bar.update(len(texts))
     hosts.barrier("draw all pictures", timeout_seconds=DRAWING_SECONDS)
-    return _collect(folder, starts, measures, len(prompts.texts))
+    return _collect(folder, counts, measures)
 
 
 def _draw(
@@ -130,28 +138,24 @@ def _open(folder: Path, request: dict[str, Any]) -> None:
                 f"(differing: {', '.join(sorted(differing))}); choose another --out or remove it"
             )
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(request, indent=1) + "\n")
-    partial.replace(path)
+    write_text(path, json.dumps(request, indent=1) + "\n")
 
 
 def _chunk(folder: Path, start: int) -> Path:
     return folder / "features" / f"{start:06d}.npz"
 
 
-def _read_chunk(path: Path) -> dict[str, np.ndarray]:
-    """A chunk's arrays; none where there is no such file or it is damaged."""
+def _read_chunk(folder: Path, start: int, count: int) -> dict[str, np.ndarray]:
+    """What is kept of `count` pictures; nothing where the file is none, damaged or of others."""
     try:
-        with np.load(path, allow_pickle=False) as file:
-            return {name: file[name] for name in file.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile):
+        arrays = read_npz(_chunk(folder, start))
+    except (OSError, ValueError):
         return {}
+    return arrays if arrays.get(COUNT) == count else {}
 
 
 def _is_done(folder, start, count, measures, picture_path) -> bool:
-    arrays = _read_chunk(_chunk(folder, start))
-    if COUNT not in arrays or arrays[COUNT] != count or not set(measures) <= set(arrays):
+    if not {COUNT, *measures} <= _read_chunk(folder, start, count).keys():
         return False
     kept = range(start, start + count) if picture_path else ()
     return all(picture_path(i).is_file() for i in kept)
@@ -179,10 +183,10 @@ def _settings(request: dict[str, Any], prompt: str, index: int) -> dict[str, Any
     return request | {"prompt": prompt, "index": index}
 
 
-def _collect(folder, starts, measures, total) -> dict[str, np.ndarray]:
+def _collect(folder, counts, measures) -> dict[str, np.ndarray]:
     rows: dict[str, list[np.ndarray]] = {name: [] for name in measures}
-    for start in starts:
-        arrays = _read_chunk(_chunk(folder, start))
+    for start, count in counts.items():
+        arrays = _read_chunk(folder, start, count)
         for name in measures:
             if name not in arrays:
                 raise UserError(
@@ -192,8 +196,10 @@ def _collect(folder, starts, measures, total) -> dict[str, np.ndarray]:
             rows[name].append(arrays[name])
     found = {name: np.concatenate(parts) for name, parts in rows.items()}
     for name, values in found.items():
-        if len(values) != total:
-            raise UserError(f"expected {total} rows of {name} in {folder}, found {len(values)}")
+        if len(values) != sum(counts.values()):
+            raise UserError(
+                f"expected {sum(counts.values())} rows of {name} in {folder}, found {len(values)}"
+            )
     return found
 
 

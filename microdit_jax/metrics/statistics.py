@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import json
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -76,10 +75,9 @@ def load_reference(path: Path) -> Reference:
       UserError: no such file, damaged, or with neither.
     """
     try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
+        arrays = read_npz(path)
         about = json.loads(str(arrays.get(ABOUT, "{}")))
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError) as error:
         raise UserError(
             f"expected .npz of reference statistics at {path}, could not read it ({error}); give "
             "such a file or a folder of pictures"
@@ -101,6 +99,21 @@ def load_reference(path: Path) -> Reference:
         f"expected arrays mu and sigma, or feats, in {path}, found {', '.join(arrays) or 'none'}; "
         "give a file of pytorch-fid, clean-fid, torch-fidelity or ours"
     )
+
+
+def read_npz(path: Path) -> dict[str, np.ndarray]:
+    """All arrays of .npz; a pickle is never opened.
+
+    Raises:
+      OSError: the file cannot be opened.
+      ValueError: it is damaged, or no .npz.
+    """
+    with path.open("rb") as file:
+        try:
+            with np.load(file, allow_pickle=False) as arrays:
+                return {name: arrays[name] for name in arrays.files}
+        except Exception as error:  # damage shows in zipfile, zlib, the header's tokens, ...
+            raise ValueError(f"{type(error).__name__}: {error}") from error
 
 
 def write_npz(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
