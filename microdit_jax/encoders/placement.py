@@ -1,10 +1,12 @@
 """Where the rows of a batch go: to the devices that hold the weights."""
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding, Sharding
+from jax.sharding import Mesh, NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Shaped
 
@@ -37,6 +39,10 @@ def put_rows(rows: Shaped[np.ndarray, "n ..."], place: Sharding) -> Shaped[jax.A
 def fetch(array: Shaped[jax.Array, "..."]) -> Shaped[np.ndarray, "..."]:
     """A whole array in this host's memory, also where other hosts hold parts of it."""
     if not array.is_fully_addressable:
-        everywhere = NamedSharding(array.sharding.mesh, P())
-        array = jax.jit(lambda x: x, out_shardings=everywhere)(array)
+        array = _everywhere(array.sharding.mesh)(array)
     return np.asarray(array)
+
+
+@functools.cache
+def _everywhere(mesh: Mesh) -> Callable[[jax.Array], jax.Array]:
+    return jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, P()))
