@@ -294,6 +294,19 @@ def test_scores_in_training(pipe, tmp_path):
     assert found["frechet_small"] == pytest.approx(expected, rel=1e-5)
 
 
+def test_a_place_that_may_not_be_written(pipe, tmp_path):
+    (tmp_path / "file").write_text("")
+    place = tmp_path / "file" / "out"
+    for write in (
+        lambda: draw(pipe, place),
+        lambda: geneval.write_metadata(place, [{"tag": "colors", "prompt": "a red cat"}]),
+        lambda: report.write(place, {"results": [], "model": {"name": ""}, "sampler":
+                                     {"num_inference_steps": 1}}),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match="could not write .*choose a place you may write to"):
+            write()
+
+
 def test_weights_are_told_apart(pipe):
     digest = generation.weights_digest(pipe.params)
     assert digest == generation.weights_digest(jax.tree.map(np.asarray, pipe.params))

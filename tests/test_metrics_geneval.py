@@ -44,7 +44,9 @@ def test_the_folder_is_the_benchmarks_own(tmp_path):
     assert prompts == PROMPTS
     folder = tmp_path / "images"
     geneval.write_metadata(folder, prompts)
-    geneval.write_metadata(folder, prompts)  # the same again
+    written = [path.stat().st_mtime_ns for path in sorted(folder.rglob("*.jsonl"))]
+    geneval.write_metadata(folder, prompts)  # the same again, which touches none
+    assert written == [path.stat().st_mtime_ns for path in sorted(folder.rglob("*.jsonl"))]
     for index in range(len(prompts) * geneval.SAMPLES):
         path = geneval.picture_path(folder, index)
         path.parent.mkdir(exist_ok=True)

@@ -54,10 +54,10 @@ def read_prompts(source: str, count: int = 0) -> PromptSet:
         try:
             if path.suffix == ".jsonl":
                 metadata = geneval.read_prompts(path)
-                texts = [line["prompt"] for line in metadata]
+                texts = [str(line["prompt"]) for line in metadata]
             else:
                 texts = _read(path)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
             if isinstance(error, UserError):
                 raise
             raise UserError(
@@ -89,10 +89,10 @@ def _read(path: Path) -> list[str]:
                 f"expected a column {' or '.join(COLUMNS)} in {path}, found "
                 f"{', '.join(rows.fieldnames or ()) or 'none'}"
             )
-        return [row[column] for row in rows]
+        return [row[column] or "" for row in rows]  # None where a row is too short
     if path.suffix == ".json":
         first: dict[int, str] = {}
         for annotation in sorted(json.loads(text)["annotations"], key=lambda a: a["id"]):
-            first.setdefault(annotation["image_id"], annotation["caption"])
+            first.setdefault(annotation["image_id"], str(annotation["caption"] or ""))
         return [first[image] for image in sorted(first)]
     return [line for line in text.splitlines() if line.strip()]

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 
+from microdit_jax.data.jobs import write_text
 from microdit_jax.evaluate.scores import TITLES
 
 # arXiv:2407.15811 and the model card; 512 px, GenEval as a share.
@@ -40,7 +41,6 @@ def write(folder: Path, result: dict[str, Any]) -> list[Path]:
     Returns:
       The files.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     texts = {
         "result.json": json.dumps(result, indent=1, ensure_ascii=False) + "\n",
         "result.md": markdown(result),
@@ -48,9 +48,7 @@ def write(folder: Path, result: dict[str, Any]) -> list[Path]:
     if len(result["results"]) > 1 and (plot := sweep(result["results"])):
         texts["sweep.svg"] = plot
     for name, text in texts.items():
-        partial = folder / f".{name}.partial"
-        partial.write_text(text)
-        partial.replace(folder / name)
+        write_text(folder / name, text)
     return [folder / name for name in texts]
 
 

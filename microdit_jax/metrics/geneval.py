@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from microdit_jax.data.jobs import write_text
 from microdit_jax.errors import UserError
 
 TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
@@ -41,7 +42,7 @@ def read_prompts(path: Path) -> list[dict[str, Any]]:
     """
     lines = _read_lines(path)
     for number, line in enumerate(lines, 1):
-        if line.get("tag") not in TASKS or not str(line.get("prompt", "")).strip():
+        if line.get("tag") not in TASKS or not str(line.get("prompt") or "").strip():
             raise UserError(
                 f"expected lines with a prompt and a tag ({', '.join(TASKS)}) in {path}, found "
                 f"line {number}: {json.dumps(line)[:120]}; give evaluation_metadata.jsonl"
@@ -57,12 +58,12 @@ def write_metadata(folder: Path, prompts: Sequence[dict[str, Any]]) -> None:
     """
     for number, prompt in enumerate(prompts):
         path, text = folder / f"{number:05d}" / "metadata.jsonl", json.dumps(prompt)
-        if path.exists() and path.read_text() != text:
+        if not path.exists():
+            write_text(path, text)
+        elif path.read_text() != text:
             raise UserError(
                 f"expected {path} to hold {text}, found another prompt; choose another folder"
             )
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
     extra = folder / f"{len(prompts):05d}"
     if extra.exists():
         raise UserError(
