@@ -231,11 +231,24 @@ def test_moe_pattern_of_the_paper():
         ({"qkv_multipliers": (1.0, 1.0)}, "multipliers"),
         ({"ffn_multipliers": (1.0,) * 3, "qkv_multipliers": (1.0,) * 3}, "depth divisible"),
         ({"input_size": 7}, "multiple of patch_size"),
+        ({"patch_size": 0}, "patch_size must be above 0, found 0"),
+        ({"num_experts": 0}, "num_experts must be above 0"),
+        ({"experts_every_n": 0}, "experts_every_n must be above 0"),
+        ({"pos_interp_scale": float("nan")}, "pos_interp_scale must be above 0, found nan"),
+        ({"expert_capacity": 5.0}, "expert_capacity of at most num_experts"),
     ],
 )
 def test_bad_configs_are_refused(golden_small, changes, message):
     with pytest.raises(UserError, match=message):
         dataclasses.replace(golden_small.config, **changes)
+
+
+def test_options_come_before_a_sizes_own():
+    config = dit.MicroDiT_XL_2(depth=4, use_bias=True, patch_mixer_mlp_ratio=2.0)
+    assert (config.depth, config.use_bias, config.patch_mixer_mlp_ratio) == (4, True, 2.0)
+    assert config.qkv_multipliers == tuple(np.linspace(0.5, 1.0, 4)) and config.dim == 1024
+    with pytest.raises(UserError, match="depth must be above 0, found -1"):
+        dit.MicroDiT_Tiny_2(depth=-1)
 
 
 def test_bad_inputs_are_refused(golden_small):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from conftest import relative_l2
 
+from microdit_jax.errors import UserError
 from microdit_jax.models import moe
 
 
@@ -37,6 +38,12 @@ def test_dispatch_equals_loops(dispatch):
     assert weight.shape == index.shape == (3, 4, 6)
     out = jax.jit(dispatch)(x, weight, index, w1, w2)
     assert relative_l2(out, loops(x, logits, w1, w2, 6)) < 2e-6
+
+
+def test_experts_without_a_token_are_told():
+    assert moe.slots_of(2.0, 7, 8) == 1
+    with pytest.raises(UserError, match="found 8 for 3 tokens at expert_capacity 2; give fewer"):
+        moe.slots_of(2.0, 3, 8)
 
 
 def test_routing_is_recorded(golden_small):

@@ -16,6 +16,10 @@ REMAT_POLICIES = {
     "block": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
+POSITIVE = (
+    "input_size", "patch_size", "in_channels", "dim", "depth", "head_dim", "multiple_of",
+    "caption_channels", "pos_interp_scale", "num_experts", "expert_capacity", "experts_every_n",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,6 +111,9 @@ class DiTConfig:
                 raise UserError(
                     f"{name} must be one of {', '.join(allowed)}, found {getattr(self, name)!r}"
                 )
+        for name in POSITIVE:
+            if not getattr(self, name) > 0:  # nor NaN
+                raise UserError(f"{name} must be above 0, found {getattr(self, name)!r}")
         splits = len(self.ffn_multipliers)
         widths = [self.dim] + [self.patch_mixer_dim] * self.use_patch_mixer
         for holds, expected in (
@@ -115,7 +122,7 @@ class DiTConfig:
             (all(w % self.head_dim == 0 for w in widths), "widths that are multiples of head_dim"),
             (len(self.qkv_multipliers) == splits, "as many qkv_ as ffn_multipliers"),
             (splits and self.depth % splits == 0, "a depth divisible by the count of multipliers"),
-            (self.experts_every_n >= 1, "experts_every_n of at least 1"),
+            (self.expert_capacity <= self.num_experts, "expert_capacity of at most num_experts"),
         ):
             if not holds:
                 raise UserError(f"DiTConfig expects {expected}, found {self}")
@@ -175,14 +182,16 @@ def _micro_dit(
     depth: int, sizes: dict, qkv_ratio: Sequence[float], mlp_ratio: Sequence[float], options: dict
 ) -> DiTConfig:
     """What both released sizes share: ratios that grow linearly over the depth, no biases."""
-    return DiTConfig(
-        depth=depth,
-        qkv_multipliers=np.linspace(*qkv_ratio, num=depth).tolist(),
-        ffn_multipliers=np.linspace(*mlp_ratio, num=depth).tolist(),
-        patch_mixer_mlp_ratio=4.0,
-        use_bias=False,
-        **{"expert_capacity": 2.0} | sizes | options,
-    )
+    depth = options.get("depth", depth)
+    shared = {
+        "depth": depth,
+        "qkv_multipliers": np.linspace(*qkv_ratio, num=max(depth, 0)).tolist(),
+        "ffn_multipliers": np.linspace(*mlp_ratio, num=max(depth, 0)).tolist(),
+        "patch_mixer_mlp_ratio": 4.0,
+        "use_bias": False,
+        "expert_capacity": 2.0,
+    }
+    return DiTConfig(**shared | sizes | options)
 
 
 def MicroDiT_XL_2(  # noqa: N802  (the reference's name)

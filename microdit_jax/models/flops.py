@@ -7,6 +7,7 @@ model FLOPs utilisation; norms, activations and gathers are left out, recomputat
 from microdit_jax.models import masking
 from microdit_jax.models.config import BlockShape, DiTConfig
 from microdit_jax.models.layers import round_up
+from microdit_jax.models.moe import slots_of
 
 TRAIN_OVER_FORWARD = 3  # the backward pass takes two products for each of the forward pass
 
@@ -100,7 +101,7 @@ def _swiglu(t: int, d: int, mlp_ratio: float, multiple_of: int) -> int:
 
 def expert_flops(cfg: DiTConfig, t: int, d: int, mlp_ratio: float) -> int:
     """One image's forward pass of an expert layer: gate, experts, and one-hot dispatch if so."""
-    e, slots = cfg.num_experts, int(cfg.expert_capacity * t / cfg.num_experts)
+    e, slots = cfg.num_experts, slots_of(cfg.expert_capacity, t, cfg.num_experts)
     total = _linear(t, d, e) + 2 * _linear(
         e * slots, d, round_up(int(d * mlp_ratio), cfg.multiple_of)
     )

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from microdit_jax.errors import UserError
 from microdit_jax.models import products
 from microdit_jax.models.layers import Dtype, Initializer, Linear, gelu_erf, small_normal
 
@@ -19,6 +20,20 @@ def expert_devices() -> int:
     """
     mesh = jax.sharding.get_abstract_mesh()
     return mesh.shape[EXPERT_AXIS] if EXPERT_AXIS in mesh.manual_axes else 1
+
+
+def slots_of(capacity: float, t: int, e: int) -> int:
+    """Tokens k = int(capacity * t / e) that each expert takes of an image's t; rounded down.
+
+    Raises:
+      UserError: none, so that the experts would do nothing.
+    """
+    if slots := int(capacity * t / e):
+        return slots
+    raise UserError(
+        f"expected experts that take a token or more, found {e} for {t} tokens at expert_capacity "
+        f"{capacity:g}; give fewer num_experts, more expert_capacity or a smaller mask_ratio"
+    )
 
 
 def choose_tokens(
@@ -94,7 +109,7 @@ def dispatch_onehot(
 
 
 class ExpertChoiceFeedForward(nn.Module):
-    """e experts, each taking k = int(capacity * t / e) tokens of each image; no auxiliary loss."""
+    """e experts, each taking k of each image's tokens; no auxiliary loss."""
 
     num_experts: int
     capacity: float
@@ -120,7 +135,7 @@ class ExpertChoiceFeedForward(nn.Module):
             param_dtype=self.param_dtype,
             name="gate",
         )
-        weight, index = choose_tokens(gate(x), int(self.capacity * t / e))
+        weight, index = choose_tokens(gate(x), slots_of(self.capacity, t, e))
         self.sow("intermediates", "routing", index)
         x = x.astype(self.dtype)
         dispatch = {"gather": dispatch_gather, "onehot": dispatch_onehot}[self.dispatch]
