@@ -24,7 +24,7 @@ ARCHES = ("MicroDiT_XL_2", "MicroDiT_Tiny_2")
 def create_latent_diffusion(
     vae_name: str = hub.SDXL_VAE,
     text_encoder_name: str = hub.DFN5B_CLIP,
-    dit_arch: str | None = None,
+    dit_arch: str = "MicroDiT_XL_2",
     latent_res: int = 32,
     in_channels: int = 4,
     pos_interp_scale: float = 1.0,
@@ -39,7 +39,8 @@ def create_latent_diffusion(
     Args:
       vae_name: name of the VAE, as `assets.load_codec` takes it.
       text_encoder_name: name of the text encoder, as `assets.load_text_encoder` takes it.
-      dit_arch: "MicroDiT_XL_2" or "MicroDiT_Tiny_2"; None: the checkpoint's, without one XL_2.
+      dit_arch: "MicroDiT_XL_2" or "MicroDiT_Tiny_2". The default goes with a checkpoint of any
+        sizes, the other with one of its own alone.
       latent_res: side of the latents, 32 for 256 px.
       in_channels: channels of the latents.
       pos_interp_scale: 2 at 512 px.
@@ -53,18 +54,18 @@ def create_latent_diffusion(
     Raises:
       UserError: something is not there, is damaged, or does not fit the rest.
     """
-    if dit_arch not in (None, *ARCHES):
+    if dit_arch not in ARCHES:
         raise UserError(f"dit_arch must be one of {', '.join(ARCHES)}, found {dit_arch}")
     if checkpoint is not None:
         model = assets.load_model(checkpoint, ema=ema, dtype=dtype, mesh=mesh)
         if model.folder is None:
-            arch = _arch(model.config)
             asked = {
-                "dit_arch": (dit_arch or arch, arch),
                 "latent_res": (latent_res, model.config.input_size),
                 "in_channels": (in_channels, model.config.in_channels),
                 "pos_interp_scale": (pos_interp_scale, model.config.pos_interp_scale),
             }
+            if dit_arch != ARCHES[0]:
+                asked["dit_arch"] = (dit_arch, _arch(model.config))
             for name, (wanted, found) in asked.items():
                 if wanted != found:
                     raise UserError(
@@ -74,7 +75,7 @@ def create_latent_diffusion(
             model = model._replace(vae=vae_name, text_encoder=text_encoder_name)
         return from_model(model, dtype=dtype)
     text_encoder = assets.load_text_encoder(text_encoder_name, dtype=dtype)
-    config = getattr(dit, dit_arch or ARCHES[0])(
+    config = getattr(dit, dit_arch)(
         input_size=latent_res,
         in_channels=in_channels,
         pos_interp_scale=pos_interp_scale,
@@ -85,13 +86,13 @@ def create_latent_diffusion(
     return from_model(model, dtype=dtype, text_encoder=text_encoder)
 
 
-def _arch(config: DiTConfig) -> str | None:
-    """The one of ARCHES that has a network's width and depth; None of other sizes."""
+def _arch(config: DiTConfig) -> str:
+    """The one of ARCHES that has a network's width and depth, or the default for other sizes."""
     for name in ARCHES:
         known = getattr(dit, name)()
         if (known.dim, known.depth) == (config.dim, config.depth):
             return name
-    return None
+    return ARCHES[0]
 
 
 def load(

@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 from microdit_jax import report, run_checkpoint
 from microdit_jax.errors import UserError
 from microdit_jax.run_checkpoint import RunCheckpoints
+from microdit_jax.run_config import check_counts
 from microdit_jax.signals import StopRequest
 from microdit_jax.train import train
 
@@ -26,6 +27,7 @@ def run(config: ConfigDict, workdir: str | Path) -> bool:
     for name in config.stages:
         if name not in config:
             raise UserError(f"config.stages names {name}, found no such stage in the config")
+        check_counts(config[name])  # the last stage's too, before the first one's days
     with StopRequest() as stop:
         for number, name in enumerate(config.stages):
             stage, folder = config[name], Path(workdir) / name

@@ -211,6 +211,8 @@ class LatentDiffusion:
 
         The other arguments, and what is raised, are `generate`'s.
         """
+        if not np.isfinite(guidance_scale):
+            raise UserError(f"guidance_scale must be a finite number, found {guidance_scale}")
         y, x = caption_latents, noise
         size, encode, evaluate = self.programs(batch_size or len(y), y, guidance_scale > 1)
         place, _ = rows_sharding(self.params)

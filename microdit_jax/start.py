@@ -54,11 +54,7 @@ def starting_state(
     """
     with_ema = config.ema.enabled
     abstract = train_step.abstract_state(model, optimizer, mesh, with_ema=with_ema)
-    full, alone = (
-        # Without ".." after a folder that may not exist yet
-        os.path.normpath(name.replace("{workdir}", str(workdir))) if name else ""
-        for name in (config.init_from, config.init_weights_from)
-    )
+    full, alone = (place(config[key], workdir) for key in ("init_from", "init_weights_from"))
     if full and alone:
         raise UserError(
             f"give one of config.init_from and config.init_weights_from, found {full} and {alone}"
@@ -95,6 +91,12 @@ def starting_state(
     key = jax.random.fold_in(jax.random.key(config.seed), INIT_STREAM)
     state = train_step.sharded_init(model, optimizer, key, mesh, with_ema=with_ema)
     return Start(state, None, "scratch")
+
+
+def place(name: str, workdir: str | Path) -> str:
+    """The path that a config's `init_from` names, or "" for none."""
+    # Without ".." after a folder that may not exist yet
+    return os.path.normpath(name.replace("{workdir}", str(workdir))) if name else ""
 
 
 def _full_state(source: str, abstract: TrainState) -> TrainState:

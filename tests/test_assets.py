@@ -201,7 +201,7 @@ def test_a_wrong_vae_and_a_wrong_text_encoder(files):
         ({"latent_res": 32}, "has latent_res 8, found 32 asked for; pass latent_res=8"),
         ({"in_channels": 16}, "pass in_channels=4"),
         ({"pos_interp_scale": 2.0}, r"pass pos_interp_scale=1\.0"),
-        ({"dit_arch": "MicroDiT_XL_2"}, "has dit_arch None, .*; pass dit_arch=None"),
+        ({"dit_arch": "MicroDiT_Tiny_2"}, "found MicroDiT_Tiny_2 asked for; pass dit_arch='Micro"),
     ],
 )
 def test_sizes_that_the_checkpoint_does_not_have(files, change, message):

@@ -158,6 +158,7 @@ def test_warming_up_compiles_what_is_needed_later():
         ({"prompt": "a", "noise": "torch"}, "expected one of jax, torch_cpu"),
         ({"prompt": "a", "noise": np.zeros((1, 4, 4, 4)), "seed": None}, r"expected noise \(1, 8"),
         ({"prompt": "a", "num_inference_steps": 0}, "must be at least 1, found 0"),
+        ({"prompt": "a", "guidance_scale": np.nan}, "must be a finite number, found nan"),
     ],
 )
 def test_refused(arguments, message):

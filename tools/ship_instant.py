@@ -7,7 +7,6 @@ The moving average of the weights in bfloat16, and beside it all that drawing ne
 """
 
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +20,7 @@ from microdit_jax import assets, checkpoint, instant, run_checkpoint, run_restor
 from microdit_jax.data.sources import twemoji
 from microdit_jax.errors import Parser, UserError, disk_errors, exit_on_user_error
 from microdit_jax.metric_writer import read_metrics
+from microdit_jax.start import place
 from microdit_jax.trees import flatten
 
 MOST_BYTES = 8_000_000  # of the whole folder
@@ -157,12 +157,9 @@ def chain(run: Path) -> list[Stage]:
     stages, workdir = [], run
     while workdir is not None:
         config = run_checkpoint.read_run_metadata(workdir)["config"]
-        full, alone = (
-            Path(os.path.normpath(config[key].format(workdir=workdir))) if config[key] else None
-            for key in ("init_from", "init_weights_from")
-        )
+        full, alone = (place(config[key], workdir) for key in ("init_from", "init_weights_from"))
         # Steps count from where the weights began to train; of the full state they go on.
-        before = 0 if full is None else run_restore.good_step(full)[0]
+        before = run_restore.good_step(Path(full))[0] if full else 0
         train = config["train"]
         stages.append(
             Stage(
@@ -170,7 +167,7 @@ def chain(run: Path) -> list[Stage]:
                 run_restore.good_step(workdir)[0] - before,
             )
         )  # fmt: skip
-        workdir = full or alone
+        workdir = Path(full or alone) if full or alone else None
     return stages[::-1]
 
 
