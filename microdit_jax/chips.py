@@ -57,7 +57,16 @@ CHIPS = (
     Chip("H200 NVL", ("NVIDIA H200 NVL",), 835e12, _H200),
     Chip("H200 SXM", ("NVIDIA H200",), 989e12, _H200),
     Chip("A100", ("NVIDIA A100",), 312e12, "NVIDIA A100 datasheet, BFLOAT16 Tensor Core"),
-    Chip("TPU v4", ("TPU v4",), 275e12, _TPU.format("v4")),
+    Chip(
+        "TPU v4",
+        ("TPU v4",),
+        275e12,
+        _TPU.format("v4") + "; links: arXiv 2304.01433, table 4, six of 50 GB/s",
+        memory_bytes=32 * 2.0**30,
+        memory_bandwidth=1200e9,
+        link_bandwidth=300e9,
+        network_bandwidth=300e9,
+    ),
     Chip(
         "TPU v5e",
         ("TPU v5 lite", "TPU v5e"),

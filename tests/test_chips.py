@@ -23,6 +23,15 @@ def test_peak_of_known_devices(device_kind, tflops):
     assert chip_of(device_kind).bfloat16_flops == tflops * 1e12
 
 
+@pytest.mark.parametrize("device_kind", ["NVIDIA H100 80GB HBM3", "TPU v4", "TPU v5 lite",
+                                         "TPU v5p", "TPU v6 lite"])  # fmt: skip
+def test_all_is_known_of_what_aot_compiles_for(device_kind):
+    """Without it, aot says that nothing fits, and its reports cannot be drawn."""
+    chip = chip_of(device_kind)
+    assert min(chip.memory_bytes, chip.memory_bandwidth, chip.link_bandwidth) > 0
+    assert chip.network_bandwidth > 0
+
+
 @pytest.mark.parametrize("device_kind", ["cpu", "TPU v3", "NVIDIA H100 80GB HBM3 MIG 1g.10gb"])
 def test_nothing_is_claimed_for_others(device_kind):
     assert chip_of(device_kind) is None
