@@ -79,6 +79,8 @@ def test_the_loader_says_what_a_step_waits():
         (["--what=speed"], "--what takes train_step, forward, sampler, moe, attention, loader"),
         (["--moe=ragged"], "--moe takes gather, onehot, found ragged"),
         (["--micro_batches=two"], "--micro_batches takes whole numbers, found two"),
+        (["--what=sampler", "--images=4"], "--images must be a multiple of 8 devices, found 4"),
+        (["--what=loader", "--input=x", "--library_python=y"], "found --input=x too; leave one"),
         (["--batch_size=9"], "--batch_size must be a multiple of 8 devices"),
     ],
 )
@@ -87,5 +89,5 @@ def test_bad_flags(arguments, message):
     with pytest.raises(UserError, match=message):
         bench.main(["bench"])
     flags.FLAGS.unparse_flags()
-    for name in ("what", "moe", "micro_batches", "batch_size"):
+    for name in ("what", "moe", "micro_batches", "batch_size", "images", "input", "library_python"):
         flags.FLAGS[name].unparse()

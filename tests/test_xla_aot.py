@@ -10,7 +10,17 @@ from configs import res_256_pretrain
 from microdit_jax.chips import chip_of
 from microdit_jax.errors import UserError
 from microdit_jax.models import dit, flops
-from microdit_jax.xla import analysis, plot, presets, reduced, report, roofline, topologies
+from microdit_jax.xla import (
+    analysis,
+    bench_report,
+    bench_work,
+    plot,
+    presets,
+    reduced,
+    report,
+    roofline,
+    topologies,
+)
 from microdit_jax.xla.collectives import Collective
 from microdit_jax.xla.hlo import Counts, Kernel
 from microdit_jax.xla.programs import Program
@@ -204,6 +214,27 @@ def test_written_read_and_drawn(tmp_path):
         (tmp_path / "other.json").write_text(json.dumps(other))
         with pytest.raises(UserError, match=message):
             plot.read([tmp_path / "other.json"])
+
+
+def test_reports_take_their_names_when_they_are_whole(tmp_path):
+    """None is written over in place: what another name of the old file holds stays."""
+    size = bench_work.Size()
+    row = {"what": "moe", "variant": {"dtype": "float32"}, "seconds": {"median": 1.0}}
+    path, drawn = tmp_path / "a.json", tmp_path / "b.png"
+    for write, files in (
+        (lambda: report.write(full_report(), path), (path, path.with_suffix(".txt"))),
+        (lambda: plot.draw([full_report()], drawn), (drawn,)),
+        (
+            lambda: bench_report.write(bench_report.new("XL_2", 32, size) | {"rows": [row]}, path),
+            (path, path.with_suffix(".png")),
+        ),
+    ):
+        for file in files:
+            file.write_text("old")
+            (tmp_path / "kept").unlink(missing_ok=True)
+            (tmp_path / "kept").hardlink_to(file)
+            write()
+            assert (tmp_path / "kept").read_text() == "old" and len(file.read_bytes()) > 100
 
 
 def test_a_count_far_off_is_called_doubtful():

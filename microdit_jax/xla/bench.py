@@ -113,6 +113,10 @@ def main(argv):
             f"--batch_size must be a multiple of {jax.device_count()} devices and of "
             f"--micro_batches, found {BATCH.value} and {','.join(PARTS.value)}"
         )
+    if "sampler" in what and IMAGES.value % jax.device_count():
+        raise UserError(
+            f"--images must be a multiple of {jax.device_count()} devices, found {IMAGES.value}"
+        )
     size = bench_work.Size(BATCH.value, IMAGES.value, MASK.value, STEPS.value)
     report = bench_report.new(ARCH.value, SIDE.value, size)
     settings = bench_report.Settings(

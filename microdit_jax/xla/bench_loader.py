@@ -144,6 +144,11 @@ def measure_all(args: Settings) -> dict[str, dict[str, float]]:
     Raises:
       UserError: the input is no dataset, or the library's reader does not run.
     """
+    if args.input and args.library_python:
+        raise UserError(
+            f"--library_python reads the data that is made here, found --input={args.input} too; "
+            "leave one out"
+        )
     figures: dict[str, dict[str, float]] = {}
 
     def say(name: str, what: str, figure: float) -> None:
@@ -161,7 +166,7 @@ def measure_all(args: Settings) -> dict[str, dict[str, float]]:
         for name, folder in folders.items():
             for what, figure in measure(folder, args):
                 say(name, what, figure)
-        if args.library_python and not args.input:
+        if args.library_python:
             found = _library_rate(args.library_python, folders["MDS"], args.seconds)
             say("library", "random samples, samples/s", found)
     return figures

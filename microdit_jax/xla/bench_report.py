@@ -14,7 +14,9 @@ from matplotlib.figure import Figure
 
 from convert import reference
 from convert.dit import to_torch
+from convert.files import atomic_file
 from microdit_jax import diffusion
+from microdit_jax.data.jobs import write_text
 from microdit_jax.errors import UserError, disk_errors
 from microdit_jax.models.dit import DiTConfig
 from microdit_jax.xla import bench_timing, bench_work, presets
@@ -159,11 +161,9 @@ def write(report: dict[str, Any], path: Path) -> None:
     Raises:
       UserError: the disk is full.
     """
-    with disk_errors(path):
-        path.absolute().parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(report, indent=1) + "\n")
-        if report["rows"]:
-            draw(report, path.with_suffix(".png"))
+    write_text(path, json.dumps(report, indent=1) + "\n")
+    if report["rows"]:
+        draw(report, path.with_suffix(".png"))
 
 
 def draw(report: dict[str, Any], out: Path) -> None:
@@ -189,4 +189,5 @@ def draw(report: dict[str, Any], out: Path) -> None:
         panel.invert_yaxis()
         panel.set_title(f"{work}, seconds", fontsize=9, loc="left")
         panel.spines[["top", "right"]].set_visible(False)
-    figure.savefig(out)
+    with atomic_file(out) as file:
+        figure.savefig(file)

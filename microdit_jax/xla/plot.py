@@ -12,7 +12,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from microdit_jax.errors import Parser, UserError, disk_errors, exit_on_user_error
+from convert.files import atomic_file
+from microdit_jax.errors import Parser, UserError, exit_on_user_error
 
 
 def read(paths: Sequence[str | Path]) -> list[dict[str, Any]]:
@@ -68,9 +69,8 @@ def draw(reports: Sequence[dict[str, Any]], out: str | Path) -> None:
             fontsize=8, frameon=False, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1)
         )
     left.invert_yaxis()
-    with disk_errors(Path(out)):
-        Path(out).absolute().parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(out)
+    with atomic_file(out) as file:
+        figure.savefig(file, format=Path(out).suffix[1:] or None)
 
 
 def main() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from microdit_jax.errors import disk_errors
+from microdit_jax.data.jobs import write_text
 from microdit_jax.xla import hlo, roofline
 from microdit_jax.xla.programs import Program
 from microdit_jax.xla.topologies import Topology
@@ -233,7 +233,5 @@ def _times(found: dict[str, Any]) -> list[tuple[str, str]]:
 
 def write(found: dict[str, Any], path: Path) -> None:
     """Writes the report as JSON, and its table beside it as .txt."""
-    with disk_errors(path):
-        path.absolute().parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(found, indent=1) + "\n")
-        path.with_suffix(".txt").write_text(table(found) + "\n")
+    write_text(path, json.dumps(found, indent=1) + "\n")
+    write_text(path.with_suffix(".txt"), table(found) + "\n")
