@@ -19,7 +19,7 @@ from microdit_jax.diffusion import EdmConfig
 from microdit_jax.errors import disk_errors
 from microdit_jax.heldout import Evaluation
 from microdit_jax.metric_writer import MetricWriter, import_wandb
-from microdit_jax.models import flops, masking
+from microdit_jax.models import flops, masking, moe
 from microdit_jax.models.dit import DiT, for_this_machine
 from microdit_jax.progress import Progress, StepTrace
 from microdit_jax.run_checkpoint import RunCheckpoints
@@ -63,7 +63,8 @@ def train(config: ConfigDict, workdir: str | Path, stop: StopRequest | None = No
     mesh = sharding.make_mesh(**config.mesh)
     num_micro_batches(config, mesh)  # raises here what does not divide
     cfg, edm = model_config(config), EdmConfig(**config.edm)
-    masking.num_kept(cfg.num_tokens, run.mask_ratio)
+    kept = masking.num_kept(cfg.num_tokens, run.mask_ratio)
+    moe.check_slots(cfg.expert_capacity, kept, cfg.num_experts)
     check_counts(config)
     if config.log.wandb:
         import_wandb()

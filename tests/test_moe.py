@@ -43,7 +43,7 @@ def test_dispatch_equals_loops(dispatch):
 def test_experts_without_a_token_are_told():
     assert moe.slots_of(2.0, 7, 8) == 1
     with pytest.raises(UserError, match="found 8 for 3 tokens at expert_capacity 2; give fewer"):
-        moe.slots_of(2.0, 3, 8)
+        moe.check_slots(2.0, 3, 8)
 
 
 def test_routing_is_recorded(golden_small):

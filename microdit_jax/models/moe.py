@@ -23,17 +23,18 @@ def expert_devices() -> int:
 
 
 def slots_of(capacity: float, t: int, e: int) -> int:
-    """Tokens k = int(capacity * t / e) that each expert takes of an image's t; rounded down.
+    """Tokens k = int(capacity * t / e) that each expert takes of an image's t; rounded down."""
+    return int(capacity * t / e)
 
-    Raises:
-      UserError: none, so that the experts would do nothing.
-    """
-    if slots := int(capacity * t / e):
-        return slots
-    raise UserError(
-        f"expected experts that take a token or more, found {e} for {t} tokens at expert_capacity "
-        f"{capacity:g}; give fewer num_experts, more expert_capacity or a smaller mask_ratio"
-    )
+
+def check_slots(capacity: float, t: int, e: int) -> None:
+    """Raises UserError where no expert takes a token, and all would stay as they are."""
+    if not slots_of(capacity, t, e):
+        raise UserError(
+            f"expected experts that take a token or more, found {e} for {t} tokens at "
+            f"expert_capacity {capacity:g}; give fewer num_experts, more expert_capacity or a "
+            "smaller mask_ratio"
+        )
 
 
 def choose_tokens(
