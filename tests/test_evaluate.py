@@ -240,36 +240,6 @@ def test_geneval_is_drawn_then_scored(subject, tmp_path):
     assert "| published: dit_4_channel_37M" in text and "| counting | 0.5 |" in text
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"metrics": ("lpips",)}, "--metrics takes fid, .*found lpips"),
-        ({"metrics": ()}, "found none"),
-        ({"metrics": ("fid",)}, "--inception is needed for fid, found none; or take frechet_small"),
-        ({"metrics": ("clip_score",)}, "--clip is needed for clip_score"),
-        ({"metrics": ("fid", "frechet_small"), "inception": "x"}, "goes without fid"),
-        ({"metrics": ("geneval",)}, "geneval needs --geneval_prompts to draw"),
-        ({"metrics": ("geneval",), "geneval_results": "x", "seeds": (1, 2)}, "found 2 sets"),
-        ({"seeds": ()}, "expected a guidance scale and a seed"),
-    ],
-)
-def test_bad_requests(changes, message):
-    with pytest.raises(UserError, match=message):
-        protocol.Request(**changes)
-
-
-def test_a_model_that_is_no_run_needs_a_reference(subject, tmp_path):
-    with pytest.raises(UserError, match="expected --reference, found none"):
-        protocol.evaluate(subject, ask(tmp_path), tmp_path / "out")
-
-
-def test_a_network_that_is_not_there(subject, tmp_path):
-    missing = str(tmp_path / "inception.pth")
-    asked = ask(tmp_path, metrics=("fid",), inception=missing, reference="x.npz")
-    with pytest.raises(UserError, match="kind inception in --inception, found nothing at .*pth"):
-        protocol.evaluate(subject, asked, tmp_path / "out")
-
-
 def test_scores_in_training(pipe, tmp_path):
     folder = references(tmp_path)
     scores = TrainingScores(

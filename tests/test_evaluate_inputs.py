@@ -80,6 +80,41 @@ def test_more_prompts_than_a_benchmark_has(tmp_path):
         read_prompts(str(tmp_path / "a.txt"), 3)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"metrics": ("lpips",)}, "--metrics takes fid, .*found lpips"),
+        ({"metrics": ()}, "found none"),
+        ({"metrics": ("fid",)}, "--inception is needed for fid, found none; or take frechet_small"),
+        ({"metrics": ("clip_score",)}, "--clip is needed for clip_score"),
+        ({"metrics": ("fid", "frechet_small"), "inception": "x"}, "goes without fid"),
+        ({"metrics": ("geneval",)}, "geneval needs --geneval_prompts to draw"),
+        ({"metrics": ("geneval",), "geneval_results": "x", "seeds": (1, 2)}, "found 2 sets"),
+        ({"clip": "x"}, "--clip is for --metrics=clip_score, found --metrics=frechet_small; ask"),
+        ({"inception": "x"}, "--inception is for --metrics=fid,kid,precision_recall, found"),
+        ({"geneval_prompts": "x"}, "leave --geneval_prompts out"),
+        ({"metrics": ("clip_score",), "clip": "x", "reference": "x"}, "--reference is for"),
+        ({"guidance_scales": (2.0, float("nan"))}, "takes finite numbers, found 2.0,nan"),
+        ({"seeds": ()}, "expected a guidance scale and a seed"),
+    ],
+)
+def test_bad_requests(changes, message):
+    with pytest.raises(UserError, match=message):
+        protocol.Request(**changes)
+
+
+def test_a_model_that_is_no_run_needs_a_reference(subject, tmp_path):  # noqa: F811
+    with pytest.raises(UserError, match="expected --reference, found none"):
+        protocol.evaluate(subject, ask(tmp_path), tmp_path / "out")
+
+
+def test_a_network_that_is_not_there(subject, tmp_path):  # noqa: F811
+    missing = str(tmp_path / "inception.pth")
+    asked = ask(tmp_path, metrics=("fid",), inception=missing, reference="x.npz")
+    with pytest.raises(UserError, match="kind inception in --inception, found nothing at .*pth"):
+        protocol.evaluate(subject, asked, tmp_path / "out")
+
+
 def test_a_reference_is_computed_once_and_known_by_its_inputs(tmp_path):
     network, calls = small_features(), []
     apply = network._prepare

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ from microdit_jax.evaluate.generation import Settings, draw_set, weights_digest
 from microdit_jax.evaluate.prompts import RUN_SPLITS, PromptSet, read_prompts
 from microdit_jax.evaluate.reference import crop_to, get_reference, pixels_per_latent
 from microdit_jax.evaluate.scores import (
+    FEATURE_METRICS,
     INCEPTION_METRICS,
     METRICS,
     cosine_score,
@@ -33,6 +35,13 @@ from microdit_jax.metrics.features import (
 from microdit_jax.metrics.statistics import Reference
 from microdit_jax.sample import LatentDiffusion
 
+# Flags that other metrics would ignore, and whose they are
+FOR_METRICS = {
+    "inception": INCEPTION_METRICS,
+    "reference": FEATURE_METRICS,
+    "clip": ("clip_score",),
+    "geneval_prompts": ("geneval",),
+}
 PUBLIC_INCEPTION = "6726825d"  # how the sha256 of the public weights starts
 
 
@@ -78,6 +87,12 @@ class Request:
         ):
             if metrics and getattr(self, flag) is None:
                 raise UserError(f"--{flag} is needed for {', '.join(metrics)}, found none; {hint}")
+        for flag, metrics in FOR_METRICS.items():
+            if getattr(self, flag) and not set(metrics) & set(self.metrics):
+                raise UserError(
+                    f"--{flag} is for --metrics={','.join(metrics)}, found --metrics="
+                    f"{','.join(self.metrics)}; ask for one of those, or leave --{flag} out"
+                )
         if inception and "frechet_small" in self.metrics:
             raise UserError(f"frechet_small goes without {', '.join(inception)}; ask for one")
         if "geneval" in self.metrics and not (self.geneval_prompts or self.geneval_results):
@@ -89,6 +104,9 @@ class Request:
             )
         if not self.guidance_scales or not self.seeds:
             raise UserError("expected a guidance scale and a seed, found none")
+        if not all(map(math.isfinite, self.guidance_scales)):
+            found = ",".join(map(str, self.guidance_scales))
+            raise UserError(f"--guidance_scale takes finite numbers, found {found}")
 
 
 def evaluate(subject: Subject, asked: Request, out: Path) -> tuple[dict[str, Any], list[Path]]:
@@ -210,7 +228,7 @@ def _network(
     asked: Request, notes: list[str]
 ) -> tuple[FeatureNetwork | None, dict[str, Any] | None]:
     """The feature network, where a metric needs one, and what the result says of it."""
-    if not {*INCEPTION_METRICS, "frechet_small"} & set(asked.metrics):
+    if not set(FEATURE_METRICS) & set(asked.metrics):
         return None, None
     if "frechet_small" in asked.metrics:
         network = small_features()

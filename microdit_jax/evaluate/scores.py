@@ -26,6 +26,7 @@ TITLES = {
 }
 METRICS = ("fid", "kid", "precision_recall", "clip_score", "geneval", "frechet_small")
 INCEPTION_METRICS = ("fid", "kid", "precision_recall")
+FEATURE_METRICS = (*INCEPTION_METRICS, "frechet_small")  # which compare with real pictures
 
 
 def feature_scores(

@@ -35,7 +35,7 @@ def read(paths: Sequence[str | Path]) -> list[dict[str, Any]]:
         if chip is None:
             raise UserError(
                 f"expected the report of a chip whose peaks are known, found {found['topology']} "
-                f"in {path}; take one of h100, v5e, v5p, v6e"
+                f"in {path}; take one of h100, v4, v5e, v5p, v6e"
             )
         reports.append(found)
     return reports
