@@ -22,6 +22,7 @@ from convert.reference import reference_arguments, run_reference
 from convert.state_dict import read_state_dict
 from microdit_jax.checkpoint import load_model
 from microdit_jax.errors import UserError, exit_on_user_error
+from microdit_jax.metrics.statistics import read_npz
 from microdit_jax.models.dit import DiT, DiTConfig
 from microdit_jax.models.layers import sincos_pos_embed
 
@@ -232,13 +233,13 @@ def print_table(table: Sequence[Mapping]) -> None:
 def read_recording(path: Path, config: DiTConfig) -> Recording:
     """A recorded run: x, t, y (channels-first), activation/NAME, sample, perhaps routing/NAME."""
     try:
-        with np.load(path) as file:
-            keys = ("activation/", "routing/")
-            inputs = {k: file[k] for k in ("x", "t", "y", "mask_noise") if k in file}
-            outputs = {k: file[k] for k in file.files if k.startswith(keys) or k == "sample"}
-            mask_ratio = float(file["mask_ratio"]) if "mask_ratio" in file else 0.0
+        arrays = read_npz(path)
+        mask_ratio = float(arrays.get("mask_ratio", 0.0))
     except (OSError, ValueError) as error:
         raise UserError(f"expected a recorded .npz at {path}, found {error}") from error
+    keys = ("activation/", "routing/")
+    inputs = {k: arrays[k] for k in ("x", "t", "y", "mask_noise") if k in arrays}
+    outputs = {k: arrays[k] for k in arrays if k.startswith(keys) or k == "sample"}
     shape = (config.in_channels, config.input_size, config.input_size)
     if {"x", "t", "y"} - set(inputs) or "sample" not in outputs or inputs["x"].shape[1:] != shape:
         found = inputs["x"].shape[1:] if "x" in inputs else f"only {', '.join(inputs) or 'others'}"

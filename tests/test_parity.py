@@ -102,10 +102,13 @@ def test_another_resolution():
         (["--activations=none.npz"], "expected a recorded .npz at none.npz"),
         ([f"--activations={GOLDEN / 'pos_embed.npz'}"], "record one for this checkpoint"),
         ([f"--activations={GOLDEN / 'dit_16ch_interp2.npz'}"], r"x \(n, 4, 8, 8\)"),
+        (["--activations=damaged.npz"], "a recorded .npz at damaged.npz, found BadZipFile"),
         (["--activations=b", "--colour"], "--colour"),
     ],
 )
-def test_bad_flags_and_recordings(tmp_path, capsys, flags, message):
+def test_bad_flags_and_recordings(tmp_path, monkeypatch, capsys, flags, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "damaged.npz").write_bytes(b"PK\x03\x04 cut")
     write_torch(tmp_path / "dit.pt", tensors())
     with pytest.raises(SystemExit) as caught:
         parity.main([f"--input={tmp_path / 'dit.pt'}", *flags])
