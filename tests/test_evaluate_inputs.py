@@ -19,7 +19,7 @@ from microdit_jax.errors import UserError
 from microdit_jax.evaluate import protocol
 from microdit_jax.evaluate.prompts import read_prompts
 from microdit_jax.evaluate.reference import crop_to, get_reference
-from microdit_jax.evaluate.scores import cosine_score, feature_scores, over_seeds
+from microdit_jax.evaluate.scores import feature_scores, over_seeds
 from microdit_jax.metrics.features import small_features
 from microdit_jax.metrics.frechet import Statistics
 from microdit_jax.metrics.statistics import Reference, save_reference
@@ -163,8 +163,6 @@ def test_values_over_seeds_by_hand():
     assert found["interval_95"] == pytest.approx([13 - 2.484138, 13 + 2.484138], abs=1e-6)
     assert found["mean"] == 13 and found["per_seed"] == {"1": 12.0, "2": 13.0, "3": 14.0}
     assert over_seeds({5: 1.5})["interval_95"] is None
-    assert cosine_score(np.array([[0.2], [0.4]])) == pytest.approx(30)
-    assert cosine_score(np.array([[-0.2]])) == 0
 
 
 def test_statistics_alone_give_no_recall():

@@ -3,7 +3,7 @@ import pytest
 from conftest import GOLDEN
 
 from microdit_jax.errors import UserError
-from microdit_jax.metrics.resize import MODES, resize, to_bytes, to_inputs
+from microdit_jax.metrics.resize import MODES, resize, to_inputs
 
 
 @pytest.fixture(scope="module")
@@ -46,11 +46,6 @@ def test_the_networks_input_range():
         assert x.shape == (2, 299, 299, 3) and x.dtype == np.float32
         np.testing.assert_allclose(x[0], low, atol=1e-6)
         np.testing.assert_allclose(x[1], high, atol=1e-6)
-
-
-def test_bytes_are_rounded_as_in_a_png():
-    values = np.array([-0.1, 0.0, 0.5, 0.9999, 1.2]).reshape(1, 5, 1, 1).repeat(3, axis=-1)
-    assert to_bytes(values)[0, :, 0, 0].tolist() == [0, 0, 128, 255, 255]
 
 
 def test_an_unknown_mode():

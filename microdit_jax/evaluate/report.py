@@ -10,16 +10,10 @@ from typing import Any
 
 import jax
 
+from microdit_jax import hub
 from microdit_jax.data.jobs import write_text
 from microdit_jax.evaluate.scores import TITLES
 
-# arXiv:2407.15811 and the model card; 512 px, GenEval as a share.
-PUBLISHED = {
-    "dit_4_channel_22M_real_only_data": {"fid": 12.72, "geneval": 0.46},
-    "dit_4_channel_37M_real_and_synthetic_data": {"fid": 12.66, "geneval": 0.46},
-    "dit_16_channel_37M_real_and_synthetic_data": {"fid": 13.04, "geneval": 0.40},
-    "dit_4_channel_0.5B_synthetic_data": {"fid": 13.26, "geneval": 0.52},
-}
 PAPERS = "dit_4_channel_37M_real_and_synthetic_data"
 PACKAGES = ("microdit_jax", "jax", "jaxlib", "flax", "numpy", "scipy", "pillow")
 
@@ -64,9 +58,10 @@ def markdown(result: dict[str, Any]) -> str:
         for row in result["results"]
     ]  # fmt: skip
     stem = Path(result["model"]["name"]).name.removesuffix(".pt")
-    published = stem if stem in PUBLISHED else PAPERS
-    if any(name in PUBLISHED[published] for name in names):
-        cells = [f"{PUBLISHED[published].get(name, '-')}" for name in names]
+    published = stem if stem in hub.RELEASED else PAPERS
+    figures = hub.RELEASED[published]._asdict()
+    if any(name in figures for name in names):
+        cells = [f"{figures.get(name, '-')}" for name in names]
         count = "30000" if "fid" in names else "-"
         rows.append([f"published: {published}", "-", "-", count, "-", *cells])
     text = _table(head, rows)

@@ -55,11 +55,6 @@ def feature_scores(
     return found
 
 
-def cosine_score(values: Float[np.ndarray, "..."]) -> float:
-    """CLIP score from the cosines of all pictures."""
-    return max(0.0, 100 * float(np.mean(values, dtype=np.float64)))
-
-
 def over_seeds(values: Mapping[int, float]) -> dict[str, Any]:
     """Values of each seed, their mean, and its 95 % interval (Student's t); None for one seed."""
     numbers = np.array(list(values.values()), np.float64)

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
-from jaxtyping import Float, Float32, UInt8
+from jaxtyping import Float32, UInt8
 from PIL import Image
 
 from microdit_jax.errors import UserError
@@ -62,8 +62,3 @@ def to_inputs(
     with ThreadPoolExecutor() as pool:  # Pillow lets go of the interpreter while it resizes
         resized = pool.map(lambda image: (resize(image, mode) - middle) / middle, images)
         return np.stack(list(resized))
-
-
-def to_bytes(images: Float[np.ndarray, "n H W 3"]) -> UInt8[np.ndarray, "n H W 3"]:
-    """[0, 1] floats as bytes, rounded: what a PNG would hold, which all public scores are of."""
-    return np.round(np.clip(images, 0, 1) * 255).astype(np.uint8)
