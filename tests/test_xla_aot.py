@@ -7,6 +7,7 @@ import pathlib
 import pytest
 
 from configs import res_256_pretrain
+from microdit_jax import sharding
 from microdit_jax.chips import chip_of
 from microdit_jax.errors import UserError
 from microdit_jax.models import dit, flops
@@ -16,6 +17,7 @@ from microdit_jax.xla import (
     bench_work,
     plot,
     presets,
+    programs,
     reduced,
     report,
     roofline,
@@ -140,6 +142,13 @@ def test_operations_extrapolate_to_the_full_depth(arch):
 def test_other_patterns_of_blocks_are_refused():
     with pytest.raises(UserError, match="leave --reduced_depth out"):
         reduced.terms(dit.MicroDiT_XL_2(experts_every_n=3), 0.75, 77)
+
+
+def test_a_text_tower_is_not_compiled_along():
+    config = res_256_pretrain.get_config()
+    config.data.captions = "tokens"
+    with pytest.raises(UserError, match="data.captions must be embeddings, found 'tokens'"):
+        programs.training(config, sharding.make_mesh())
 
 
 # ------------------------------------------------------------------------------ search

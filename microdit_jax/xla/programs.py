@@ -54,6 +54,11 @@ def training(config: ConfigDict, mesh: Mesh, *, caption_length: int = CLIP_TOKEN
     Raises:
       UserError: a configuration that cannot be run.
     """
+    if config.data.captions != "embeddings":
+        raise UserError(
+            "the step is compiled without a text tower: data.captions must be embeddings, found "
+            f"{config.data.captions!r}; leave it out"
+        )
     model = DiT(run_config.model_config(config))
     cfg, n = model.config, config.train.batch_size
     optimizer, schedule = run_config.make_optimizer(config)
