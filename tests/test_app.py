@@ -5,6 +5,9 @@ tests/ui has the page itself in a browser (make test-ui).
 
 import io
 import json
+import socket
+import subprocess
+import sys
 import threading
 
 import numpy as np
@@ -73,6 +76,22 @@ class Listener:
     def end(self):
         assert self._ended.wait(60), self.events
         return self.events[-1]
+
+
+@pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="no IPv6 here")
+def test_addresses_of_both_kinds():
+    """In a process of its own: absl's flags are global, and other commands have some of these."""
+    program = """
+import socket
+from microdit_jax.app.__main__ import listen
+for host, reached in ("127.0.0.1", "127.0.0.1"), ("::", "127.0.0.1 ::1"), ("::1", "::1"):
+    with listen(host, 0) as server:
+        for address in reached.split():
+            socket.create_connection((address, server.getsockname()[1]), timeout=5).close()
+    print(host)
+"""
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert run.stdout.split() == ["127.0.0.1", "::", "::1"], run.stderr
 
 
 @pytest.fixture

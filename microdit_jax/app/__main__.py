@@ -67,7 +67,7 @@ def main(argv):
         count=MAX_COUNT.value,
         waiting=MAX_WAITING.value,
     )
-    listening = _listen()  # before minutes of loading
+    listening = listen(HOST.value, PORT.value)  # before minutes of loading
     studio = Studio(_load(), limits=limits, batch_size=BATCH.value)
     start = time.perf_counter()
     sides = studio.warm_up()
@@ -85,11 +85,13 @@ def main(argv):
         },
     }
     everywhere = HOST.value in ("0.0.0.0", "::", "")
-    hosts = ["*"] if everywhere else ["127.0.0.1", "localhost", HOST.value]
+    # Addresses hold the port off by brackets where they have colons themselves.
+    named = f"[{HOST.value}]" if ":" in HOST.value else HOST.value
+    hosts = ["*"] if everywhere else ["127.0.0.1", "localhost", named]
     config = uvicorn.Config(
         make_app(studio, choices, hosts), log_level="warning", timeout_graceful_shutdown=1
     )
-    shown = "127.0.0.1" if everywhere else HOST.value
+    shown = "127.0.0.1" if everywhere else named
     print(f"Open http://{shown}:{listening.getsockname()[1]}/", flush=True)
     studio.start()
     try:
@@ -100,13 +102,17 @@ def main(argv):
         studio.close()
 
 
-def _listen() -> socket.socket:
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens at an IPv4 or IPv6 address; "::" is all of both kinds."""
     try:
-        return socket.create_server((HOST.value, PORT.value))
+        if ":" not in host:
+            return socket.create_server((host, port))
+        both = host == "::" and socket.has_dualstack_ipv6()
+        return socket.create_server((host, port), family=socket.AF_INET6, dualstack_ipv6=both)
     except OSError as error:
         raise UserError(
-            f"could not listen at {HOST.value}, port {PORT.value}: {error.strerror}; give another "
-            "--port or --host"
+            f"could not listen at {host}, port {port}: {error.strerror}; give another --port or "
+            "--host"
         ) from error
 
 
