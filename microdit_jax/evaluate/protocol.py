@@ -25,7 +25,7 @@ from microdit_jax.evaluate.scores import (
     over_seeds,
 )
 from microdit_jax.metrics import geneval
-from microdit_jax.metrics.clip_score import clip_score
+from microdit_jax.metrics.clip_score import mean_score
 from microdit_jax.metrics.features import (
     FeatureNetwork,
     inception_features,
@@ -196,7 +196,7 @@ def _score(pipe, prompts, settings, folder, measures, asked, reference) -> dict[
     found: dict[str, float] = {}
     for name, values in rows.items():
         if name.startswith("cosine"):
-            found["clip_score"] = clip_score(values)
+            found["clip_score"] = mean_score(values)
         else:
             found |= feature_scores(asked.metrics, values, reference)
     return found

@@ -24,7 +24,7 @@ def cosines(
     return (images * texts).sum(axis=1) / lengths
 
 
-def clip_score(values: Float[np.ndarray, "..."]) -> float:
+def mean_score(values: Float[np.ndarray, "..."]) -> float:
     """max(0, 100 mean cos), as torchmetrics has it (Hessel et al. 2021, arXiv:2104.08718, w = 100).
 
     Tables often leave out the factor 100: 0.30 there is 30 here.
@@ -33,3 +33,14 @@ def clip_score(values: Float[np.ndarray, "..."]) -> float:
       values: `cosines` of all pictures.
     """
     return max(0.0, 100 * float(np.mean(values, dtype=np.float64)))
+
+
+def clip_score(images: Float[np.ndarray, "n e"], texts: Float[np.ndarray, "m k"]) -> float:
+    """`mean_score` of the embeddings of pictures and of their texts.
+
+    Raises:
+      UserError: no pictures, or embeddings that do not belong together.
+    """
+    if not len(images):
+        raise UserError("CLIP score: expected one or more pictures, found none")
+    return mean_score(cosines(images, texts))
