@@ -216,6 +216,8 @@ def test_written_read_and_drawn(tmp_path):
     assert json.loads(path.read_text())["mesh"]["fsdp"] == 8
     plot.draw(plot.read([path, path]), tmp_path / "aot.png")
     assert (tmp_path / "aot.png").stat().st_size > 5000
+    with pytest.raises(UserError, match="--out must end in one of .*png.*, found aot.xyz"):
+        plot.draw(plot.read([path]), "aot.xyz")
     for other, message in (
         ({}, "expected a report"),
         ({"chip": None, "topology": "cpu:8"}, "peaks are known, found cpu:8"),

@@ -172,7 +172,8 @@ class Studio:
             "prompt": request.prompt,
         }
         drawing.listener({"event": "started", "of": count})
-        (dropped,) = pipe.text_encoder.tokenizer.dropped([request.prompt])
+        tokenizer = pipe.text_encoder.tokenizer  # without one, encoding says what is missing
+        (dropped,) = tokenizer.dropped([request.prompt]) if tokenizer else (0,)
         if dropped:
             message = f"the last {dropped} tokens of this prompt are cut: the model reads no more"
             drawing.listener({"event": "warning", "message": message})

@@ -25,10 +25,14 @@ from microdit_jax.errors import UserError
 WHAT = flags.DEFINE_list("what", ["train_step"], "What to time; see above.")
 ARCH = flags.DEFINE_enum("arch", "Tiny_2", ["Tiny_2", "XL_2"], "The network.")
 SIDE = flags.DEFINE_integer("input_size", 32, "Side of its latents: 32 for 256 px, 64 for 512.")
-BATCH = flags.DEFINE_integer("batch_size", 8, "Images of a training step, and of moe, attention.")
-IMAGES = flags.DEFINE_integer("images", 4, "Images of forward and sampler.")
+BATCH = flags.DEFINE_integer(
+    "batch_size", 8, "Images of a training step, and of moe, attention.", lower_bound=1
+)
+IMAGES = flags.DEFINE_integer("images", 4, "Images of forward and sampler.", lower_bound=1)
 MASK = flags.DEFINE_float("mask_ratio", 0.75, "Of the training step.")
-STEPS = flags.DEFINE_integer("sampler_steps", 4, "Steps of the sampler; evaluations: 2 n - 1.")
+STEPS = flags.DEFINE_integer(
+    "sampler_steps", 4, "Steps of the sampler; evaluations: 2 n - 1.", lower_bound=1
+)
 ATTENTION = flags.DEFINE_list("attention", None, "Kernels; by default the platform's quickest.")
 MOE = flags.DEFINE_list("moe", ["gather"], "Dispatches of the experts: gather, onehot.")
 REMAT = flags.DEFINE_list("remat", ["none"], "none, block or dots: recomputed backwards.")

@@ -69,8 +69,11 @@ def draw(reports: Sequence[dict[str, Any]], out: str | Path) -> None:
             fontsize=8, frameon=False, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1)
         )
     left.invert_yaxis()
+    ending, known = Path(out).suffix[1:] or "png", figure.canvas.get_supported_filetypes()
+    if ending not in known:
+        raise UserError(f"--out must end in one of {', '.join(known)}, found {out}")
     with atomic_file(out) as file:
-        figure.savefig(file, format=Path(out).suffix[1:] or None)
+        figure.savefig(file, format=ending)
 
 
 def main() -> None:
