@@ -66,7 +66,8 @@ class MetricWriter:
         scalars = dict(_flat(values))
         if self._tensorboard is not None:
             for name, value in scalars.items():
-                self._tensorboard.add_scalar(name, value, step)
+                if math.isfinite(value):  # of others it warns, line by line
+                    self._tensorboard.add_scalar(name, value, step)
         if self._wandb is not None:
             self._wandb.log({"step": step} | scalars)
 
