@@ -18,7 +18,7 @@ SPLASH_PRODUCTS = {"splash_mha_fwd": 2, "splash_mha_dq": 3, "splash_mha_dkv": 4}
 _NO_PRODUCT = re.compile(
     r"topk|sort|rng|memset|annotate|Sharding|SPMD|AllocateBuffer|MoveToHost|MoveToDevice|"
     r"PartialReduce|InspectSparse|LayoutConstraint|Eigen|erf|ConcatBitcast|GatherScatterIndices|"
-    r"PrepareAsyncCall",
+    r"PrepareAsyncCall|AssumeGatherIndices",
     re.IGNORECASE,
 )
 
