@@ -59,7 +59,7 @@ def test_captions_of_the_embedded_pictures():
         ("a.csv", "id,name\n1,x\n", "a column caption or prompt or text in .*found id, name"),
         ("a.csv", "caption\nx\n  \n", "found none or an empty one"),
         ("a.csv", "id,caption\n1,x\n2\n", "found none or an empty one"),
-        ("a.csv", "caption\n" + 200_000 * "x" + "\n", "could not read them .*field larger"),
+        ("a.csv", "caption\n" + 10_000_001 * "x" + "\n", "could not read them .*field larger"),
         ("a.json", '{"annotations": [{"id": 1, "image_id": 1, "caption": null}]}', "an empty one"),
         ("a.json", "[]", "could not read them"),
         ("a.jsonl", '{"tag": "x"}\n', "found line 1"),
