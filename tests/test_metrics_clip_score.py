@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from microdit_jax.errors import UserError
-from microdit_jax.metrics.clip_score import clip_score, cosines
+from microdit_jax.metrics.clip_score import clip_score, cosines, mean_score
 
 
 @pytest.mark.parametrize(
@@ -23,6 +23,11 @@ def test_equal_to_torchmetrics(n, width, shift, expected):
     assert clip_score(3 * images, texts) == pytest.approx(expected, rel=1e-6)
     if expected:
         assert abs(clip_score(images, np.roll(texts, 1, axis=0)) - expected) > 1
+
+
+def test_the_mean_of_cosines():
+    assert mean_score(np.array([[0.2], [0.4]])) == pytest.approx(30)
+    assert mean_score(np.array([[-0.2]])) == 0
 
 
 def test_known_angles():

@@ -14,6 +14,11 @@ IMAGE = np.linspace(0, 1, 12, dtype=np.float32).reshape(2, 2, 3)
 SETTINGS = {"seed": 7, "prompt": "ein Bär 🐻"}
 
 
+def test_bytes_are_rounded_as_in_a_png():
+    values = np.array([-0.1, 0.0, 0.5, 0.9999, 1.2]).reshape(1, 5, 1, 1).repeat(3, axis=-1)
+    assert pictures.to_uint8(values)[0, :, 0, 0].tolist() == [0, 0, 128, 255, 255]
+
+
 def test_pictures_carry_their_settings(tmp_path):
     file = tmp_path / "a" / "x.png"
     pictures.save_png(file, IMAGE, SETTINGS)

@@ -175,6 +175,8 @@ def test_find_the_largest_micro_batch(monkeypatch):
     assert found["size"] == 64 and list(found["tried"]) == [256, 64, 128]
     found = search(monkeypatch, usable=78e9, refused=78e9)
     assert found["size"] == 64 and found["tried"][256] is None and len(found["tried"]) <= 4
+    found = search(monkeypatch, usable=13e9, refused=50e9)
+    assert found["size"] == 16 and {16, 32} <= set(found["tried"]) and len(found["tried"]) <= 4
     assert search(monkeypatch, usable=2.3e9)["size"] == 1
     with pytest.raises(UserError, match="not even one image"):
         search(monkeypatch, usable=2.1e9)
