@@ -83,10 +83,9 @@ def main(argv):
         print(f"compiled in {time.perf_counter() - start:.1f} s{compiled_programs()}", flush=True)
         if not prompts:
             return
-    if tokenizer := pipe.text_encoder.tokenizer:  # without one, encoding says what is missing
-        for prompt, dropped in zip(prompts, tokenizer.dropped(prompts), strict=True):
-            if dropped:
-                print(f"warning: the last {dropped} tokens of this prompt are cut: {prompt}")
+    for prompt, dropped in zip(prompts, pipe.dropped(prompts), strict=True):
+        if dropped:
+            print(f"warning: the last {dropped} tokens of this prompt are cut: {prompt}")
 
     chosen = [picture["index"]] if picture else list(range(len(prompts)))
     total = picture["of"] if picture else len(prompts)

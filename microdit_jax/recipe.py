@@ -30,6 +30,9 @@ def run(config: ConfigDict, workdir: str | Path) -> bool:
         check_counts(config[name])  # the last stage's too, before the first one's days
     with StopRequest() as stop:
         for number, name in enumerate(config.stages):
+            # Several processes agree in the next stage's first step.
+            if stop.received and jax.process_count() == 1:
+                return False
             stage, folder = config[name], Path(workdir) / name
             with RunCheckpoints(folder) as checkpoints:
                 done = (checkpoints.latest_step() or 0) >= stage.train.steps
@@ -39,9 +42,7 @@ def run(config: ConfigDict, workdir: str | Path) -> bool:
                 continue
             done = int(train(stage, folder, stop).step) >= stage.train.steps
             _report(config, Path(workdir))
-            last = number + 1 == len(config.stages)
-            # Several processes agree in the next stage's first step.
-            if not done or (stop.received and jax.process_count() == 1 and not last):
+            if not done:
                 return False
     return True
 

@@ -189,6 +189,11 @@ class LatentDiffusion:
         different = sorted(set(texts))
         return self.text_encoder.encode_text(different)[[different.index(text) for text in texts]]
 
+    def dropped(self, prompts: Sequence[str]) -> Int[np.ndarray, " n"]:
+        """How many tokens of each prompt are cut; 0 without a tokenizer: `encode` asks for one."""
+        tokenizer = self.text_encoder.tokenizer
+        return np.zeros(len(prompts), int) if tokenizer is None else tokenizer.dropped(prompts)
+
     def denoise(
         self,
         caption_latents: Float[np.ndarray, "n l caption"],

@@ -172,8 +172,7 @@ class Studio:
             "prompt": request.prompt,
         }
         drawing.listener({"event": "started", "of": count})
-        tokenizer = pipe.text_encoder.tokenizer  # without one, encoding says what is missing
-        (dropped,) = tokenizer.dropped([request.prompt]) if tokenizer else (0,)
+        (dropped,) = pipe.dropped([request.prompt])
         if dropped:
             message = f"the last {dropped} tokens of this prompt are cut: the model reads no more"
             drawing.listener({"event": "warning", "message": message})
