@@ -14,7 +14,7 @@ setup: .venv/.ready
 	touch $@
 
 demo: setup  ## train a small MicroDiT from scratch, two stages, and draw what it was not shown
-	eval "$$($(BIN)/python -m microdit_jax.xla.presets cpu)" && \
+	eval "$$($(BIN)/python -m microdit_jax.commands.environment cpu)" && \
 	$(BIN)/python train_main.py --config=configs/demo.py --workdir=$(DEMO) && \
 	$(BIN)/python sample_main.py --model=$(DEMO)/finetune --heldout=24 --guidance_scale=3 --out=$(DEMO) && \
 	$(BIN)/python -m microdit_jax.evaluate --model=$(DEMO)/finetune --num_images=500 --guidance_scale=3 --num_inference_steps=12 --out=$(DEMO)/evaluate
@@ -24,7 +24,7 @@ test: setup  ## all tests, on eight simulated CPU devices
 	$(BIN)/python -m pytest -q -n 2 --dist=worksteal --durations=10
 
 bench: setup  ## times of this machine: training, sampling, their parts, the data loader
-	eval "$$($(BIN)/python -m microdit_jax.xla.presets cpu)" && \
+	eval "$$($(BIN)/python -m microdit_jax.commands.environment cpu)" && \
 	$(BIN)/python -m microdit_jax.xla.bench --what=train_step,sampler,moe,attention,loader --report=out/bench.json
 
 test-ui: setup  ## the web page in a headless Chromium; not part of `make test`, which needs no browser

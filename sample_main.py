@@ -20,8 +20,9 @@ import numpy as np
 import tqdm
 from absl import app, flags
 
-from microdit_jax import hub, model_flags
-from microdit_jax.cli import compiled_programs, run
+from microdit_jax import model_flags
+from microdit_jax.assets import hub
+from microdit_jax.commands.cli import compiled_programs, run
 from microdit_jax.errors import UserError
 
 MODEL = flags.DEFINE_string(
@@ -64,7 +65,8 @@ def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}; a prompt goes into --prompt")
     # After the flags: --help answers at once.
-    from microdit_jax import create, pictures
+    from microdit_jax import create
+    from microdit_jax import images as pictures
 
     picture = _take_settings(pictures.read_settings(Path(AGAIN.value))) if AGAIN.value else None
     prompts = [picture["prompt"]] if picture else _prompts()
@@ -139,8 +141,8 @@ def _take_settings(picture: dict) -> dict:
 def _draw(pipe, wanted: dict[Path, dict], total: int) -> None:
     """Draws the pictures that are not there yet, a batch at a time, and saves each at once."""
     from microdit_jax.diffusion import heun_evaluations
+    from microdit_jax.images import is_made_so, save_png
     from microdit_jax.noise import initial_noise
-    from microdit_jax.pictures import is_made_so, save_png
 
     todo = [path for path, settings in wanted.items() if not is_made_so(path, settings)]
     if len(todo) < len(wanted):

@@ -11,7 +11,7 @@ With several processes (docs/scaling.md), start this on each of them.
 from absl import app, flags
 from ml_collections import config_flags
 
-from microdit_jax.cli import read_config, run
+from microdit_jax.commands.cli import read_config, run
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/, with its variants.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints, logs and samples go.")
@@ -29,7 +29,7 @@ HEARTBEAT = flags.DEFINE_integer(
 def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}")
-    from microdit_jax import hosts  # after the flags: --help answers at once
+    from microdit_jax.machine import hosts  # after the flags: --help answers at once
 
     config = read_config(CONFIG)
     with hosts.job(
@@ -39,13 +39,9 @@ def main(argv):
         timeout_seconds=TIMEOUT.value,
         heartbeat_seconds=HEARTBEAT.value,
     ):
-        from microdit_jax import recipe
-        from microdit_jax.train import train
+        from microdit_jax.train import train, train_stages
 
-        if "stages" in config:
-            recipe.run(config, WORKDIR.value)
-        else:
-            train(config, WORKDIR.value)
+        (train_stages if "stages" in config else train)(config, WORKDIR.value)
 
 
 if __name__ == "__main__":

@@ -26,11 +26,12 @@ from absl import app, flags
 from ml_collections import ConfigDict
 
 from configs import demo
-from microdit_jax import sharding, train_step
+from microdit_jax import sharding
 from microdit_jax import train as train_module
-from microdit_jax.cli import run
-from microdit_jax.metric_writer import read_metrics
-from microdit_jax.run_config import make_optimizer, make_step
+from microdit_jax.commands.cli import run
+from microdit_jax.training import step as train_step
+from microdit_jax.training.config import make_optimizer, make_step
+from microdit_jax.training.metric_writer import read_metrics
 
 STEPS = flags.DEFINE_integer(
     "steps", 250, "Steps of the loop, and as many bare ones.", lower_bound=100

@@ -11,8 +11,8 @@ The second continues from the first. `make demo` runs both and draws a grid of s
 Expected: held-out loss 0.30 with the right captions, 0.72 with shuffled ones.
 """
 
-from configs import common
 from microdit_jax.errors import UserError
+from microdit_jax.training import defaults
 
 PRETRAIN_STEPS, STEPS = 300, 1400
 
@@ -20,13 +20,13 @@ PRETRAIN_STEPS, STEPS = 300, 1400
 def get_config(stage: str = ""):
     """One stage, "pretrain" (masked) or "finetune" (all patches), or both."""
     if not stage:
-        return common.stages(pretrain=get_config("pretrain"), finetune=get_config("finetune"))
+        return defaults.stages(pretrain=get_config("pretrain"), finetune=get_config("finetune"))
     if stage not in ("pretrain", "finetune"):
         raise UserError(f"configs/demo.py has stages pretrain and finetune, found {stage!r}")
-    config = common.base()
+    config = defaults.base()
     # No caption has more than 17 tokens; one in a hundred has more than 15.
-    common.use_emoji(config, resolution=32, folder="out/data/twemoji", tokens=16, width=256)
-    common.set_emoji_network(config, dim=128, patch_mixer_dim=64, init_std=0.06)
+    defaults.use_emoji(config, resolution=32, folder="out/data/twemoji", tokens=16, width=256)
+    defaults.set_emoji_network(config, dim=128, patch_mixer_dim=64, init_std=0.06)
     config.optim.update(
         learning_rate=3e-3, warmup_steps=100, decay_steps=STEPS, final_ratio=0.05, clip_norm=1.0,
         weight_decay=0.05,

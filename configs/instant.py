@@ -10,8 +10,8 @@ better ones. Pictures: Twemoji, CC-BY 4.0.
 Stage 1 sees 25 % of the patches and stage 2 all of them. The same command again resumes.
 """
 
-from configs import common
 from microdit_jax.errors import UserError
+from microdit_jax.training import defaults
 
 STEPS = {"stage1": 400, "stage2": 12_000}  # the second counts on from the first
 
@@ -19,20 +19,20 @@ STEPS = {"stage1": 400, "stage2": 12_000}  # the second counts on from the first
 def get_config(stage: str = ""):
     """One of the stages, or both."""
     if not stage:
-        return common.stages(**{name: get_config(name) for name in STEPS})
+        return defaults.stages(**{name: get_config(name) for name in STEPS})
     if stage not in STEPS:
         raise UserError(f"configs/instant.py has stages {', '.join(STEPS)}, found {stage!r}")
 
-    config = common.base()
+    config = defaults.base()
     folder = "out/data/twemoji_32_16"
     # 16 channels: held-out pictures come back with 28.7 dB, of the demo's 8 with 23.7 dB.
-    common.use_emoji(config, resolution=32, folder=folder, tokens=16, width=256, channels=16)
+    defaults.use_emoji(config, resolution=32, folder=folder, tokens=16, width=256, channels=16)
     # A thing is seen three times as often as a person in one of five skin tones.
     config.data.datasets = (
         {"source": "twemoji", "folder": folder, "weight": 1.0},
         {"source": "twemoji_untoned", "folder": folder, "weight": 2.0},
     )
-    common.set_emoji_network(config, dim=160, patch_mixer_dim=96, init_std=0.055)
+    defaults.set_emoji_network(config, dim=160, patch_mixer_dim=96, init_std=0.055)
     config.optim.update(
         learning_rate=2.5e-3, warmup_steps=100, decay_steps=STEPS["stage2"], final_ratio=0.02,
         clip_norm=1.0, weight_decay=0.02,

@@ -8,7 +8,7 @@ Expected: 238.1 GFLOP forward per image, 4.4e19 FLOP in all; 8 hours on 8 H100 a
 average speed. No score is published for this stage alone.
 """
 
-from configs import common, res_256_pretrain
+from microdit_jax.training import defaults
 
 
 def get_config(variants: str = ""):
@@ -21,4 +21,4 @@ def get_config(variants: str = ""):
         steps=res_256_pretrain.STEPS + 30_000, mask_ratio=0.0, micro_batch_size=64, eval_every=2500,
         checkpoint_every=2500,
     )  # fmt: skip
-    return common.apply_variants(config, variants)
+    return defaults.apply_variants(config, variants)

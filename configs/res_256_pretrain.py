@@ -7,16 +7,16 @@ Expected: 94.1 GFLOP forward per image, 1.45e20 FLOP in all; 27 hours on 8 H100 
 average speed (183 TFLOP/s on each). No score is published for this stage alone.
 """
 
-from configs import common
+from microdit_jax.training import defaults
 
 STEPS = 250_000
 
 
 def get_config(variants: str = ""):
-    config = common.base()
+    config = defaults.base()
     config.edm.update(P_mean=-0.6, P_std=1.2)
     config.data.resolution = 256
-    config.data.datasets = common.latents(
+    config.data.datasets = defaults.latents(
         "datadir/sa1b/mds_latents_sdxl1_dfnclipH14",
         "datadir/cc12m/mds_latents_sdxl1_dfnclipH14",
         "datadir/textcaps/mds_latents_sdxl1_dfnclipH14",
@@ -32,4 +32,4 @@ def get_config(variants: str = ""):
     config.train.update(
         steps=STEPS, mask_ratio=0.75, micro_batch_size=256, eval_every=2500, checkpoint_every=2500
     )
-    return common.apply_variants(config, variants)
+    return defaults.apply_variants(config, variants)

@@ -9,7 +9,7 @@ average speed. Zero-shot FID-30k on COCO 12.66, GenEval 0.46 (37 M pictures, the
 checkpoint dit_4_channel_37M_real_and_synthetic_data).
 """
 
-from configs import common, res_512_pretrain
+from microdit_jax.training import defaults
 
 
 def get_config(variants: str = ""):
@@ -22,4 +22,4 @@ def get_config(variants: str = ""):
         steps=res_512_pretrain.STEPS + 5000, mask_ratio=0.0, micro_batch_size=16, eval_every=500,
         checkpoint_every=500,
     )  # fmt: skip
-    return common.apply_variants(config, variants)
+    return defaults.apply_variants(config, variants)

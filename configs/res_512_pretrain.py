@@ -12,18 +12,18 @@ The moving average is on from step 25,000, as the reference's configuration has 
 script then leaves it out.
 """
 
-from configs import common
+from microdit_jax.training import defaults
 
 STEPS = 50_000
 
 
 def get_config(variants: str = ""):
-    config = common.base()
+    config = defaults.base()
     config.init_weights_from = "{workdir}/../res_256_finetune"
     config.model.options.update(input_size=64, pos_interp_scale=2.0)
     config.edm.update(P_mean=0.0, P_std=0.6)
     config.data.resolution = 512
-    config.data.datasets = common.latents(
+    config.data.datasets = defaults.latents(
         "datadir/sa1b/mds_latents_sdxl1_dfnclipH14",
         "datadir/cc12m/mds_minres512_latents_sdxl1_dfnclipH14",
         "datadir/textcaps/mds_latents_sdxl1_dfnclipH14",
@@ -37,4 +37,4 @@ def get_config(variants: str = ""):
     config.train.update(
         steps=STEPS, mask_ratio=0.75, micro_batch_size=32, eval_every=2500, checkpoint_every=2500
     )
-    return common.apply_variants(config, variants)
+    return defaults.apply_variants(config, variants)

@@ -1,1 +1,1 @@
-"""Checkpoints between PyTorch's files and this project's Orbax model folders; needs no PyTorch."""
+"""Commands that convert and compare checkpoints; the library is microdit_jax.convert."""

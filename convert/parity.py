@@ -14,14 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
-from convert import dit
-from convert.arguments import Parser
-from convert.files import atomic_file
-from convert.keymap import torch_name
 from convert.reference import reference_arguments, run_reference
-from convert.state_dict import read_state_dict
-from microdit_jax.checkpoint import load_model
-from microdit_jax.errors import UserError, exit_on_user_error
+from microdit_jax.checkpoints.model_folder import load_model
+from microdit_jax.commands.parser import Parser, exit_on_user_error
+from microdit_jax.convert import dit
+from microdit_jax.convert.keymap import torch_name
+from microdit_jax.convert.state_dict import read_state_dict
+from microdit_jax.errors import UserError
+from microdit_jax.files import atomic_file
 from microdit_jax.metrics.statistics import read_npz
 from microdit_jax.models.dit import DiT, DiTConfig
 from microdit_jax.models.layers import sincos_pos_embed

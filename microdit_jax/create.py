@@ -8,15 +8,19 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float
 
-from microdit_jax import assets, hub, memory, run_checkpoint, sharding
-from microdit_jax.data.sources import twemoji
+from microdit_jax import sharding
+from microdit_jax.assets import hub
+from microdit_jax.assets import load as assets
+from microdit_jax.checkpoints import run as run_checkpoint
+from microdit_jax.data import twemoji
 from microdit_jax.encoders import registry
-from microdit_jax.encoders.placement import rows_sharding
 from microdit_jax.encoders.token_table import TokenTable
 from microdit_jax.errors import UserError
+from microdit_jax.machine import memory
+from microdit_jax.machine.placement import rows_sharding
 from microdit_jax.models import dit
 from microdit_jax.models.dit import DiT, DiTConfig
-from microdit_jax.sample import LatentDiffusion
+from microdit_jax.sampling.pipeline import LatentDiffusion
 
 ARCHES = ("MicroDiT_XL_2", "MicroDiT_Tiny_2")
 

@@ -12,8 +12,8 @@ import jax
 from absl import flags
 
 if TYPE_CHECKING:  # loading these takes a second, and --help should not
-    from microdit_jax.assets import Model
-    from microdit_jax.sample import LatentDiffusion
+    from microdit_jax.assets.load import Model
+    from microdit_jax.sampling.pipeline import LatentDiffusion
 
 VAE = flags.DEFINE_string(
     "vae", None, "Its VAE, as a file, a folder or a repository; default: the one it is known for."

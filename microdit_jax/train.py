@@ -1,4 +1,4 @@
-"""Training, read top to bottom."""
+"""Training: one stage read top to bottom, and several in a row."""
 
 import contextlib
 import dataclasses
@@ -12,28 +12,31 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from microdit_jax import hosts, memory, run_checkpoint, sharding
-from microdit_jax.chips import chip_of
+from microdit_jax import sharding
+from microdit_jax.checkpoints import run as run_checkpoint
+from microdit_jax.checkpoints.run import RunCheckpoints
 from microdit_jax.data.prefetch import Prefetch
 from microdit_jax.diffusion import EdmConfig
-from microdit_jax.errors import disk_errors
-from microdit_jax.heldout import Evaluation
-from microdit_jax.metric_writer import MetricWriter, import_wandb
+from microdit_jax.files import disk_errors
+from microdit_jax.machine import hosts, memory
+from microdit_jax.machine.chips import chip_of
+from microdit_jax.machine.signals import StopRequest
 from microdit_jax.models import flops, masking, moe
 from microdit_jax.models.dit import DiT, for_this_machine
-from microdit_jax.progress import Progress, StepTrace
-from microdit_jax.run_checkpoint import RunCheckpoints
-from microdit_jax.run_config import (
+from microdit_jax.training import report
+from microdit_jax.training.config import (
     check_counts,
     make_optimizer,
     make_step,
     model_config,
     num_micro_batches,
 )
-from microdit_jax.run_data import RunData, check_data, load_data
-from microdit_jax.signals import StopRequest
-from microdit_jax.start import starting_state
-from microdit_jax.train_step import TrainState
+from microdit_jax.training.data import RunData, check_data, load_data
+from microdit_jax.training.evaluation import Evaluation
+from microdit_jax.training.metric_writer import MetricWriter, import_wandb
+from microdit_jax.training.progress import Progress, StepTrace
+from microdit_jax.training.start import starting_state
+from microdit_jax.training.step import TrainState
 
 OUT_OF_MEMORY = (
     "a smaller train.micro_batch_size, model.options.remat=block, or more devices over mesh.fsdp"
@@ -181,6 +184,49 @@ def train(config: ConfigDict, workdir: str | Path, stop: StopRequest | None = No
     return state
 
 
+# ------------------------------------------------------------------ several stages in a row
+def train_stages(config: ConfigDict, workdir: str | Path) -> bool:
+    """Trains the stages of `config.stages`, each in its folder of the workdir.
+
+    The same call again passes over the stages that are done, and resumes in the right one. After
+    each, <workdir>/report.html shows all that have begun.
+
+    Returns:
+      Whether all are done; not so after a signal.
+    Raises:
+      UserError: a stage that the config does not have; what `train` raises.
+    """
+    for name in config.stages:
+        if name not in config:
+            raise UserError(f"config.stages names {name}, found no such stage in the config")
+        check_counts(config[name])  # the last stage's too, before the first one's days
+    with StopRequest() as stop:
+        for number, name in enumerate(config.stages):
+            # Several processes agree in the next stage's first step.
+            if stop.received and jax.process_count() == 1:
+                return False
+            stage, folder = config[name], Path(workdir) / name
+            with RunCheckpoints(folder) as checkpoints:
+                done = (checkpoints.latest_step() or 0) >= stage.train.steps
+            if jax.process_index() == 0:
+                print(f"stage {number + 1} of {len(config.stages)}, {name}{': done' * done}")
+            if done:
+                continue
+            done = int(train(stage, folder, stop).step) >= stage.train.steps
+            _write_report(config, Path(workdir))
+            if not done:
+                return False
+    return True
+
+
+def _write_report(config: ConfigDict, workdir: Path) -> None:
+    """A page on all stages that have begun."""
+    begun = [workdir / name for name in config.stages if run_checkpoint.is_run(workdir / name)]
+    if jax.process_index() == 0 and begun:
+        report.write(begun, workdir / "report.html")
+
+
+# ------------------------------------------------------------------ telling and recording
 def describe(config: ConfigDict, start: int, mesh: Mesh, data: RunData) -> str:
     """What is about to be trained, in a line."""
     run, parts = config.train, num_micro_batches(config, mesh)

@@ -56,7 +56,7 @@ class GoldenDiT:
 
     def tree(self, prefix: str):
         """Parameters stored under `prefix`; buffers missing there are the network's own."""
-        from convert.dit import from_torch
+        from microdit_jax.convert.dit import from_torch
 
         tensors = {
             k.removeprefix(prefix): v for k, v in self.arrays.items() if k.startswith(prefix)

@@ -13,11 +13,12 @@ from conftest import tiny_model
 from test_vae import load_vae
 
 import microdit_jax
-from convert import clip_text, dit
-from convert.__main__ import main as convert_main
-from convert.safetensors_file import write_safetensors
-from convert.torch_file import write_torch
-from microdit_jax import assets, create, hub, sharding
+from microdit_jax import create, sharding
+from microdit_jax.assets import hub, load
+from microdit_jax.convert import clip_text, dit
+from microdit_jax.convert.__main__ import main as convert_main
+from microdit_jax.convert.formats.safetensors_file import write_safetensors
+from microdit_jax.convert.formats.torch_file import write_torch
 from microdit_jax.encoders.clip_text import ClipText, ClipTextConfig
 from microdit_jax.errors import UserError
 from microdit_jax.models.dit import DiT, for_this_machine
@@ -33,7 +34,7 @@ def same(found, expected) -> None:
 def tensors() -> dict[str, dict[str, np.ndarray]]:
     """State dicts of a network, a text tower and a VAE that fit together."""
     config = tiny_model().config
-    shapes = assets.abstract_params(config)
+    shapes = load.abstract_params(config)
     leaves, tree = jax.tree.flatten(shapes)
     random = np.random.default_rng(0)
     normals = [0.1 * random.standard_normal(leaf.shape, np.float32) for leaf in leaves]
@@ -64,44 +65,44 @@ def files(tmp_path, monkeypatch):
 
 
 def pipeline(files, **options):
-    model = assets.load_model(str(files / "dit.pt"), **options)
+    model = load.load_model(str(files / "dit.pt"), **options)
     model = model._replace(vae=str(files / "vae"), text_encoder=str(files / "clip"))
     return create.from_model(model)
 
 
 def test_a_pt_file_is_converted_once(files, capsys):
-    model = assets.load_model(str(files / "dit.pt"))
+    model = load.load_model(str(files / "dit.pt"))
     assert (model.config.input_size, model.config.dim, model.description) == (8, 32, "dit.pt")
     same(model.params, dit.from_torch(tensors()["dit"], model.config))
     assert "converting" in capsys.readouterr().out
     (files / "dit.pt").chmod(0)  # not even read again
-    again = assets.load_model(str(files / "dit.pt"), dtype="bfloat16")
+    again = load.load_model(str(files / "dit.pt"), dtype="bfloat16")
     same(again.params, model.params)
     assert again.config == dataclasses.replace(model.config, dtype="bfloat16")
     assert capsys.readouterr().out == ""
 
 
 def test_a_replaced_file_is_converted_again(files, capsys):
-    assets.load_model(str(files / "dit.pt"))
+    load.load_model(str(files / "dit.pt"))
     changed = {name: 2 * tensor for name, tensor in tensors()["dit"].items()}
     changed["pos_embed"] = tensors()["dit"]["pos_embed"]
     (files / "dit.pt").unlink()
     write_torch(files / "dit.pt", changed)
-    model = assets.load_model(str(files / "dit.pt"))
+    model = load.load_model(str(files / "dit.pt"))
     same(model.params, dit.from_torch(changed, model.config))
     folders = [p for p in (files / "cache" / "microdit_jax" / "models").iterdir() if p.is_dir()]
     assert len(folders) == 1
 
 
 def test_a_damaged_cache_is_noticed(files):
-    assets.load_model(str(files / "dit.pt"))
+    load.load_model(str(files / "dit.pt"))
     (folder,) = (files / "cache" / "microdit_jax" / "models").glob("dit-*/params")
     largest = max((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
     data = bytearray(largest.read_bytes())
     data[100] ^= 1
     largest.write_bytes(data)
     with pytest.raises(UserError, match="contents changed"):
-        assets.load_model(str(files / "dit.pt"))
+        load.load_model(str(files / "dit.pt"))
 
 
 def test_prompt_to_picture(files):
@@ -140,7 +141,7 @@ def test_converted_folders_are_taken_as_they_are(files, capsys):
         output = files / "models" / kind
         convert_main([f"--kind={kind}", f"--input={files / source}", f"--output={output}"])
     capsys.readouterr()
-    model = assets.load_model(str(files / "models" / "dit"))
+    model = load.load_model(str(files / "models" / "dit"))
     model = model._replace(
         vae=str(files / "models" / "vae"), text_encoder=str(files / "models" / "clip_text")
     )
@@ -148,20 +149,20 @@ def test_converted_folders_are_taken_as_they_are(files, capsys):
     expected = pipeline(files).generate("a dog", num_inference_steps=1, seed=0)
     np.testing.assert_array_equal(images, expected)
     with pytest.raises(UserError, match="expected a model of kind dit .*, found vae"):
-        assets.load_model(str(files / "models" / "vae"))
+        load.load_model(str(files / "models" / "vae"))
     with pytest.raises(UserError, match="expected a text encoder at .*kind vae"):
-        assets.load_text_encoder(str(files / "models" / "vae"))
+        load.load_text_encoder(str(files / "models" / "vae"))
 
 
 def test_a_released_checkpoint_by_name(files):
     folder = hub.local_folder(hub.REPOSITORY) / "ckpts"
     folder.mkdir(parents=True)
     shutil.copy(files / "dit.pt", folder / "dit_4_channel_22M_real_only_data.pt")
-    model = assets.load_model("dit_4_channel_22M_real_only_data")
+    model = load.load_model("dit_4_channel_22M_real_only_data")
     assert (model.vae, model.text_encoder) == (hub.SDXL_VAE, hub.DFN5B_CLIP)
     tower = hub.local_folder("apple/DFN5B-CLIP-ViT-H-14-378")
     shutil.copytree(files / "clip", tower)
-    encoder = assets.load_text_encoder(model.text_encoder)
+    encoder = load.load_text_encoder(model.text_encoder)
     assert encoder.name == hub.DFN5B_CLIP and encoder.width == 24
 
 
@@ -172,16 +173,16 @@ def test_data_say_what_made_them_by_repository_or_checksum(files):
     by_name = {"vae": hub.SDXL_VAE, "text_encoder": hub.OPENCLIP + hub.SDXL_VAE}
     by_path = {"vae": str(files / "vae"), "text_encoder": str(files / "clip")}
     for towers in (by_name, by_path):
-        codec = assets.load_codec(towers["vae"])
-        encoder = assets.load_text_encoder(towers["text_encoder"])
-        found = assets.names_in_data(towers["vae"], towers["text_encoder"])
+        codec = load.load_codec(towers["vae"])
+        encoder = load.load_text_encoder(towers["text_encoder"])
+        found = load.names_in_data(towers["vae"], towers["text_encoder"])
         assert found == {"vae": codec.name, "text_encoder": encoder.name}
         assert (found == towers) == (towers is by_name)
         assert ("weights=" in codec.name) == ("weights=" in encoder.name) == (towers is by_path)
 
 
 def test_a_wrong_vae_and_a_wrong_text_encoder(files):
-    model = assets.load_model(str(files / "dit.pt"))
+    model = load.load_model(str(files / "dit.pt"))
     sixteen = load_vae("vae_small_16ch")
     folder = files / "other"
     folder.mkdir()
@@ -215,11 +216,11 @@ def test_a_half_downloaded_file(files):
     data = (files / "dit.pt").read_bytes()
     (files / "half.pt").write_bytes(data[: len(data) // 2])
     with pytest.raises(UserError):
-        assets.load_model(str(files / "half.pt"))
+        load.load_model(str(files / "half.pt"))
     weights = files / "vae" / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     with pytest.raises(UserError):
-        assets.load_codec(str(files / "vae"))
+        load.load_codec(str(files / "vae"))
     assert not list((files / "cache" / "microdit_jax" / "models").glob("*/params"))
 
 
@@ -237,7 +238,7 @@ def test_cpus_get_the_looped_attention(monkeypatch):
 def test_nothing_there():
     expected = "or one of instant, dit_4_channel_22M.*, found nothing at nope"
     with pytest.raises(UserError, match=expected):
-        assets.load_model("nope")
+        load.load_model("nope")
     with pytest.raises(UserError, match="dit_arch must be"):
         microdit_jax.create_latent_diffusion(dit_arch="DiT")
 
@@ -247,7 +248,7 @@ def test_untrained(files):
     x, t = jnp.zeros((1, 8, 8, 4), jnp.float32), jnp.zeros(1, jnp.float32)
     y = jnp.zeros((1, 1, 24), jnp.float32)
     expected = jax.jit(DiT(config).init)(jax.random.key(0), x, t, y)["params"]
-    same(assets.untrained_model(config).params, expected)
+    same(load.untrained_model(config).params, expected)
     mesh = sharding.make_mesh(fsdp=8)
-    leaf = jax.tree.leaves(assets.untrained_model(config, mesh=mesh).params)[0]
+    leaf = jax.tree.leaves(load.untrained_model(config, mesh=mesh).params)[0]
     assert leaf.sharding.mesh == mesh

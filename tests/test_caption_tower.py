@@ -7,15 +7,16 @@ import numpy as np
 import pytest
 import tiny_config
 
-from microdit_jax import assets, sharding
-from microdit_jax.checkpoint import save_model
-from microdit_jax.data.mds_writer import MdsWriter
+from microdit_jax import sharding
+from microdit_jax.assets import load
+from microdit_jax.checkpoints.model_folder import save_model
 from microdit_jax.data.records import SIDECAR, LatentInfo
 from microdit_jax.encoders.clip_text import ClipText, ClipTextConfig
 from microdit_jax.errors import UserError
-from microdit_jax.metric_writer import read_metrics
-from microdit_jax.run_data import load_data
+from microdit_jax.prepare.mds_writer import MdsWriter
 from microdit_jax.train import train
+from microdit_jax.training.data import load_data
+from microdit_jax.training.metric_writer import read_metrics
 
 LENGTH, WIDTH = 8, 16
 COLUMNS = {"caption": "str", "caption_latents": "bytes", "caption_tokens": "bytes"}
@@ -30,7 +31,7 @@ def stored(tmp_path_factory):
     params = jax.jit(ClipText(config).init)(jax.random.key(0), ids)["params"]
     about = {"kind": "clip_text", "clip_text": dataclasses.asdict(config)}
     save_model(folder / "tower", jax.device_get(params), about)
-    encoder = assets.load_text_encoder(str(folder / "tower"))
+    encoder = load.load_text_encoder(str(folder / "tower"))
     captions = [f"a {colour} {thing}" for colour in ("red", "blue") for thing in "abcdefghijkl"]
     ids = encoder.tokenizer(captions)
     latents = np.random.default_rng(0).normal(size=(len(captions), 8, 8, 8)).astype(np.float16)

@@ -6,7 +6,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from microdit_jax.checkpoint import load_model, read_metadata, save_model
+from microdit_jax.checkpoints.model_folder import load_model, read_metadata, save_model
 from microdit_jax.errors import UserError
 
 PARAMS = {
@@ -115,7 +115,7 @@ def test_nothing_half_written(tmp_path, monkeypatch):
     def stop(_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("microdit_jax.checkpoint.sha256", stop)
+    monkeypatch.setattr("microdit_jax.files.sha256", stop)
     with pytest.raises(KeyboardInterrupt):
         save_model(tmp_path / "model", PARAMS, METADATA)
     assert not list(tmp_path.iterdir())

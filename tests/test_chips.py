@@ -2,7 +2,7 @@
 
 import pytest
 
-from microdit_jax.chips import chip_of
+from microdit_jax.machine.chips import chip_of
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from microdit_jax import cli
+from microdit_jax.commands import cli
 
 ROOT = pathlib.Path(__file__).parent.parent
 

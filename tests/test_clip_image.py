@@ -10,14 +10,14 @@ import pytest
 from conftest import GOLDEN, relative_l2
 from test_convert_main import fails, run
 
-from convert import clip
-from convert.safetensors_file import write_safetensors
-from convert.synthetic import synthetic_state_dict
-from microdit_jax.checkpoint import read_metadata
+from microdit_jax.checkpoints.model_folder import read_metadata
+from microdit_jax.convert import clip
+from microdit_jax.convert.formats.safetensors_file import write_safetensors
 from microdit_jax.encoders.clip import ClipConfig, ClipEncoder
 from microdit_jax.encoders.clip_image import ClipImageConfig, to_pixels
 from microdit_jax.encoders.clip_text import ClipTextConfig
 from microdit_jax.errors import UserError
+from tests.support.synthetic import synthetic_state_dict
 
 FULL_SIZE = {  # width, layers, heads, patch of either tower, as OpenCLIP has them
     "ViT-B-32": ClipConfig(

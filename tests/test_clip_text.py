@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from conftest import GOLDEN, relative_l2
 
-from convert.clip_text import from_torch
+from microdit_jax.convert.clip_text import from_torch
 from microdit_jax.encoders.clip_block import ACTIVATIONS
 from microdit_jax.encoders.clip_text import ClipText, ClipTextConfig, ClipTextEncoder
 from microdit_jax.encoders.tokenizers import END_OF_TEXT, START_OF_TEXT

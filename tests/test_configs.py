@@ -4,7 +4,6 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import (
-    common,
     demo,
     recipe,
     res_256_finetune,
@@ -15,7 +14,13 @@ from configs import (
 from microdit_jax import sharding
 from microdit_jax.errors import UserError
 from microdit_jax.models import masking
-from microdit_jax.run_config import check_counts, make_optimizer, model_config, num_micro_batches
+from microdit_jax.training import defaults
+from microdit_jax.training.config import (
+    check_counts,
+    make_optimizer,
+    model_config,
+    num_micro_batches,
+)
 
 STAGES = {
     "res_256_pretrain": res_256_pretrain,
@@ -138,7 +143,7 @@ def test_unknown_variants_are_refused(variants, message):
 
 
 def test_unknown_keys_are_errors():
-    for config in (common.base(), demo.get_config("finetune"), recipe.get_config("runlocal")):
+    for config in (defaults.base(), demo.get_config("finetune"), recipe.get_config("runlocal")):
         with pytest.raises((AttributeError, KeyError)):
             config.mask_ration = 0.5
     with pytest.raises((AttributeError, KeyError)):

@@ -5,12 +5,13 @@ import pytest
 from conftest import GOLDEN
 from test_convert_main import fails, run
 
-from convert.inputs import describe_source, find_input, read_tensors
-from convert.kinds import KINDS, make_config
-from convert.safetensors_file import read_safetensors, write_safetensors
-from convert.torch_file import write_torch
-from microdit_jax.checkpoint import load_model, read_metadata, sha256
+from microdit_jax.checkpoints.model_folder import load_model, read_metadata
+from microdit_jax.convert.formats.safetensors_file import read_safetensors, write_safetensors
+from microdit_jax.convert.formats.torch_file import write_torch
+from microdit_jax.convert.inputs import describe_source, find_input, read_tensors
+from microdit_jax.convert.kinds import KINDS, make_config
 from microdit_jax.errors import UserError
+from microdit_jax.files import sha256
 
 ONES = {"a": np.ones((2, 3), np.float32)}
 TOWERS = {"openclip_text_small": "clip_text", "t5_small": "t5"}

@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 from conftest import load_golden
 
-from convert.__main__ import main
-from convert.safetensors_file import read_safetensors, write_safetensors
-from convert.torch_file import read_torch, write_torch
-from microdit_jax.checkpoint import load_model, read_metadata
+from microdit_jax.checkpoints.model_folder import load_model, read_metadata
+from microdit_jax.convert.__main__ import main
+from microdit_jax.convert.formats.safetensors_file import read_safetensors, write_safetensors
+from microdit_jax.convert.formats.torch_file import read_torch, write_torch
 from microdit_jax.models.dit import DiTConfig
 
 

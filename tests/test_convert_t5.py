@@ -7,9 +7,9 @@ import pytest
 from conftest import relative_l2
 from test_convert_text import assert_same_bits, of_zeros, recorded, run
 
-from convert import clip_text, t5
-from convert.keymap import flatten
-from convert.safetensors_file import write_safetensors
+from microdit_jax.convert import clip_text, t5
+from microdit_jax.convert.formats.safetensors_file import write_safetensors
+from microdit_jax.convert.keymap import flatten
 from microdit_jax.encoders.t5 import T5Config
 from microdit_jax.errors import UserError
 

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 from conftest import GOLDEN, relative_l2
 
-from convert import clip_text, t5
-from convert.__main__ import main
-from convert.keymap import flatten
-from convert.safetensors_file import read_safetensors, write_safetensors
-from convert.state_dict import read_state_dict
-from convert.torch_file import write_torch
+from microdit_jax.convert import clip_text, t5
+from microdit_jax.convert.__main__ import main
+from microdit_jax.convert.formats.safetensors_file import read_safetensors, write_safetensors
+from microdit_jax.convert.formats.torch_file import write_torch
+from microdit_jax.convert.keymap import flatten
+from microdit_jax.convert.state_dict import read_state_dict
 from microdit_jax.encoders.clip_text import ClipTextConfig
 from microdit_jax.encoders.tokenizers import END_OF_TEXT
 from microdit_jax.errors import UserError

@@ -10,9 +10,10 @@ from conftest import relative_l2
 from test_convert_main import fails, run
 from test_vae import load_vae
 
-from convert.safetensors_file import read_safetensors, write_safetensors
-from convert.torch_file import read_torch, write_torch
-from convert.vae import (
+from microdit_jax.checkpoints.model_folder import read_metadata
+from microdit_jax.convert.formats.safetensors_file import read_safetensors, write_safetensors
+from microdit_jax.convert.formats.torch_file import read_torch, write_torch
+from microdit_jax.convert.vae import (
     config_from_dict,
     config_json,
     from_torch,
@@ -21,7 +22,6 @@ from convert.vae import (
     rename_table,
     to_torch,
 )
-from microdit_jax.checkpoint import read_metadata
 from microdit_jax.encoders.vae import VaeConfig, abstract_params
 from microdit_jax.errors import UserError
 from microdit_jax.trees import flatten

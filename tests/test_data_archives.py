@@ -7,8 +7,8 @@ import pyarrow.parquet as pq
 import pytest
 from source_files import image, read, write, write_json, write_tar, write_zip
 
-from microdit_jax.data.sources.registry import open_source
 from microdit_jax.errors import UserError
+from microdit_jax.prepare.sources.registry import open_source
 
 
 def shard(*keys, start=0):

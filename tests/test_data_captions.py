@@ -5,7 +5,7 @@ import json
 import pytest
 from conftest import GOLDEN
 
-from microdit_jax.data.captions import clean
+from microdit_jax.prepare.captions import clean
 
 CASES = json.loads((GOLDEN / "captions.json").read_text())
 

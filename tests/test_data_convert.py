@@ -9,11 +9,11 @@ import time
 import pytest
 from test_data_records import COLUMNS, INFO, arrays, sample, write_array_record, write_mds
 
-from microdit_jax.data import convert as module
-from microdit_jax.data.convert import convert
 from microdit_jax.data.records import LatentInfo
 from microdit_jax.data.stores import open_latents, open_store
 from microdit_jax.errors import UserError
+from microdit_jax.prepare import reformat as module
+from microdit_jax.prepare.reformat import convert
 
 QUIET = {"progress": False, "records_per_shard": 4}
 
@@ -94,7 +94,7 @@ def test_processes_share_the_work(tmp_path):
 
 def test_the_command_survives_being_killed(tmp_path):
     write_mds(tmp_path / "in", count=200)
-    command = [sys.executable, "-m", "microdit_jax.data.convert", f"--input={tmp_path / 'in'}"]
+    command = [sys.executable, "-m", "microdit_jax.prepare.reformat", f"--input={tmp_path / 'in'}"]
     command += [f"--output={tmp_path / 'out'}", "--to=mds", "--records_per_shard=2"]
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
     killed = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)

@@ -8,8 +8,8 @@ import pytest
 from conftest import GOLDEN
 from PIL import Image
 
-from microdit_jax.data import images
-from microdit_jax.data.images import decode, resize_and_crop, to_float
+from microdit_jax.prepare import cropping
+from microdit_jax.prepare.cropping import decode, resize_and_crop, to_float
 
 RNG = np.random.default_rng(0)
 PICTURE = Image.fromarray(RNG.integers(0, 256, (40, 60, 3), np.uint8))
@@ -109,4 +109,4 @@ def test_damaged_files_give_short_reasons():
 def test_bytes_become_minus_one_to_one():
     found = to_float(np.array([[[0, 255, 128]]], np.uint8))
     np.testing.assert_allclose(found, [[[-1, 1, 1 / 255]]], atol=1e-7)
-    assert images.MAX_PIXELS == 100_000_000
+    assert cropping.MAX_PIXELS == 100_000_000

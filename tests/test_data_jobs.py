@@ -4,8 +4,8 @@ import threading
 
 import pytest
 
-from microdit_jax.data import jobs
 from microdit_jax.errors import UserError
+from microdit_jax.prepare import parts
 
 
 def begun_together(folder, requests):
@@ -15,7 +15,7 @@ def begun_together(folder, requests):
     def begin(number):
         barrier.wait()
         try:
-            jobs.begin(folder, requests[number])
+            parts.begin(folder, requests[number])
             (folder / f"{number:06}.partial").mkdir()
         except Exception as error:
             errors[number] = error
@@ -44,32 +44,32 @@ def test_a_killed_start_and_a_disk_without_hard_links_are_no_obstacle(tmp_path, 
     def link(*paths):
         raise PermissionError
 
-    monkeypatch.setattr(jobs.os, "link", link)
+    monkeypatch.setattr(parts.os, "link", link)
     (tmp_path / ".job.json.7.partial").write_text("{")
-    jobs.begin(tmp_path, {"seed": 1})
-    jobs.begin(tmp_path, {"seed": 1})
+    parts.begin(tmp_path, {"seed": 1})
+    parts.begin(tmp_path, {"seed": 1})
     with pytest.raises(UserError, match="seed=1, now 2"):
-        jobs.begin(tmp_path, {"seed": 2})
+        parts.begin(tmp_path, {"seed": 2})
 
 
 def test_a_job_that_finished_nothing_may_be_deleted(tmp_path):
-    jobs.begin(tmp_path, {"seed": 1})
-    with pytest.raises(ValueError), jobs.part(tmp_path / "000000"):
+    parts.begin(tmp_path, {"seed": 1})
+    with pytest.raises(ValueError), parts.part(tmp_path / "000000"):
         raise ValueError
     with pytest.raises(UserError, match="seed=1, now 2; .* nothing is finished there: delete it"):
-        jobs.begin(tmp_path, {"seed": 2})
-    with jobs.part(tmp_path / "000000"):
+        parts.begin(tmp_path, {"seed": 2})
+    with parts.part(tmp_path / "000000"):
         pass
     with pytest.raises(UserError, match="choose another folder$"):
-        jobs.begin(tmp_path, {"seed": 2})
+        parts.begin(tmp_path, {"seed": 2})
 
 
 def test_files_in_place_of_folders_and_damage_are_named(tmp_path):
     (tmp_path / "file").write_text("")
     for folder in (tmp_path / "file", tmp_path / "file/below"):
         with pytest.raises(UserError, match="could not write .* choose a place you may write to"):
-            jobs.begin(folder, {})
+            parts.begin(folder, {})
     for text in ("{", "[]"):
         (tmp_path / "job.json").write_text(text)
         with pytest.raises(UserError, match="expected a job in .* found damage"):
-            jobs.begin(tmp_path, {})
+            parts.begin(tmp_path, {})

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from microdit_jax.data import latents as data
-from microdit_jax.data.sources import twemoji
+from microdit_jax.data import twemoji
 from microdit_jax.encoders.patch_pca import PatchPCA
 from microdit_jax.encoders.token_table import TokenTable
 from microdit_jax.errors import UserError

@@ -12,8 +12,8 @@ from conftest import GOLDEN
 
 from microdit_jax.data import mds, shard_files
 from microdit_jax.data.mds import MdsReader
-from microdit_jax.data.mds_writer import merge_index
 from microdit_jax.errors import UserError
+from microdit_jax.prepare.mds_writer import merge_index
 
 NAMES = ("plain", "zstd", "gz", "merged")
 

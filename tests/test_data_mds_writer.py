@@ -13,8 +13,8 @@ from PIL import Image
 
 from microdit_jax.data import compression, mds_encodings
 from microdit_jax.data.mds import MdsReader
-from microdit_jax.data.mds_writer import MdsWriter, merge_index
 from microdit_jax.errors import UserError
+from microdit_jax.prepare.mds_writer import MdsWriter, merge_index
 
 COLUMNS = {"caption": "str", "number": "int32"}
 

@@ -16,18 +16,18 @@ import pytest
 from PIL import Image
 from test_vae import load_vae
 
-from microdit_jax.data import latent_job, precompute
-from microdit_jax.data.decoding import Settings
+from microdit_jax.data import twemoji
 from microdit_jax.data.mds import MdsReader
 from microdit_jax.data.mds_encodings import parse
-from microdit_jax.data.sources import twemoji
-from microdit_jax.data.sources.pictures import Picture, unusable
 from microdit_jax.data.stores import open_latents
 from microdit_jax.encoders.clip_text import ClipText, ClipTextConfig, ClipTextEncoder
 from microdit_jax.encoders.patch_pca import PatchPCA
 from microdit_jax.encoders.token_table import TokenTable
 from microdit_jax.encoders.vae_codec import VaeCodec
 from microdit_jax.errors import UserError
+from microdit_jax.prepare import __main__, job
+from microdit_jax.prepare.decoding import Settings
+from microdit_jax.prepare.sources.pictures import Picture, unusable
 
 TABLE = TokenTable(width=8, max_tokens=6, seed=0)
 RAW = memoryview(np.array([1, 1, 3], "<u4").tobytes() + b"XYZ...")
@@ -76,9 +76,9 @@ class Source:
 
 
 def compute(folder, source=None, settings=SETTINGS, towers=None, **options):
-    return latent_job.run(
+    return job.run(
         Source() if source is None else source,
-        precompute.make_towers(codec(), TABLE, settings.seed) if towers is None else towers,
+        __main__.make_towers(codec(), TABLE, settings.seed) if towers is None else towers,
         folder,
         settings,
         request={},
@@ -133,7 +133,7 @@ def test_what_cannot_be_used_is_counted_and_listed(tmp_path):
 
 def test_an_interrupted_run_goes_on(tmp_path, monkeypatch):
     compute(tmp_path / "whole")
-    encode, calls = latent_job._encode_batch, []
+    encode, calls = job._encode_batch, []
 
     class Killed(BaseException):
         pass
@@ -144,7 +144,7 @@ def test_an_interrupted_run_goes_on(tmp_path, monkeypatch):
             raise Killed
         return encode(*arguments)
 
-    monkeypatch.setattr(latent_job, "_encode_batch", failing)
+    monkeypatch.setattr(job, "_encode_batch", failing)
     for _ in range(3):
         with pytest.raises(Killed):
             compute(tmp_path / "out")
@@ -160,7 +160,7 @@ def test_processes_and_other_devices_give_the_same_bytes(tmp_path):
     for index, complete in ((1, False), (0, True)):
         shared = {"process_index": index, "process_count": 2}
         assert compute(tmp_path / "two", **shared) == complete
-    towers = precompute.make_towers(codec(), TABLE, SETTINGS.seed) * 8
+    towers = __main__.make_towers(codec(), TABLE, SETTINGS.seed) * 8
     compute(tmp_path / "eight", towers=towers, threads=8)
     assert contents(tmp_path / "two") == contents(tmp_path / "whole")
     assert contents(tmp_path / "eight") == contents(tmp_path / "whole")
@@ -174,7 +174,7 @@ def small_towers():
     ids = np.zeros((1, 8), np.int32)
     params = jax.jit(ClipText(config).init)(jax.random.key(0), ids)["params"]
     text = ClipTextEncoder("small", config, params, batch=4)
-    return precompute.make_towers(VaeCodec("vae", vae.config, vae.params), text, SETTINGS.seed)
+    return __main__.make_towers(VaeCodec("vae", vae.config, vae.params), text, SETTINGS.seed)
 
 
 @pytest.mark.slow
@@ -197,8 +197,8 @@ def test_latents_are_sampled_anew_for_each_picture_and_seed(tmp_path):
     first, second = towers.encode(images, ["a", "b"])
     assert not np.array_equal(first, second)
     np.testing.assert_array_equal(towers.encode(images, ["b", "a"]), [second, first])
-    assert latent_job.noise(0, "a", (64, 64)).std() == pytest.approx(1, abs=0.05)
-    assert not np.array_equal(latent_job.noise(0, "a", (4,)), latent_job.noise(1, "a", (4,)))
+    assert job.noise(0, "a", (64, 64)).std() == pytest.approx(1, abs=0.05)
+    assert not np.array_equal(job.noise(0, "a", (4,)), job.noise(1, "a", (4,)))
 
 
 def test_nothing_usable_and_wrong_settings_are_named(tmp_path):
@@ -228,7 +228,7 @@ def test_nothing_usable_and_wrong_settings_are_named(tmp_path):
 def command(tmp_path, *options):
     codec().save(tmp_path / "codec")
     return [
-        sys.executable, "-m", "microdit_jax.data.precompute", "--source=emoji",
+        sys.executable, "-m", "microdit_jax.prepare", "--source=emoji",
         f"--vae={tmp_path / 'codec'}", "--text_encoder=table:width=8,tokens=6,seed=0",
         "--resolutions=16", "--split=heldout", "--threads=2", *options,
     ]  # fmt: skip
@@ -236,7 +236,7 @@ def command(tmp_path, *options):
 
 def test_the_command_writes_a_report_and_a_contact_sheet(tmp_path, capsys):
     out = tmp_path / "out"
-    precompute.main(command(tmp_path, f"--output={out}")[3:])
+    __main__.main(command(tmp_path, f"--output={out}")[3:])
     captions = [picture.caption for picture in twemoji.list_pictures()]
     assert len(MdsReader(out)) == twemoji.heldout_mask(captions).sum()
     with Image.open(out / "contact_sheet.png") as sheet:
@@ -272,5 +272,5 @@ def test_the_command_names_bad_values(tmp_path):
         ("--process_count=0", "--process_count must be at least 1, found 0"),
     ):
         with pytest.raises(UserError, match=message):
-            precompute.main([*command(tmp_path, f"--output={tmp_path / 'out'}")[3:], option])
+            __main__.main([*command(tmp_path, f"--output={tmp_path / 'out'}")[3:], option])
     assert not (tmp_path / "out").exists()

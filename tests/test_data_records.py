@@ -8,11 +8,11 @@ from conftest import GOLDEN
 
 from microdit_jax.data import arrayrecord, records
 from microdit_jax.data.mds import MdsReader
-from microdit_jax.data.mds_writer import MdsWriter
 from microdit_jax.data.pipeline import batches, make_dataset
 from microdit_jax.data.records import SIDECAR, LatentInfo, StoredLatents
 from microdit_jax.data.stores import open_latents
 from microdit_jax.errors import UserError
+from microdit_jax.prepare.mds_writer import MdsWriter
 
 VAE, TEXT_ENCODER = "sdxl", "clip"
 INFO = LatentInfo(VAE, TEXT_ENCODER, {256: (4, 32, 32), 512: (4, 64, 64)}, (7, 6), 7, 0.13, "CC-BY")

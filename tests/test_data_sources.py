@@ -11,10 +11,10 @@ import tensorflow_datasets as tfds
 from PIL import Image
 from source_files import image, read, write, write_json
 
-from microdit_jax.data.mds_writer import MdsWriter
-from microdit_jax.data.sources import pictures
-from microdit_jax.data.sources.registry import KINDS, open_source
 from microdit_jax.errors import UserError
+from microdit_jax.prepare.mds_writer import MdsWriter
+from microdit_jax.prepare.sources import pictures
+from microdit_jax.prepare.sources.registry import KINDS, open_source
 
 # ---------------------------------------------------------------- folders
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from microdit_jax.data.sources import twemoji
+from microdit_jax.data import twemoji
 from microdit_jax.errors import UserError
 
 

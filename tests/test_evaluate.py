@@ -11,7 +11,8 @@ from PIL import Image
 
 from configs import demo
 from microdit_jax import sharding
-from microdit_jax.assets import Model
+from microdit_jax.assets.load import Model
+from microdit_jax.checkpoints.run import write_run_metadata
 from microdit_jax.data.latents import LatentSource
 from microdit_jax.diffusion import EdmConfig
 from microdit_jax.encoders.patch_pca import PatchPCA
@@ -21,16 +22,15 @@ from microdit_jax.evaluate import generation, protocol, report
 from microdit_jax.evaluate.generation import Settings, draw_set
 from microdit_jax.evaluate.in_training import TrainingScores
 from microdit_jax.evaluate.prompts import PromptSet
-from microdit_jax.heldout import Evaluation
+from microdit_jax.images import read_png
 from microdit_jax.metrics import geneval
 from microdit_jax.metrics.features import small_features
 from microdit_jax.metrics.frechet import Statistics, frechet_distance
 from microdit_jax.metrics.statistics import load_reference
-from microdit_jax.pictures import read_png
-from microdit_jax.run_checkpoint import write_run_metadata
-from microdit_jax.run_data import RunData
-from microdit_jax.sample import LatentDiffusion
-from microdit_jax.train_step import TrainState
+from microdit_jax.sampling.pipeline import LatentDiffusion
+from microdit_jax.training.data import RunData
+from microdit_jax.training.evaluation import Evaluation
+from microdit_jax.training.step import TrainState
 
 SETTINGS = Settings(7, 2.0, 2, 4, {"weights": "a"})
 PROMPTS = PromptSet(

@@ -12,9 +12,9 @@ from test_clip_image import openclip_config, small_tensors
 from test_evaluate import ask, pipe, references, subject  # noqa: F401
 from test_metrics_inception import NARROW, synthetic_tensors
 
-from convert.safetensors_file import write_safetensors
-from convert.torch_file import write_torch
-from microdit_jax.data.sources import twemoji
+from microdit_jax.convert.formats.safetensors_file import write_safetensors
+from microdit_jax.convert.formats.torch_file import write_torch
+from microdit_jax.data import twemoji
 from microdit_jax.errors import UserError
 from microdit_jax.evaluate import protocol
 from microdit_jax.evaluate.prompts import read_prompts

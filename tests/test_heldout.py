@@ -3,9 +3,9 @@ import numpy as np
 import pytest
 from test_train_step_mesh import CONFIG, EDM, mesh_of
 
-from microdit_jax import train_step
-from microdit_jax.heldout import HeldoutLoss, nearest_level, sigma_levels
 from microdit_jax.models.dit import DiT
+from microdit_jax.training import step as train_step
+from microdit_jax.training.evaluation import HeldoutLoss, nearest_level, sigma_levels
 
 
 def test_levels_of_noise():

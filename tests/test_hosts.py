@@ -12,8 +12,8 @@ import time
 
 import pytest
 
-from microdit_jax import hosts
 from microdit_jax.errors import UserError
+from microdit_jax.machine import hosts
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -21,7 +21,8 @@ PROLOGUE = """
 import os, signal, sys, time
 import jax, numpy as np
 from microdit_jax import hosts, signals
-from microdit_jax.errors import UserError, exit_on_user_error
+from microdit_jax.errors import UserError
+from microdit_jax.commands.parser import exit_on_user_error
 """
 
 

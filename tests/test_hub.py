@@ -9,7 +9,7 @@ import threading
 import pytest
 from huggingface_hub import constants
 
-from microdit_jax import hub
+from microdit_jax.assets import hub
 from microdit_jax.errors import UserError
 
 BIG = bytes(range(256)) * 4096  # 1 MiB

@@ -14,10 +14,14 @@ import pytest
 from tiny_config import get_config
 
 import microdit_jax
-from convert.dit import config_from_dict
-from convert.safetensors_file import read_safetensors
-from microdit_jax import assets, checkpoint, create, instant, pictures, run_checkpoint, weights
-from microdit_jax.data.sources import twemoji
+from microdit_jax import create, files
+from microdit_jax import images as pictures
+from microdit_jax.assets import instant, load
+from microdit_jax.checkpoints import run as run_checkpoint
+from microdit_jax.checkpoints import weights
+from microdit_jax.convert.dit import config_from_dict
+from microdit_jax.convert.formats.safetensors_file import read_safetensors
+from microdit_jax.data import twemoji
 from microdit_jax.errors import UserError
 from microdit_jax.train import train
 from microdit_jax.trees import flatten
@@ -40,12 +44,10 @@ def shipped(tmp_path_factory):
 
 # ------------------------------------------------------------------ what ships
 def test_it_ships_whole_and_small():
-    files = instant.FOLDER.rglob("*")
-    assert sum(path.stat().st_size for path in files if path.is_file()) <= MOST_BYTES
-    assert not checkpoint.damage(
-        instant.FOLDER, checkpoint.read_json(instant.FOLDER / "manifest.json")
-    )
-    listed = checkpoint.read_json(instant.FOLDER / "manifest.json")
+    shipped_files = instant.FOLDER.rglob("*")
+    assert sum(path.stat().st_size for path in shipped_files if path.is_file()) <= MOST_BYTES
+    assert not files.damage(instant.FOLDER, files.read_json(instant.FOLDER / "manifest.json"))
+    listed = files.read_json(instant.FOLDER / "manifest.json")
     names = {p.relative_to(instant.FOLDER).as_posix() for p in instant.FOLDER.rglob("*.*")}
     assert names == {*listed, "manifest.json"}
     arrays, _ = read_safetensors(instant.FOLDER / instant.WEIGHTS)
@@ -98,9 +100,9 @@ def test_the_command_needs_no_model_no_network_and_no_home(tmp_path):
 # ------------------------------------------------------------------ how it is made and read
 def test_the_weights_are_the_runs_average_in_bfloat16(shipped):
     config = config_from_dict(run_checkpoint.read_run_metadata(shipped / "run")["dit"])
-    abstract = assets.abstract_params(config)
+    abstract = load.abstract_params(config)
     average, step = weights.load_run_params(shipped / "run", abstract, ema=True)
-    model = assets.load_model(str(shipped / "model"))
+    model = load.load_model(str(shipped / "model"))
     assert step == 6 and flatten(model.params).keys() == flatten(average).keys()
     for found, expected in zip(
         jax.tree.leaves(model.params), jax.tree.leaves(average), strict=True
@@ -108,7 +110,7 @@ def test_the_weights_are_the_runs_average_in_bfloat16(shipped):
         assert found.dtype == np.float32
         rounded = np.asarray(expected).astype(ml_dtypes.bfloat16).astype(np.float32)
         np.testing.assert_array_equal(found, rounded)
-    run = assets.load_model(str(shipped / "run"))
+    run = load.load_model(str(shipped / "run"))
     assert (model.config, model.edm, model.text_encoder) == (run.config, run.edm, run.text_encoder)
     captions, latents = create.heldout_pictures(model, 5)
     assert captions == create.heldout_pictures(run, 5)[0] and latents.shape == (5, 8, 8, 8)
@@ -142,7 +144,7 @@ def widen(folder):
     metadata = json.loads((folder / "config.json").read_text())
     metadata["dit"]["dim"] = 24
     (folder / "config.json").write_text(json.dumps(metadata))
-    manifest = checkpoint.checksums(folder)
+    manifest = files.checksums(folder)
     del manifest["manifest.json"]
     (folder / "manifest.json").write_text(json.dumps(manifest))
 
@@ -160,9 +162,9 @@ def test_damage_is_found(shipped, tmp_path, damage, message):
     shutil.copytree(shipped / "model", folder)
     damage(folder)
     with pytest.raises(UserError, match=message):
-        assets.load_model(str(folder))
+        load.load_model(str(folder))
 
 
 def test_raw_weights_are_not_there(shipped):
     with pytest.raises(UserError, match="holds nothing else.*leave out --noema"):
-        assets.load_model(str(shipped / "model"), ema=False)
+        load.load_model(str(shipped / "model"), ema=False)

@@ -2,7 +2,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from convert.keymap import (
+from microdit_jax.convert.keymap import (
     CONV,
     LINEAR,
     SAME,
@@ -182,7 +182,7 @@ def test_not_finite_values_are_named(dtype, bad):
 
 
 def test_finite_check_reaches_every_chunk(monkeypatch):
-    monkeypatch.setattr("convert.keymap.CHUNK", 64)
+    monkeypatch.setattr("microdit_jax.convert.keymap.CHUNK", 64)
     for index in ((0, 0), (50, 3), (99, 6)):
         for turned in (False, True):
             array = np.zeros((100, 7), np.float32)

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
-from microdit_jax import metric_writer
 from microdit_jax.errors import UserError
-from microdit_jax.metric_writer import MetricWriter, keep_until, read_metrics
+from microdit_jax.training import metric_writer
+from microdit_jax.training.metric_writer import MetricWriter, keep_until, read_metrics
 
 
 def events(folder):

@@ -4,7 +4,7 @@ import pytest
 from conftest import relative_l2
 from test_metrics_inception import NARROW, synthetic_tensors
 
-from convert.inception import from_torch
+from microdit_jax.convert.inception import from_torch
 from microdit_jax.errors import UserError
 from microdit_jax.metrics.features import FeatureNetwork, inception_features, small_features
 from microdit_jax.metrics.frechet import Statistics, frechet_distance

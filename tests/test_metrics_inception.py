@@ -9,9 +9,15 @@ import pytest
 from conftest import GOLDEN, relative_l2
 from test_convert_main import run
 
-from convert.inception import abstract_params, from_torch, infer_config, rename_table, to_torch
-from convert.torch_file import read_torch, write_torch
-from microdit_jax.checkpoint import load_model, read_metadata
+from microdit_jax.checkpoints.model_folder import load_model, read_metadata
+from microdit_jax.convert.formats.torch_file import read_torch, write_torch
+from microdit_jax.convert.inception import (
+    abstract_params,
+    from_torch,
+    infer_config,
+    rename_table,
+    to_torch,
+)
 from microdit_jax.errors import UserError
 from microdit_jax.metrics.inception import InceptionConfig, make_inception
 

@@ -10,7 +10,7 @@ from test_hosts import finish, free_port, start
 from test_resume import Command, data, lines, state_of  # noqa: F401
 from test_run_checkpoint import assert_same, flip, largest, make_state, restore
 
-from microdit_jax.run_restore import steps_on_disk
+from microdit_jax.checkpoints.restore import steps_on_disk
 
 GLOO = re.compile(r"\[Gloo\]|peer ranks|^\d* ?$")
 STEPS, STATE = (
@@ -89,7 +89,7 @@ def test_towers_of_two_processes(files):  # noqa: F811
     program = """
 import os
 from microdit_jax import assets
-from microdit_jax.encoders.placement import fetch, put_rows
+from microdit_jax.machine.placement import fetch, put_rows
 os.environ["XDG_CACHE_HOME"] = sys.argv[3] + sys.argv[4] * sys.argv[2].count("1")
 codec = assets.load_codec(sys.argv[5])
 hosts.barrier("converted")

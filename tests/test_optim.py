@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from microdit_jax import optim
 from microdit_jax.errors import UserError
+from microdit_jax.training import optim
 
 
 def test_stage_one_schedule():

@@ -6,9 +6,9 @@ import pytest
 from conftest import GOLDEN, load_golden
 
 from convert import parity, reference
-from convert.dit import infer_config
 from convert.parity import at_resolution, compare, draw_inputs, routing_difference, rows
-from convert.torch_file import write_torch
+from microdit_jax.convert.dit import infer_config
+from microdit_jax.convert.formats.torch_file import write_torch
 from microdit_jax.errors import UserError
 
 MODULES = ["x_embedder", "t_embedder", "y_embedder", "y_emb_preprocess", "pooled_y_emb_process"]

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from microdit_jax.errors import UserError
-from microdit_jax.metric_writer import MetricWriter, read_metrics
-from microdit_jax.progress import AHEAD, Progress, StepTrace, describe
+from microdit_jax.training.metric_writer import MetricWriter, read_metrics
+from microdit_jax.training.progress import AHEAD, Progress, StepTrace, describe
 
 NAMES = {"source": np.array([0, 1]), "index": np.array([7, 8])}
 

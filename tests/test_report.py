@@ -7,9 +7,9 @@ import pytest
 from absl import flags
 from PIL import Image
 
-from microdit_jax import report
+from microdit_jax.checkpoints.run import write_run_metadata
 from microdit_jax.errors import UserError
-from microdit_jax.run_checkpoint import write_run_metadata
+from microdit_jax.training import report
 
 LOSSES = {"right": 0.7, "shuffled": 0.9, "ratio": 0.7 / 0.9, "by_sigma": {"0.1": 2.0, "1": None}}
 LINES = [

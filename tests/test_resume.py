@@ -16,11 +16,11 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from microdit_jax import run_packing
+from microdit_jax.checkpoints import packing
+from microdit_jax.checkpoints.restore import steps_on_disk
 from microdit_jax.data import latents
 from microdit_jax.encoders import registry
 from microdit_jax.encoders.patch_pca import PatchPCA
-from microdit_jax.run_restore import steps_on_disk
 from microdit_jax.trees import flatten
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -121,13 +121,11 @@ def state_of(workdir, step: int) -> dict[str, np.ndarray]:
     with ocp.Checkpointer(handler) as checkpointer:
         arrays = flatten(checkpointer.restore(folder, args=args))
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    index = run_packing.read_index(stored.custom_metadata)
+    index = packing.read_index(stored.custom_metadata)
     for path, packed in index.items():
         leaf = jax.ShapeDtypeStruct(packed.shape, packed.dtype, sharding=place)
-        arrays[path] = np.asarray(
-            run_packing.unpack(arrays[run_packing.row_of(path)], packed, leaf)
-        )
-    for row in run_packing.rows_of(index):
+        arrays[path] = np.asarray(packing.unpack(arrays[packing.row_of(path)], packed, leaf))
+    for row in packing.rows_of(index):
         del arrays[row]
     return arrays
 

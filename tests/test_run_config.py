@@ -3,14 +3,15 @@
 import numpy as np
 import pytest
 
-from configs import common, demo, instant
+from configs import demo, instant
 from microdit_jax import sharding
-from microdit_jax.data.mds_writer import MdsWriter
+from microdit_jax.data import twemoji
 from microdit_jax.data.records import SIDECAR, LatentInfo
-from microdit_jax.data.sources import twemoji
 from microdit_jax.errors import UserError
-from microdit_jax.run_config import check_counts, model_config
-from microdit_jax.run_data import check_data, load_data
+from microdit_jax.prepare.mds_writer import MdsWriter
+from microdit_jax.training import defaults
+from microdit_jax.training.config import check_counts, model_config
+from microdit_jax.training.data import check_data, load_data
 
 MESH = sharding.make_mesh()
 COLUMNS = {"caption": "str", "caption_latents": "bytes", "latents_256": "bytes"}
@@ -35,8 +36,8 @@ def stored_config(tmp_path, **second):
         write_dataset(tmp_path / "b", 2, **second),
         write_dataset(tmp_path / "heldout", 4),
     ]
-    config = common.base()
-    config.data.datasets = common.latents(*folders[:2])
+    config = defaults.base()
+    config.data.datasets = defaults.latents(*folders[:2])
     config.data.datasets[1]["weight"] = 3.0
     config.data.heldout.update(source="latents", folder=folders[2])
     config.data.update(vae="vae", text_encoder="text")
@@ -118,11 +119,11 @@ def test_data_that_cannot_be_opened(change, message):
 
 
 def test_networks_that_do_not_exist():
-    config = common.base()
+    config = defaults.base()
     config.model.arch = "UNet"
     with pytest.raises(UserError, match="model.arch must be one of"):
         model_config(config)
-    config = common.base()
+    config = defaults.base()
     with config.model.options.unlocked():
         config.model.options.widht = 3
     with pytest.raises(UserError, match="found widht; known are"):
@@ -134,7 +135,7 @@ def test_networks_that_do_not_exist():
     [("train.log_every", 1), ("eval.draws", 1), ("eval.num_samples", 0), ("data.threads", 0)],
 )
 def test_counts_below_their_least_are_refused(name, least):
-    config = common.base()
+    config = defaults.base()
     check_counts(config)
     config.update_from_flattened_dict({name: least - 1})
     with pytest.raises(UserError, match=f"{name} must be at least {least}, found {least - 1}"):

@@ -5,8 +5,8 @@ import orbax.checkpoint as ocp
 import pytest
 from test_run_checkpoint import abstract, assert_same, make_state, mesh, split
 
-from microdit_jax import run_packing, run_restore
-from microdit_jax.run_packing import SMALL, pack, read_index, unpack
+from microdit_jax.checkpoints import packing, restore
+from microdit_jax.checkpoints.packing import SMALL, pack, read_index, unpack
 from microdit_jax.trees import flatten
 
 
@@ -32,7 +32,7 @@ def test_pack_and_unpack():
     assert arrays["packed"]["params"].shape == (6 + 10 + 4 + 0 + 24,)
     one = jax.sharding.SingleDeviceSharding(jax.devices()[3])
     for path, leaf in flatten(abstract(state, lambda _: one)).items():
-        found = unpack(flatten(arrays)[run_packing.row_of(path)], index[path], leaf)
+        found = unpack(flatten(arrays)[packing.row_of(path)], index[path], leaf)
         assert_same(found, flatten(state)[path])
         assert found.sharding == one
 
@@ -75,10 +75,8 @@ def test_checkpoints_that_pack_nothing_are_read(tmp_path, partial):
         checkpointer.save(tmp_path / "state", state)
     places = lambda leaf: split(leaf, mesh(2, 2, 2))  # noqa: E731
     if partial:
-        found = run_restore.restore_state(
-            tmp_path, {"ema": abstract(state.ema, places)}, partial=True
-        )
+        found = restore.restore_state(tmp_path, {"ema": abstract(state.ema, places)}, partial=True)
         assert_same(found["ema"], state.ema)
     else:
-        found = run_restore.restore_state(tmp_path, abstract(state, places), partial=False)
+        found = restore.restore_state(tmp_path, abstract(state, places), partial=False)
         assert_same(found, state)

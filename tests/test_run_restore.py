@@ -11,10 +11,10 @@ from test_run_checkpoint import (
     save_steps,
 )
 
-from microdit_jax import run_restore
+from microdit_jax.checkpoints import restore as run_restore
+from microdit_jax.checkpoints.restore import good_step
+from microdit_jax.checkpoints.run import RunCheckpoints
 from microdit_jax.errors import UserError
-from microdit_jax.run_checkpoint import RunCheckpoints
-from microdit_jax.run_restore import good_step
 
 
 def test_every_file_is_watched(tmp_path):

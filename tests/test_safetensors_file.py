@@ -6,7 +6,11 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from convert.safetensors_file import looks_like_safetensors, read_safetensors, write_safetensors
+from microdit_jax.convert.formats.safetensors_file import (
+    looks_like_safetensors,
+    read_safetensors,
+    write_safetensors,
+)
 from microdit_jax.errors import UserError
 
 A = np.arange(12, dtype=np.float32).reshape(3, 4)

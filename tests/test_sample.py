@@ -9,14 +9,16 @@ import numpy as np
 import pytest
 from conftest import relative_l2, tiny_model
 
-from microdit_jax import assets, diffusion, memory, sharding
+from microdit_jax import diffusion, sharding
+from microdit_jax.assets import load
 from microdit_jax.diffusion import EdmConfig
 from microdit_jax.encoders.token_table import TokenTable
 from microdit_jax.encoders.vae import AutoencoderKL, VaeConfig
 from microdit_jax.encoders.vae_codec import VaeCodec
 from microdit_jax.errors import UserError
+from microdit_jax.machine import memory
 from microdit_jax.noise import initial_noise
-from microdit_jax.sample import LatentDiffusion
+from microdit_jax.sampling.pipeline import LatentDiffusion
 
 PROMPTS = ["red apple", "dog face", "woman mechanic", "red apple", "a", "b c", "cat", "sun"]
 OPTIONS = {"num_inference_steps": 2, "seed": 3, "guidance_scale": 2.0}
@@ -27,7 +29,7 @@ VAE = VaeConfig((8, 8), 4, 0.5, norm_num_groups=4)
 def weights():
     """Random weights of the tiny network and a VAE, none of them zero."""
     model, keys = tiny_model(), jax.random.split(jax.random.key(0), 3)
-    shapes = assets.abstract_params(model.config)
+    shapes = load.abstract_params(model.config)
     leaves, tree = jax.tree.flatten(shapes)
     normals = [
         0.1 * jax.random.normal(key, leaf.shape, leaf.dtype)

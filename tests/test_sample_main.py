@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 from test_assets import files  # noqa: F401
 
-from convert import t5
-from convert.safetensors_file import write_safetensors
-from microdit_jax import assets, pictures
+from microdit_jax import images
+from microdit_jax.assets import load
+from microdit_jax.convert import t5
+from microdit_jax.convert.formats.safetensors_file import write_safetensors
 from microdit_jax.encoders.t5 import T5, T5Config
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -54,7 +55,7 @@ def test_drawn_resumed_and_made_again(files):  # noqa: F811
     assert "3 pictures in" in first.stdout and "images/s" in first.stdout
     names = sorted(path.name for path in (out / "images").iterdir())
     assert names == ["0000_an-apple.png", "0001_a-dog.png", "0002_the-sun.png"]
-    settings = pictures.read_settings(out / "images" / names[1])
+    settings = images.read_settings(out / "images" / names[1])
     assert (settings["prompt"], settings["index"], settings["of"]) == ("a dog", 1, 3)
 
     # The same command again draws what is missing alone, and compiles nothing.
@@ -68,8 +69,8 @@ def test_drawn_resumed_and_made_again(files):  # noqa: F811
     # One picture from its own settings.
     made_again = sample(files, f"--again={out / 'images' / names[1]}", f"--out={files / 'again'}")
     assert made_again.returncode == 0, made_again.stderr
-    found = pictures.read_png(files / "again" / "images" / names[1])
-    expected = pictures.read_png(out / "images" / names[1])
+    found = images.read_png(files / "again" / "images" / names[1])
+    expected = images.read_png(out / "images" / names[1])
     np.testing.assert_allclose(found, expected, atol=1.5 / 255)
 
     # And once more, with all that it needs in the caches.
@@ -104,7 +105,7 @@ def test_a_t5_without_its_tokenizer(files):  # noqa: F811
     (files / "t5").mkdir()
     (files / "t5" / "config.json").write_text(json.dumps(t5.config_json(config)))
     write_safetensors(files / "t5" / "model.safetensors", tensors)
-    tower = assets.converted("t5", files / "t5")
+    tower = load.converted("t5", files / "t5")
     result = sample(files, *model(files), f"--text_encoder={tower}", "--prompt=a")
     assert result.returncode == 2, result.stderr
     assert "expected a tokenizer with" in result.stderr.strip().splitlines()[-1]

@@ -15,10 +15,12 @@ from conftest import GOLDEN
 from jax.sharding import AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
 
-from microdit_jax import optim, sharding, train_step
+from microdit_jax import sharding
 from microdit_jax.errors import UserError
 from microdit_jax.models import moe
 from microdit_jax.models.dit import DiT, MicroDiT_XL_2
+from microdit_jax.training import optim
+from microdit_jax.training import step as train_step
 
 SPECS = GOLDEN / "xl2_partition_specs.json"
 

@@ -5,7 +5,7 @@ import threading
 import pytest
 from test_hosts import finish, free_port, start
 
-from microdit_jax.signals import StopRequest
+from microdit_jax.machine.signals import StopRequest
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -3,9 +3,9 @@ import pathlib
 import numpy as np
 import pytest
 
-from convert.safetensors_file import write_safetensors
-from convert.state_dict import find_tensors, read_state_dict, strip_prefixes
-from convert.torch_file import write_torch
+from microdit_jax.convert.formats.safetensors_file import write_safetensors
+from microdit_jax.convert.formats.torch_file import write_torch
+from microdit_jax.convert.state_dict import find_tensors, read_state_dict, strip_prefixes
 from microdit_jax.errors import UserError
 
 FILES = pathlib.Path(__file__).parent / "golden" / "torch_files"

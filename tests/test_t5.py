@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 from transformers import T5Tokenizer as HfTokenizer
 
-from convert.t5 import from_torch, infer_config
+from microdit_jax.convert.t5 import from_torch, infer_config
 from microdit_jax.encoders.t5 import T5, T5Config, T5Encoder, T5Tokenizer, relative_buckets
 from microdit_jax.errors import UserError
 

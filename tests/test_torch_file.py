@@ -10,8 +10,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from convert import torch_file
-from convert.torch_file import read_torch, write_torch
+from microdit_jax.convert.formats import torch_file
+from microdit_jax.convert.formats.torch_file import read_torch, write_torch
 from microdit_jax.errors import UserError
 
 FILES = pathlib.Path(__file__).parent / "golden" / "torch_files"

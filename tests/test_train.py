@@ -11,17 +11,19 @@ import pytest
 from PIL import Image
 
 from configs import demo
-from microdit_jax import assets, recipe, run_checkpoint, sharding
+from microdit_jax import sharding
 from microdit_jax import train as train_module
+from microdit_jax.assets import load
+from microdit_jax.checkpoints import run as run_checkpoint
+from microdit_jax.checkpoints.run import RunCheckpoints
 from microdit_jax.data import pipeline
 from microdit_jax.errors import UserError
-from microdit_jax.metric_writer import read_metrics
 from microdit_jax.models.dit import DiT
-from microdit_jax.run_checkpoint import RunCheckpoints
-from microdit_jax.run_config import make_optimizer, model_config
-from microdit_jax.sample import LatentDiffusion
-from microdit_jax.start import starting_state
+from microdit_jax.sampling.pipeline import LatentDiffusion
 from microdit_jax.train import changes, train
+from microdit_jax.training.config import make_optimizer, model_config
+from microdit_jax.training.metric_writer import read_metrics
+from microdit_jax.training.start import starting_state
 
 
 def tiny_config(folder, stage="pretrain", **changes):
@@ -136,15 +138,15 @@ def test_two_stages_as_one_run(trained, monkeypatch, capsys):
         return state
 
     with monkeypatch.context() as patch:
-        patch.setattr(recipe, "train", signalled)
-        assert not recipe.run(config, folder / "both")
+        patch.setattr(train_module, "train", signalled)
+        assert not train_module.train_stages(config, folder / "both")
     assert "stage 2" not in capsys.readouterr().out
-    assert recipe.run(config, folder / "both")
+    assert train_module.train_stages(config, folder / "both")
     out = capsys.readouterr().out
     assert f"full state of {folder}/both/pretrain, step 2; step 2 of 3" in out
     page = (folder / "both" / "report.html").read_text()
     assert "<td>pretrain<td>2<td>" in page and "<td>finetune<td>3<td>" in page
-    assert recipe.run(config, folder / "both")
+    assert train_module.train_stages(config, folder / "both")
     out = capsys.readouterr().out
     assert "stage 1 of 2, pretrain: done" in out and "stage 2 of 2, finetune: done" in out
 
@@ -231,9 +233,9 @@ def test_a_poisoned_batch_is_skipped_counted_and_written_down(trained, monkeypat
 
 def test_the_average_is_what_is_sampled(trained):
     folder, state = trained
-    model = assets.load_model(str(folder / "whole"))
+    model = load.load_model(str(folder / "whole"))
     same(model.params, state.ema)
-    same(assets.load_model(str(folder / "whole"), ema=False).params, state.params)
+    same(load.load_model(str(folder / "whole"), ema=False).params, state.params)
     assert "moving average" in model.description
 
 

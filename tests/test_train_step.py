@@ -9,10 +9,12 @@ import numpy as np
 import optax
 from conftest import load_golden, relative_l2, tiny_model
 
-from microdit_jax import diffusion, optim, train_step
+from microdit_jax import diffusion
 from microdit_jax.diffusion import EdmConfig
-from microdit_jax.loss import batch_loss, with_position
 from microdit_jax.models import dit
+from microdit_jax.training import optim
+from microdit_jax.training import step as train_step
+from microdit_jax.training.loss import batch_loss, with_position
 
 EDM = EdmConfig()
 

@@ -20,10 +20,12 @@ from conftest import relative_l2
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from microdit_jax import optim, sharding, train_step
+from microdit_jax import sharding
 from microdit_jax.diffusion import EdmConfig
 from microdit_jax.errors import UserError
 from microdit_jax.models.dit import DiT, DiTConfig
+from microdit_jax.training import optim
+from microdit_jax.training import step as train_step
 
 CONFIG = DiTConfig(
     input_size=8, in_channels=4, dim=32, depth=2, head_dim=8, multiple_of=16, caption_channels=24,

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from conftest import relative_l2
 
-from convert.vae import from_torch
+from microdit_jax.convert.vae import from_torch
 from microdit_jax.encoders.vae import (
     Attention,
     AutoencoderKL,

@@ -16,10 +16,11 @@ from test_run_checkpoint import (
     split,
 )
 
-from microdit_jax import checkpoint, run_checkpoint
+from microdit_jax.checkpoints import model_folder
+from microdit_jax.checkpoints import run as run_checkpoint
+from microdit_jax.checkpoints.weights import load_run_params, load_weights
 from microdit_jax.errors import UserError
 from microdit_jax.models.dit import DiT
-from microdit_jax.weights import load_run_params, load_weights
 
 
 def test_run_params(tmp_path, capfd):
@@ -52,7 +53,7 @@ def test_weights_of_a_run(tmp_path):
 def test_weights_of_a_model_folder(tmp_path):
     params = make_state(1).params
     stored = jax.tree.map(lambda p: p.astype(jnp.bfloat16), params)
-    checkpoint.save_model(tmp_path / "model", stored, {"kind": "dit"})
+    model_folder.save_model(tmp_path / "model", stored, {"kind": "dit"})
     target = abstract(params, lambda leaf: split(leaf, mesh(2, 2, 2)))
     found, text = load_weights(tmp_path / "model", target)
     assert_same(found, jax.tree.map(lambda p: p.astype(jnp.float32), stored))

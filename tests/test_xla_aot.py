@@ -8,15 +8,16 @@ import pytest
 
 from configs import res_256_pretrain
 from microdit_jax import sharding
-from microdit_jax.chips import chip_of
+from microdit_jax.commands import environment
 from microdit_jax.errors import UserError
+from microdit_jax.machine import compile_options
+from microdit_jax.machine.chips import chip_of
 from microdit_jax.models import dit, flops
 from microdit_jax.xla import (
     analysis,
     bench_report,
     bench_work,
     plot,
-    presets,
     programs,
     reduced,
     report,
@@ -83,24 +84,26 @@ def test_simulated_devices():
 
 
 def test_presets():
-    assert "xla_gpu_autotune_level" not in presets.compiler_options("gpu")
-    assert "xla_gpu_autotune_level" in presets.compiler_options("cuda", without_a_device=True)
-    assert list(presets.environment("cuda")) == ["XLA_PYTHON_CLIENT_MEM_FRACTION"]
+    assert "xla_gpu_autotune_level" not in compile_options.compiler_options("gpu")
+    assert "xla_gpu_autotune_level" in compile_options.compiler_options(
+        "cuda", without_a_device=True
+    )
+    assert list(compile_options.environment("cuda")) == ["XLA_PYTHON_CLIENT_MEM_FRACTION"]
     with pytest.raises(UserError, match="cuda, tpu, cpu, found 'rocm'"):
-        presets.environment("rocm")
+        compile_options.environment("rocm")
 
 
 def test_the_preset_for_cpus_takes_tcmalloc_where_it_is(monkeypatch, capsys):
     name = "libtcmalloc_minimal.so.4"
     monkeypatch.setattr("ctypes.util.find_library", lambda wanted: None)
-    presets.main(["cpu"])
+    environment.main(["cpu"])
     out, err = capsys.readouterr()
     assert out == "export GLIBC_TUNABLES=glibc.malloc.hugetlb=1\n"
     assert "apt install libtcmalloc-minimal4" in err
 
     monkeypatch.setattr("ctypes.util.find_library", lambda wanted: name)
     monkeypatch.setenv("LD_PRELOAD", f"libother.so {name}")
-    presets.main(["cpu"])
+    environment.main(["cpu"])
     out, err = capsys.readouterr()
     assert out.startswith(f"export LD_PRELOAD='{name} libother.so'\n") and not err
 

@@ -5,7 +5,7 @@ python -m tools.api_pages     (make docs runs it; the pages are not kept)
 
 from pathlib import Path
 
-from microdit_jax.errors import Parser, exit_on_user_error
+from microdit_jax.commands.parser import Parser, exit_on_user_error
 
 ROOT = Path(__file__).parent.parent
 
@@ -16,48 +16,34 @@ GROUPS = (
         "sampling",
         "Diffusion and sampling",
         (
-            "microdit_jax.create", "microdit_jax.sample", "microdit_jax.diffusion",
-            "microdit_jax.noise", "microdit_jax.pictures", "microdit_jax.app",
+            "microdit_jax.create",
+            "microdit_jax.sampling",
+            "microdit_jax.diffusion",
+            "microdit_jax.noise",
+            "microdit_jax.images",
+            "microdit_jax.app",
         ),
     ),
-    ("encoders", "Text towers and VAEs", ("microdit_jax.encoders",)),
-    (
-        "training",
-        "Training",
-        (
-            "microdit_jax.train", "microdit_jax.recipe", "microdit_jax.train_step",
-            "microdit_jax.loss", "microdit_jax.optim", "microdit_jax.sharding",
-            "microdit_jax.run_config", "microdit_jax.run_data", "microdit_jax.start",
-            "microdit_jax.caption_tower",
-            "microdit_jax.heldout", "microdit_jax.progress", "microdit_jax.metric_writer",
-            "microdit_jax.report", "microdit_jax.hosts", "microdit_jax.signals",
-            "microdit_jax.background",
-        ),
-    ),
-    (
-        "checkpoints",
-        "Checkpoints and assets",
-        (
-            "microdit_jax.checkpoint", "microdit_jax.run_checkpoint", "microdit_jax.run_packing",
-            "microdit_jax.run_restore", "microdit_jax.weights", "microdit_jax.assets",
-            "microdit_jax.hub",
-            "microdit_jax.instant",
-        ),
-    ),
-    ("data", "Data", ("microdit_jax.data",)),
+    ("encoders", "Text encoders and VAEs", ("microdit_jax.encoders", "microdit_jax.towers")),
+    ("training", "Training", ("microdit_jax.train", "microdit_jax.training")),
+    ("machine", "Machines", ("microdit_jax.machine", "microdit_jax.sharding")),
+    ("checkpoints", "Checkpoints and assets", ("microdit_jax.checkpoints", "microdit_jax.assets")),
+    ("data", "Data", ("microdit_jax.data", "microdit_jax.prepare")),
     ("evaluation", "Evaluation", ("microdit_jax.evaluate", "microdit_jax.metrics")),
     ("xla", "XLA lab", ("microdit_jax.xla",)),
-    ("convert", "Conversion", ("convert",)),
+    ("convert", "Conversion", ("microdit_jax.convert", "convert")),
     (
         "shared",
         "Shared",
         (
-            "microdit_jax.cli", "microdit_jax.model_flags", "microdit_jax.scripts",
-            "microdit_jax.errors", "microdit_jax.memory", "microdit_jax.chips",
+            "microdit_jax.commands",
+            "microdit_jax.model_flags",
+            "microdit_jax.errors",
+            "microdit_jax.files",
             "microdit_jax.trees",
         ),
     ),
-)  # fmt: skip
+)
 
 
 def modules() -> list[str]:

@@ -14,9 +14,9 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch
 from PIL import Image
 
-from microdit_jax import assets
-from microdit_jax.data.sources import twemoji
-from microdit_jax.errors import Parser, exit_on_user_error
+from microdit_jax.assets import load
+from microdit_jax.commands.parser import Parser, exit_on_user_error
+from microdit_jax.data import twemoji
 from microdit_jax.models import dit, flops, masking, moe
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -44,7 +44,7 @@ def block_widths(params: dict, prefix: str) -> list[dict]:
 def draw_method(out: Path) -> None:
     """One picture's way: all patches through the mixer, a quarter through the backbone."""
     config = dit.MicroDiT_XL_2(input_size=64)
-    params = assets.abstract_params(config)
+    params = load.abstract_params(config)
     mixer, backbone = (block_widths(params, p) for p in ("patch_mixer", "blocks"))
     t, grid, kept = config.num_tokens, config.grid, masking.num_kept(config.num_tokens, MASK_RATIO)
     mask = masking.make_mask(masking.draw_noise(jax.random.key(5), 1, t), MASK_RATIO)

@@ -13,8 +13,8 @@ from jaxtyping import Float
 from PIL import Image
 
 from microdit_jax import create
-from microdit_jax.errors import Parser, exit_on_user_error
-from microdit_jax.pictures import captioned_grid, to_uint8
+from microdit_jax.commands.parser import Parser, exit_on_user_error
+from microdit_jax.images import captioned_grid, to_uint8
 
 DOCS = Path(__file__).parent.parent / "docs"
 BEFORE = "out/demo/finetune"

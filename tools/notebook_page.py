@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
-from microdit_jax.errors import Parser, exit_on_user_error
+from microdit_jax.commands.parser import Parser, exit_on_user_error
 
 DOCS = Path(__file__).parent.parent / "docs"
 NOTEBOOK = DOCS / "generate.ipynb"

@@ -1,4 +1,4 @@
-"""Writes what microdit_jax/instant/model/ holds, from a finished run of configs/instant.py.
+"""Writes what microdit_jax/assets/instant/model/ holds, from a finished run of configs/instant.py.
 
   python -m tools.ship_instant --run=out/instant/stage2
   python -m tools.ship_instant --run=runs/mine --out=mine      (sample_main.py --model=mine draws)
@@ -14,13 +14,17 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from convert.dit import config_from_dict
-from convert.safetensors_file import write_safetensors
-from microdit_jax import assets, checkpoint, instant, run_checkpoint, run_restore, weights
-from microdit_jax.data.sources import twemoji
-from microdit_jax.errors import Parser, UserError, disk_errors, exit_on_user_error
-from microdit_jax.metric_writer import read_metrics
-from microdit_jax.start import place
+from microdit_jax.assets import instant, load
+from microdit_jax.checkpoints import restore, weights
+from microdit_jax.checkpoints import run as run_checkpoint
+from microdit_jax.commands.parser import Parser, exit_on_user_error
+from microdit_jax.convert.dit import config_from_dict
+from microdit_jax.convert.formats.safetensors_file import write_safetensors
+from microdit_jax.data import twemoji
+from microdit_jax.errors import UserError
+from microdit_jax.files import checksums, disk_errors, write_json
+from microdit_jax.training.metric_writer import read_metrics
+from microdit_jax.training.start import place
 from microdit_jax.trees import flatten
 
 MOST_BYTES = 8_000_000  # of the whole folder
@@ -97,7 +101,7 @@ def ship(run: Path, out: Path, *, command: str, notes: str = "") -> None:
         )
     if out.exists() and not {path.name for path in out.iterdir()} <= ALLOWED:
         raise UserError(f"expected an older shipped model at {out}, found other files; move them")
-    abstract = assets.abstract_params(config_from_dict(metadata["dit"]))
+    abstract = load.abstract_params(config_from_dict(metadata["dit"]))
     params, step = weights.load_run_params(run, abstract, ema=True)
     arrays = {
         path: np.asarray(array).astype(ml_dtypes.bfloat16)
@@ -112,7 +116,7 @@ def ship(run: Path, out: Path, *, command: str, notes: str = "") -> None:
         size = folder_bytes(partial)
         texts = {"command": command, "notes": notes and f"\n\n{notes}"}
         (partial / "README.md").write_text(card(run, metadata, step, arrays, size, texts))
-        checkpoint.write_json(partial / instant.MANIFEST, checkpoint.checksums(partial))
+        write_json(partial / instant.MANIFEST, checksums(partial))
         size = folder_bytes(partial)
         if size > MOST_BYTES:
             raise UserError(
@@ -159,12 +163,12 @@ def chain(run: Path) -> list[Stage]:
         config = run_checkpoint.read_run_metadata(workdir)["config"]
         full, alone = (place(config[key], workdir) for key in ("init_from", "init_weights_from"))
         # Steps count from where the weights began to train; of the full state they go on.
-        before = run_restore.good_step(Path(full))[0] if full else 0
+        before = restore.good_step(Path(full))[0] if full else 0
         train = config["train"]
         stages.append(
             Stage(
                 workdir, config["data"]["resolution"], train["mask_ratio"], train["batch_size"],
-                run_restore.good_step(workdir)[0] - before,
+                restore.good_step(workdir)[0] - before,
             )
         )  # fmt: skip
         workdir = Path(full or alone) if full or alone else None

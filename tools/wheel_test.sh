@@ -31,13 +31,13 @@ check() { # check WORDS COMMAND...: the command ends well and says these words
   grep -q -e "$words" "$work/log" || { cat "$work/log"; echo "expected: $words"; exit 1; }
 }
 check "$work/env" python -c 'import microdit_jax; print(microdit_jax.__file__)'
-for module in convert convert.parity microdit_jax.xla.plot microdit_jax.data.precompute \
-  microdit_jax.data.convert; do
+for module in convert convert.parity microdit_jax.xla.plot microdit_jax.prepare \
+  microdit_jax.prepare.reformat; do
   check "python -m $module" python -m "$module" --help
 done
 # absl's --help ends with status 1.
 for command in microdit-train microdit-sample "python -m microdit_jax.evaluate" \
-  "python -m microdit_jax.app" "python -m microdit_jax.report" "python -m microdit_jax.xla.aot" \
+  "python -m microdit_jax.app" "python -m microdit_jax.training.report" "python -m microdit_jax.xla.aot" \
   "python -m microdit_jax.xla.bench"; do
   check "  --[a-z_]*: " bash -c "$command --help || test \$? = 1"
 done

@@ -16,8 +16,9 @@ from pathlib import Path
 
 from absl import app, flags
 
-from microdit_jax import hub, model_flags
-from microdit_jax.cli import compiled_programs, run
+from microdit_jax import model_flags
+from microdit_jax.assets import hub
+from microdit_jax.commands.cli import compiled_programs, run
 from microdit_jax.errors import UserError
 
 MODEL = flags.DEFINE_multi_string(

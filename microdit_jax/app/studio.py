@@ -15,11 +15,11 @@ import numpy as np
 from jaxtyping import Float
 from PIL import Image
 
-from microdit_jax import pictures
+from microdit_jax import images
 from microdit_jax.app.limits import DrawRequest, Limits
 from microdit_jax.errors import UserError
 from microdit_jax.noise import initial_noise
-from microdit_jax.sample import LatentDiffusion
+from microdit_jax.sampling.pipeline import LatentDiffusion
 
 PREVIEW_SHARE = 0.25  # of the time of a drawing, at most, goes into previews
 PREVIEW_SIDE = 256  # pixels; larger previews are shrunk
@@ -190,8 +190,8 @@ class Studio:
         )
         pngs = [
             Picture(
-                pictures.encode_png(image, settings | {"index": i}),
-                pictures.file_name(i, request.prompt),
+                images.encode_png(image, settings | {"index": i}),
+                images.file_name(i, request.prompt),
             )
             for i, image in enumerate(pipe.decode(latents))
         ]
@@ -244,7 +244,7 @@ class _Watch:
 
 def _data_url(image: Float[np.ndarray, "H W 3"]) -> str:
     """A small picture for a page, as a data: address."""
-    shown, file = Image.fromarray(pictures.to_uint8(image)), io.BytesIO()
+    shown, file = Image.fromarray(images.to_uint8(image)), io.BytesIO()
     if shown.width > PREVIEW_SIDE:
         shown = shown.reduce(shown.width // PREVIEW_SIDE)
     # Small pictures are shown pixel by pixel, where JPEG's blocks would be seen.

@@ -13,7 +13,8 @@ from tensorflow_datasets.core.decode import DeserializeMethod
 from tensorflow_datasets.proto import tf_example_pb2
 
 from microdit_jax.data.records import SIDECAR, LatentInfo
-from microdit_jax.errors import UserError, disk_errors
+from microdit_jax.errors import UserError
+from microdit_jax.files import atomic_path, disk_errors
 
 NAME, SPLIT, METADATA = "latents", "train", "dataset_info.json"
 # One record a group, so that a random read takes no neighbours along; float16 noise packs badly.
@@ -109,8 +110,7 @@ def shard_path(folder: Path, number: int, count: int) -> Path:
 
 def write_shard(path: Path, samples: Iterable[Mapping[str, bytes]]) -> None:
     """Writes a shard of samples, the bytes of each column; whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    with disk_errors(path):
+    with atomic_path(path) as partial:
         writer = ArrayRecordWriter(str(partial), _OPTIONS)
         try:
             for sample in samples:
@@ -120,7 +120,6 @@ def write_shard(path: Path, samples: Iterable[Mapping[str, bytes]]) -> None:
                 writer.write(example.SerializeToString(deterministic=True))
         finally:
             writer.close()
-        partial.replace(path)
 
 
 def write_metadata(folder: Path, info: LatentInfo, shard_lengths: list[int]) -> None:

@@ -16,9 +16,10 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Float, Int
 
+from microdit_jax.data import twemoji
 from microdit_jax.data.records import check_made_by
-from microdit_jax.data.sources import twemoji
-from microdit_jax.errors import UserError, disk_errors
+from microdit_jax.errors import UserError
+from microdit_jax.files import disk_errors
 
 _FORMAT, _FORMAT_VERSION = "microdit_jax prepared latents", 2
 

@@ -194,7 +194,8 @@ def _read_index(files: ShardFiles) -> list[Shard]:
     if not files.exists(INDEX):
         raise UserError(
             f"expected an MDS dataset with {where}, found no such file; name the folder that "
-            "holds it, or merge the indices of its parts (microdit_jax.data.mds_writer.merge_index)"
+            "holds it, or merge the indices of its parts "
+            "(microdit_jax.prepare.mds_writer.merge_index)"
         )
     try:
         index = json.loads(files.read(INDEX))

@@ -1,7 +1,7 @@
 """Values in the columns of MDS shards: bytes to values and back, without running stored code.
 
 The encodings are those of mosaicml-streaming 0.13, little endian, except `pkl`, which is code.
-Pictures stored as JPEG or PNG files stay bytes: `microdit_jax.data.images` decodes them safely.
+Images stored as JPEG or PNG files stay bytes: `microdit_jax.prepare` decodes them safely.
 """
 
 import decimal

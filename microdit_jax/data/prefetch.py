@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from microdit_jax.background import give_way
+from microdit_jax.machine.background import give_way
 
 
 class Prefetch:

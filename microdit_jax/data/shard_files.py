@@ -12,7 +12,8 @@ from typing import BinaryIO
 
 import fsspec
 
-from microdit_jax.errors import UserError, disk_errors
+from microdit_jax.errors import UserError
+from microdit_jax.files import disk_errors
 
 _OLD_PARTIAL = 3600  # seconds; a younger unfinished file may be another process's at work
 _ATTEMPTS = 3  # to fetch a file; the second and third after 1 and 2 seconds

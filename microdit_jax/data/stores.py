@@ -72,5 +72,5 @@ def open_store(root: str | os.PathLike, **options: Any) -> tuple[Store, LatentIn
     raise UserError(
         f"expected a dataset of latents in {root}, found neither {mds.INDEX} (MDS) nor "
         f"{ARRAY_RECORD} (ArrayRecord); check the path, or merge the indices of its parts "
-        "(microdit_jax.data.mds_writer.merge_index)"
+        "(microdit_jax.prepare.mds_writer.merge_index)"
     )

@@ -12,8 +12,8 @@ from jaxtyping import Array, Float32, Int, UInt8
 
 from microdit_jax.encoders.clip_image import ClipImage, ClipImageConfig, to_pixels
 from microdit_jax.encoders.clip_text import ClipText, ClipTextConfig
-from microdit_jax.encoders.placement import fetch, rows_sharding
 from microdit_jax.encoders.tokenizers import ClipTokenizer
+from microdit_jax.machine.placement import fetch, rows_sharding
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,7 +17,7 @@ def text_encoder(name: str) -> TokenTable:
         return TokenTable.from_name(name)
     raise UserError(
         f"text encoder must be table:width=W,tokens=L,seed=S, found {name!r}; "
-        "pretrained towers are loaded by microdit_jax.assets.load_text_encoder"
+        "pretrained towers are loaded by microdit_jax.assets.load.load_text_encoder"
     )
 
 

@@ -9,8 +9,8 @@ import numpy as np
 from einops import rearrange
 from jaxtyping import Array, Float, Float32, Int32, Shaped
 
-from microdit_jax.encoders.placement import fetch, rows_sharding
 from microdit_jax.errors import UserError
+from microdit_jax.machine.placement import fetch, rows_sharding
 
 BATCH = 2  # texts a tower takes at once, unless told otherwise: a prompt and the empty one
 # Added to a score; finite, so that a row of nothing but padding gives a mean and not NaN.

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from microdit_jax.encoders.placement import fetch, rows_sharding
 from microdit_jax.encoders.vae import AutoencoderKL, VaeConfig, sample_latents
 from microdit_jax.errors import UserError
+from microdit_jax.machine.placement import fetch, rows_sharding
 
 
 @functools.partial(jax.jit, static_argnames=("model", "method"))

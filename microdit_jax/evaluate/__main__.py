@@ -17,7 +17,7 @@ from pathlib import Path
 from absl import app, flags
 
 from microdit_jax import model_flags
-from microdit_jax.cli import run
+from microdit_jax.commands.cli import run
 from microdit_jax.errors import UserError
 
 MODEL = flags.DEFINE_string("model", None, "A network, as for sample_main.py.")
@@ -79,7 +79,7 @@ def main(argv):
             "flag --model must have a value; see python -m microdit_jax.evaluate --help"
         )
     # After the flags: --help answers at once.
-    from microdit_jax import hosts
+    from microdit_jax.machine import hosts
 
     with hosts.job(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value):
         _evaluate()

@@ -17,14 +17,14 @@ import numpy as np
 import tqdm
 from jaxtyping import UInt8
 
-from microdit_jax import hosts
-from microdit_jax.data.jobs import write_text
 from microdit_jax.errors import UserError
 from microdit_jax.evaluate.prompts import PromptSet
+from microdit_jax.files import write_text
+from microdit_jax.images import is_made_so, read_png, save_png, to_uint8
+from microdit_jax.machine import hosts
 from microdit_jax.metrics.statistics import read_npz, write_npz
 from microdit_jax.noise import initial_noise
-from microdit_jax.pictures import is_made_so, read_png, save_png, to_uint8
-from microdit_jax.sample import LatentDiffusion
+from microdit_jax.sampling.pipeline import LatentDiffusion
 
 COUNT = "count"  # of pictures, in a chunk's file beside what was measured
 DRAWING_SECONDS = 7 * 86400.0  # how long a process waits for the others

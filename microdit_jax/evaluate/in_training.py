@@ -7,10 +7,10 @@ import numpy as np
 
 from microdit_jax.evaluate.reference import get_reference
 from microdit_jax.evaluate.scores import feature_scores
+from microdit_jax.images import to_uint8
 from microdit_jax.metrics.features import FeatureNetwork, small_features
 from microdit_jax.noise import initial_noise
-from microdit_jax.pictures import to_uint8
-from microdit_jax.sample import LatentDiffusion
+from microdit_jax.sampling.pipeline import LatentDiffusion
 
 
 class TrainingScores:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from microdit_jax.data.sources import twemoji
+from microdit_jax.data import twemoji
 from microdit_jax.errors import UserError
 from microdit_jax.metrics import geneval
 

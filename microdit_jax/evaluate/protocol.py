@@ -8,9 +8,11 @@ from typing import Any, NamedTuple
 
 import jax
 
-from convert import clip as convert_clip
-from convert import inception as convert_inception
-from microdit_jax import assets, checkpoint, hosts, run_checkpoint
+from microdit_jax.assets import load
+from microdit_jax.checkpoints import model_folder
+from microdit_jax.checkpoints import run as run_checkpoint
+from microdit_jax.convert import clip as convert_clip
+from microdit_jax.convert import inception as convert_inception
 from microdit_jax.errors import UserError
 from microdit_jax.evaluate import report
 from microdit_jax.evaluate.generation import Settings, draw_set, weights_digest
@@ -24,6 +26,7 @@ from microdit_jax.evaluate.scores import (
     measure_cosines,
     over_seeds,
 )
+from microdit_jax.machine import hosts
 from microdit_jax.metrics import geneval
 from microdit_jax.metrics.clip_score import mean_score
 from microdit_jax.metrics.features import (
@@ -33,7 +36,7 @@ from microdit_jax.metrics.features import (
     small_features,
 )
 from microdit_jax.metrics.statistics import Reference
-from microdit_jax.sample import LatentDiffusion
+from microdit_jax.sampling.pipeline import LatentDiffusion
 
 # Flags that other metrics would ignore, and whose they are
 FOR_METRICS = {
@@ -49,7 +52,7 @@ class Subject(NamedTuple):
     """What is evaluated, and the name a person gave it by."""
 
     name: str
-    model: assets.Model
+    model: load.Model
     pipe: LatentDiffusion
 
 
@@ -234,7 +237,7 @@ def _network(
         network = small_features()
         return network, {"name": network.name, "comparable_with_published_fid": False}
     folder = _model_folder("inception", Path(asked.inception))
-    params, metadata = checkpoint.load_model(folder)
+    params, metadata = model_folder.load_model(folder)
     config = convert_inception.config_from_dict(metadata["inception"])
     weights = metadata.get("source", {}).get("sha256", "unknown")
     public = weights.startswith(PUBLIC_INCEPTION)
@@ -297,13 +300,13 @@ def _key(name: str, asked: Request) -> str:
 def _model_folder(kind: str, path: Path) -> Path:
     """A converted model: the path itself, or made of it once."""
     if (path / "manifest.json").is_file():
-        found = checkpoint.read_metadata(path)["kind"]
+        found = model_folder.read_metadata(path)["kind"]
         if found != kind:
             raise UserError(f"expected a model of kind {kind} in --{kind}, found {found} in {path}")
         return path
     if not path.exists():
         raise UserError(f"expected a model of kind {kind} in --{kind}, found nothing at {path}")
-    return assets.converted(kind, path)
+    return load.converted(kind, path)
 
 
 def _default_reference(subject: Subject, asked: Request) -> str:

@@ -11,12 +11,12 @@ import tqdm
 from jaxtyping import UInt8
 from PIL import Image, UnidentifiedImageError
 
-from microdit_jax.data.sources import twemoji
+from microdit_jax.data import twemoji
 from microdit_jax.errors import UserError
 from microdit_jax.evaluate.prompts import RUN_SPLITS
+from microdit_jax.images import to_uint8
 from microdit_jax.metrics.features import FeatureNetwork
 from microdit_jax.metrics.statistics import Reference, load_reference, save_reference
-from microdit_jax.pictures import to_uint8
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 CHUNK = 256

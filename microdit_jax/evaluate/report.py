@@ -10,9 +10,9 @@ from typing import Any
 
 import jax
 
-from microdit_jax import hub
-from microdit_jax.data.jobs import write_text
+from microdit_jax.assets import hub
 from microdit_jax.evaluate.scores import TITLES
+from microdit_jax.files import write_text
 
 PAPERS = "dit_4_channel_37M_real_and_synthetic_data"
 PACKAGES = ("microdit_jax", "jax", "jaxlib", "flax", "numpy", "scipy", "pillow")

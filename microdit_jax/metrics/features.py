@@ -10,8 +10,8 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float32, UInt8
 
-from microdit_jax.encoders.placement import fetch, rows_sharding
 from microdit_jax.errors import UserError
+from microdit_jax.machine.placement import fetch, rows_sharding
 from microdit_jax.metrics.inception import InceptionConfig, make_inception
 from microdit_jax.metrics.resize import resize, to_inputs
 

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from microdit_jax.data.jobs import write_text
 from microdit_jax.errors import UserError
+from microdit_jax.files import write_text
 
 TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 SAMPLES = 4  # pictures of each prompt

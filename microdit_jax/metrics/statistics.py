@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Float32
 
-from microdit_jax.errors import UserError, disk_errors
+from microdit_jax.errors import UserError
+from microdit_jax.files import atomic_file
 from microdit_jax.metrics.frechet import Statistics
 
 ABOUT = "about"  # our file's JSON: what the features are and what they were computed from
@@ -118,12 +119,5 @@ def read_npz(path: Path) -> dict[str, np.ndarray]:
 
 def write_npz(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     """Writes .npz that takes its name only once it is whole."""
-    partial = path.with_name(f".{path.name}.partial")
-    with disk_errors(path, sum(array.nbytes for array in arrays.values())):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with partial.open("wb") as file:
-                np.savez(file, **arrays)
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+    with atomic_file(path, sum(array.nbytes for array in arrays.values())) as file:
+        np.savez(file, **arrays)

@@ -18,9 +18,12 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from microdit_jax import cli, run_config, sharding
-from microdit_jax.errors import UserError, disk_errors
+from microdit_jax import sharding
+from microdit_jax.commands import cli
+from microdit_jax.errors import UserError
+from microdit_jax.files import disk_errors
 from microdit_jax.models.config import DiTConfig
+from microdit_jax.training import config as run_config
 from microdit_jax.xla import hlo, programs, reduced, report, roofline
 from microdit_jax.xla.programs import Program
 from microdit_jax.xla.topologies import Topology

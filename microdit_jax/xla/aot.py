@@ -18,7 +18,7 @@ from pathlib import Path
 from absl import app, flags
 from ml_collections import config_flags
 
-from microdit_jax.cli import read_config, run
+from microdit_jax.commands.cli import read_config, run
 from microdit_jax.errors import UserError
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/, with its variants.")

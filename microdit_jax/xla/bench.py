@@ -19,7 +19,7 @@ from pathlib import Path
 
 from absl import app, flags
 
-from microdit_jax.cli import run
+from microdit_jax.commands.cli import run
 from microdit_jax.errors import UserError
 
 WHAT = flags.DEFINE_list("what", ["train_step"], "What to time; see above.")

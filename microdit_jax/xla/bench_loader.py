@@ -18,13 +18,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from microdit_jax.data.convert import convert
 from microdit_jax.data.mds import MdsReader
-from microdit_jax.data.mds_writer import MdsWriter
 from microdit_jax.data.pipeline import batches, make_dataset
 from microdit_jax.data.records import SIDECAR, LatentInfo
 from microdit_jax.data.stores import open_latents, open_store
 from microdit_jax.errors import UserError
+from microdit_jax.prepare.mds_writer import MdsWriter
+from microdit_jax.prepare.reformat import convert
 
 INFO = LatentInfo("sdxl", "clip", {256: (4, 32, 32), 512: (4, 64, 64)}, (77, 1024))
 _LIBRARY = """

@@ -13,13 +13,13 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from convert import reference
-from convert.dit import to_torch
-from convert.files import atomic_file
 from microdit_jax import diffusion
-from microdit_jax.data.jobs import write_text
-from microdit_jax.errors import UserError, disk_errors
+from microdit_jax.convert.dit import to_torch
+from microdit_jax.errors import UserError
+from microdit_jax.files import atomic_file, disk_errors, write_text
+from microdit_jax.machine import compile_options
 from microdit_jax.models.dit import DiTConfig
-from microdit_jax.xla import bench_timing, bench_work, presets
+from microdit_jax.xla import bench_timing, bench_work
 from microdit_jax.xla.bench_work import Size, Variant, Work
 
 Row = dict[str, Any]
@@ -35,7 +35,7 @@ class Settings(NamedTuple):
 
 
 # What changes a program's speed from outside.
-ENVIRONMENT = sorted({"LD_PRELOAD", "XLA_FLAGS"}.union(*presets.ENVIRONMENT.values()))
+ENVIRONMENT = sorted({"LD_PRELOAD", "XLA_FLAGS"}.union(*compile_options.ENVIRONMENT.values()))
 
 
 def new(arch: str, input_size: int, size: Size) -> dict[str, Any]:

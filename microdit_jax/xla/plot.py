@@ -12,8 +12,9 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from convert.files import atomic_file
-from microdit_jax.errors import Parser, UserError, exit_on_user_error
+from microdit_jax.commands.parser import Parser, exit_on_user_error
+from microdit_jax.errors import UserError
+from microdit_jax.files import atomic_file
 
 
 def read(paths: Sequence[str | Path]) -> list[dict[str, Any]]:

@@ -10,11 +10,14 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from microdit_jax import diffusion, run_config, sample, sharding, train_step
+from microdit_jax import diffusion, sharding
 from microdit_jax.diffusion import HeunState
 from microdit_jax.errors import UserError
 from microdit_jax.models import dit, flops
 from microdit_jax.models.dit import DiT
+from microdit_jax.sampling import pipeline
+from microdit_jax.training import config as run_config
+from microdit_jax.training import step as train_step
 
 CLIP_TOKENS = 77
 
@@ -117,9 +120,9 @@ def sampling(
 
     def lower():
         y = _rows(mesh, images, caption_length, cfg.caption_channels)
-        encode = sample.encode_captions.lower(params, y, **static)
+        encode = pipeline.encode_captions.lower(params, y, **static)
         caption = jax.tree.map(lambda a: _rows(mesh, *a.shape, dtype=a.dtype), encode.out_info)
-        return sample.evaluate_network.lower(
+        return pipeline.evaluate_network.lower(
             params,
             caption,
             HeunState(x, x, x),

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from microdit_jax.data.jobs import write_text
+from microdit_jax.files import write_text
 from microdit_jax.xla import hlo, roofline
 from microdit_jax.xla.programs import Program
 from microdit_jax.xla.topologies import Topology

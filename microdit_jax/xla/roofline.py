@@ -8,7 +8,7 @@ launches, latency, or products too small to fill the chip: it is a bound, no for
 import dataclasses
 from collections.abc import Mapping
 
-from microdit_jax.chips import Chip
+from microdit_jax.machine.chips import Chip
 from microdit_jax.xla.hlo import Counts
 from microdit_jax.xla.topologies import GPUS_PER_HOST, Topology
 

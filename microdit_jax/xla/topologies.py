@@ -22,9 +22,9 @@ from typing import Any
 import jax
 from jax.experimental import topologies as jax_topologies
 
-from microdit_jax.chips import Chip, chip_of
 from microdit_jax.errors import UserError
-from microdit_jax.xla import presets
+from microdit_jax.machine import compile_options
+from microdit_jax.machine.chips import Chip, chip_of
 
 GPUS_PER_HOST = 8
 # TPUs: JAX's name -> sizes that libtpu knows of, the number of chips being their product
@@ -64,7 +64,7 @@ class Topology:
     @property
     def compiler_options(self) -> dict[str, Any]:
         """Options that compiling without a device needs, and our presets."""
-        return presets.compiler_options(self.platform, without_a_device=True)
+        return compile_options.compiler_options(self.platform, without_a_device=True)
 
     @property
     def compiler(self) -> str:

@@ -14,7 +14,7 @@ import pytest
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import Select, WebDriverWait
 
-from microdit_jax import pictures
+from microdit_jax import images as pictures
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 WAIT = 120  # seconds; a drawing takes one or two

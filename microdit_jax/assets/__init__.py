@@ -1,0 +1,1 @@
+"""Networks and frozen towers by name or path, each converted once and kept."""

@@ -1,0 +1,157 @@
+"""What was published, and how its files get here: the released checkpoints, and Hugging Face.
+
+A file that somebody put into `local_folder()` by hand is taken before anything is fetched, so that
+a machine without network needs nothing else. HF_HOME, HF_HUB_OFFLINE, HF_ENDPOINT and HF_TOKEN
+mean what they mean to huggingface_hub, which also shows progress and resumes broken downloads.
+"""
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from microdit_jax.errors import UserError
+from microdit_jax.files import cache_folder, disk_errors
+
+INSTANT = "instant"  # the small model that comes with the package; see instant/__init__.py
+REPOSITORY = "VSehwag24/MicroDiT"
+SDXL_VAE = "stabilityai/stable-diffusion-xl-base-1.0"
+OSTRIS_VAE = "ostris/vae-kl-f8-d16"
+DFN5B_CLIP = "openclip:hf-hub:apple/DFN5B-CLIP-ViT-H-14-378"
+OPENCLIP = "openclip:hf-hub:"  # how the reference names a repository in OpenCLIP's layout
+DEFAULT_VAES = {4: SDXL_VAE, 16: OSTRIS_VAE}  # by latent channels
+
+
+class Released(NamedTuple):
+    """A checkpoint published with the paper: a DiT's weights alone.
+
+    fid is the zero-shot FID-30k on COCO, geneval the overall GenEval score, both as published.
+    """
+
+    channels: int
+    vae: str
+    resolution: int
+    fid: float
+    geneval: float
+
+
+# Figures as https://github.com/SonyResearch/micro_diffusion states them
+RELEASED = {
+    "dit_4_channel_22M_real_only_data": Released(4, SDXL_VAE, 512, 12.72, 0.46),
+    "dit_4_channel_37M_real_and_synthetic_data": Released(4, SDXL_VAE, 512, 12.66, 0.46),
+    "dit_16_channel_37M_real_and_synthetic_data": Released(16, OSTRIS_VAE, 512, 13.04, 0.40),
+    "dit_4_channel_0.5B_synthetic_data": Released(4, SDXL_VAE, 512, 13.26, 0.52),
+}
+
+_T5_FILES = (
+    "config.json", "tokenizer_config.json", "special_tokens_map.json", "spiece.model",
+    "pytorch_model.bin.index.json",
+)  # fmt: skip
+
+
+def local_folder(repository: str) -> Path:
+    """Where a person may put a repository's files by hand."""
+    return cache_folder() / "files" / repository
+
+
+def released_checkpoint(name: str) -> Path:
+    """The .pt file of a released checkpoint, fetched if need be.
+
+    Args:
+      name: a key of RELEASED, with or without ".pt".
+    """
+    (file,) = fetch(REPOSITORY, f"ckpts/{name.removesuffix('.pt')}.pt")
+    return file
+
+
+def vae(name: str) -> Path:
+    """The folder of a VAE in diffusers' layout, fetched if need be.
+
+    Args:
+      name: a repository: one VAE (Ostris's), or a pipeline with its VAE in the folder vae/.
+    """
+    at = "" if name == OSTRIS_VAE else "vae/"
+    weights = tuple(f"{at}diffusion_pytorch_model.{suffix}" for suffix in ("safetensors", "bin"))
+    return fetch(name, f"{at}config.json", weights)[0].parent
+
+
+def text_encoder(name: str) -> Path:
+    """The folder of a text tower, fetched if need be.
+
+    Args:
+      name: "openclip:hf-hub:" and a repository in OpenCLIP's layout, a T5 v1.1's repository, or a
+        pipeline with a CLIP text tower in the folder text_encoder/.
+    """
+    if name.startswith(OPENCLIP):
+        repository = name.removeprefix(OPENCLIP)
+        weights = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+        return fetch(repository, "open_clip_config.json", weights)[0].parent
+    if is_t5(name):
+        index = fetch(name, *_T5_FILES)[-1]
+        shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        return fetch(name, *_T5_FILES, *shards)[0].parent
+    weights = ("text_encoder/model.safetensors", "text_encoder/pytorch_model.bin")
+    return fetch(name, "text_encoder/config.json", weights)[0].parent
+
+
+def is_t5(name: str) -> bool:
+    """Whether a repository's name says that it is a T5."""
+    return "t5" in name.split("/")[-1].lower()
+
+
+def fetch(repository: str, *files: str | tuple[str, ...]) -> list[Path]:
+    """Files of a Hugging Face repository, fetched where they are not here yet.
+
+    Args:
+      files: names in the repository; of a tuple, the first that there is.
+    Returns:
+      Their paths, all from `local_folder` if a person put all of them there.
+    Raises:
+      UserError: one is not here and cannot be had: no network, no such file, no permission.
+    """
+    choices = [(file,) if isinstance(file, str) else file for file in files]
+    local = [_first_local(repository, names) for names in choices]
+    if all(local):
+        return local
+    return [_fetch_first(repository, names) for names in choices]
+
+
+def _first_local(repository: str, names: Sequence[str]) -> Path | None:
+    paths = [local_folder(repository) / name for name in names]
+    return next((path for path in paths if path.is_file()), None)
+
+
+def _fetch_first(repository: str, names: Sequence[str]) -> Path:
+    import huggingface_hub  # a second to import, and not needed where files are given by hand
+    from huggingface_hub import constants, errors
+
+    # It tells every one of its tries; what came of them is told below.
+    huggingface_hub.logging.set_verbosity_error()
+    why: tuple[str, Exception | None] = ("it has no such file", None)
+    for name in names:
+        try:
+            # Without network it is half a minute until that is known.
+            cached = isinstance(huggingface_hub.try_to_load_from_cache(repository, name), str)
+            if not cached and not constants.HF_HUB_OFFLINE:
+                print(f"asking the Hugging Face Hub for {name} of {repository}", file=sys.stderr)
+            with disk_errors(Path(constants.HF_HUB_CACHE) / "models"):
+                return Path(huggingface_hub.hf_hub_download(repository, name))
+        except errors.LocalEntryNotFoundError as error:
+            why = ("no network, or offline mode", error)
+            continue  # the other one may be in the cache
+        except errors.EntryNotFoundError:
+            continue
+        except errors.GatedRepoError as error:
+            why = ("its terms must be accepted first, and HF_TOKEN be set", error)
+        except (errors.RepositoryNotFoundError, errors.HFValidationError) as error:
+            why = ("there is no such repository", error)
+        except OSError as error:  # the network's, and the hub's own HTTP errors
+            why = (str(error).split("\n")[0], error)
+        break
+    place = local_folder(repository)
+    raise UserError(
+        f"expected {' or '.join(names)} of the Hugging Face repository {repository}, could not "
+        f"fetch it ({why[0]}); try again, or put the repository's files into {place} by hand, as "
+        f"{place / names[0]}"
+    ) from why[1]

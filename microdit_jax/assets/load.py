@@ -1,0 +1,321 @@
+"""Networks, VAEs and text towers by name or path, each converted once and kept.
+
+What can be loaded: the model that comes with the package, a released checkpoint or a repository by
+name (hub.py fetches it), a PyTorch or safetensors file or a folder of one, a folder made by
+python -m convert, and a training run.
+PyTorch files are converted into the user's cache folder, and the next run starts from there.
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+import multiprocessing
+import shutil
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import filelock
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from microdit_jax import sharding
+from microdit_jax.assets import hub, instant
+from microdit_jax.checkpoints import model_folder, weights
+from microdit_jax.checkpoints import run as run_checkpoint
+from microdit_jax.convert import clip_text, t5, vae
+from microdit_jax.convert.arguments import tower_name
+from microdit_jax.convert.dit import config_from_dict
+from microdit_jax.convert.inputs import find_input, read_config
+from microdit_jax.convert.kinds import KINDS
+from microdit_jax.convert.to_folder import convert_to_folder
+from microdit_jax.diffusion import EdmConfig
+from microdit_jax.encoders import registry
+from microdit_jax.errors import UserError
+from microdit_jax.files import cache_folder, disk_errors
+from microdit_jax.models.dit import DiT, DiTConfig, for_this_machine
+
+# A mesh; or what gives one (or None) for so many bytes of weights; None is the first local device.
+Place = Mesh | Callable[[int], Mesh | None] | None
+
+
+class Model(NamedTuple):
+    """A network with its weights, and what its maker said about it.
+
+    folder is that of the training run or of the shipped model, which knows its data, or None; vae
+    and text_encoder are what load_codec and load_text_encoder take, or None where nobody said;
+    description tells a person what was loaded.
+    """
+
+    config: DiTConfig
+    params: Any
+    edm: EdmConfig
+    vae: str | None
+    text_encoder: str | None
+    folder: Path | None
+    description: str
+
+    def with_dtype(self, dtype: str) -> "Model":
+        """The same model, computed in another type."""
+        return self._replace(config=dataclasses.replace(self.config, dtype=dtype))
+
+
+def load_model(
+    name: str, *, ema: bool = True, dtype: str | None = None, mesh: Place = None
+) -> Model:
+    """A network by name or path.
+
+    Args:
+      name: "instant", for the one that comes with the package; of a released checkpoint, with or
+        without ".pt"; or the path of a .pt or .safetensors file, of a model folder (python -m
+        convert), or of a training run.
+      ema: of a training run, the moving average of the weights, if it keeps one.
+      dtype: type of the computation; None keeps the model's own.
+      mesh: where the weights go, by the rules of sharding.py.
+    Raises:
+      UserError: nothing usable there, or damaged.
+    """
+    path, released = Path(name), hub.RELEASED.get(name.removesuffix(".pt"))
+    if released and not path.exists():
+        path = hub.released_checkpoint(name)
+    if name == hub.INSTANT and not path.exists():
+        path = instant.FOLDER
+    if path.is_file():
+        model = _from_folder(converted("dit", path), mesh)
+        model = model._replace(description=path.name)
+    elif instant.is_shipped(path):
+        model = _from_shipped(path, ema, mesh)
+    elif run_checkpoint.is_run(path):
+        model = _from_run(path, ema, mesh)
+    elif path.is_dir():
+        model = _from_folder(path, mesh)
+    else:
+        raise UserError(
+            "--model must be a training run, a folder made by python -m convert, a .pt or "
+            f".safetensors file, or one of {', '.join((hub.INSTANT, *hub.RELEASED))}, found "
+            f"nothing at {name}"
+        )
+    if model.folder is None:
+        vae_name = hub.DEFAULT_VAES.get(model.config.in_channels)
+        model = model._replace(vae=vae_name, text_encoder=hub.DFN5B_CLIP)
+    model = model if dtype is None else model.with_dtype(dtype)
+    return model._replace(config=for_this_machine(model.config))
+
+
+def untrained_model(config: DiTConfig, *, mesh: Place = None) -> Model:
+    """A network as it is before training; it names no VAE and no text encoder."""
+    places = jax.tree.map(lambda leaf: leaf.sharding, abstract_params(config, mesh))
+
+    def init(key):
+        return DiT(config).init(key, *_inputs(config))["params"]
+
+    params = jax.jit(init, out_shardings=places)(jax.random.key(0))
+    return Model(config, params, EdmConfig(), None, None, None, "untrained")
+
+
+def abstract_params(config: DiTConfig, mesh: Place = None) -> Any:
+    """Shapes, types and places of a network's parameters."""
+    init = DiT(config).init
+    shapes = jax.eval_shape(init, jax.random.key(0), *_inputs(config))["params"]
+    if not isinstance(mesh, Mesh | None):
+        mesh = mesh(sum(math.prod(s.shape) * s.dtype.itemsize for s in jax.tree.leaves(shapes)))
+    if mesh is None:
+        first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        places = jax.tree.map(lambda _: first, shapes)
+    else:
+        places = sharding.shardings(shapes, mesh)
+    return jax.tree.map(
+        lambda s, place: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), shapes, places
+    )
+
+
+def _inputs(config: DiTConfig) -> tuple[jax.Array, jax.Array, jax.Array]:
+    x = jnp.zeros((1, config.input_size, config.input_size, config.in_channels), jnp.float32)
+    return x, jnp.zeros(1, jnp.float32), jnp.zeros((1, 1, config.caption_channels), jnp.float32)
+
+
+def _from_folder(folder: Path, mesh: Place) -> Model:
+    metadata = model_folder.read_metadata(folder)
+    if metadata["kind"] != "dit":
+        raise UserError(
+            f"expected a model of kind dit in {folder}, found {metadata['kind']}; that is not the "
+            "network: give it to --vae or --text_encoder"
+        )
+    config = config_from_dict(metadata["dit"])
+    places = jax.tree.map(lambda leaf: leaf.sharding, abstract_params(config, mesh))
+    params, _ = model_folder.load_model(folder, sharding=places)
+    return Model(config, params, EdmConfig(), None, None, None, f"{folder}")
+
+
+def _from_shipped(path: Path, ema: bool, mesh: Place) -> Model:
+    if not ema:
+        raise UserError(
+            f"expected the moving average to be asked for, as {path} holds nothing else, found "
+            "ema=False; leave out --noema"
+        )
+    metadata = run_checkpoint.read_run_metadata(path)
+    config = config_from_dict(metadata["dit"])
+    params = instant.load_params(path, abstract_params(config, mesh))
+    name = "the instant model" if path == instant.FOLDER else f"{path}"
+    return _of_run(metadata, config, params, path, name)
+
+
+def _from_run(path: Path, ema: bool, mesh: Place) -> Model:
+    metadata = run_checkpoint.read_run_metadata(path)
+    config, ema = config_from_dict(metadata["dit"]), ema and metadata["has_ema"]
+    params, step = weights.load_run_params(path, abstract_params(config, mesh), ema=ema)
+    description = f"{path}, step {step}, {'moving average' if ema else 'raw weights'}"
+    return _of_run(metadata, config, params, path, description)
+
+
+def _of_run(metadata: dict, config: DiTConfig, params: Any, path: Path, description: str) -> Model:
+    """A run's parameters with what its config.json says, and the codec it keeps, if small."""
+    # Paths and repositories as its config gave them: its data may call what is there by a checksum.
+    kept, towers = path / "vae", metadata["config"]["data"]
+    return Model(
+        config,
+        params,
+        EdmConfig(**metadata["edm"]),
+        str(kept) if kept.is_dir() else towers["vae"],
+        towers["text_encoder"],
+        path,
+        description,
+    )
+
+
+def load_text_encoder(name: str, *, dtype: str | None = None, mesh: Mesh | None = None) -> Any:
+    """A frozen text encoder, with `name`, `width`, `encode(ids)` and `encode_text(texts)`.
+
+    Args:
+      name: "table:width=W,tokens=L,seed=S"; or the path of a CLIP or T5, as a file, as a folder of
+        its library, or converted; or as hub.text_encoder takes it. A T5's folder has its tokenizer.
+      dtype: type of the computation; None keeps the model's own.
+      mesh: the devices that share the work, each with all weights; None: the first local device.
+    """
+    if name.startswith("table:"):
+        return registry.text_encoder(name)
+    path, given_name = Path(name), None
+    if not path.exists():
+        path, given_name = hub.text_encoder(name), name
+    folder = _text_folder(path)
+    kind = model_folder.read_metadata(folder)["kind"]
+    tokenizer = {}
+    beside = path if path.is_dir() else path.parent
+    source = path / "tokenizer" if folder == path else beside
+    if kind == "t5" and source.is_dir():
+        tokenizer = {"tokenizer": str(source)}
+    return {"clip_text": clip_text, "t5": t5}[kind].load_encoder(
+        folder, given_name, dtype=dtype, sharding=_copies(mesh), batch=_tower_batch(), **tokenizer
+    )
+
+
+def load_codec(name: str, *, dtype: str | None = None, mesh: Mesh | None = None) -> Any:
+    """An image codec, with `name`, `channels`, `scaling_factor`, `encode` and `decode`.
+
+    Args:
+      name: the path of a VAE, as a file beside its config.json, as a folder, or converted, or of
+        the codec that a run on small data made; or as hub.vae takes it.
+      dtype: type of the computation; None keeps the model's own.
+      mesh: the devices that share the work, each with all weights; None: the first local device.
+    """
+    path, given_name = Path(name), None
+    if (path / "codec.json").is_file():
+        return registry.image_codec(path)
+    if not path.exists():
+        path, given_name = hub.vae(name), name
+    return vae.load_codec(_vae_folder(path), given_name, dtype=dtype, sharding=_copies(mesh))
+
+
+def names_in_data(codec: str, text_encoder: str) -> dict[str, str]:
+    """The "vae" and the "text_encoder" of data that these made, `load_codec`'s and
+    `load_text_encoder`'s own `name`: of a path its weights' checksum, else what it is called here.
+    """
+
+    def name(given: str, folder_of: Callable[[Path], Path]) -> str:
+        path = Path(given)
+        if (path / "codec.json").is_file():
+            return registry.image_codec(path).name
+        return tower_name(model_folder.read_metadata(folder_of(path))) if path.exists() else given
+
+    return {"vae": name(codec, _vae_folder), "text_encoder": name(text_encoder, _text_folder)}
+
+
+def _vae_folder(path: Path) -> Path:
+    return path if model_folder.is_model(path) else converted("vae", path)
+
+
+def _text_folder(path: Path) -> Path:
+    """The model folder of a text encoder, which its path may be itself."""
+    folder = path if model_folder.is_model(path) else converted(_text_kind(path), path)
+    kind = model_folder.read_metadata(folder)["kind"]
+    if kind not in ("clip_text", "t5"):
+        raise UserError(f"expected a text encoder at {path}, found a model of kind {kind}")
+    return folder
+
+
+def converted(kind: str, path: Path) -> Path:
+    """The model folder of a PyTorch or safetensors file or folder, from the cache if it is there.
+
+    A file is known again by its path, size and time, without being read; what was made from an
+    older file at the same path is replaced. The folder's own files have checksums.
+    """
+    source = find_input(path, KINDS[kind])
+    if missing := [file.name for file in source.files if not file.is_file()]:
+        raise UserError(f"expected all files of {path}, found no {', '.join(missing)}; fetch it")
+    stats = [(str(file.resolve()), file.stat()) for file in source.files]
+    made_from = {"files": [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]}
+    made_from["config"] = source.config
+    place = hashlib.sha256(json.dumps([name for name, _ in stats]).encode()).hexdigest()[:12]
+    folder = cache_folder() / "models" / f"{kind}-{source.files[0].stem}-{place}"
+    with disk_errors(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with filelock.FileLock(f"{folder}.lock"):  # another process may be at it
+            if folder.is_dir() and not _is_made_from(folder, made_from):
+                (folder / "config.json").unlink(missing_ok=True)  # no model from here on
+                shutil.rmtree(folder)
+            if not folder.is_dir():
+                print(f"converting {path}, once, into {folder}", flush=True)
+                notes = {"cached": made_from}
+                _outside_of_job(convert_to_folder, kind, path, folder, notes=notes)
+    return folder
+
+
+def _is_made_from(folder: Path, made_from: dict[str, Any]) -> bool:
+    if not model_folder.is_model(folder):  # a killed process was about to remove it
+        return False
+    return model_folder.read_metadata(folder).get("cached") == made_from
+
+
+def _outside_of_job(function: Callable, *args: Any, **kwargs: Any) -> None:
+    """Calls it in a process of its own, where several make one program.
+
+    Orbax saves with all processes of a job, and one alone of each host converts.
+    """
+    if jax.process_count() == 1:
+        function(*args, **kwargs)
+        return
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context, initializer=_leave_accelerators) as pool:
+        pool.submit(function, *args, **kwargs).result()
+
+
+def _leave_accelerators() -> None:
+    jax.config.update("jax_platforms", "cpu")  # the others are the parent's
+
+
+def _text_kind(path: Path) -> str:
+    """Whether weights, or a folder of them, are a CLIP's or a T5's."""
+    beside = read_config((path if path.is_dir() else path.parent) / "config.json") or {}
+    return "t5" if beside.get("model_type") == "t5" or "d_kv" in beside else "clip_text"
+
+
+def _copies(mesh: Mesh | None) -> jax.sharding.Sharding | None:
+    return None if mesh is None else jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+
+
+def _tower_batch() -> int:
+    """Texts at a time: few on a CPU, where a batch gains nothing and unused rows cost."""
+    return 2 if jax.default_backend() == "cpu" else 32

@@ -1,0 +1,1 @@
+"""Both formats side by side: model folders and a training run's checkpoints."""

@@ -1,0 +1,132 @@
+"""Reading the steps of a training run: which are there, which are good, and their arrays."""
+
+import json
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+
+from microdit_jax.checkpoints import packing
+from microdit_jax.errors import UserError
+from microdit_jax.files import damage, read_json
+from microdit_jax.machine import hosts
+from microdit_jax.trees import flatten, unflatten
+
+RESTORE_GB = 8  # held by Orbax while it reads, beside the arrays themselves
+
+
+def say(message: str) -> None:
+    """A line for the person who watches the run."""
+    print(message, file=sys.stderr, flush=True)
+
+
+def steps_on_disk(workdir: str | os.PathLike) -> list[int]:
+    """The steps of a run that were written whole, oldest first; not checked for damage."""
+    folder = Path(workdir).absolute() / "checkpoints"
+    return sorted(int(path.name) for path in folder.glob("*") if path.name.isdigit())
+
+
+def step_damage(folder: Path) -> str:
+    """What is wrong with the files of one step, "" if nothing; reads every byte of them."""
+    try:
+        faults = damage(folder, json.loads((folder / "manifest.json").read_text())["files"])
+    except FileNotFoundError:
+        return "manifest.json is missing"
+    except (ValueError, LookupError, TypeError, AttributeError):
+        return "manifest.json is damaged"
+    more = f" and {len(faults) - 2} more" if len(faults) > 2 else ""
+    return ", ".join(faults[:2]) + more
+
+
+def good_step(workdir: str | os.PathLike, step: int | None = None) -> tuple[int, dict]:
+    """The newest step that is as it was written, or `step` if it is, and its metadata.
+
+    Process 0 checks, the others hear of it; it says in a line what is damaged and what is used.
+
+    Raises:
+      UserError: there is no step, or none without damage.
+    """
+    folder = Path(workdir).absolute() / "checkpoints"
+
+    def choose() -> list:
+        steps = [s for s in steps_on_disk(workdir) if step in (None, s)]
+        if not steps:
+            which = "a checkpoint" if step is None else f"checkpoint {step}"
+            raise UserError(f"expected {which} in {folder}, found none; train first")
+        faults = []
+        for number in reversed(steps):
+            if fault := step_damage(folder / str(number)):
+                faults.append(f"step {number} is damaged: {fault}")
+                continue
+            if faults:
+                say(f"{folder}: {'; '.join(faults)}; using step {number}")
+            return [number, read_json(folder / str(number) / "metadata" / "metadata")]
+        raise UserError(
+            f"expected a checkpoint in {folder} as it was written, found {'; '.join(faults)}; "
+            "restore the folder from a copy, or start again in another workdir"
+        )
+
+    number, metadata = hosts.from_first(f"check {folder}", choose)
+    return number, metadata
+
+
+def restore_state(folder: Path, abstract: Any, *, partial: bool) -> Any:
+    """The state of a step, or a part of it, with the shapes, types and shardings of `abstract`.
+
+    Raises:
+      UserError: arrays are missing, left over (if not `partial`), or of other shapes or types; a
+        part may change its types.
+    """
+    handler = ocp.PyTreeCheckpointHandler(restore_concurrent_gb=RESTORE_GB)
+    stored, expected = handler.metadata(folder / "state"), flatten(abstract)
+    index = packing.read_index(stored.custom_metadata)
+    large = {path: leaf for path, leaf in flatten(stored.tree).items() if hasattr(leaf, "shape")}
+    rows = {path: large.pop(path) for path in packing.rows_of(index)}
+    _check_fit(folder, _kinds(large | index), _kinds(expected), partial)
+    wanted = {path: leaf for path, leaf in expected.items() if path in large}
+    for path in packing.rows_of(path for path in expected if path in index):
+        wanted[path] = jax.ShapeDtypeStruct(rows[path].shape, rows[path].dtype)  # to NumPy
+    # One that packs nothing was stored in the state's own tree, with lists for its tuples.
+    item = unflatten(wanted) if index else abstract
+    args = ocp.args.PyTreeRestore(
+        item=item,
+        restore_args=ocp.checkpoint_utils.construct_restore_args(item),
+        partial_restore=True,  # what fits is checked above
+    )
+    with ocp.Checkpointer(handler) as checkpointer:
+        arrays = flatten(checkpointer.restore(folder / "state", args=args))
+    leaves = [
+        packing.unpack(arrays[packing.row_of(path)], index[path], leaf)
+        if path in index
+        else arrays[path]
+        for path, leaf in expected.items()
+    ]
+    return jax.tree.unflatten(jax.tree.structure(abstract), leaves)
+
+
+def _kinds(leaves: Mapping[str, Any]) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Shape and type of each."""
+    return {path: (tuple(leaf.shape), jnp.dtype(leaf.dtype).name) for path, leaf in leaves.items()}
+
+
+def _check_fit(folder: Path, found: dict, expected: dict, partial: bool) -> None:
+    if partial:
+        found = {path: (*found[path][:1], expected[path][1]) for path in expected if path in found}
+    differing = sorted(path for path in found | expected if found.get(path) != expected.get(path))
+    if differing:
+        path = differing[0]
+        raise UserError(
+            f"checkpoint {folder} does not fit this config: expected {path} "
+            f"{_in_words(expected.get(path))}, found {_in_words(found.get(path))} "
+            f"({len(differing)} arrays differ); use the config it was trained with or another "
+            "workdir"
+        )
+
+
+def _in_words(array: tuple | None) -> str:
+    return "absent" if array is None else f"{array[1]} {array[0]}"

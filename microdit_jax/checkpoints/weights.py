@@ -1,0 +1,76 @@
+"""Parameters without optimiser state: to sample with, or to start another run from."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from microdit_jax.checkpoints import model_folder
+from microdit_jax.checkpoints.model_folder import Params
+from microdit_jax.checkpoints.restore import good_step, restore_state
+from microdit_jax.checkpoints.run import is_run, read_run_metadata
+from microdit_jax.errors import UserError
+from microdit_jax.files import read_json
+from microdit_jax.machine import hosts
+from microdit_jax.trees import flatten
+
+
+def load_run_params(
+    workdir: str | os.PathLike, abstract_params: Any, *, ema: bool
+) -> tuple[Params, int]:
+    """The newest undamaged parameters of a training run alone, without its optimiser state.
+
+    Args:
+      abstract_params: shapes, types and shardings to restore to.
+      ema: the moving average rather than the raw parameters.
+    Returns:
+      The parameters and the step.
+    Raises:
+      UserError: no good checkpoint, or of another network, or without an average.
+    """
+    step, _ = good_step(workdir)
+    folder, name = Path(workdir).absolute() / "checkpoints" / str(step), "ema" if ema else "params"
+    if ema and not read_run_metadata(workdir)["has_ema"]:
+        raise UserError(
+            f"expected an average of the weights in {workdir}, found none; use ema=False"
+        )
+    return restore_state(folder, {name: abstract_params}, partial=True)[name], step
+
+
+def load_weights(
+    source: str | os.PathLike, abstract_params: Any, *, ema: bool = True
+) -> tuple[Params, str]:
+    """Parameters alone, of a training run or a model folder (python -m convert), to start from.
+
+    The network may be made for another resolution: a network's parameters do not depend on it, as
+    the position embedding, which a released checkpoint stores, is computed from the config here.
+
+    Args:
+      source: the run's workdir, or the folder.
+      abstract_params: shapes, types and shardings to restore to.
+      ema: of a run that keeps an average of the weights, the average.
+    Returns:
+      The parameters, and in words what they are.
+    Raises:
+      UserError: nothing usable there, damaged, or of another network.
+    """
+    if is_run(source):
+        ema = ema and read_run_metadata(source)["has_ema"]
+        params, step = load_run_params(source, abstract_params, ema=ema)
+        return params, f"{source}, step {step}, {'moving average' if ema else 'raw weights'}"
+    metadata = model_folder.read_metadata(source)
+    hosts.from_first(f"check {source}", lambda: model_folder.verify_model(source))
+    arrays = read_json(Path(source) / "manifest.json")["arrays"]
+    found = {path: tuple(shape) for path, (_, shape) in arrays.items()}
+    expected = {path: leaf.shape for path, leaf in flatten(abstract_params).items()}
+    if differing := sorted(dict(found.items() ^ expected.items())):
+        raise UserError(
+            f"expected the parameters of this config's network in {source}, found others "
+            f"({len(differing)} differ, the first is {differing[0]}); set model.arch and options "
+            "as in its config.json"
+        )
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_params)
+    params, _ = model_folder.load_model(source, sharding=shardings, verify=False)
+    params = jax.tree.map(lambda p, leaf: p.astype(leaf.dtype), params, abstract_params)
+    return params, f"{source}, a {metadata['kind']} model folder"

@@ -1,0 +1,28 @@
+"""Prints the environment variables that suit a platform, as lines for a shell."""
+
+import shlex
+import sys
+
+from microdit_jax.commands.parser import Parser, exit_on_user_error
+from microdit_jax.machine import compile_options
+
+EXAMPLE = """example:
+  eval "$(python -m microdit_jax.commands.environment cuda)"
+"""
+
+
+def main(arguments: list[str]) -> None:
+    """Prints lines for a shell that set the environment."""
+    parser = Parser("microdit_jax.commands.environment", __doc__, EXAMPLE)
+    parser.add_argument("platform", help=", ".join(compile_options.PLATFORMS))
+    platform = parser.parse_args(arguments).platform
+    found = compile_options.environment(platform)
+    if platform == "cpu" and "LD_PRELOAD" not in found:
+        print(compile_options.WITHOUT_TCMALLOC, file=sys.stderr)
+    for name, value in found.items():
+        print(f"export {name}={shlex.quote(value)}")
+
+
+if __name__ == "__main__":
+    with exit_on_user_error():
+        main(sys.argv[1:])

@@ -1,0 +1,1 @@
+"""PyTorch state dicts to Orbax model folders and back, without torch."""

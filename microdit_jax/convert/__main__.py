@@ -1,0 +1,129 @@
+"""Converts checkpoints: a PyTorch file into a model folder, and a model folder back into a file."""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+
+from microdit_jax.checkpoints.model_folder import load_model, read_metadata
+from microdit_jax.commands.parser import Parser, exit_on_user_error
+from microdit_jax.convert.formats.safetensors_file import write_safetensors
+from microdit_jax.convert.formats.torch_file import write_torch
+from microdit_jax.convert.inputs import CONFIG, read_note
+from microdit_jax.convert.kinds import KINDS
+from microdit_jax.convert.to_folder import bar, convert_to_folder, describe, say, say_time
+from microdit_jax.errors import UserError
+from microdit_jax.files import sha256
+
+NOTE = "microdit_jax"  # where a written file says what it was made from
+EXAMPLE = """example:
+  python -m convert --kind=dit --input=dit_4_channel_0.5B_synthetic_data.pt --output=models/dit
+  python -m convert --kind=vae --input=stable-diffusion-xl-base-1.0 --output=models/vae
+  python -m convert --kind=clip_text --input=DFN5B-CLIP-ViT-H-14-378 --output=models/clip_text
+  python -m convert --kind=dit --to=torch --input=models/dit --output=dit.safetensors
+"""
+
+
+def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
+    """The command's flags; an unknown or bad one is a UserError."""
+    parser = Parser("convert", __doc__, EXAMPLE)
+    add = parser.add_argument
+    add("--kind", choices=tuple(KINDS), default="dit", help="what the model is (default: dit)")
+    add("--input", required=True, type=Path, help=".pt, .bin, .safetensors, or a model's folder")
+    add("--output", required=True, type=Path, help="model folder; or .pt, .bin or .safetensors")
+    add("--to", choices=("orbax", "torch"), default="orbax", help="direction (default: orbax)")
+    add("--head_dim", type=int, help="dit: width of an attention head, if the file cannot tell")
+    add("--expert_capacity", type=float, help="dit: experts per token (default: 2.0)")
+    add("--scaling_factor", type=float, help="vae: of its latents, if there is no config.json")
+    add("--activation", help="clip_text: quick_gelu, gelu or gelu_tanh, if there is no config")
+    add("--heads", type=int, help="clip_text: attention heads, if there is no config")
+    add("--padding", type=int, help="clip_text: id after a text's end (default: its layout's)")
+    add("--max_tokens", type=int, help="t5: to which texts are cut (default: 120)")
+    add("--config", type=Path, help="JSON of the config, instead of reading the model's own")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), help="type to write with --to=torch")
+    flags = parser.parse_args(argv)
+    options = {name for kind in KINDS.values() for name in kind.options}
+    for name in (options | {"config"}) if flags.to == "torch" else {"dtype"}:
+        if getattr(flags, name) is not None:
+            raise UserError(f"--{name} does not go with --to={flags.to}; leave it out")
+    for name in options - set(KINDS[flags.kind].options):
+        if getattr(flags, name) is not None:
+            raise UserError(f"--{name} does not go with --kind={flags.kind}; leave it out")
+    return flags
+
+
+def to_orbax(flags: argparse.Namespace) -> None:
+    """A PyTorch or safetensors file -> a model folder, unless that was done before."""
+    config = (_read_config(flags.config, flags.kind), str(flags.config)) if flags.config else None
+    given = {name: getattr(flags, name) for name in KINDS[flags.kind].options}
+    convert_to_folder(flags.kind, flags.input, flags.output, given=given, config=config)
+
+
+def to_torch(flags: argparse.Namespace) -> None:
+    """A model folder -> a PyTorch or safetensors file, unless that was done before."""
+    start = time.monotonic()
+    if flags.output.suffix not in (".pt", ".bin", ".safetensors"):
+        raise UserError(
+            f"expected --output to end in .pt, .bin or .safetensors, found {flags.output}"
+        )
+    metadata = read_metadata(flags.input)
+    if metadata["kind"] != flags.kind:
+        raise UserError(
+            f"expected a model of kind {flags.kind} in {flags.input}, found {metadata['kind']}; "
+            f"give --kind={metadata['kind']}"
+        )
+    # The manifest has every file's checksum, so its own stands for the whole folder.
+    note = json.dumps({"model": sha256(flags.input / "manifest.json"), "dtype": flags.dtype})
+    if flags.output.exists():
+        if read_note(flags.output, NOTE) == note:
+            return say("nothing to do", f"{flags.output} is complete, from the same model")
+        raise UserError(
+            f"expected {flags.output} not to exist, found a file made from something else; "
+            "choose another --output or remove it"
+        )
+    module = KINDS[flags.kind].load()
+    config = module.config_from_dict(metadata[flags.kind])
+    say("input", f"{flags.input}, {metadata['parameters']:,} parameters")
+    say("config", describe(module, config))
+    host = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
+    params, _ = load_model(flags.input, sharding=host)
+    tensors = module.to_torch(params, config)
+    notes = {NOTE: note}
+    if hasattr(module, "config_json"):
+        notes[CONFIG] = json.dumps(module.config_json(config))
+    num_bytes = sum(tensor.nbytes for tensor in tensors.values())
+    with bar("writing", num_bytes) as progress:
+        kinds = {"dtype": flags.dtype, "progress": progress}
+        if flags.output.suffix == ".safetensors":
+            write_safetensors(flags.output, tensors, notes, **kinds)
+        else:
+            members = {f"extra/{name}": text.encode() for name, text in notes.items()}
+            write_torch(flags.output, tensors, notes=members, **kinds)
+    say("output", str(flags.output))
+    say_time(start, num_bytes)
+
+
+def _read_config(path: Path, kind: str) -> dict:
+    try:
+        contents = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"expected JSON of a config at {path}, found {error}") from error
+    if not isinstance(contents, dict):
+        raise UserError(f"expected a JSON object at {path}, found {type(contents).__name__}")
+    return contents.get(kind, contents)  # a model folder's config.json serves too
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command; `argv` without the program's name."""
+    with exit_on_user_error():
+        flags = parse_arguments(sys.argv[1:] if argv is None else argv)
+        jax.config.update("jax_platforms", "cpu")  # a file on its way to a file needs no device
+        {"orbax": to_orbax, "torch": to_torch}[flags.to](flags)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,135 @@
+"""What the commands and the kinds of model share: flags, configs, model folders."""
+
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+from microdit_jax.checkpoints.model_folder import load_model
+from microdit_jax.commands.parser import Parser
+from microdit_jax.errors import UserError
+
+__all__ = [
+    "Parser",
+    "config_from_fields",
+    "count_blocks",
+    "matrix_shapes",
+    "open_folder",
+    "refuse_other_config",
+    "size_faults",
+]
+
+Config = TypeVar("Config")
+
+
+def config_from_fields(cls: type[Config], fields: Mapping[str, Any]) -> Config:
+    """The config dataclass `cls` from the fields of a JSON file.
+
+    Raises:
+      UserError: fields that `cls` does not have, or too few.
+    """
+    known = {field.name: field for field in dataclasses.fields(cls)}
+    unknown = ", ".join(name for name in fields if name not in known)
+    missing = ", ".join(
+        name
+        for name, field in known.items()
+        if name not in fields and field.default is field.default_factory is dataclasses.MISSING
+    )
+    if unknown or missing:
+        found = f"unknown {unknown or 'none'}, missing {missing}" if missing else unknown
+        raise UserError(
+            f"expected fields of {cls.__name__} ({', '.join(known)}), found {found}; correct them"
+        )
+    return cls(**fields)
+
+
+def size_faults(given: Mapping[str, Any], sizes: Mapping[str, Any]) -> list[str]:
+    """What a config states otherwise than the tensors have it, each in words.
+
+    Args:
+      given: the config's fields; those that it lacks are no fault.
+      sizes: as the tensors' shapes have them.
+    """
+    return [
+        f"{name} {given[name]} (the tensors have {size})"
+        for name, size in sizes.items()
+        if given.get(name, size) != size
+    ]
+
+
+def refuse_other_config(faults: Sequence[str]) -> None:
+    """Raises UserError where `faults`, in words, tell that a config is not of these weights."""
+    if faults:
+        raise UserError(
+            f"expected the config of these weights, found {'; '.join(faults)}; give the two that "
+            "belong together"
+        )
+
+
+def matrix_shapes(
+    tensors: Mapping[str, Any], names: Sequence[str], what: str
+) -> list[tuple[int, int]]:
+    """Shapes of the matrices called `names`, which tell a model's sizes.
+
+    Args:
+      what: the model, in words.
+    Raises:
+      UserError: one of them is missing, or no matrix.
+    """
+    shapes = [tuple(tensors[name].shape) if name in tensors else () for name in names]
+    if any(len(shape) != 2 for shape in shapes):
+        pairs = ", ".join(f"{n} {s or '(missing)'}" for n, s in zip(names, shapes, strict=True))
+        found = ", ".join(list(tensors)[:5]) or "no tensor"
+        raise UserError(
+            f"expected {what}'s matrices, which tell its sizes, found {pairs} among {len(tensors)} "
+            f"tensors ({found}, ...); is --kind right, and are all shards there?"
+        )
+    return shapes
+
+
+def count_blocks(tensors: Mapping[str, Any], prefix: str) -> int:
+    """How many blocks a network has whose tensors are called `prefix`.NUMBER.SOMETHING."""
+    blocks = (re.match(rf"{re.escape(prefix)}\.(\d+)\.", name) for name in tensors)
+    return max((int(match[1]) + 1 for match in blocks if match), default=0)
+
+
+class Folder(NamedTuple):
+    """A model folder that was read: its parameters, its config's fields, and its `tower_name`."""
+
+    params: dict[str, Any]
+    config: dict[str, Any]
+    name: str
+
+
+def open_folder(
+    folder: str | Path, kind: str, *, sharding: Any = None, verify: bool = True
+) -> Folder:
+    """Reads a model folder made by `python -m convert --kind=KIND`.
+
+    Args:
+      sharding, verify: as microdit_jax.checkpoints.model_folder.load_model takes them.
+    Raises:
+      UserError: not a model folder, of another kind, or damaged.
+    """
+    params, metadata = load_model(folder, sharding=sharding, verify=verify)
+    if metadata["kind"] != kind:
+        raise UserError(
+            f"expected a model of kind {kind} in {folder}, found {metadata['kind']}; convert one "
+            f"with python -m convert --kind={kind}"
+        )
+    return Folder(params, metadata[kind], tower_name(metadata))
+
+
+def tower_name(metadata: Mapping[str, Any]) -> str:
+    """What data say made them, of a tower that came as a path: the checksum of its weights.
+
+    Args:
+      metadata: config.json of its model folder, with the sha256 of the file it was made from.
+    """
+    kind, weights = metadata["kind"], metadata.get("source", {}).get("sha256", "unknown")[:12]
+    if kind != "vae":
+        return f"{kind}:weights={weights}"
+    # Latents are multiplied by the scaling factor, which is no part of the weights.
+    channels, factor = (metadata[kind][key] for key in ("latent_channels", "scaling_factor"))
+    return f"{kind}:channels={channels},scaling_factor={factor:g},weights={weights}"

@@ -1,0 +1,284 @@
+"""A whole CLIP, for CLIP score: between OpenCLIP's or transformers' state dict and our parameters.
+
+The text tower's names are those of clip_text.py; the image tower's blocks have the same ones
+elsewhere in the file.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from microdit_jax.convert import clip_text
+from microdit_jax.convert.arguments import (
+    config_from_fields,
+    count_blocks,
+    open_folder,
+    refuse_other_config,
+    size_faults,
+)
+from microdit_jax.convert.clip_config import ACTIVATIONS
+from microdit_jax.convert.keymap import (
+    CONV,
+    LINEAR,
+    Entry,
+    Params,
+    Rule,
+    build_table,
+    to_params,
+    to_tensors,
+)
+from microdit_jax.convert.state_dict import StateDict
+from microdit_jax.encoders.clip import Clip, ClipConfig, ClipEncoder
+from microdit_jax.encoders.clip_image import ClipImageConfig
+from microdit_jax.encoders.clip_text import ClipTextConfig
+from microdit_jax.errors import UserError
+
+PART = KIND = "clip"
+
+_EMBEDDINGS = "vision_model.embeddings"
+_OWN = {
+    "openclip": [
+        Rule(r"text_projection", "text_projection"),
+        Rule(r"image_projection", "visual.proj"),
+        Rule(r"image/class_embedding", "visual.class_embedding"),
+        Rule(r"image/positional_embedding", "visual.positional_embedding"),
+        Rule(r"image/conv1/kernel", "visual.conv1.weight", CONV),
+        Rule(r"image/(ln_pre|ln_post)/scale", r"visual.\1.weight", exact=True),
+        Rule(r"image/(ln_pre|ln_post)/bias", r"visual.\1.bias", exact=True),
+    ],
+    "transformers": [
+        Rule(r"text_projection", "text_projection.weight", LINEAR),
+        Rule(r"image_projection", "visual_projection.weight", LINEAR),
+        Rule(r"image/class_embedding", f"{_EMBEDDINGS}.class_embedding"),
+        Rule(r"image/positional_embedding", f"{_EMBEDDINGS}.position_embedding.weight"),
+        Rule(r"image/conv1/kernel", f"{_EMBEDDINGS}.patch_embedding.weight", CONV),
+        # The misspelt name is transformers' own.
+        Rule(r"image/ln_pre/scale", "vision_model.pre_layrnorm.weight"),
+        Rule(r"image/ln_pre/bias", "vision_model.pre_layrnorm.bias"),
+        Rule(r"image/ln_post/scale", "vision_model.post_layernorm.weight"),
+        Rule(r"image/ln_post/bias", "vision_model.post_layernorm.bias"),
+    ],
+}
+# Where a text block's name becomes an image block's.
+_MOVED = {
+    "openclip": ("transformer.resblocks", "visual.transformer.resblocks"),
+    "transformers": ("text_model.encoder", "vision_model.encoder"),
+}
+_CONV = {"openclip": "visual.conv1.weight"}
+_CONV["transformers"] = f"{_EMBEDDINGS}.patch_embedding.weight"
+_FFN = {"openclip": "visual.transformer.resblocks.0.mlp.c_fc.weight"}
+_FFN["transformers"] = "vision_model.encoder.layers.0.mlp.fc1.weight"
+_IMAGE_BLOCKS = {"openclip": "visual.transformer.resblocks"}
+_IMAGE_BLOCKS["transformers"] = "vision_model.encoder.layers"
+
+
+def _rules(layout: str) -> list[Rule]:
+    """Rules of the whole, from those of the text tower."""
+    old, new = _MOVED[layout]
+
+    def inside(tower: str, rule: Rule, rename: Callable[[str], str]) -> Rule:
+        names = rule.name
+        names = rename(names) if isinstance(names, str) else [rename(name) for name in names]
+        return dataclasses.replace(rule, pattern=f"{tower}/{rule.pattern}", name=names)
+
+    text = clip_text.RULES[layout]
+    blocks = [rule for rule in text if rule.pattern.startswith("resblocks")]
+    return [
+        *(inside("text", rule, lambda name: name) for rule in text),
+        *(inside("image", rule, lambda name: name.replace(old, new)) for rule in blocks),
+        *_OWN[layout],
+        Rule(r"logit_scale", "logit_scale"),
+    ]
+
+
+def select(state_dict: Mapping[str, Any]) -> StateDict:
+    """Without tables of positions 0, 1, 2, ... that older files have, and without a "text." prefix.
+
+    OpenCLIP's models with a text tower of their own call it "text.".
+    """
+    tensors = {
+        name.removeprefix("text."): tensor
+        for name, tensor in state_dict.items()
+        if not name.endswith(".position_ids")
+    }
+    aside = len(state_dict) - len(tensors)
+    return StateDict(tensors, [f"ignored {aside} position_ids"] if aside else [])
+
+
+def infer_config(
+    state_dict: Mapping[str, Any], config_json: Mapping[str, Any] | None = None
+) -> ClipConfig:
+    """The config of the CLIP whose state dict this is.
+
+    Args:
+      config_json: contents of open_clip_config.json, of transformers' config.json, or ClipConfig's
+        fields.
+    Raises:
+      UserError: not such a CLIP, no config, or a config of another network.
+    """
+    if not config_json:
+        raise UserError(
+            "expected open_clip_config.json or config.json beside a CLIP's weights, found neither; "
+            "add that file: the weights do not tell the activation and the heads"
+        )
+    tensors = select(state_dict).tensors
+    layout = "transformers" if _CONV["transformers"] in tensors else "openclip"
+    sizes, given = _image_sizes(tensors, layout), _image_fields(config_json)
+    faults = size_faults(given, sizes)
+    refuse_other_config(faults)
+    text = clip_text.infer_config(tensors, config_json.get("text", config_json))
+    projection = tensors.get("text_projection", tensors.get("text_projection.weight"))
+    embed_dim = projection.shape[0 if layout == "transformers" else 1]
+    return ClipConfig(text, ClipImageConfig(**given | sizes), int(embed_dim))
+
+
+def from_torch(
+    state_dict: Mapping[str, np.ndarray],
+    config: ClipConfig,
+    *,
+    check_finite: bool = True,
+    progress: Callable[[int], Any] | None = None,
+) -> Params:
+    """A state dict of OpenCLIP or transformers as parameters of `Clip(config)`.
+
+    Raises:
+      UserError: tensors missing, unexpected, misshapen (all listed) or not finite.
+    """
+    tensors = select(state_dict).tensors
+    layout = "transformers" if _CONV["transformers"] in tensors else "openclip"
+    # transformers kept the scale as a vector of one for a while
+    if "logit_scale" in tensors and tensors["logit_scale"].shape == (1,):
+        tensors["logit_scale"] = tensors["logit_scale"].reshape(())
+    table = rename_table(config, layout)
+    return to_params(tensors, table, check_finite=check_finite, progress=progress)
+
+
+def to_torch(
+    params: Params, config: ClipConfig, *, layout: str = "openclip"
+) -> dict[str, np.ndarray]:
+    """Parameters of `Clip(config)` as a state dict in "openclip"'s or "transformers"' names.
+
+    Raises:
+      UserError: parameters missing, unexpected or misshapen; all are listed.
+    """
+    return to_tensors(params, rename_table(config, layout))
+
+
+def config_from_dict(fields: Mapping[str, Any]) -> ClipConfig:
+    """A ClipConfig from the fields of a model folder's config.json.
+
+    Raises:
+      UserError: a field that the config does not have.
+    """
+    towers = {"text": ClipTextConfig, "image": ClipImageConfig}
+    made = {name: config_from_fields(cls, fields.get(name, {})) for name, cls in towers.items()}
+    return config_from_fields(ClipConfig, {**fields, **made})
+
+
+def config_json(config: ClipConfig) -> dict[str, Any]:
+    """What infer_config needs beside the weights that to_torch gives: all fields."""
+    return dataclasses.asdict(config)
+
+
+def describe(config: ClipConfig) -> str:
+    """A config in one line."""
+    image = config.image
+    return (
+        f"pictures of {image.image_size} px in patches of {image.patch_size}, {image.layers} "
+        f"blocks of width {image.width}; text: {clip_text.describe(config.text)}; "
+        f"{config.embed_dim} in common"
+    )
+
+
+@functools.lru_cache(maxsize=16)
+def rename_table(config: ClipConfig, layout: str) -> Sequence[Entry]:
+    """Every tensor of a layout ("openclip", "transformers") with the parameter it belongs to."""
+    return tuple(build_table(_rules(layout), abstract_params(config)))
+
+
+def abstract_params(config: ClipConfig) -> Params:
+    """Shapes and types of the parameters of `Clip(config)`."""
+    side = config.image.image_size
+    pixels = jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32)
+    ids = jax.ShapeDtypeStruct((1, config.text.context_length), jnp.int32)
+    return jax.eval_shape(Clip(config).init, jax.random.key(0), pixels, ids)["params"]
+
+
+def load_encoder(
+    folder: str | Path, *, batch: int = 32, sharding: Any = None, verify: bool = True
+) -> ClipEncoder:
+    """The CLIP of a model folder made by `python -m convert --kind=clip`.
+
+    Raises:
+      UserError: not a model folder of this kind, or damaged.
+    """
+    found = open_folder(folder, KIND, sharding=sharding, verify=verify)
+    return ClipEncoder(found.name, config_from_dict(found.config), found.params, batch=batch)
+
+
+def _image_fields(config_json: Mapping[str, Any]) -> dict[str, Any]:
+    """ClipImageConfig's fields as far as a JSON file states them."""
+    if "model_cfg" in config_json:
+        model, prepare = config_json["model_cfg"], config_json.get("preprocess_cfg", {})
+        vision = model.get("vision_cfg", {})
+        for name in ("timm_model_name", "attentional_pool", "no_ln_pre", "ls_init_value"):
+            if vision.get(name):
+                raise UserError(
+                    f"expected a plain vision transformer, found {name} {vision[name]} in "
+                    "open_clip_config.json; this CLIP is not supported"
+                )
+        heads = {}
+        if "width" in vision:
+            heads = {"heads": vision["width"] // vision.get("head_width", 64)}
+        names = ("width", "layers", "image_size", "patch_size")
+        return {
+            "activation": "quick_gelu" if model.get("quick_gelu") else "gelu",
+            **heads,
+            **{name: vision[name] for name in names if name in vision},
+            **{name: tuple(prepare[name]) for name in ("mean", "std") if name in prepare},
+            "resize": prepare.get("resize_mode", "shortest"),
+        }
+    if "vision_config" in config_json:
+        vision = config_json["vision_config"]
+        act = vision.get("hidden_act", "quick_gelu")  # transformers' defaults, as for the rest
+        names = {
+            "width": ("hidden_size", 768),
+            "layers": ("num_hidden_layers", 12),
+            "heads": ("num_attention_heads", 12),
+            "ffn": ("intermediate_size", 3072),
+            "image_size": ("image_size", 224),
+            "patch_size": ("patch_size", 32),
+            "norm_eps": ("layer_norm_eps", 1e-5),
+        }
+        if act not in ACTIVATIONS:
+            raise UserError(
+                f"expected hidden_act {', '.join(ACTIVATIONS)} in config.json, found {act!r}"
+            )
+        fields = {ours: vision.get(*theirs) for ours, theirs in names.items()}
+        return {"activation": ACTIVATIONS[act], **fields}
+    if "image" in config_json:
+        return dataclasses.asdict(config_from_fields(ClipImageConfig, config_json["image"]))
+    raise UserError(
+        "expected open_clip_config.json (model_cfg), transformers' config.json (vision_config) or "
+        f"fields of ClipConfig, found {', '.join(list(config_json)[:8])}; give the CLIP's config"
+    )
+
+
+def _image_sizes(tensors: Mapping[str, Any], layout: str) -> dict[str, int]:
+    """ClipImageConfig's sizes as the tensors' shapes have them."""
+    found = [tuple(getattr(tensors.get(n), "shape", ())) for n in (_CONV[layout], _FFN[layout])]
+    if [len(shape) for shape in found] != [4, 2]:
+        names = ", ".join(list(tensors)[:5]) or "no tensor"
+        raise UserError(
+            f"expected a CLIP with both towers ({' or '.join(_CONV.values())}), found neither among"
+            f" {len(tensors)} tensors ({names}, ...); is --kind right?"
+        )
+    (width, _, patch, _), (ffn, _) = found
+    layers = count_blocks(tensors, _IMAGE_BLOCKS[layout])
+    return {"width": width, "patch_size": patch, "ffn": ffn, "layers": layers}

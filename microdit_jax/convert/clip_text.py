@@ -1,0 +1,308 @@
+"""CLIP's text tower: between OpenCLIP's or transformers' state dict and our parameters."""
+
+import dataclasses
+import functools
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from microdit_jax.convert.arguments import (
+    config_from_fields,
+    count_blocks,
+    matrix_shapes,
+    open_folder,
+    refuse_other_config,
+    size_faults,
+)
+from microdit_jax.convert.clip_config import stated_fields
+from microdit_jax.convert.keymap import (
+    LINEAR,
+    Entry,
+    Params,
+    Rule,
+    build_table,
+    to_params,
+    to_tensors,
+)
+from microdit_jax.convert.state_dict import StateDict
+from microdit_jax.encoders.clip_text import ClipText, ClipTextConfig, ClipTextEncoder
+from microdit_jax.encoders.tokenizers import END_OF_TEXT, PADDING
+from microdit_jax.encoders.transformer import BATCH
+from microdit_jax.errors import UserError
+
+__all__ = [
+    "PART",
+    "config_from_dict",
+    "config_json",
+    "describe",
+    "from_torch",
+    "infer_config",
+    "load_encoder",
+    "select",
+    "to_torch",
+]
+
+KIND = "clip_text"
+PART = "text"  # where OpenCLIP's models with a text tower of their own have it
+
+_BLOCK = "transformer.resblocks"
+_LAYER = "text_model.encoder.layers"
+_QKV = ("q_proj", "k_proj", "v_proj")
+# Our names are OpenCLIP's; its attention is one fused tensor, which transformers has as three.
+RULES = {
+    "openclip": [
+        Rule(r"positional_embedding", "positional_embedding"),
+        Rule(r"token_embedding/embedding", "token_embedding.weight"),
+        Rule(r"resblocks_(\d+)/attn_in_proj/kernel", rf"{_BLOCK}.\1.attn.in_proj_weight", LINEAR),
+        Rule(r"resblocks_(\d+)/attn_in_proj/bias", rf"{_BLOCK}.\1.attn.in_proj_bias"),
+        Rule(r"resblocks_(\d+)/(attn|mlp)_(\w+)/kernel", rf"{_BLOCK}.\1.\2.\3.weight", LINEAR),
+        Rule(r"resblocks_(\d+)/(attn|mlp)_(\w+)/bias", rf"{_BLOCK}.\1.\2.\3.bias"),
+        Rule(r"resblocks_(\d+)/(ln_\d)/scale", rf"{_BLOCK}.\1.\2.weight", exact=True),
+        Rule(r"resblocks_(\d+)/(ln_\d)/bias", rf"{_BLOCK}.\1.\2.bias", exact=True),
+        Rule(r"ln_final/scale", "ln_final.weight"),
+        Rule(r"ln_final/bias", "ln_final.bias"),
+    ],
+    "transformers": [
+        Rule(r"positional_embedding", "text_model.embeddings.position_embedding.weight"),
+        Rule(r"token_embedding/embedding", "text_model.embeddings.token_embedding.weight"),
+        Rule(
+            r"resblocks_(\d+)/attn_in_proj/kernel",
+            [rf"{_LAYER}.\1.self_attn.{name}.weight" for name in _QKV],
+            LINEAR,
+        ),
+        Rule(
+            r"resblocks_(\d+)/attn_in_proj/bias",
+            [rf"{_LAYER}.\1.self_attn.{name}.bias" for name in _QKV],
+        ),
+        Rule(
+            r"resblocks_(\d+)/attn_(out_proj)/kernel", rf"{_LAYER}.\1.self_attn.\2.weight", LINEAR
+        ),
+        Rule(r"resblocks_(\d+)/attn_(out_proj)/bias", rf"{_LAYER}.\1.self_attn.\2.bias"),
+        Rule(r"resblocks_(\d+)/mlp_c_fc/kernel", rf"{_LAYER}.\1.mlp.fc1.weight", LINEAR),
+        Rule(r"resblocks_(\d+)/mlp_c_fc/bias", rf"{_LAYER}.\1.mlp.fc1.bias"),
+        Rule(r"resblocks_(\d+)/mlp_c_proj/kernel", rf"{_LAYER}.\1.mlp.fc2.weight", LINEAR),
+        Rule(r"resblocks_(\d+)/mlp_c_proj/bias", rf"{_LAYER}.\1.mlp.fc2.bias"),
+        Rule(r"resblocks_(\d+)/ln_(\d)/scale", rf"{_LAYER}.\1.layer_norm\2.weight"),
+        Rule(r"resblocks_(\d+)/ln_(\d)/bias", rf"{_LAYER}.\1.layer_norm\2.bias"),
+        Rule(r"ln_final/scale", "text_model.final_layer_norm.weight"),
+        Rule(r"ln_final/bias", "text_model.final_layer_norm.bias"),
+    ],
+}
+# Where each layout has the token table, position table, and first block's feed-forward.
+_TOKENS = {"openclip": "token_embedding.weight"}
+_TOKENS["transformers"] = "text_model.embeddings.token_embedding.weight"
+_POSITIONS = {"openclip": "positional_embedding"}
+_POSITIONS["transformers"] = "text_model.embeddings.position_embedding.weight"
+_FFN = {"openclip": f"{_BLOCK}.0.mlp.c_fc.weight", "transformers": f"{_LAYER}.0.mlp.fc1.weight"}
+_BLOCKS = {"openclip": _BLOCK, "transformers": _LAYER}
+# What a CLIP has beside the text transformer; nothing here reads it.
+_ASIDE = re.compile(
+    r"(visual|vision_model|visual_projection|text_projection)\..*"
+    r"|text_projection|logit_scale|logit_bias|text_model\.embeddings\.position_ids"
+)
+_HEAD_DIM = 64  # of every CLIP text tower, where no config says otherwise
+
+
+def select(state_dict: Mapping[str, Any]) -> StateDict:
+    """The text transformer's tensors alone, and notes of what else of a CLIP was left aside.
+
+    Nothing is read: of a memory-mapped file with an image tower, that part stays on disk. Names
+    that no CLIP has stay in, for from_torch to refuse.
+    """
+    tensors, aside = {}, {}
+    # transformers 5 writes a text model alone without the prefix.
+    bare = "embeddings.token_embedding.weight" in state_dict
+    for name, tensor in state_dict.items():
+        if bare and re.match(r"(embeddings|encoder|final_layer_norm)\.", name):
+            name = f"text_model.{name}"
+        if _ASIDE.fullmatch(name):
+            top = name if name.endswith("position_ids") else name.split(".")[0]
+            aside.setdefault(top, []).append(name)
+        else:
+            tensors[name] = tensor
+    notes = [
+        f"ignored {len(names)} tensors of {top}." if names != [top] else f"ignored {top}"
+        for top, names in aside.items()
+    ]
+    return StateDict(tensors, notes)
+
+
+def infer_config(
+    state_dict: Mapping[str, Any],
+    config_json: Mapping[str, Any] | None = None,
+    *,
+    activation: str | None = None,
+    heads: int | None = None,
+    padding: int | None = None,
+) -> ClipTextConfig:
+    """The config of the text tower whose state dict this is.
+
+    Sizes come from the tensors' shapes, and must be those that config_json names.
+
+    Args:
+      state_dict: of a text tower or a whole CLIP, as OpenCLIP or transformers has it.
+      config_json: contents of open_clip_config.json, or of transformers' config.json, or
+        ClipTextConfig's fields.
+      activation: where there is no config: it cannot be told from the weights.
+      heads: where there is no config and they are not of width 64.
+      padding: id after a text's end. By default 0, but END_OF_TEXT for QuickGELU towers in
+        transformers' layout (Stable Diffusion 1.x; huggingface/diffusers issue 2201).
+    Raises:
+      UserError: not such a text tower, no activation, or a config of another network.
+    """
+    tensors = select(state_dict).tensors
+    layout = _layout(tensors)
+    sizes = _sizes(tensors, layout)
+    given = stated_fields(config_json or {})
+    faults = size_faults(given, sizes)
+    flags = {"activation": activation, "heads": heads, "padding": padding}
+    for name, value in flags.items():
+        if value is not None and given.setdefault(name, value) != value:
+            faults.append(f"{name} {given[name]} (asked for is {value})")
+    refuse_other_config(faults)
+    if "activation" not in given:
+        raise UserError(
+            "expected the activation of the text tower in open_clip_config.json or config.json "
+            "beside its weights, found neither; add that file, or give --activation (quick_gelu "
+            "for OpenAI's and DFN's CLIP and for SD 1.x, gelu for LAION's and SD 2.x; the weights "
+            "do not tell)"
+        )
+    if "heads" not in given and sizes["width"] % _HEAD_DIM:
+        raise UserError(
+            f"expected a width in a multiple of {_HEAD_DIM}, found {sizes['width']}; give --heads"
+        )
+    hf_openai = layout == "transformers" and given["activation"] == "quick_gelu"
+    computed = {
+        "heads": sizes["width"] // _HEAD_DIM,
+        "padding": END_OF_TEXT if hf_openai else PADDING,
+    }
+    return ClipTextConfig(**computed | given | sizes)
+
+
+def from_torch(
+    state_dict: Mapping[str, np.ndarray],
+    config: ClipTextConfig,
+    *,
+    check_finite: bool = True,
+    progress: Callable[[int], Any] | None = None,
+) -> Params:
+    """A state dict of OpenCLIP or transformers as parameters of `ClipText(config)`.
+
+    Strict: what `select` leaves is used exactly once, in the shape the config asks for.
+
+    Args:
+      check_finite: refuse, and name, tensors with NaN or infinite values.
+      progress: called with the number of bytes just checked.
+    Returns:
+      A nested dict of float32 numpy arrays; transposed views of the given ones where those are
+      float32, but for attention's fused q, k and v out of transformers' layout.
+    Raises:
+      UserError: tensors missing, unexpected, misshapen (all listed) or not finite.
+    """
+    tensors = select(state_dict).tensors
+    table = rename_table(config, _layout(tensors))
+    return to_params(tensors, table, check_finite=check_finite, progress=progress)
+
+
+def to_torch(
+    params: Params, config: ClipTextConfig, *, layout: str = "openclip"
+) -> dict[str, np.ndarray]:
+    """Parameters of `ClipText(config)` as a state dict, views wherever possible.
+
+    Args:
+      layout: whose names: "openclip", or "transformers" for its CLIPTextModel. Neither has the
+        projection and logit_scale that a whole CLIP has beside them: they were never read.
+    Raises:
+      UserError: parameters missing, unexpected or misshapen; all are listed.
+    """
+    return to_tensors(params, rename_table(config, layout))
+
+
+def config_from_dict(fields: Mapping[str, Any]) -> ClipTextConfig:
+    """A ClipTextConfig from the fields of a model folder's config.json.
+
+    Raises:
+      UserError: a field that ClipTextConfig does not have.
+    """
+    return config_from_fields(ClipTextConfig, fields)
+
+
+def config_json(config: ClipTextConfig) -> dict[str, Any]:
+    """What infer_config needs beside the weights that to_torch gives: all fields."""
+    return dataclasses.asdict(config)
+
+
+def describe(config: ClipTextConfig) -> str:
+    """A config in one line."""
+    return (
+        f"{config.layers} blocks of width {config.width}, {config.heads} heads, "
+        f"{config.activation}, {config.context_length} tokens padded with {config.padding}"
+    )
+
+
+@functools.lru_cache(maxsize=32)
+def rename_table(config: ClipTextConfig, layout: str) -> Sequence[Entry]:
+    """Every tensor of a layout ("openclip", "transformers") with the parameter it belongs to."""
+    return tuple(build_table(RULES[layout], abstract_params(config)))
+
+
+def abstract_params(config: ClipTextConfig) -> Params:
+    """Shapes and types of the parameters of `ClipText(config)`."""
+    ids = jax.ShapeDtypeStruct((1, config.context_length), jnp.int32)
+    return jax.eval_shape(ClipText(config).init, jax.random.key(0), ids)["params"]
+
+
+def load_encoder(
+    folder: str | Path,
+    name: str | None = None,
+    *,
+    dtype: str | None = None,
+    batch: int = BATCH,
+    **options: Any,
+) -> ClipTextEncoder:
+    """The text tower of a model folder made by `python -m convert --kind=clip_text`.
+
+    Args:
+      name: what data and models carry to find it again; by default the weights' checksum.
+      dtype: type of the computation; None keeps the model's own.
+      batch: texts the tower takes at once.
+      options: `sharding` and `verify`, as for microdit_jax.checkpoints.model_folder.load_model.
+    Raises:
+      UserError: not a model folder of this kind, or damaged.
+    """
+    found = open_folder(folder, KIND, **options)
+    config = config_from_dict(found.config)
+    if dtype is not None:
+        config = dataclasses.replace(config, dtype=dtype)
+    return ClipTextEncoder(name or found.name, config, found.params, batch=batch)
+
+
+def _layout(tensors: Mapping[str, Any]) -> str:
+    for layout, name in _TOKENS.items():
+        if name in tensors:
+            return layout
+    found = ", ".join(list(tensors)[:5]) or "no tensor"
+    raise UserError(
+        f"expected a CLIP text tower with {' or '.join(_TOKENS.values())}, found neither among "
+        f"{len(tensors)} tensors ({found}, ...); is --kind right?"
+    )
+
+
+def _sizes(tensors: Mapping[str, Any], layout: str) -> dict[str, int]:
+    """ClipTextConfig's sizes as the tensors' shapes have them."""
+    names = (_TOKENS[layout], _POSITIONS[layout], _FFN[layout])
+    (vocab_size, width), (context_length, _), (ffn, _) = matrix_shapes(
+        tensors, names, "a CLIP text tower"
+    )
+    return {
+        "width": width,
+        "layers": count_blocks(tensors, _BLOCKS[layout]),
+        "context_length": context_length,
+        "vocab_size": vocab_size,
+        "ffn": ffn,
+    }

@@ -1,0 +1,223 @@
+"""Reads a MicroDiT's config off the shapes of its state dict, so that nothing is said twice."""
+
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping
+from fractions import Fraction
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from jaxtyping import Float
+
+from microdit_jax.convert.dit_table import rename_table
+from microdit_jax.errors import UserError
+from microdit_jax.models.dit import DiTConfig, MicroDiT_Tiny_2, MicroDiT_XL_2
+from microdit_jax.models.layers import round_up, sincos_pos_embed
+
+NEEDED = ("x_embedder.proj.weight", "pos_embed", "y_embedder.y_proj.fc1.weight")
+PRESETS = {(1024, 28, 768): MicroDiT_XL_2, (512, 16, 512): MicroDiT_Tiny_2}
+LARGEST_HEAD = 128  # wider heads do not exist in practice, so a wider common divisor tells nothing
+
+
+def infer_config(
+    state_dict: Mapping[str, Any],
+    *,
+    head_dim: int | None = None,
+    expert_capacity: float = 2.0,
+) -> DiTConfig:
+    """The config of the network whose state dict this is.
+
+    Sizes come from the tensors' shapes and pos_interp_scale from pos_embed's values; XL/2 and
+    Tiny/2 are recognised, any other network gets multipliers that give exactly its widths.
+
+    Args:
+      state_dict: the reference's bare names; tensors missing elsewhere are left to from_torch.
+      head_dim: width of a head, where shapes cannot tell: they fix only a common divisor, and for
+        a custom network the largest one is taken.
+      expert_capacity: not in the file; 2.0 in all released models.
+    Raises:
+      UserError: not a MicroDiT, widths no config gives, or a head_dim that shapes leave open.
+    """
+    missing = [name for name in NEEDED if name not in state_dict]
+    if missing:
+        found = ", ".join(list(state_dict)[:5]) or "no tensor"
+        raise UserError(
+            f"expected a MicroDiT state dict, found none of {', '.join(missing)} among its "
+            f"{len(state_dict)} tensors ({found}, ...); is --kind right?"
+        )
+    shapes = {name: tuple(tensor.shape) for name, tensor in state_dict.items()}
+    if len(shapes["x_embedder.proj.weight"]) != 4 or len(shapes["pos_embed"]) != 3:
+        raise UserError(
+            "expected x_embedder.proj.weight (d, channels, p, p) and pos_embed (1, t, d), found "
+            f"{shapes['x_embedder.proj.weight']} and {shapes['pos_embed']}; is --kind right?"
+        )
+    dim, channels, patch, _ = shapes["x_embedder.proj.weight"]
+    t = shapes["pos_embed"][1]
+    if math.isqrt(t) ** 2 != t:
+        raise UserError(
+            f"expected a square grid of tokens, found pos_embed {shapes['pos_embed']}; "
+            "only square models exist"
+        )
+    backbone, mixer = _blocks(shapes, "blocks", dim), _blocks(shapes, "patch_mixer", dim)
+    experts = [b["experts"] for b in backbone + mixer if b["experts"]]
+    common = {
+        "in_channels": channels,
+        "patch_size": patch,
+        "input_size": math.isqrt(t) * patch,
+        "caption_channels": shapes["y_embedder.y_proj.fc1.weight"][-1],
+        "pos_interp_scale": interp_scale(state_dict["pos_embed"]) or 1.0,
+        "num_experts": experts[0] if experts else 8,
+        "expert_capacity": expert_capacity,
+        "experts_every_n": _every(backbone, mixer),
+    }
+    preset = PRESETS.get((dim, len(backbone), mixer[0]["dim"] if mixer else dim))
+    if preset and head_dim in (None, preset().head_dim):
+        config = preset(**common)
+        if _share_that_fits(shapes, config) > 0.9:  # from_torch names the rest
+            return config
+    return _custom(shapes, dim, backbone, mixer, head_dim, common)
+
+
+def interp_scale(pos_embed: Float[np.ndarray, "1 t d"]) -> float | None:
+    """The pos_interp_scale a position embedding (1, t, d) was made with; None if by none.
+
+    The last column's angles are (grid - 1) / scale times each frequency: taken from the lowest
+    frequency, which never wraps, up to the highest, which is the most exact.
+    """
+    grid, dim = math.isqrt(pos_embed.shape[1]), pos_embed.shape[-1]
+    table = np.asarray(pos_embed[0], np.float32)
+    if grid == 1:
+        return 1.0
+    half = dim // 4
+    frequencies = 1.0 / 10000 ** (np.arange(half) / half)
+    last = table[grid - 1].astype(np.float64)  # row 0, last column
+    position = 0.0
+    for i in reversed(range(half)):
+        angle = math.atan2(last[i], last[half + i])
+        turns = round((position * frequencies[i] - angle) / (2 * math.pi))
+        position = (angle + 2 * math.pi * turns) / frequencies[i]
+    if position <= 0:
+        return None
+    exact = (grid - 1) / position
+    # The nearest simple number that gives the very table.
+    guesses = [float(Fraction(exact).limit_denominator(n)) for n in (1, 2, 4, 8, 16, 64, 1000)]
+    for scale in [*guesses, exact]:
+        if scale > 0:
+            error = np.abs(sincos_pos_embed(dim, grid, scale) - table).max()
+            if error <= 4 * float(ml_dtypes.finfo(pos_embed.dtype).eps):
+                return scale
+    return None
+
+
+def _blocks(shapes: Mapping[str, tuple], prefix: str, dim: int) -> list[dict[str, int]]:
+    """Each block's width, self-attention width, feed-forward width and experts (0: dense)."""
+    indices = (re.match(rf"{prefix}\.(\d+)\.", name) for name in shapes)
+    depth = max((int(match[1]) + 1 for match in indices if match), default=0)
+    blocks = []
+    for i in range(depth):
+        names = {n: shapes[f"{prefix}.{i}.{n}"] for n in BLOCK if f"{prefix}.{i}.{n}" in shapes}
+        sizes = {size: n for name, shape in names.items() for size, n in BLOCK[name](shape)}
+        width = sizes.get("dim", dim)
+        blocks.append({"dim": width, "attn": width, "ffn": 0, "experts": 0} | sizes)
+    return blocks
+
+
+# What each tensor of a block tells of its sizes; several tell the same, so that one may be missing.
+BLOCK: dict[str, Callable[[tuple], Iterable[tuple[str, int]]]] = {
+    "norm1.weight": lambda s: [("dim", s[0])],
+    "attn.proj.weight": lambda s: [("dim", s[0]), ("attn", s[1])],
+    "attn.qkv.weight": lambda s: [("dim", s[1]), ("attn", s[0] // 3)],
+    "mlp.w3.weight": lambda s: [("ffn", s[1])],
+    "mlp.w1.weight": lambda s: [("ffn", s[0])],
+    "mlp.w2": lambda s: [("experts", s[0]), ("ffn", s[1])],
+    "mlp.w1": lambda s: [("experts", s[0]), ("ffn", s[2])],
+}
+
+
+def _every(backbone: list[dict], mixer: list[dict]) -> int:
+    """experts_every_n from which blocks have experts."""
+    found = [bool(b["experts"]) for b in backbone], [bool(b["experts"]) for b in mixer]
+    depths = len(backbone), len(mixer)
+    for n in range(1, max(depths) + 2):
+        every = [(i + 1) % n == 0 and i < depths[0] - 1 for i in range(depths[0])]
+        if (every, [(i + 1) % n == 0 and i > 0 for i in range(depths[1])]) == found:
+            return n
+    where = [[i for i, is_moe in enumerate(kind) if is_moe] for kind in found]
+    raise UserError(
+        "expected experts in every n-th block (not in the backbone's last), found them in blocks "
+        f"{where[0]} and patch_mixer {where[1]}; no config gives this"
+    )
+
+
+def _share_that_fits(shapes: Mapping[str, tuple], config: DiTConfig) -> float:
+    """The share of a config's tensors that the file has in their shapes."""
+    table = rename_table(config)
+    return sum(shapes.get(e.torch_name) == e.torch_shape for e in table) / len(table)
+
+
+def _custom(shapes, dim, backbone, mixer, head_dim, common) -> DiTConfig:
+    mixer_dim = mixer[0]["dim"] if mixer else dim
+    halves = [b["attn"] // 2 for b in backbone + mixer if b["attn"] != b["dim"]]
+    largest = math.gcd(dim, mixer_dim, *halves)
+    if head_dim is None and largest > LARGEST_HEAD:
+        raise UserError(
+            f"expected widths that tell the head's, found only that it divides {largest}; "
+            "give --head_dim"
+        )
+    if head_dim is not None and largest % head_dim:
+        raise UserError(f"expected a head_dim that divides {largest}, found {head_dim}; correct it")
+    caption_ffn = shapes.get("y_emb_preprocess.mlp.w1.weight", (0,))[0]
+    common_factor = math.gcd(caption_ffn, *(b["ffn"] for b in backbone + mixer))
+    factors = [m for m in range(common_factor, 0, -1) if common_factor % m == 0]
+    for multiple in [256] * (256 in factors) + factors:
+        ratio = _mixer_ratio(mixer, multiple)
+        if ratio and round_up(int(2 * int(4.0 * dim) / 3), multiple) == caption_ffn:
+            break
+    else:
+        widths = sorted({b["ffn"] for b in backbone + mixer})
+        raise UserError(
+            f"expected feed-forward widths that one config gives, found {caption_ffn} in "
+            f"y_emb_preprocess, {widths} in the blocks; give --config"
+        )
+    mixer_attn = {b["attn"] for b in mixer} or {mixer_dim}
+    if len(mixer_attn) > 1:
+        raise UserError(f"expected one attention width in the mixer, found {sorted(mixer_attn)}")
+    return DiTConfig(
+        dim=dim,
+        depth=len(backbone),
+        head_dim=head_dim or largest,
+        multiple_of=multiple,
+        qkv_multipliers=[b["attn"] / b["dim"] for b in backbone],
+        ffn_multipliers=[_ratio(_inner(b), b["dim"]) for b in backbone],
+        use_patch_mixer=bool(mixer),
+        patch_mixer_depth=len(mixer),
+        patch_mixer_dim=mixer_dim,
+        patch_mixer_qkv_ratio=mixer_attn.pop() / mixer_dim,
+        patch_mixer_mlp_ratio=ratio,
+        use_bias="blocks.0.attn.qkv.bias" in shapes,
+        **common,
+    )
+
+
+def _inner(block: dict[str, int]) -> int:
+    """int(d * ratio) that gives the block's feed-forward width: SwiGLU takes two thirds of it."""
+    return block["ffn"] if block["experts"] else math.ceil(1.5 * block["ffn"])
+
+
+def _ratio(inner: int, dim: int) -> float:
+    """A ratio with int(dim * ratio) == inner."""
+    ratio = inner / dim
+    return ratio if int(dim * ratio) == inner else math.nextafter(ratio, math.inf)
+
+
+def _mixer_ratio(mixer: list[dict], multiple: int) -> float | None:
+    """The one mlp_ratio that gives all mixer blocks' widths, dense and experts; None if none."""
+    if not mixer:
+        return 4.0
+    highest = max(_inner(b) for b in mixer)
+    for inner in range(highest, max(highest - 2 * multiple, 0), -1):
+        dense, moe = round_up(int(2 * inner / 3), multiple), round_up(inner, multiple)
+        if all(b["ffn"] == (moe if b["experts"] else dense) for b in mixer):
+            return _ratio(inner, mixer[0]["dim"])
+    return None

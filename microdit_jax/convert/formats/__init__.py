@@ -1,0 +1,1 @@
+"""Reads and writes .pt and .safetensors files without torch."""

@@ -1,0 +1,46 @@
+"""Bytes of checkpoints: files mapped into memory, and tensors as bytes, a chunk at a time."""
+
+import mmap
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Shaped, UInt8
+
+from microdit_jax.errors import UserError
+
+CHUNK = 1 << 24  # bytes handled at a time, so that no second copy of a file is ever held
+
+
+def map_bytes(path: str | os.PathLike) -> UInt8[np.ndarray, " b"]:
+    """The file as a read-only uint8 array, read page by page when touched.
+
+    Raises:
+      UserError: there is no such file, or it is a folder or empty.
+    """
+    path = Path(path)
+    if not path.is_file():
+        found = "a folder" if path.is_dir() else "nothing"
+        raise UserError(f"expected a checkpoint file at {path}, found {found}; check the path")
+    if not path.stat().st_size:
+        raise UserError(f"expected a checkpoint at {path}, found an empty file; fetch it again")
+    with path.open("rb") as file:
+        return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
+
+
+def byte_chunks(tensor: Shaped[np.ndarray, "..."], dtype: np.dtype) -> Iterator[memoryview]:
+    """The tensor's bytes in row-major order as `dtype`, a few MB at a time.
+
+    Works for transposed views too, without a contiguous copy of the whole.
+    """
+    if not tensor.size:
+        return
+    if tensor.flags.c_contiguous:
+        rows, step = tensor.reshape(-1), CHUNK // dtype.itemsize
+    else:
+        rows = tensor
+        step = max(1, CHUNK * len(tensor) // (tensor.size * dtype.itemsize))
+    for start in range(0, len(rows), step):
+        part = np.ascontiguousarray(rows[start : start + step]).astype(dtype, copy=False)
+        yield memoryview(part.reshape(-1).view(np.uint8))

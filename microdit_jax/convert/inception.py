@@ -1,0 +1,117 @@
+"""The FID network: between the public PyTorch conversion of Inception-v3 and our parameters."""
+
+import functools
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from microdit_jax.convert.arguments import config_from_fields
+from microdit_jax.convert.keymap import (
+    CONV,
+    LINEAR,
+    Entry,
+    Params,
+    Rule,
+    build_table,
+    to_params,
+    to_tensors,
+)
+from microdit_jax.convert.state_dict import StateDict
+from microdit_jax.errors import UserError
+from microdit_jax.metrics.inception import WIDTH, InceptionConfig, make_inception
+
+PART = "inception"
+_FIRST, _LAST = "Conv2d_1a_3x3.conv.weight", "fc.weight"
+_NORM = {"scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
+
+
+def _dotted(match: re.Match) -> str:
+    return match[1].replace("/", ".")
+
+
+# exact: names such as branch5x5_1 are no list's.
+RULES = [
+    Rule(r"(.*)/conv/kernel", lambda m: f"{_dotted(m)}.conv.weight", CONV, exact=True),
+    Rule(r"(.*)/bn/(\w+)", lambda m: f"{_dotted(m)}.bn.{_NORM[m[2]]}", exact=True),
+    Rule(r"fc/kernel", "fc.weight", LINEAR),
+    Rule(r"fc/bias", "fc.bias"),
+]
+
+
+def select(state_dict: Mapping[str, Any]) -> StateDict:
+    """Without the counters of training batches, which PyTorch adds to batch norms."""
+    tensors = {k: v for k, v in state_dict.items() if not k.endswith(".num_batches_tracked")}
+    counters = len(state_dict) - len(tensors)
+    return StateDict(tensors, [f"ignored {counters} num_batches_tracked"] if counters else [])
+
+
+def infer_config(state_dict: Mapping[str, Any]) -> InceptionConfig:
+    """The config of the network whose state dict this is.
+
+    Raises:
+      UserError: not an Inception-v3, or torchvision's, which is another network.
+    """
+    shapes = [tuple(getattr(state_dict.get(name), "shape", ())) for name in (_FIRST, _LAST)]
+    if [len(shape) for shape in shapes] != [4, 2] or WIDTH % max(1, shapes[0][0]):
+        found = ", ".join(list(state_dict)[:3]) or "no tensor"
+        raise UserError(
+            f"expected Inception-v3 with {_FIRST} and {_LAST}, found {len(state_dict)} tensors "
+            f"({found}, ...); give pt_inception-2015-12-05-6726825d.pth"
+        )
+    if any(name.startswith("AuxLogits") for name in state_dict):
+        raise UserError(
+            "expected the FID network of 2015, found torchvision's Inception-v3 with its auxiliary "
+            "head; give pt_inception-2015-12-05-6726825d.pth, other weights give another FID"
+        )
+    return InceptionConfig(classes=shapes[1][0], divisor=WIDTH // shapes[0][0])
+
+
+def from_torch(
+    state_dict: Mapping[str, np.ndarray],
+    config: InceptionConfig,
+    *,
+    check_finite: bool = True,
+    progress: Callable[[int], Any] | None = None,
+) -> Params:
+    """The public state dict as parameters of `Inception`; statistics of batch norms are kept.
+
+    Raises:
+      UserError: tensors missing, unexpected, misshapen (all listed) or not finite.
+    """
+    tensors = select(state_dict).tensors
+    return to_params(tensors, rename_table(config), check_finite=check_finite, progress=progress)
+
+
+def to_torch(params: Params, config: InceptionConfig) -> dict[str, np.ndarray]:
+    """Parameters of `Inception` as a state dict, views wherever possible.
+
+    Raises:
+      UserError: parameters missing, unexpected or misshapen; all are listed.
+    """
+    return to_tensors(params, rename_table(config))
+
+
+def config_from_dict(fields: Mapping[str, Any]) -> InceptionConfig:
+    """An InceptionConfig from the fields of a model folder's config.json."""
+    return config_from_fields(InceptionConfig, fields)
+
+
+def describe(config: InceptionConfig) -> str:
+    """A config in one line."""
+    return f"Inception-v3 for FID, {2048 // config.divisor} features, {config.classes} classes"
+
+
+@functools.lru_cache(maxsize=8)
+def rename_table(config: InceptionConfig) -> Sequence[Entry]:
+    """Every parameter of the network with its torch name, both shapes and the transform."""
+    return tuple(build_table(RULES, abstract_params(config)))
+
+
+def abstract_params(config: InceptionConfig) -> Params:
+    """Shapes and types of the parameters of `Inception`."""
+    x = jax.ShapeDtypeStruct((1, 299, 299, 3), jnp.float32)
+    return jax.eval_shape(make_inception(config).init, jax.random.key(0), x)["params"]

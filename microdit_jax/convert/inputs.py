@@ -1,0 +1,146 @@
+"""Finds the weights and the config.json in what a user points at: a file, or a model's folder."""
+
+import contextlib
+import hashlib
+import json
+import os
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from microdit_jax.convert.formats.file_bytes import map_bytes
+from microdit_jax.convert.formats.safetensors_file import looks_like_safetensors, read_safetensors
+from microdit_jax.convert.kinds import Kind
+from microdit_jax.convert.state_dict import StateDict, read_state_dict
+from microdit_jax.errors import UserError
+from microdit_jax.files import sha256
+
+CONFIG = "config.json"
+SUFFIXES = (".safetensors", ".fp16.safetensors", ".bin", ".fp16.bin", ".pt")  # the best one first
+
+
+class Input(NamedTuple):
+    """Files of weights, config.json's contents if there is one, and how these were chosen."""
+
+    files: tuple[Path, ...]
+    config: dict[str, Any] | None
+    config_from: str
+    notes: list[str]
+
+
+def find_input(path: Path, kind: Kind) -> Input:
+    """The weights and the config of one model.
+
+    Args:
+      path: a file; a folder in the layout of diffusers, transformers or OpenCLIP (config.json and
+        weights, whole or in shards with an index); or a pipeline's folder with that inside.
+    Raises:
+      UserError: a folder without weights, or a config.json that is not JSON.
+    """
+    if not kind.config_keys:
+        return Input((path,), None, "", [])
+    if not path.is_dir():
+        # A config.json of another kind of model, beside a single file, belongs to something else.
+        if beside := _find_config(path.parent, kind):
+            return Input((path,), *beside, [])
+        text = read_note(path, CONFIG)
+        return Input((path,), json.loads(text) if text else None, path.name if text else "", [])
+    for folder in (path, *(path / name for name in kind.subfolders)):
+        if files := _weights(folder, kind.stems):
+            config, config_from = _find_config(folder, kind) or (None, "")
+            notes = [] if folder == path else [f"taken from its folder {folder.name}"]
+            notes.append(f"weights in {', '.join(file.name for file in files)}")
+            return Input(files, config, config_from, notes)
+    wanted = " or ".join(f"{stem}{SUFFIXES[0]}" for stem in kind.stems)
+    found = ", ".join(sorted(p.name for p in path.iterdir())[:8]) or "nothing"
+    raise UserError(
+        f"expected {wanted} (or .bin) in {path} or its folder {' or '.join(kind.subfolders)}, "
+        f"found {found}; give the weights' file or folder"
+    )
+
+
+def _find_config(folder: Path, kind: Kind) -> tuple[dict[str, Any], str] | None:
+    """The contents and the path of the config that describes a kind's model in a folder."""
+    for file in (folder / name for name in kind.config_files):
+        config = read_config(file)
+        if config and set(kind.config_keys) & set(config):
+            return config, str(file)
+    return None
+
+
+def read_tensors(files: Sequence[Path], part: str | None) -> StateDict:
+    """The tensors of all files together.
+
+    Raises:
+      UserError: a file cannot be read, or a tensor is in two of them.
+    """
+    tensors: dict[str, np.ndarray] = {}
+    notes: list[str] = []
+    for file in files:
+        found = read_state_dict(file, part)
+        doubled = [name for name in found.tensors if name in tensors]
+        if doubled:
+            raise UserError(
+                f"expected every tensor once, found {', '.join(doubled[:5])} again in {file}; "
+                "remove what is not part of the model"
+            )
+        tensors |= found.tensors
+        notes += [note for note in found.notes if note not in notes]
+    return StateDict(tensors, notes)
+
+
+def describe_source(files: Sequence[Path]) -> dict[str, Any]:
+    """Name, size and checksum of the weights; of several files, the checksum of all checksums."""
+    for file in files:
+        map_bytes(file)  # that it exists and is not empty
+    digests = [sha256(file) for file in files]
+    digest = digests[0] if len(files) == 1 else hashlib.sha256("".join(digests).encode())
+    return {
+        "file": ", ".join(file.name for file in files),
+        "bytes": sum(file.stat().st_size for file in files),
+        "sha256": digest if isinstance(digest, str) else digest.hexdigest(),
+    }
+
+
+def read_config(path: Path) -> dict[str, Any] | None:
+    """A JSON file's object, or None where there is none.
+
+    Raises:
+      UserError: it is not JSON.
+    """
+    if not path.is_file():
+        return None
+    try:
+        contents = json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"expected JSON in {path}, found {error}; fetch it again") from error
+    return contents if isinstance(contents, dict) else None
+
+
+def read_note(path: Path, name: str) -> str | None:
+    """What python -m convert wrote into a file beside its tensors, or None."""
+    if not path.is_file() or path.stat().st_size < 9:
+        return None
+    if path.suffix == ".safetensors" or looks_like_safetensors(path):
+        return read_safetensors(path)[1].get(name)
+    with contextlib.suppress(zipfile.BadZipFile, KeyError, OSError):
+        with zipfile.ZipFile(path) as archive:
+            return archive.read(f"archive/extra/{name}").decode()
+    return None
+
+
+def _weights(folder: Path, stems: Sequence[str]) -> tuple[Path, ...]:
+    for stem in stems:
+        for suffix in SUFFIXES:
+            file = folder / f"{stem}{suffix}"
+            if file.is_file():
+                return (file,)
+            index = folder / f"{stem}{suffix}.index.json"
+            if index.is_file():
+                names = sorted(set((read_config(index) or {}).get("weight_map", {}).values()))
+                # A shard must lie in this very folder.
+                return tuple(folder / os.path.basename(name) for name in names)
+    return ()

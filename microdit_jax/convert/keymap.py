@@ -1,0 +1,251 @@
+"""The rename table between PyTorch's state dicts and Flax parameter trees, and its accounting.
+
+A model's converter is a list of rules from Flax paths ("blocks_3/attn/qkv/kernel") to torch names
+("blocks.3.attn.qkv.weight"), each with a transform that knows both layouts. `build_table` applies
+them to the shapes the Flax model expects; the table then converts both ways and accounts for every
+tensor: missing, unexpected, doubly mapped and misshapen ones are listed all at once.
+"""
+
+import dataclasses
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Shaped
+
+from microdit_jax.convert.formats.file_bytes import CHUNK
+from microdit_jax.errors import UserError
+from microdit_jax.trees import flatten, unflatten
+
+Shape = tuple[int, ...]
+Params = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Transform:
+    """How one array is laid out on either side; both directions return views where they can.
+
+    Attributes:
+      torch_shape: the torch tensor's shape, from the Flax parameter's.
+      to_flax: torch tensor, Flax shape -> Flax parameter.
+      to_torch: Flax parameter, torch shape -> torch tensor.
+    """
+
+    torch_shape: Callable[[Shape], Shape]
+    to_flax: Callable[[np.ndarray, Shape], np.ndarray]
+    to_torch: Callable[[np.ndarray, Shape], np.ndarray]
+
+
+SAME = Transform(lambda shape: shape, lambda a, _: a, lambda a, _: a)
+# Linear layers: weight (out, in) <-> kernel (in, out).
+LINEAR = Transform(lambda shape: shape[::-1], lambda a, _: a.T, lambda a, _: a.T)
+# Convolutions: weight (out, in, height, width) <-> kernel (height, width, in, out).
+CONV = Transform(
+    lambda shape: (shape[3], shape[2], shape[0], shape[1]),
+    lambda a, _: a.transpose(2, 3, 1, 0),
+    lambda a, _: a.transpose(3, 2, 0, 1),
+)
+
+
+def patch_conv(channels: int, patch: int) -> Transform:
+    """A convolution whose stride is its size: weight (d, C, p, p) <-> kernel (C p p, d)."""
+    return Transform(
+        lambda shape: (shape[1], channels, patch, patch),
+        lambda a, shape: a.reshape(shape[1], shape[0]).T,
+        lambda a, shape: a.T.reshape(shape),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """Flax paths that fully match `pattern` belong to the torch tensor `name`.
+
+    `name` may refer to the pattern's groups as re.sub does (r"\\1.weight"), or be a function of the
+    match; '/' becomes '.' and a list's glued index ("blocks_3") its own part ("blocks.3") after,
+    unless `exact`. Several names: the parameter is fused of these tensors, equal in shape, stacked
+    along their first axis before the transform (q, k and v of one projection).
+    """
+
+    pattern: str
+    name: str | Callable[[re.Match], str] | Sequence[str]
+    transform: Transform = SAME
+    exact: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One line of the rename table: a torch tensor, and the parameter it is, or is a part of.
+
+    Attributes:
+      part: (i, count): the tensor is the i-th of `count` that are fused into the parameter.
+    """
+
+    path: str
+    flax_shape: Shape
+    torch_name: str
+    torch_shape: Shape
+    transform: Transform
+    part: tuple[int, int] = (0, 1)
+
+
+def torch_name(path: str) -> str:
+    """blocks_3/attn/qkv -> blocks.3.attn.qkv."""
+    return re.sub(r"_(\d+)(?=[/.]|$)", r".\1", path).replace("/", ".")
+
+
+def build_table(rules: Sequence[Rule], expected: Mapping[str, Any]) -> list[Entry]:
+    """The rename table for the parameters that a Flax model expects.
+
+    Args:
+      rules: the first whose pattern matches a path applies.
+      expected: nested dict whose leaves have a shape, such as jax.eval_shape of the model's init.
+    Raises:
+      ValueError: a path that no rule matches, or two that come to the same tensor: a fault of the
+        rules, not of a file.
+    """
+    table = []
+    for path, leaf in flatten(expected).items():
+        for rule in rules:
+            if match := re.fullmatch(rule.pattern, path):
+                table += _entries(rule, match, tuple(leaf.shape))
+                break
+        else:
+            raise ValueError(f"no rule matches the parameter {path}")
+    doubled = [n for n, count in Counter(e.torch_name for e in table).items() if count > 1]
+    if doubled:
+        raise ValueError(f"several parameters come from one tensor: {', '.join(doubled)}")
+    return table
+
+
+def _entries(rule: Rule, match: re.Match, shape: Shape) -> list[Entry]:
+    """The table's lines for the parameter whose path is `match`."""
+    templates = [rule.name] if callable(rule.name) or isinstance(rule.name, str) else rule.name
+    names = [name(match) if callable(name) else match.expand(name) for name in templates]
+    if not rule.exact:
+        names = [torch_name(name) for name in names]
+    whole, count = tuple(rule.transform.torch_shape(shape)), len(names)
+    if count > 1 and whole[0] % count:
+        raise ValueError(f"{match[0]} {shape} does not fall into {count} equal tensors")
+    part_shape = (whole[0] // count, *whole[1:]) if count > 1 else whole
+    return [
+        Entry(match[0], shape, name, part_shape, rule.transform, (i, count))
+        for i, name in enumerate(names)
+    ]
+
+
+def is_finite(tensor: Shaped[np.ndarray, "..."]) -> bool:
+    """Whether no value is NaN or infinite, looked at a few MB at a time."""
+    if tensor.dtype.kind not in "fV" or not tensor.size:
+        return True
+    # In the order of memory, whichever way the axes are turned.
+    by_stride = tensor.transpose(np.argsort([-s for s in tensor.strides], kind="stable"))
+    rows = by_stride.reshape(-1) if by_stride.flags.c_contiguous else by_stride
+    step = max(1, CHUNK * len(rows) // (rows.size * rows.itemsize)) if rows.ndim else 1
+    for start in range(0, len(rows), step) if rows.ndim else [...]:
+        part = rows[start : start + step] if rows.ndim else rows
+        if part.itemsize < 4:
+            part = part.astype(np.float32)
+        # NaN wins in min and max, so the two tell without a temporary array.
+        if not (np.isfinite(part.min()) and np.isfinite(part.max())):
+            return False
+    return True
+
+
+def check_values(
+    tensors: Mapping[str, np.ndarray], progress: Callable[[int], Any] | None = None
+) -> None:
+    """Raises UserError naming every tensor with a NaN or infinite value."""
+    bad = []
+    for name, tensor in tensors.items():
+        if not is_finite(tensor):
+            bad.append(name)
+        if progress:
+            progress(tensor.nbytes)
+    if bad:
+        raise UserError(
+            f"expected finite weights, found NaN or infinite values in {len(bad)} tensors: "
+            f"{', '.join(bad)}; take a checkpoint from before training diverged"
+        )
+
+
+def _account(
+    found: Mapping[str, Any],
+    wanted: Mapping[str, Shape],
+    what: str,
+) -> None:
+    """Every wanted name once, in its shape, and nothing else; one error lists all that is wrong."""
+    missing = [f"{name} {shape}" for name, shape in wanted.items() if name not in found]
+    unexpected = [f"{name} {tuple(found[name].shape)}" for name in found if name not in wanted]
+    misshapen = [
+        f"{name} (expected {shape}, found {tuple(found[name].shape)})"
+        for name, shape in wanted.items()
+        if name in found and tuple(found[name].shape) != shape
+    ]
+    faults = {"missing": missing, "unexpected": unexpected, "of another shape": misshapen}
+    lines = [f"{kind}: {', '.join(names)}" for kind, names in faults.items() if names]
+    if lines:
+        raise UserError(
+            f"expected the {len(wanted)} {what} of this config, found {len(found)}; "
+            f"{'; '.join(lines)}; give the file that fits the config, or leave the config out"
+        )
+
+
+def to_params(
+    tensors: Mapping[str, np.ndarray],
+    table: Sequence[Entry],
+    buffers: Mapping[str, Shape] | None = None,
+    *,
+    check_finite: bool = True,
+    progress: Callable[[int], Any] | None = None,
+) -> Params:
+    """A state dict as Flax parameters, float32; views of its tensors wherever those are float32.
+
+    Fused parameters are copies.
+
+    Args:
+      buffers: further tensors the file must have that are not parameters.
+      check_finite: read every value and name the tensors with NaN or infinite ones.
+      progress: called with the number of bytes just checked.
+    Raises:
+      UserError: tensors are missing, unexpected, misshapen or not finite; all are listed.
+    """
+    wanted = {e.torch_name: e.torch_shape for e in table} | dict(buffers or {})
+    _account(tensors, wanted, "tensors")
+    if check_finite:
+        check_values(tensors, progress)
+    flat = {}
+    for path, entries in _by_path(table).items():
+        parts = [tensors[e.torch_name].astype(np.float32, copy=False) for e in entries]
+        whole = np.concatenate(parts) if len(parts) > 1 else parts[0]
+        flat[path] = entries[0].transform.to_flax(whole, entries[0].flax_shape)
+    return unflatten(flat)
+
+
+def to_tensors(params: Mapping[str, Any], table: Sequence[Entry]) -> dict[str, np.ndarray]:
+    """Flax parameters as a state dict, in the table's order; views wherever possible.
+
+    Raises:
+      UserError: parameters are missing, unexpected or misshapen; all are listed.
+    """
+    flat = flatten(params)
+    _account(flat, {e.path: e.flax_shape for e in table}, "parameters")
+    tensors = {}
+    for path, entries in _by_path(table).items():
+        leaf = np.asarray(jax.device_get(flat[path]))
+        for e in entries:
+            i, count = e.part
+            whole = (e.torch_shape[0] * count, *e.torch_shape[1:]) if count > 1 else e.torch_shape
+            tensor = e.transform.to_torch(leaf, whole)
+            tensors[e.torch_name] = np.split(tensor, count)[i] if count > 1 else tensor
+    return tensors
+
+
+def _by_path(table: Sequence[Entry]) -> dict[str, list[Entry]]:
+    """The table's lines by parameter, the parts of a fused one in order."""
+    groups: dict[str, list[Entry]] = {}
+    for entry in table:
+        groups.setdefault(entry.path, []).append(entry)
+    return groups

@@ -1,0 +1,134 @@
+"""A PyTorch or safetensors file into a model folder, with what is going on told as it goes."""
+
+import contextlib
+import dataclasses
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import tqdm
+
+from microdit_jax.checkpoints.model_folder import read_metadata, save_model
+from microdit_jax.convert.inputs import Input, describe_source, find_input, read_tensors
+from microdit_jax.convert.kinds import KINDS, make_config
+from microdit_jax.convert.state_dict import StateDict
+from microdit_jax.errors import UserError
+from microdit_jax.files import atomic_folder
+
+BIG = 1 << 28  # bytes from which a progress bar is shown
+
+
+def convert_to_folder(
+    kind_name: str,
+    path: Path,
+    output: Path,
+    *,
+    given: Mapping[str, Any] | None = None,
+    config: tuple[dict[str, Any], str] | None = None,
+    notes: Mapping[str, Any] | None = None,
+) -> None:
+    """Writes the model folder `output`, unless it is there already, from the same file.
+
+    Args:
+      kind_name: one of microdit_jax.convert.kinds.KINDS.
+      path: the file, or a model's folder in the layout of its library.
+      given: values of the kind's options.
+      config: contents of a config, and what it was read from, instead of the model's own.
+      notes: more for the folder's config.json.
+    Raises:
+      UserError: the file is no such model or damaged, or another model is in the way.
+    """
+    start = time.monotonic()
+    kind, module = KINDS[kind_name], KINDS[kind_name].load()
+    source = find_input(path, kind)
+    if config:
+        source = source._replace(config=config[0], config_from=config[1])
+    values = {name: (given or {}).get(name) for name in kind.options}
+    options = {**values, "config": source.config}
+    if output.exists():
+        _check_same(source, options, output)
+        return _copy_tokenizer(module, source, output)
+    with ThreadPoolExecutor(1) as pool:
+        found = read_tensors(source.files, module.PART)
+        if hasattr(module, "select"):
+            selected = module.select(found.tensors)
+            found = StateDict(selected.tensors, found.notes + selected.notes)
+        about = pool.submit(describe_source, source.files)  # while the tensors are checked
+        model_config = make_config(kind, found.tensors, source.config, values)
+        num_bytes = sum(tensor.nbytes for tensor in found.tensors.values())
+        dtypes = sorted({str(tensor.dtype) for tensor in found.tensors.values()})
+        say("input", f"{path}, {num_bytes / 1e9:.2f} GB, {', '.join(dtypes)}")
+        for note in source.notes + found.notes:
+            say("", note)
+        say("config", describe(module, model_config))
+        if source.config_from:
+            say("", f"read from {source.config_from}")
+        with bar("checking", num_bytes) as progress:
+            params = module.from_torch(found.tensors, model_config, progress=progress)
+        say("writing", str(output))
+        metadata = {
+            "kind": kind_name,
+            kind_name: dataclasses.asdict(model_config),
+            "source": about.result(),
+            "options": options,
+        }
+        save_model(output, params, metadata | dict(notes or {}))
+    _copy_tokenizer(module, source, output)
+    say("parameters", f"{read_metadata(output)['parameters']:,}")
+    say_time(start, num_bytes)
+
+
+def _copy_tokenizer(module: ModuleType, source: Input, output: Path) -> None:
+    """To <output>/tokenizer, for kinds that have theirs in files beside the weights."""
+    if not hasattr(module, "TOKENIZER_FILES") or (output / "tokenizer").exists():
+        return
+    beside = source.files[0].parent
+    found = [beside / name for name in module.TOKENIZER_FILES if (beside / name).is_file()]
+    if not found:
+        say("", f"no tokenizer in {beside}; to encode texts put its files into {output}/tokenizer")
+        return
+    with atomic_folder(output / "tokenizer") as partial:
+        for file in found:
+            shutil.copy(file, partial)
+
+
+def _check_same(source: Input, options: dict[str, Any], output: Path) -> None:
+    """Raises UserError unless the folder was made from these files with these options."""
+    made_from = read_metadata(output)
+    same = made_from.get("source", {}).get("sha256") == describe_source(source.files)["sha256"]
+    if not same or made_from.get("options") != options:
+        made = made_from.get("source", {}).get("file", "another file")
+        raise UserError(
+            f"expected {output} not to exist, found a {made_from['kind']} made from {made}, maybe "
+            "with other options; choose another --output or remove it"
+        )
+    say("nothing to do", f"{output} is complete, from the same file")
+
+
+def describe(module: ModuleType, config: Any) -> str:
+    """A config in one line."""
+    return module.describe(config) if hasattr(module, "describe") else str(config)
+
+
+def say(what: str, text: str) -> None:
+    """One line of the converters' report."""
+    print(f"{what:<14}{text}", flush=True)
+
+
+def say_time(start: float, num_bytes: int) -> None:
+    """The report's last line; `start` as time.monotonic gave it."""
+    seconds = time.monotonic() - start
+    say("done in", f"{seconds:.1f} s, {num_bytes / 1e6 / seconds:.0f} MB/s")
+
+
+@contextlib.contextmanager
+def bar(what: str, num_bytes: int) -> Iterator[Callable[[int], Any]]:
+    """A progress bar over bytes, shown where there are many; yields what to call with each part."""
+    with tqdm.tqdm(
+        desc=what, total=num_bytes, unit="B", unit_scale=True, disable=num_bytes < BIG
+    ) as shown:
+        yield shown.update

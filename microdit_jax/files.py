@@ -1,0 +1,207 @@
+"""Every path that is read or written: writes that are whole or not there, checksums, JSON, cache.
+
+A file or folder takes its name only when it is complete, so a killed process or a full disk leaves
+what was there before. Names that end in ".partial" are unfinished work and may be deleted.
+"""
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from microdit_jax.errors import UserError
+
+
+def cache_folder() -> Path:
+    """The user's cache folder of this project: converted checkpoints and compiled programs."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "microdit_jax"
+
+
+def shipped(name: str) -> Path:
+    """A file or folder of the checkout's top level that a wheel carries inside the package.
+
+    The installed copy comes first; in a checkout there is none, and the top level's own is used.
+    """
+    package = Path(__file__).parent
+    inside = package / name
+    return inside if inside.exists() else package.parent / name
+
+
+# ------------------------------------------------------------------ writing
+@contextlib.contextmanager
+def disk_errors(path: str | os.PathLike, num_bytes: int = 0) -> Iterator[None]:
+    """Turns any failure to write `path` into a UserError with the path, the reason and the fix.
+
+    Args:
+      num_bytes: how much will be written; refused at once when the disk has less free.
+    """
+    try:
+        folder = next(parent for parent in Path(path).absolute().parents if parent.exists())
+        free = shutil.disk_usage(folder).free
+        if free < num_bytes:
+            raise UserError(
+                f"{path} needs {num_bytes / 1e9:.2f} GB, found {free / 1e9:.2f} GB free on its "
+                "disk; free some space or choose another place"
+            )
+        yield
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        fix = (
+            "free some space or choose another place" if full else "choose a place you may write to"
+        )
+        reason = error.strerror or f"{type(error).__name__}: {error}"
+        raise UserError(f"could not write {path}: {reason}; {fix}") from error
+
+
+def _partial_of(path: Path) -> Path:
+    """An unfinished file's name, of this write alone: several hosts may write the same path."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+
+
+@contextlib.contextmanager
+def atomic_file(path: str | os.PathLike, num_bytes: int = 0) -> Iterator[BinaryIO]:
+    """Opens a file for writing that takes the name `path` once it is complete and on disk.
+
+    Args:
+      num_bytes: how much will be written; refused at once when the disk has less.
+    Raises:
+      UserError: the disk is full or may not be written; nothing is left behind.
+    """
+    with atomic_path(path, num_bytes) as partial, partial.open("wb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@contextlib.contextmanager
+def atomic_path(path: str | os.PathLike, num_bytes: int = 0) -> Iterator[Path]:
+    """A path for a library to write a file at, which is named `path` when the block ends well."""
+    path = Path(path)
+    partial = _partial_of(path)
+    with disk_errors(path, num_bytes):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield partial
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def atomic_folder(folder: str | os.PathLike, num_bytes: int = 0) -> Iterator[Path]:
+    """A new folder to fill, which is named `folder` when the block ends well.
+
+    The unfinished folder has one fixed name, so the next run removes what a killed one left; only
+    one process at a time may write it. `folder` itself must not exist.
+    """
+    folder = Path(folder)
+    partial = folder.with_name(f".{folder.name}.partial")
+    with disk_errors(folder, num_bytes):
+        shutil.rmtree(partial, ignore_errors=True)
+        try:
+            partial.mkdir(parents=True)
+            yield partial
+            partial.rename(folder)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def write_bytes(path: str | os.PathLike, data: bytes, *, replace: bool = True) -> None:
+    """Writes a file whole or not at all; with `replace` false, a file that is there stays."""
+    path = Path(path)
+    if replace:
+        with atomic_file(path, len(data)) as file:
+            file.write(data)
+        return
+    with disk_errors(path, len(data)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = _partial_of(path)
+        try:
+            partial.write_bytes(data)
+            if not _link(partial, path):
+                partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Writes UTF-8 text, whole or not at all."""
+    write_bytes(path, text.encode())
+
+
+def write_json(path: str | os.PathLike, contents: Mapping[str, Any]) -> None:
+    """Writes indented JSON, whole or not at all."""
+    write_text(path, json.dumps(contents, indent=1, ensure_ascii=False) + "\n")
+
+
+def _link(partial: Path, path: Path) -> bool:
+    """Names a file unless the name is taken; False on disks without hard links."""
+    try:
+        os.link(partial, path)
+    except FileExistsError:
+        pass
+    except OSError:
+        return False
+    return True
+
+
+# ------------------------------------------------------------------ reading
+def read_json(path: str | os.PathLike) -> dict[str, Any]:
+    """Reads a JSON object.
+
+    Raises:
+      UserError: damaged, or not an object.
+    """
+    try:
+        contents = json.loads(Path(path).read_bytes())
+    except ValueError as error:
+        raise UserError(
+            f"expected JSON in {path}, found damage ({error}); make or fetch it again"
+        ) from error
+    if not isinstance(contents, dict):
+        raise UserError(
+            f"expected a JSON object in {path}, found {type(contents).__name__}; make or fetch it "
+            "again"
+        )
+    return contents
+
+
+# ------------------------------------------------------------------ checksums
+def sha256(path: str | os.PathLike) -> str:
+    """The file's sha256 in hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def checksums(folder: Path) -> dict[str, list]:
+    """Size in bytes and sha256 of every file in the folder and below, by its relative path."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    with ThreadPoolExecutor() as pool:
+        sums = pool.map(lambda path: [path.stat().st_size, sha256(path)], files)
+        return {
+            path.relative_to(folder).as_posix(): found
+            for path, found in zip(files, sums, strict=True)
+        }
+
+
+def damage(folder: Path, files: Mapping[str, list]) -> list[str]:
+    """Names every file of `checksums` that is missing or has changed, with what is wrong."""
+
+    def fault(name: str) -> str | None:
+        path, (size, digest) = folder / name, files[name]
+        if not path.is_file():
+            return f"{name} (missing)"
+        if path.stat().st_size != size:
+            return f"{name} ({path.stat().st_size} bytes instead of {size})"
+        return None if sha256(path) == digest else f"{name} (contents changed)"
+
+    with ThreadPoolExecutor() as pool:
+        return [fault for fault in pool.map(fault, files) if fault]

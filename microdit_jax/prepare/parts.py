@@ -1,0 +1,64 @@
+"""Long jobs that write a folder part by part: same command again goes on, another one is refused.
+
+Any number of processes may work on one folder, each on its own parts; whoever finds all parts done
+finishes the job. A part takes its name only once it is whole, so a killed job leaves no half ones.
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from microdit_jax.errors import UserError
+from microdit_jax.files import disk_errors, write_bytes
+
+JOB = "job.json"
+
+
+def check_counts(process_index: int, process_count: int, **others: int) -> None:
+    """Raises UserError unless the processes, and the other counts by name, are possible ones."""
+    for name, count in {"process_count": process_count, **others}.items():
+        if count < 1:
+            raise UserError(f"--{name} must be at least 1, found {count}")
+    if not 0 <= process_index < process_count:
+        raise UserError(f"--process_index must be 0 to {process_count - 1}, found {process_index}")
+
+
+def begin(folder: Path, request: dict[str, Any]) -> None:
+    """Marks the folder as this job's, or checks that it is; of several at once the first decides.
+
+    Args:
+      request: all that decides what will be written; JSON values.
+    Raises:
+      UserError: the folder is another job's, holds something else, or may not be written.
+    """
+    path, text = folder / JOB, json.dumps(request, indent=2, sort_keys=True) + "\n"
+    with disk_errors(path):
+        if not path.exists():
+            # Others may begin at the same time: what they write comes after their job.json
+            if _content(folder) and not path.exists():
+                raise UserError(
+                    f"expected a free place for the output in {folder}, found something else "
+                    "there; choose another folder"
+                )
+            write_bytes(path, text.encode(), replace=False)
+        stored = path.read_bytes()
+    try:
+        found, request = json.loads(stored), json.loads(text)
+        names = sorted(k for k in found.keys() | request if found.get(k) != request.get(k))
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"expected a job in {path}, found damage; delete {folder}") from error
+    if names:
+        finished = not all(name.endswith(".partial") for name in _content(folder))
+        raise UserError(
+            f"{folder} was begun with other settings: "
+            + ", ".join(f"{k}={found.get(k)!r}, now {request.get(k)!r}" for k in names)
+            + "; use those, or choose another folder"
+            + ("" if finished else "; nothing is finished there: delete it if no process uses it")
+        )
+
+
+def _content(folder: Path) -> list[str]:
+    """The names in a folder, if there is one, without job.json and half-written ones of it."""
+    found = [path.name for path in folder.iterdir()] if folder.exists() else []
+    return [name for name in found if not re.fullmatch(rf"(\.{JOB}\..*\.partial|{JOB})", name)]

@@ -1,0 +1,34 @@
+"""JourneyDB: Midjourney's pictures in tgz archives, and a jsonl file with their prompts."""
+
+from pathlib import Path, PurePosixPath
+
+from microdit_jax.prepare.sources import tables
+from microdit_jax.prepare.sources.webdataset import ArchivedPictures, find_archives
+
+# As published, the misspelling too.
+_ANNOTATIONS = {
+    "train": "train_anno_realease_repath.jsonl",
+    "valid": "valid_anno_repath.jsonl",
+}
+
+
+def open_pictures(root: Path, split: str = "train") -> ArchivedPictures:
+    """data/SPLIT below `root`: imgs/000.tgz (or unpacked folders) and the split's annotations.
+
+    The caption is the prompt, as in the reference; archives that are not there are left out.
+    """
+    folder = root / "data" / split if (root / "data").is_dir() else root / split
+    archives = find_archives(folder / "imgs", "[0-9]*.tgz", "[0-9]*[0-9]")
+    (table, *_) = find_archives(folder, _ANNOTATIONS[split], f"{_ANNOTATIONS[split]}.tgz")
+    there = {path.name.split(".")[0] for path in archives}
+    prompts: dict[str, str] = {}
+
+    def caption_of(name: str, files: dict[str, bytes]) -> str | None:
+        if not prompts:
+            for row in tables.rows(table):
+                path = PurePosixPath(str(tables.column(row, ("img_path",), table)))
+                if path.parent.name in there:
+                    prompts[path.name] = str(tables.column(row, ("prompt",), table))
+        return prompts.get(PurePosixPath(name).name)
+
+    return ArchivedPictures(archives, lambda archive: caption_of)

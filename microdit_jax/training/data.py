@@ -1,0 +1,246 @@
+"""The data that a run configuration names, and whether it fits the network."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Int
+from ml_collections import ConfigDict
+
+from microdit_jax.assets import load
+from microdit_jax.data import pipeline
+from microdit_jax.data.latents import LatentSource, load_prepared, prepare_twemoji
+from microdit_jax.data.pipeline import Record, Source
+from microdit_jax.data.records import StoredLatents
+from microdit_jax.data.stores import open_latents
+from microdit_jax.data.twemoji import ATTRIBUTION
+from microdit_jax.encoders import registry
+from microdit_jax.encoders.patch_pca import PatchPCA
+from microdit_jax.errors import UserError
+from microdit_jax.machine import hosts
+from microdit_jax.models.dit import DiTConfig
+from microdit_jax.training.caption_tower import CaptionTower, batch_key
+
+DATASET_KEYS = {"source", "folder", "weight"}
+# What of a record goes into a batch, beside its captions
+RECORD_KEYS = ("latents", "index")
+
+
+class RunData(NamedTuple):
+    """What a run trains on and is measured by.
+
+    sources, weights: for `pipeline.make_dataset`; a record's "source" is its number in `names`.
+    heldout: records that training does not see.
+    made_by: names of the "vae" and the "text_encoder" of all of them.
+    tower: embeds the captions of records that hold "tokens", else None.
+    codec: the folder of the codec where the run's data made one, else None.
+    """
+
+    sources: list[Source]
+    weights: list[float]
+    names: list[str]
+    heldout: Source
+    made_by: dict[str, str]
+    tower: CaptionTower | None
+    codec: Path | None
+    attribution: str
+
+    @property
+    def batch_keys(self) -> tuple[str, ...]:
+        """What of a batch goes to the devices."""
+        return ("latents", batch_key(self.tower), "keep_caption")
+
+    def check_batch(self, batch: Record) -> None:
+        """Raises UserError for token ids that are not the tower's."""
+        if self.tower is not None:
+            self.tower.check(batch["tokens"])
+
+    def heldout_caption(self, index: int) -> str:
+        """The text of a held-out record."""
+        if isinstance(self.heldout, LatentSource):
+            return self.heldout.captions[index]
+        return self.heldout[index]["caption"]
+
+    def batches(self, config: ConfigDict, start: int) -> Iterator[Record]:
+        """This process's part of the batches of steps `start` + 1, `start` + 2, ..."""
+        dataset = pipeline.make_dataset(
+            self.sources,
+            self.weights,
+            seed=config.seed,
+            batch_size=config.train.batch_size,
+            caption_drop=config.data.caption_drop,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+        return pipeline.batches(dataset, start, threads=config.data.threads)
+
+
+class _Numbered:
+    """A source's arrays alone, each record with the number of its source."""
+
+    def __init__(self, source: Source, number: int, captions: str):
+        self._source, self._number = source, np.int32(number)
+        self._names = (*RECORD_KEYS, captions)
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> Record:
+        record = self._source[index]
+        return {name: record[name] for name in self._names} | {"source": self._number}
+
+    def rows(self, indices: Int[np.ndarray, " n"]) -> Record:
+        numbers = np.full(len(indices), self._number)
+        return pipeline.rows(self._source, indices, self._names) | {"source": numbers}
+
+
+def load_data(config: ConfigDict, mesh: Mesh) -> RunData:
+    """Opens the datasets of a run; prepares the embedded pictures where that was not done yet.
+
+    Args:
+      mesh: where the text tower goes, if the run embeds captions itself.
+    Raises:
+      UserError: no datasets, an unknown source, one that does not open, or that other towers made.
+    """
+    entries = [_checked(entry) for entry in config.data.datasets]
+    if not entries:
+        raise UserError("data.datasets must name at least one dataset, found none")
+    heldout_entry = config.data.heldout.to_dict()
+    tower = None
+    if config.data.captions == "tokens":
+        tower = CaptionTower(config.data.text_encoder, config.model.options.dtype, mesh)
+    opened = [_open(config, entry, "train", tower) for entry in entries]
+    heldout = _open(config, heldout_entry, "heldout", tower)
+    made_by = {"vae": heldout.vae, "text_encoder": heldout.text_encoder}
+    for source in opened:
+        source.check_made_by(**made_by)
+    notes = [getattr(getattr(source, "info", None), "attribution", "") for source in opened]
+    has_codec = heldout_entry["source"] == "twemoji"
+    if has_codec:
+        notes.append(ATTRIBUTION)
+    return RunData(
+        [_Numbered(source, i, batch_key(tower)) for i, source in enumerate(opened)],
+        [entry["weight"] * len(source) for entry, source in zip(entries, opened, strict=True)],
+        [entry["folder"] for entry in entries],
+        heldout,
+        made_by,
+        tower,
+        Path(heldout_entry["folder"]) / "codec" if has_codec else None,
+        "; ".join(dict.fromkeys(note for note in notes if note)),
+    )
+
+
+def _checked(entry: Any) -> dict[str, Any]:
+    if not hasattr(entry, "keys") or set(entry.keys()) != DATASET_KEYS:
+        raise UserError(
+            f"each of data.datasets must be a dictionary of {', '.join(sorted(DATASET_KEYS))}, "
+            f"found {entry}"
+        )
+    return dict(entry)
+
+
+def _open(
+    config: ConfigDict, entry: dict[str, Any], split: str, tower: CaptionTower | None
+) -> Source:
+    kinds = {
+        "latents": _open_latents,
+        "twemoji": _open_twemoji,
+        "twemoji_untoned": _open_untoned,
+    }
+    if entry["source"] not in kinds:
+        raise UserError(
+            f"a dataset's source must be one of {', '.join(kinds)}, found {entry['source']!r}"
+        )
+    return kinds[entry["source"]](config, entry["folder"], split, tower)
+
+
+def _open_latents(
+    config: ConfigDict, folder: str, split: str, tower: CaptionTower | None
+) -> StoredLatents:
+    """Stored latents, MDS or ArrayRecord; training and held-out pictures lie in different ones."""
+    data = config.data
+    return open_latents(
+        folder,
+        resolution=data.resolution,
+        **load.names_in_data(data.vae, data.text_encoder),
+        captions=data.captions,
+        tokenizer=tower and tower.tokenizer,
+        **({"cache": data.cache} if "://" in folder and data.cache else {}),
+    )
+
+
+def _open_twemoji(
+    config: ConfigDict, folder: str, split: str, tower: CaptionTower | None
+) -> LatentSource:
+    """The embedded emoji pictures; the folder is prepared first, by one process, if need be."""
+    pattern = r"patch_pca:patch=(\d+),channels=(\d+),resolution=(\d+)"
+    match = re.fullmatch(pattern, config.data.vae)
+    if match is None:
+        raise UserError(
+            "data.vae for the source twemoji must be like "
+            f"patch_pca:patch=4,channels=8,resolution=32, found {config.data.vae!r}"
+        )
+    if config.data.captions != "embeddings":
+        raise UserError(
+            "the source twemoji stores embeddings, found data.captions="
+            f"{config.data.captions!r}; use data.captions=embeddings"
+        )
+    patch, channels, resolution = map(int, match.groups())
+
+    def prepare():
+        prepare_twemoji(
+            Path(folder),
+            resolution=config.data.resolution,
+            fit_codec=PatchPCA.fit,
+            codec_settings={"patch": patch, "channels": channels},
+            text_encoder=registry.text_encoder(config.data.text_encoder),
+            codec_resolution=resolution,
+        )
+
+    hosts.from_first(f"prepare {folder}", prepare)
+    train, heldout, *_ = load_prepared(Path(folder), PatchPCA.load)
+    return train if split == "train" else heldout
+
+
+def _open_untoned(
+    config: ConfigDict, folder: str, split: str, tower: CaptionTower | None
+) -> LatentSource:
+    """Those emoji pictures whose captions name no skin tone: mostly things, each of its own kind.
+
+    A mixture shows them more often by having them once more; half the set are people in five tones.
+    """
+    pictures = _open_twemoji(config, folder, split, tower)
+    return pictures.subset(["skin tone" not in caption for caption in pictures.captions])
+
+
+def check_data(cfg: DiTConfig, data: RunData) -> int:
+    """Raises UserError where records do not fit the network; returns the caption tokens l."""
+    expected, lengths = (cfg.input_size, cfg.input_size, cfg.in_channels), set()
+    for name, source in zip(
+        (*data.names, "data.heldout"), (*data.sources, data.heldout), strict=True
+    ):
+        record = source[0]
+        if record["latents"].shape != expected:
+            raise UserError(
+                f"the model takes latents {expected}, found {record['latents'].shape} in {name}; "
+                "set model.options.input_size and in_channels, or prepare data of that size"
+            )
+        if data.tower is None:
+            length, width = record["caption_latents"].shape
+        else:
+            length, width = len(record["tokens"]), data.tower.width
+        if width != cfg.caption_channels:
+            raise UserError(
+                f"the model takes caption embeddings {cfg.caption_channels} wide, found {width} in "
+                f"{name}; set model.options.caption_channels"
+            )
+        lengths.add(length)
+    if len(lengths) > 1:
+        raise UserError(
+            f"all datasets must have captions of the same length, found {sorted(lengths)} tokens"
+        )
+    return lengths.pop()

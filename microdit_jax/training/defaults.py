@@ -1,0 +1,287 @@
+"""What every run configuration has, with the recipe's defaults, and the variants of any of them.
+
+A config file changes values and adds none: an unknown key is an error. Variants stand after a
+colon, separated by commas:
+
+  --config=configs/res_256_pretrain.py:arch=Tiny_2,mesh=2x2x2,runlocal
+
+  arch=Tiny_2   the 201 M network of the paper's ablations; arch=XL_2 the 1.16 B one
+  mesh=DxFxE    devices over data, fsdp and expert; -1 takes the rest
+  runlocal      a minute on a CPU: a small network of the same form on the embedded emoji pictures
+"""
+
+import runpy
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from microdit_jax.errors import UserError
+
+ARCHES = {"XL_2": "MicroDiT_XL_2", "Tiny_2": "MicroDiT_Tiny_2"}
+
+# One of each kind of difficulty: counts, colours, places, writing, styles, things nobody has seen.
+PROMPTS = (
+    "a red bicycle leaning against a yellow wall",
+    "three green apples on a wooden table, morning light",
+    "a lighthouse on a cliff in a thunderstorm, oil painting",
+    "a fox made of origami paper in a snowy forest",
+    "portrait of an old fisherman with a grey beard, black and white photograph",
+    "a bakery whose sign says 'fresh bread'",
+    "an owl in a spacesuit reading a newspaper on the moon",
+    "a glass teapot with a small garden growing inside, macro photograph",
+    "a medieval castle built of books",
+    "two cats playing chess by a fireplace, watercolour",
+    "aerial view of a winding river in autumn colours",
+    "a blue cube to the left of an orange sphere, studio light",
+    "a steam train crossing a stone bridge over a misty valley",
+    "a robot gardener watering sunflowers, children's book illustration",
+    "a bowl of ramen with an egg and spring onions, seen from above",
+    "a knight riding a giant snail through a desert at sunset",
+)
+
+
+def base() -> ConfigDict:
+    """The full, locked configuration."""
+    return ConfigDict(
+        {
+            "seed": 18,
+            # Where a stage that does not resume starts from; "{workdir}" is the run's own. Another
+            # run's full state (weights, optimiser, average, step), or weights alone, of a run or of
+            # a converted checkpoint (python -m convert). Both empty: from scratch.
+            "init_from": "",
+            "init_weights_from": "",
+            "mesh": {"data": -1, "fsdp": 1, "expert": 1},
+            "model": {
+                # MicroDiT_XL_2, MicroDiT_Tiny_2, or DiT to set every size by hand.
+                "arch": "MicroDiT_XL_2",
+                # Fields of microdit_jax.models.dit.DiTConfig over those of the arch.
+                "options": ConfigDict(
+                    {
+                        "input_size": 32,
+                        "in_channels": 4,
+                        "caption_channels": 1024,
+                        "pos_interp_scale": 1.0,
+                        "dtype": "bfloat16",
+                        "param_dtype": "float32",
+                        "attention": "xla",
+                        "moe_dispatch": "gather",
+                        "remat": "none",
+                    },
+                    type_safe=False,
+                ),
+            },
+            "edm": {"P_mean": -0.6, "P_std": 1.2, "sigma_data": 0.9},
+            "data": {
+                # Each {"source", "folder", "weight"}. Sources: "latents", precomputed, in MDS or
+                # ArrayRecord files; "twemoji", the embedded pictures; "twemoji_untoned", those of
+                # no skin tone. A record of a set with weight 2 is seen twice as often as one of a
+                # set with weight 1.
+                "datasets": (),
+                # {"source", "folder"}, of pictures that training does not see.
+                "heldout": ConfigDict({"source": "", "folder": ""}),
+                "resolution": 256,  # pixels
+                # What made the latents and caption embeddings.
+                "vae": "stabilityai/stable-diffusion-xl-base-1.0",
+                "text_encoder": "openclip:hf-hub:apple/DFN5B-CLIP-ViT-H-14-378",
+                # "embeddings" as stored, or "tokens": the text tower then runs in the train step.
+                "captions": "embeddings",
+                "cache": "",  # folder for the shards of sets at a URL
+                "caption_drop": 0.1,
+                # That read, in each process. One is quickest from memory or a local disk.
+                "threads": 2,
+            },
+            "optim": {
+                "learning_rate": 2.4e-4,
+                "warmup_steps": 0,
+                # Cosine to final_ratio of the peak at this step; 0 keeps the rate constant.
+                "decay_steps": 0,
+                "final_ratio": 1.0,
+                "weight_decay": 0.1,
+                "clip_norm": 0.25,
+                # Of the experts' weights over all others'.
+                "expert_multiplier": 1.0,
+            },
+            "ema": {"enabled": False, "smoothing": 0.99975, "start_step": 0},
+            "train": {
+                # The run ends at this step, counted from where its weights began to train.
+                "steps": 250_000,
+                "batch_size": 2048,
+                # Images that a device computes at a time, their gradients summed; 0 for all.
+                "micro_batch_size": 0,
+                "mask_ratio": 0.75,
+                "log_every": 50,
+                "eval_every": 2500,
+                "checkpoint_every": 2500,
+                "keep_last": 2,  # checkpoints
+                "keep_every": 0,  # steps whose checkpoint stays for good; 0 for none
+                # Updates in a row that may be skipped for a loss or gradient that is not finite.
+                "max_skipped": 20,
+                "module_grad_norms": False,
+            },
+            "eval": {
+                # Held-out pictures for the loss, and noise draws for each.
+                "num_images": 4096,
+                "batch_size": 1024,
+                "draws": 1,
+                # For the grid; none of them, and a set with pictures: held-out captions.
+                "prompts": PROMPTS,
+                "num_samples": 16,  # pictures of the grid; 0 for no grid
+                # Pictures drawn for a distance to real ones, in small features (no FID); 0 for
+                # none. Prompts and pictures as python -m microdit_jax.evaluate takes them.
+                "score_images": 0,
+                "score_prompts": "train",
+                "score_reference": "train",
+                "guidance_scale": 5.0,
+                "num_inference_steps": 30,
+            },
+            "log": {
+                "tensorboard": True,
+                "wandb": "",  # project of Weights & Biases
+            },
+            # A trace of some steps, for XProf or Perfetto: the first, and how many; 0 for none.
+            "profile": {"start": 10, "steps": 0},
+        }
+    ).lock()
+
+
+def latents(*folders: str) -> tuple[dict, ...]:
+    """Datasets of stored latents, each record as often as any other."""
+    return tuple({"source": "latents", "folder": folder, "weight": 1.0} for folder in folders)
+
+
+# ------------------------------------------------------------------ variants
+def apply_variants(config: ConfigDict, variants: str) -> ConfigDict:
+    """Applies what stands after the colon of --config.
+
+    Raises:
+      UserError: an unknown variant, or a value it cannot take.
+    """
+    chosen = dict(item.partition("=")[::2] for item in variants.split(",") if item)
+    if unknown := sorted(set(chosen) - {"arch", "mesh", "runlocal"}):
+        raise UserError(
+            f"config variants are arch=XL_2|Tiny_2, mesh=DxFxE and runlocal, found "
+            f"{', '.join(unknown)}"
+        )
+    if "arch" in chosen:
+        if chosen["arch"] not in ARCHES:
+            raise UserError(f"arch must be one of {', '.join(ARCHES)}, found {chosen['arch']!r}")
+        config.model.arch = ARCHES[chosen["arch"]]
+    if "mesh" in chosen:
+        try:
+            data, fsdp, expert = map(int, chosen["mesh"].split("x"))
+        except ValueError as error:
+            raise UserError(f"mesh must be like 2x2x2, found {chosen['mesh']!r}") from error
+        config.mesh.update(data=data, fsdp=fsdp, expert=expert)
+    if chosen.get("runlocal"):
+        raise UserError(f"runlocal takes no value, found {chosen['runlocal']!r}")
+    if "runlocal" in chosen:
+        _runlocal(config)
+    return config
+
+
+def stages(**configs: ConfigDict) -> ConfigDict:
+    """Several stages as one configuration, run in this order (ConfigDict sorts its own keys)."""
+    return ConfigDict({"stages": tuple(configs), **configs}).lock()
+
+
+def stages_beside(recipe: str, names: Sequence[str], variants: str) -> ConfigDict:
+    """Chains the stages of config files that lie beside the file `recipe`, by name, in order."""
+    files = {name: Path(recipe).with_name(f"{name}.py") for name in names}
+    return stages(
+        **{name: runpy.run_path(str(file))["get_config"](variants) for name, file in files.items()}
+    )
+
+
+def use_emoji(
+    config: ConfigDict, *, resolution: int, folder: str, tokens: int, width: int, channels: int = 8
+) -> None:
+    """The embedded emoji pictures, their codec fitted at 32 px whatever the resolution."""
+    patch = 4
+    config.data.update(
+        datasets=({"source": "twemoji", "folder": folder, "weight": 1.0},),
+        resolution=resolution,
+        vae=f"patch_pca:patch={patch},channels={channels},resolution=32",
+        text_encoder=f"table:width={width},tokens={tokens},seed=0",
+        threads=0,  # all in memory
+    )
+    config.data.heldout.update(source="twemoji", folder=folder)
+    config.model.options.update(
+        input_size=resolution // patch, in_channels=channels, caption_channels=width
+    )
+    config.eval.prompts = ()
+
+
+def set_sizes(config: ConfigDict, sizes: Mapping) -> None:
+    """Replaces the arch by a network whose sizes are all given."""
+    config.model.arch = "DiT"
+    with config.model.options.unlocked():
+        config.model.options.update(sizes)
+
+
+def set_emoji_network(
+    config: ConfigDict, *, dim: int, patch_mixer_dim: int, init_std: float
+) -> None:
+    """A network of four blocks, two with experts, after two of the mixer, for CPUs."""
+    sizes = {
+        "dtype": "float32",
+        "dim": dim,
+        "depth": 4,
+        "head_dim": 32,
+        "multiple_of": 32,
+        "qkv_multipliers": (0.5, 0.75, 1.0, 1.0),
+        "ffn_multipliers": (1.0, 2.0, 3.0, 4.0),
+        "patch_mixer_depth": 2,
+        "patch_mixer_dim": patch_mixer_dim,
+        "patch_mixer_mlp_ratio": 4.0,
+        "use_bias": False,
+        "init_std": init_std,
+        "num_experts": 4,
+        "expert_capacity": 2.0,
+    }
+    set_sizes(config, sizes)
+
+
+def _runlocal(config: ConfigDict) -> None:
+    """The same stage in small: 32 px for 256 and 64 px for 512, all steps by one scale."""
+    depth, narrow_mixer = 4, config.model.arch == "MicroDiT_XL_2"
+    use_emoji(
+        config,
+        resolution=config.data.resolution // 8,
+        folder=f"out/data/twemoji_{config.data.resolution // 8}",
+        tokens=16,
+        width=128,
+    )
+    sizes = {
+        "dim": 96,
+        "depth": depth,
+        "head_dim": 32,
+        "multiple_of": 32,
+        "qkv_multipliers": tuple(np.linspace(0.5, 1.0, depth).tolist()),
+        "ffn_multipliers": tuple(np.linspace(0.5, 4.0, depth).tolist()),
+        "patch_mixer_depth": 2,
+        "patch_mixer_dim": 64 if narrow_mixer else 96,
+        "patch_mixer_mlp_ratio": 4.0,
+        "use_bias": False,
+        "init_std": 0.07,
+        "expert_capacity": 2.0,
+        "dtype": "float32",
+    }
+    set_sizes(config, sizes)
+    optim, ema, run = config.optim, config.ema, config.train
+    # Of 280,000 and 55,000 steps the last tenth is the second and the fourth stage: here a third.
+    first = 200
+    ema.start_step = round(ema.start_step * first / 50_000)
+    optim.warmup_steps = 20 if optim.warmup_steps else 0
+    optim.decay_steps = first if optim.decay_steps else 0
+    run.steps = first if run.mask_ratio else first + 100
+    # Small networks take, and need, larger steps.
+    optim.update(learning_rate=12.5 * optim.learning_rate, clip_norm=4 * optim.clip_norm)
+    ema.smoothing = 0.95 if ema.enabled else ema.smoothing
+    run.update(batch_size=64, micro_batch_size=run.micro_batch_size // 4)
+    run.update(log_every=10, eval_every=50, checkpoint_every=100)
+    config.eval.update(
+        num_images=512, batch_size=512, draws=2, num_samples=8, num_inference_steps=10,
+        guidance_scale=3.0,
+    )  # fmt: skip

@@ -1,0 +1,226 @@
+"""A page on training runs: losses, loss by noise, throughput, and their samples over time.
+
+Training writes <workdir>/report.html after every evaluation; of several stages, the page beside
+their folders shows all. By hand, or as a picture of the curves alone:
+  python -m microdit_jax.training.report --out=training.png \\
+      --runs=runs/all/res_256_pretrain --runs=runs/all/res_256_finetune
+"""
+
+import base64
+import html
+import io
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import matplotlib
+from absl import app, flags
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
+
+from microdit_jax.checkpoints.run import read_run_metadata
+from microdit_jax.commands.cli import run
+from microdit_jax.errors import UserError
+from microdit_jax.files import write_bytes
+from microdit_jax.training.metric_writer import read_metrics
+
+TRAINING, RAW, EMA = "#888888", "#d95f02", "#1b9e77"
+HELDOUT_STYLES = {"raw": (RAW, "held out"), "ema": (EMA, "held out, moving average")}
+NUM_SHEETS = 8  # of samples on the page, spread over the run
+
+PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>
+body {{ font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 76rem;
+  padding: 0 1rem }}
+img {{ max-width: 100% }} h2 {{ margin-top: 2.5rem }} table {{ border-collapse: collapse }}
+td, th {{ padding: .2rem .8rem .2rem 0; text-align: left; vertical-align: top }}
+.sheets {{ display: flex; gap: 1rem; overflow-x: auto }} figure {{ margin: 0; flex: 0 0 26rem }}
+figcaption {{ color: #555 }}
+</style></head><body><h1>{title}</h1>
+<img src="data:image/png;base64,{curves}" alt="Losses, loss by noise and throughput">
+<table><tr><th>run<th>step<th>held-out loss, right<th>shuffled<th>ratio<th>images/s<th>skipped</tr>
+{rows}</table>
+{sheets}
+</body></html>
+"""
+
+
+def series(lines: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[int, float]]]:
+    """(step, loss) of training as "train", and of held-out pictures by kind of weights.
+
+    Args:
+      lines: of metrics.jsonl.
+    """
+    found: dict[str, list[tuple[int, float]]] = {"train": []}
+    for line in lines:
+        if line.get("loss") is not None:
+            found["train"].append((line["step"], line["loss"]))
+        for kind, losses in line.get("heldout", {}).items():
+            found.setdefault(kind, []).append((line["step"], losses["right"]))
+    return found
+
+
+class Run(NamedTuple):
+    """A training run's folder, and what is read there: metrics.jsonl and config.json."""
+
+    workdir: Path
+    lines: list[dict[str, Any]]
+    metadata: dict[str, Any]
+
+
+def read(workdirs: Sequence[str | Path]) -> list[Run]:
+    """The runs of these folders.
+
+    Raises:
+      UserError: no runs, or one without metrics.jsonl.
+    """
+    if not workdirs:
+        raise UserError("expected at least one run, found none; give --runs=WORKDIR")
+    folders = [Path(workdir).absolute() for workdir in workdirs]
+    return [Run(folder, read_metrics(folder), read_run_metadata(folder)) for folder in folders]
+
+
+# ------------------------------------------------------------------ curves
+def curves(runs: Sequence[Run]) -> Figure:
+    """A column for each run, in the order given: loss by step, loss by noise, images a second."""
+    figure = Figure(figsize=(3.4 * max(2, len(runs)), 8.4), layout="constrained", dpi=100)
+    panels = figure.subplots(3, len(runs), squeeze=False)
+    for column, shown in zip(panels.T, runs, strict=True):
+        config = shown.metadata["config"]
+        ratio, side = config["train"]["mask_ratio"], config["model"]["options"]["input_size"]
+        column[0].set_title(
+            f"{shown.workdir.name}\nmask ratio {ratio:g}, latents {side} x {side}", fontsize=10
+        )
+        _draw_losses(column[0], shown.lines)
+        _draw_by_sigma(column[1], shown.lines)
+        _draw_speed(column[2], shown.lines)
+    for row, label in zip(panels, ("EDM loss", "held-out loss", "images/s"), strict=True):
+        row[0].set_ylabel(label)
+        for panel in row:
+            panel.grid(alpha=0.3)
+            panel.spines[["top", "right"]].set_visible(False)
+            if panel.get_legend_handles_labels()[0]:
+                panel.legend(fontsize=7, frameon=False)
+    return figure
+
+
+def _draw_losses(panel: Axes, lines: Sequence[Mapping[str, Any]]) -> None:
+    found = series(lines)
+    if found["train"]:
+        panel.plot(*zip(*found["train"], strict=True), color=TRAINING, lw=1, label="training")
+    for kind, (color, label) in HELDOUT_STYLES.items():
+        if kind in found:
+            style = {"marker": "o", "ms": 4, "lw": 1.5}
+            panel.plot(*zip(*found[kind], strict=True), color=color, label=label, **style)
+    panel.set_xlabel("step")
+
+
+def _draw_by_sigma(panel: Axes, lines: Sequence[Mapping[str, Any]]) -> None:
+    """First, middle and last evaluation, of the average where one is kept."""
+    evaluations = [(line["step"], line["heldout"]) for line in lines if "heldout" in line]
+    chosen = sorted({0, len(evaluations) // 2, len(evaluations) - 1}) if evaluations else []
+    for i in chosen:
+        step, kinds = evaluations[i]
+        losses = kinds.get("ema", kinds["raw"]).get("by_sigma", {})
+        points = [(float(sigma), loss) for sigma, loss in losses.items() if loss is not None]
+        if points:
+            shade = (i + 1) / len(evaluations)
+            color = matplotlib.colormaps["viridis_r"](0.15 + 0.85 * shade)
+            style = {"marker": "o", "ms": 3, "lw": 1.2, "color": color}
+            panel.plot(*zip(*points, strict=True), label=f"step {step}", **style)
+            panel.set_xscale("log")
+            # Its own labels run into one another where the noise levels span less than a decade.
+            panel.xaxis.set_major_locator(LogLocator(subs=(1.0, 3.0)))
+            panel.xaxis.set_major_formatter("{x:g}")
+            panel.xaxis.set_minor_formatter(NullFormatter())
+    panel.set_xlabel("noise, sigma")
+
+
+def _draw_speed(panel: Axes, lines: Sequence[Mapping[str, Any]]) -> None:
+    speeds = [(line["step"], line["speed"]) for line in lines if "speed" in line]
+    if speeds:
+        points = [(step, speed["images_per_second"]) for step, speed in speeds]
+        panel.plot(*zip(*points, strict=True), color=TRAINING, lw=1)
+        waits = [speed["data_wait"] for _, speed in speeds]
+        panel.set_title(f"{sum(waits) / len(waits):.1%} waiting for data", fontsize=9)
+    panel.set_ylim(bottom=0)
+    panel.set_xlabel("step")
+
+
+# ------------------------------------------------------------------ the page
+def write(workdirs: Sequence[str | Path], out: str | Path) -> None:
+    """Writes the page, or of a name that ends in .png the curves alone; never half of it.
+
+    The page holds the curves; sheets of samples are shown from the runs' own folders.
+
+    Raises:
+      UserError: no runs, one without metrics.jsonl, another ending, a full disk.
+    """
+    out = Path(out)
+    if out.suffix not in (".html", ".png"):
+        raise UserError(f"expected a name that ends in .html or .png, found {out}")
+    runs, picture = read(workdirs), io.BytesIO()
+    curves(runs).savefig(picture, format="png")
+    data = picture.getvalue()
+    if out.suffix == ".html":
+        page = PAGE.format(
+            title=html.escape(", ".join(run.workdir.name for run in runs)),
+            curves=base64.b64encode(data).decode(),
+            rows="\n".join(map(_row, runs)),
+            sheets="\n".join(_sheets(run, out.absolute().parent) for run in runs),
+        )
+        data = page.encode()
+    write_bytes(out, data)
+
+
+def _row(run: Run) -> str:
+    """The run's last figures."""
+    last: dict[str, Any] = {}
+    for line in run.lines:
+        last |= line
+    kinds = last.get("heldout", {})
+    losses = kinds.get("ema", kinds.get("raw", {}))
+    cells = [losses.get(name) for name in ("right", "shuffled", "ratio")]
+    cells = [f"{cell:.4f}" if cell is not None else "" for cell in cells]
+    speed = last.get("speed", {}).get("images_per_second")
+    cells += [f"{speed:,.0f}" if speed is not None else "", str(last.get("skipped", ""))]
+    cells = [html.escape(run.workdir.name), str(last.get("step", "")), *cells]
+    return f"<tr>{''.join(f'<td>{cell}' for cell in cells)}</tr>"
+
+
+def _sheets(run: Run, base: Path) -> str:
+    """The run's sheets of samples, oldest first, each linked to its file."""
+    files = sorted((run.workdir / "samples").glob("step_*.png"))
+    if not files:
+        return ""
+    last = len(files) - 1
+    count = min(NUM_SHEETS, len(files))
+    chosen = sorted({round(i * last / max(1, count - 1)) for i in range(count)})
+    parts = [f"<h2>Samples of {html.escape(run.workdir.name)}</h2><div class='sheets'>"]
+    for file in (files[i] for i in chosen):
+        link = html.escape(Path(os.path.relpath(file, base)).as_posix(), quote=True)
+        step = int(file.stem.removeprefix("step_"))
+        parts.append(
+            f"<figure><a href='{link}'><img src='{link}' alt='Samples at step {step}' "
+            f"loading='lazy'></a><figcaption>step {step:,}</figcaption></figure>"
+        )
+    attribution = run.metadata.get("attribution")
+    note = f"<p>Pictures: {html.escape(attribution)}</p>" if attribution else ""
+    return "\n".join([*parts, f"</div>{note}"])
+
+
+def main(argv):
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments {argv[1:]}; a run goes into --runs")
+    runs, out = flags.FLAGS.runs, flags.FLAGS.out
+    write(runs, out)
+    print(f"{len(runs)} runs shown in {out}")
+
+
+if __name__ == "__main__":
+    # Here, not above: training imports this module, and other commands have an --out of their own.
+    flags.DEFINE_multi_string("runs", [], "Workdirs of training runs, one column each.")
+    flags.DEFINE_string("out", "report.html", "The page (.html) or picture (.png) to write.")
+    run(main)

@@ -1,0 +1,138 @@
+"""The state that a stage starts from."""
+
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from microdit_jax.checkpoints import run as run_checkpoint
+from microdit_jax.checkpoints import weights
+from microdit_jax.checkpoints.run import RunCheckpoints
+from microdit_jax.errors import UserError
+from microdit_jax.machine import hosts
+from microdit_jax.models.dit import DiT
+from microdit_jax.training import step as train_step
+from microdit_jax.training.step import TrainState
+
+INIT_STREAM = 0x1217  # keeps the initialisation's key apart from those of the steps
+
+
+class Start(NamedTuple):
+    """A state; what was saved beside it where the run resumes, else None; where it comes from."""
+
+    state: TrainState
+    resumed: dict[str, Any] | None
+    description: str
+
+
+def starting_state(
+    config: ConfigDict,
+    workdir: Path,
+    checkpoints: RunCheckpoints,
+    model: DiT,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    made_by: dict[str, str],
+) -> Start:
+    """The state from the first of these places that there is:
+
+    1. the newest good checkpoint of this workdir: the same command resumes;
+    2. config.init_from: the full state of another run (weights, optimiser, average, step), from
+       which the next stage goes on;
+    3. config.init_weights_from: weights alone, of another run (its average, if it keeps one) or of
+       a converted checkpoint. The optimiser and the step start anew. The resolution may be another:
+       the position embedding is computed, so no weight depends on it;
+    4. scratch: the initialisation.
+
+    Args:
+      made_by: names of the VAE and the text encoder of this run's data; another run's must be the
+        same in 2 and 3.
+    Raises:
+      UserError: both 2 and 3 are given; nothing usable there, or of another network or data.
+    """
+    with_ema = config.ema.enabled
+    abstract = train_step.abstract_state(model, optimizer, mesh, with_ema=with_ema)
+    full, alone = (place(config[key], workdir) for key in ("init_from", "init_weights_from"))
+    if full and alone:
+        raise UserError(
+            f"give one of config.init_from and config.init_weights_from, found {full} and {alone}"
+        )
+    # ---------------------------------------------------------------- 1. resume
+    if checkpoints.latest_step() is not None:
+        state, saved = checkpoints.restore(abstract)
+        return Start(state, saved, "resumed")
+    # ---------------------------------------------------------------- 2. another run's full state
+    if full:
+        _check_source("init_from", full, made_by)
+        state = _full_state(full, abstract)
+        step = int(state.step)
+        if step >= config.train.steps:
+            raise UserError(
+                f"train.steps counts from the start of {full}, which is at step {step} already, "
+                f"found {config.train.steps}; raise it"
+            )
+        return Start(state, None, f"full state of {full}, step {step}")
+    # ---------------------------------------------------------------- 3. weights alone
+    if alone:
+        _check_source("init_weights_from", alone, made_by)
+        params, description = weights.load_weights(alone, abstract.params)
+
+        def begin(params):
+            zero = jnp.zeros((), jnp.int32)
+            ema = jax.tree.map(jnp.copy, params) if with_ema else None
+            return TrainState(zero, params, optimizer.init(params), ema, jnp.copy(zero))
+
+        places = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+        state = jax.jit(begin, out_shardings=places, donate_argnums=0)(params)
+        return Start(state, None, f"weights of {description}")
+    # ---------------------------------------------------------------- 4. scratch
+    key = jax.random.fold_in(jax.random.key(config.seed), INIT_STREAM)
+    state = train_step.sharded_init(model, optimizer, key, mesh, with_ema=with_ema)
+    return Start(state, None, "scratch")
+
+
+def place(name: str, workdir: str | Path) -> str:
+    """The path that a config's `init_from` names, or "" for none."""
+    # Without ".." after a folder that may not exist yet
+    return os.path.normpath(name.replace("{workdir}", str(workdir))) if name else ""
+
+
+def _full_state(source: str, abstract: TrainState) -> TrainState:
+    """Another run's newest state; its average begins, or is left out, as this run wants it."""
+    has_ema = run_checkpoint.read_run_metadata(source)["has_ema"]
+    with RunCheckpoints(source) as earlier:
+        state, _ = earlier.restore(abstract.replace(ema=abstract.params if has_ema else None))
+    if abstract.ema is None:
+        return state.replace(ema=None)
+    if has_ema:
+        return state
+    places = jax.tree.map(lambda leaf: leaf.sharding, abstract.params)
+    copy = jax.jit(lambda params: jax.tree.map(jnp.copy, params), out_shardings=places)
+    return state.replace(ema=copy(state.params))
+
+
+def _check_source(key: str, source: str, made_by: dict[str, str]) -> None:
+    """Raises UserError where nothing is, or a run that saw latents or captions of other towers."""
+
+    def names() -> dict[str, str]:
+        if run_checkpoint.is_run(source):
+            metadata = run_checkpoint.read_run_metadata(source)
+            return {kind: metadata[kind] for kind in made_by}
+        if key == "init_from" or not Path(source).exists():
+            raise UserError(
+                f"expected a training run at {source}, which config.{key} names, found none; train "
+                f"that stage first, or give another by --config.{key}"
+            )
+        return {}  # a model folder does not say
+
+    for kind, found in hosts.from_first(f"read {source}", names).items():
+        if found != made_by[kind]:
+            raise UserError(
+                f"{source} was trained with the {kind} {found}, found data made with "
+                f"{made_by[kind]}; use the same, or another run to start from"
+            )
