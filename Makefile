@@ -35,7 +35,8 @@ test-ui: setup  ## the web page in a headless Chromium; not part of `make test`,
 
 # What another Python or JAX would break first. All tests on another Python: rm -rf .venv, then
 # make test PYTHON=python3.12.
-CORE := layering dit moe attention masking diffusion optim sharding train_step run_checkpoint sample convert_dit
+CORE := layering dit moe attention masking diffusion training_optim sharding training_step checkpoints_run \
+	sampling_pipeline convert_dit
 # The lower bounds of pyproject.toml.
 OLDEST := $(shell sed -nE 's/^    "(jax|flax|optax|orbax-checkpoint|grain)>=(.*)",/\1==\2/p' pyproject.toml)
 

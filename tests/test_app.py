@@ -13,7 +13,7 @@ import threading
 import numpy as np
 import pytest
 from PIL import Image
-from test_sample import pipeline
+from test_sampling_pipeline import pipeline
 
 from microdit_jax.app.limits import Limits, read_request
 from microdit_jax.app.studio import PageModel, Studio

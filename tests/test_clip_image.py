@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import GOLDEN, relative_l2
+from support.synthetic import synthetic_state_dict
 from test_convert_main import fails, run
 
 from microdit_jax.checkpoints.model_folder import read_metadata
@@ -17,7 +18,6 @@ from microdit_jax.encoders.clip import ClipConfig, ClipEncoder
 from microdit_jax.encoders.clip_image import ClipImageConfig, to_pixels
 from microdit_jax.encoders.clip_text import ClipTextConfig
 from microdit_jax.errors import UserError
-from tests.support.synthetic import synthetic_state_dict
 
 FULL_SIZE = {  # width, layers, heads, patch of either tower, as OpenCLIP has them
     "ViT-B-32": ClipConfig(

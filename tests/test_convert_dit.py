@@ -8,6 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from conftest import load_golden
+from support.synthetic import synthetic_dit
 
 from microdit_jax.convert.dit import config_from_dict, from_torch, infer_config, to_torch
 from microdit_jax.convert.dit_infer import interp_scale
@@ -16,7 +17,6 @@ from microdit_jax.errors import UserError
 from microdit_jax.models.dit import DiTConfig, MicroDiT_Tiny_2, MicroDiT_XL_2
 from microdit_jax.models.layers import sincos_pos_embed
 from microdit_jax.trees import flatten
-from tests.support.synthetic import synthetic_dit
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 XL2_512 = MicroDiT_XL_2(input_size=64, pos_interp_scale=2.0)

@@ -5,10 +5,10 @@ import shutil
 
 import numpy as np
 import pytest
-from test_assets import files  # noqa: F401
-from test_hosts import finish, free_port, start
+from test_assets_load import files  # noqa: F401
+from test_checkpoints_run import assert_same, flip, largest, make_state, restore
+from test_machine_hosts import finish, free_port, start
 from test_resume import Command, data, lines, state_of  # noqa: F401
-from test_run_checkpoint import assert_same, flip, largest, make_state, restore
 
 from microdit_jax.checkpoints.restore import steps_on_disk
 
@@ -17,7 +17,7 @@ STEPS, STATE = (
     20,
     """
 sys.path.insert(0, "tests")
-from test_run_checkpoint import RunCheckpoints, abstract, make_state, mesh, split
+from test_checkpoints_run import RunCheckpoints, abstract, make_state, mesh, split
 
 def place(leaf):
     return split(leaf, mesh(2, 2, 2))

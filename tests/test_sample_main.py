@@ -9,7 +9,7 @@ import sys
 import jax
 import numpy as np
 import pytest
-from test_assets import files  # noqa: F401
+from test_assets_load import files  # noqa: F401
 
 from microdit_jax import images
 from microdit_jax.assets import load

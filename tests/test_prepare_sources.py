@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
-from source_files import image, read, write, write_json
+from support.source_files import image, read, write, write_json
 
 from microdit_jax.errors import UserError
 from microdit_jax.prepare.mds_writer import MdsWriter

@@ -3,7 +3,7 @@ import signal
 import threading
 
 import pytest
-from test_hosts import finish, free_port, start
+from test_machine_hosts import finish, free_port, start
 
 from microdit_jax.machine.signals import StopRequest
 

@@ -11,7 +11,7 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
-from tiny_config import get_config
+from support.tiny_config import get_config
 
 import microdit_jax
 from microdit_jax import create, files

@@ -204,7 +204,7 @@ def test_what_a_killed_save_leaves_is_not_a_step(tmp_path):
 FULL_DISK = """
 import resource, sys
 sys.path.insert(0, {tests!r})
-from test_run_checkpoint import *
+from test_checkpoints_run import *
 workdir = pathlib.Path(sys.argv[1])
 save_steps(workdir, 5)
 with RunCheckpoints(workdir) as checkpoints:

@@ -210,7 +210,7 @@ def run_here(expression: str) -> subprocess.CompletedProcess:
     """Evaluates it in a process of its own, for what the compiler writes to stderr."""
     code = (
         "import conftest, json, jax\n"
-        "from test_train_step_mesh import *\n"
+        "from test_training_step_mesh import *\n"
         "jax.config.update('jax_enable_compilation_cache', False)  # what is cached warns nobody\n"
         f"print(json.dumps({expression}))"
     )

@@ -5,7 +5,7 @@ import json
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from source_files import image, read, write, write_json, write_tar, write_zip
+from support.source_files import image, read, write, write_json, write_tar, write_zip
 
 from microdit_jax.errors import UserError
 from microdit_jax.prepare.sources.registry import open_source
