@@ -12,13 +12,13 @@ from microdit_jax.training import defaults
 
 
 def get_config(variants: str = ""):
-    config = res_256_pretrain.get_config()  # the same data and noise levels
+    config = defaults.config_beside(__file__, "res_256_pretrain")  # the same data and noise levels
     config.init_from = "{workdir}/../res_256_pretrain"
     config.optim.update(
         learning_rate=8e-5, warmup_steps=0, decay_steps=0, final_ratio=1.0, clip_norm=0.25
     )
     config.train.update(
-        steps=res_256_pretrain.STEPS + 30_000, mask_ratio=0.0, micro_batch_size=64, eval_every=2500,
+        steps=config.train.steps + 30_000, mask_ratio=0.0, micro_batch_size=64, eval_every=2500,
         checkpoint_every=2500,
     )  # fmt: skip
     return defaults.apply_variants(config, variants)

@@ -13,13 +13,15 @@ from microdit_jax.training import defaults
 
 
 def get_config(variants: str = ""):
-    config = res_512_pretrain.get_config()  # the same network, data and noise levels
+    config = defaults.config_beside(
+        __file__, "res_512_pretrain"
+    )  # the same network, data and noise levels
     config.init_weights_from = ""
     config.init_from = "{workdir}/../res_512_pretrain"
     config.optim.update(learning_rate=8e-5, warmup_steps=0, clip_norm=0.5)
     config.ema.update(enabled=True, smoothing=0.9975, start_step=1000)
     config.train.update(
-        steps=res_512_pretrain.STEPS + 5000, mask_ratio=0.0, micro_batch_size=16, eval_every=500,
+        steps=config.train.steps + 5000, mask_ratio=0.0, micro_batch_size=16, eval_every=500,
         checkpoint_every=500,
     )  # fmt: skip
     return defaults.apply_variants(config, variants)

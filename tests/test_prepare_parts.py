@@ -5,6 +5,7 @@ import threading
 import pytest
 
 from microdit_jax.errors import UserError
+from microdit_jax.files import atomic_folder
 from microdit_jax.prepare import parts
 
 
@@ -44,7 +45,7 @@ def test_a_killed_start_and_a_disk_without_hard_links_are_no_obstacle(tmp_path, 
     def link(*paths):
         raise PermissionError
 
-    monkeypatch.setattr(parts.os, "link", link)
+    monkeypatch.setattr("os.link", link)
     (tmp_path / ".job.json.7.partial").write_text("{")
     parts.begin(tmp_path, {"seed": 1})
     parts.begin(tmp_path, {"seed": 1})
@@ -54,11 +55,11 @@ def test_a_killed_start_and_a_disk_without_hard_links_are_no_obstacle(tmp_path, 
 
 def test_a_job_that_finished_nothing_may_be_deleted(tmp_path):
     parts.begin(tmp_path, {"seed": 1})
-    with pytest.raises(ValueError), parts.part(tmp_path / "000000"):
+    with pytest.raises(ValueError), atomic_folder(tmp_path / "000000"):
         raise ValueError
     with pytest.raises(UserError, match="seed=1, now 2; .* nothing is finished there: delete it"):
         parts.begin(tmp_path, {"seed": 2})
-    with parts.part(tmp_path / "000000"):
+    with atomic_folder(tmp_path / "000000"):
         pass
     with pytest.raises(UserError, match="choose another folder$"):
         parts.begin(tmp_path, {"seed": 2})

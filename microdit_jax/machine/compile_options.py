@@ -1,7 +1,7 @@
 """XLA's options by platform, each with the reason; the evidence is in docs/performance.md.
 
-The training step is compiled with COMPILE. `python -m microdit_jax.commands.environment` prints what
-only the environment of a process can set.
+The training step is compiled with COMPILE. What only a process's environment can set,
+`python -m microdit_jax.commands.environment` prints.
 """
 
 import ctypes.util

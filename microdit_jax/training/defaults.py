@@ -188,10 +188,15 @@ def stages(**configs: ConfigDict) -> ConfigDict:
 
 def stages_beside(recipe: str, names: Sequence[str], variants: str) -> ConfigDict:
     """Chains the stages of config files that lie beside the file `recipe`, by name, in order."""
-    files = {name: Path(recipe).with_name(f"{name}.py") for name in names}
-    return stages(
-        **{name: runpy.run_path(str(file))["get_config"](variants) for name, file in files.items()}
-    )
+    return stages(**{name: config_beside(recipe, name, variants) for name in names})
+
+
+def config_beside(file: str, name: str, variants: str = "") -> ConfigDict:
+    """Reads the config NAME.py that lies beside the config file `file`.
+
+    By path, since installed and copied configs are not modules of any package.
+    """
+    return runpy.run_path(str(Path(file).with_name(f"{name}.py")))["get_config"](variants)
 
 
 def use_emoji(
