@@ -7,6 +7,7 @@ import pytest
 from absl import flags
 from conftest import tiny_model
 
+from benchmarks.against_reference import reference_work
 from microdit_jax.errors import UserError
 from microdit_jax.xla import bench, bench_loader, bench_report, bench_timing, bench_work
 from microdit_jax.xla.bench_work import Size, Variant
@@ -42,7 +43,7 @@ def test_turns_are_compared_pair_by_pair():
 def test_each_work_is_measured(what, tmp_path):
     size = Size(batch=16, images=8, sampler_steps=2)
     variant = Variant(attention="looped", expert=2 if what == "train_step" else 1)
-    settings = bench_report.Settings(2, 1, None, tmp_path / "dump" if what == "moe" else None)
+    settings = bench_report.Settings(2, 1, dump=tmp_path / "dump" if what == "moe" else None)
     row = bench_report.measure(what, tiny_model().config, size, variant, settings)
     assert row["seconds"]["lowest"] > 0 and row["compile_seconds"] > 0
     assert row["operations"] > 0 and row["memory"]["temporaries"] > 0
@@ -58,9 +59,24 @@ def test_each_work_is_measured(what, tmp_path):
 
 
 def test_the_reference_needs_a_checkout(tmp_path):
-    settings = bench_report.Settings(1, 0, tmp_path, None)
     with pytest.raises(UserError, match="expected (PyTorch|micro_diffusion/models/dit.py)"):
-        bench_report.measure("forward", tiny_model().config, Size(), Variant(), settings)
+        reference_work(tmp_path, "forward", tiny_model().config, Size())
+    assert reference_work(tmp_path, "moe", tiny_model().config, Size()) is None
+
+
+def test_another_implementation_takes_turns_with_ours():
+    calls = []
+
+    def reference(what, config, size):
+        return None if what == "moe" else lambda: calls.append((what, size.images))
+
+    settings = bench_report.Settings(repeats=2, warm_up=1, reference=reference)
+    size, config = Size(batch=8, images=2, sampler_steps=1), tiny_model().config
+    row = bench_report.measure("attention", config, size, Variant(), settings)
+    assert calls == [("attention", 2)] * 3
+    assert row["over_reference"]["median"] > 1  # nothing is quicker than an append
+    assert "x reference" in bench_report.line(row)
+    assert "over_reference" not in bench_report.measure("moe", config, size, Variant(), settings)
 
 
 def test_the_loader_says_what_a_step_waits():

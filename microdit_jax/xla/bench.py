@@ -1,15 +1,15 @@
 """Times training, sampling, their parts and the data loader, on this machine.
 
 Examples:
-  python -m microdit_jax.xla.bench --what=train_step,forward,sampler --reference=micro_diffusion
+  python -m microdit_jax.xla.bench --what=train_step,forward,sampler
   python -m microdit_jax.xla.bench --what=train_step --remat=none,block,dots --dtype=bfloat16
   python -m microdit_jax.xla.bench --what=moe,attention --attention=xla,looped --moe=gather,onehot
   python -m microdit_jax.xla.bench --what=loader --input=latents/cc12m --images_per_second=3060
 
 What: train_step, forward, sampler, moe, attention, loader. Flags with several values make a grid
-of variants. Each is compiled past the cache, and then takes turns with a large matrix product and,
-with --reference, a checkout of the PyTorch reference at the same work in this process: on a machine
-that others use, the ratios say more than the seconds. "share" is the operations' rate over the
+of variants. Each is compiled past the cache, and then takes turns with a large matrix product: on a
+machine that others use, the ratios say more than the seconds. `python -m
+benchmarks.against_reference` also times a checkout of the PyTorch reference in the same turns. "share" is the operations' rate over the
 product's; operations are counted from the network's sizes.
 There is no ragged form of the experts: in expert choice all take the same number of tokens.
 """
@@ -41,7 +41,6 @@ PARTS = flags.DEFINE_list("micro_batches", ["1"], "Parts that a step's batch is 
 EXPERT = flags.DEFINE_list("expert", ["1"], "Devices that share the experts.")
 REPEATS = flags.DEFINE_integer("repeats", 7, "Timed turns of each variant.", lower_bound=1)
 WARM_UP = flags.DEFINE_integer("warm_up", 1, "Turns before them.", lower_bound=0)
-REFERENCE = flags.DEFINE_string("reference", None, "Folder of a checkout of the reference.")
 REPORT = flags.DEFINE_string("report", None, "JSON file to write; a PNG goes beside it.")
 DUMP = flags.DEFINE_string("dump", None, "Folder for each variant's HLO and profiler trace.")
 INPUT = flags.DEFINE_string("input", None, "loader: a dataset of latents; by default one is made.")
@@ -87,7 +86,12 @@ def _loader() -> dict:
     )
 
 
-def main(argv):
+def main(argv, reference=None):
+    """Runs the benchmark.
+
+    Args:
+      reference: a `bench_report.Reference` to time in the same turns.
+    """
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}")
     import jax
@@ -126,7 +130,7 @@ def main(argv):
     settings = bench_report.Settings(
         REPEATS.value,
         WARM_UP.value,
-        Path(REFERENCE.value) if REFERENCE.value else None,
+        reference,
         Path(DUMP.value) if DUMP.value else None,
     )
     variants = [(w, v) for w in what if w != "loader" for v in bench_work.grid(w, choices)]

@@ -5,17 +5,14 @@ import datetime
 import gc
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
 from matplotlib.figure import Figure
 
-from convert import reference
-from microdit_jax import diffusion
-from microdit_jax.convert.dit import to_torch
-from microdit_jax.errors import UserError
 from microdit_jax.files import atomic_file, disk_errors, write_text
 from microdit_jax.machine import compile_options
 from microdit_jax.models.dit import DiTConfig
@@ -25,13 +22,25 @@ from microdit_jax.xla.bench_work import Size, Variant, Work
 Row = dict[str, Any]
 
 
+class Reference(Protocol):
+    """Another implementation of the same network, timed beside ours (benchmarks/)."""
+
+    def __call__(self, what: str, config: DiTConfig, size: Size) -> Callable[[], Any] | None:
+        """Prepares one piece of work; None for work that the other implementation lacks.
+
+        Returns:
+          A function that does the work once and returns when it is done.
+        """
+        ...
+
+
 class Settings(NamedTuple):
-    """How variants are measured; reference and dump are folders or None."""
+    """Number of timed and untimed turns, the reference, and the folder for HLO and traces."""
 
     repeats: int
     warm_up: int
-    reference: Path | None
-    dump: Path | None
+    reference: Reference | None = None
+    dump: Path | None = None
 
 
 # What changes a program's speed from outside.
@@ -57,11 +66,9 @@ def measure(what: str, config: DiTConfig, size: Size, variant: Variant, settings
     """Compiles one variant and times it in turns with a matrix product and the reference.
 
     Raises:
-      UserError: a variant that cannot run here, or no torch or checkout for the reference.
+      UserError: a variant that cannot run here, or a reference that cannot.
     """
-    theirs = None
-    if settings.reference and what in ("train_step", "forward", "sampler"):
-        theirs = _reference_work(what, config, size, settings.reference)
+    theirs = settings.reference(what, config, size) if settings.reference else None
     work = bench_work.MAKERS[what](config, size, variant)
     gemm, gemm_operations = bench_timing.gemm(variant.dtype)
     runs = [work.run, gemm] + ([theirs] if theirs else [])
@@ -100,28 +107,6 @@ def _memory(compiled: jax.stages.Compiled) -> dict[str, int] | None:
         "results": found.output_size_in_bytes - found.alias_size_in_bytes,
         "temporaries": found.temp_size_in_bytes,
     }
-
-
-def _reference_work(what: str, config: DiTConfig, size: Size, folder: Path):
-    """The same work by the reference, on the same weights and data, with as many threads."""
-    if jax.default_backend() != "cpu":
-        raise UserError(
-            f"--reference is timed on CPUs, found {jax.default_backend()}; set JAX_PLATFORMS=cpu"
-        )
-    reference.check(folder)
-    params = jax.tree.map(np.asarray, bench_work.random_tree(bench_work.abstract_params(config)))
-    # Copies, since it writes to them, and in C order, which PyTorch's own weights have.
-    tensors = {key: np.array(v, order="C") for key, v in to_torch(params, config).items()}
-    theirs = reference.ReferenceWork(folder, config, tensors)
-    theirs.set_threads(len(os.sched_getaffinity(0)))
-    if what == "train_step":
-        data = bench_work.inputs(config, size.batch)
-        return lambda: theirs.train_step(data["x"], data["y"], size.mask_ratio)
-    data = bench_work.inputs(config, size.images)
-    if what == "forward":
-        return lambda: theirs.forward(data["x"], data["t"], data["y"])
-    sigmas = diffusion.sigma_steps(size.sampler_steps)
-    return lambda: theirs.sampler(data["x"], data["y"], sigmas, 5.0)
 
 
 def name(what: str, variant: Variant) -> str:

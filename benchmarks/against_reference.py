@@ -1,0 +1,68 @@
+"""Times our network beside the PyTorch reference, in turns and in one process, on CPUs.
+
+  python -m benchmarks.against_reference --reference=FOLDER --what=train_step,forward,sampler
+
+FOLDER is a checkout of the reference, which holds micro_diffusion/. All other flags are those of
+`python -m microdit_jax.xla.bench`. Both networks have the same weights, data and threads.
+"""
+
+import functools
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from absl import flags
+
+from convert import reference
+from microdit_jax import diffusion
+from microdit_jax.commands.cli import run
+from microdit_jax.convert.dit import to_torch
+from microdit_jax.errors import UserError
+from microdit_jax.models.dit import DiTConfig
+from microdit_jax.xla import bench, bench_work
+from microdit_jax.xla.bench_work import Size
+
+GUIDANCE_SCALE = 5.0
+
+
+def reference_work(
+    folder: Path, what: str, config: DiTConfig, size: Size
+) -> Callable[[], Any] | None:
+    """Prepares the reference for one piece of work: a `bench_report.Reference`, given the folder.
+
+    Raises:
+      UserError: another platform than CPUs, no PyTorch, or no checkout in the folder.
+    """
+    if what not in ("train_step", "forward", "sampler"):
+        return None
+    if jax.default_backend() != "cpu":
+        raise UserError(
+            f"--reference is timed on CPUs, found {jax.default_backend()}; set JAX_PLATFORMS=cpu"
+        )
+    reference.check(folder)
+    params = jax.tree.map(np.asarray, bench_work.random_tree(bench_work.abstract_params(config)))
+    # PyTorch writes to its weights, hence copies, and has them in C order.
+    tensors = {key: np.array(v, order="C") for key, v in to_torch(params, config).items()}
+    theirs = reference.ReferenceWork(folder, config, tensors)
+    theirs.set_threads(len(os.sched_getaffinity(0)))
+    if what == "train_step":
+        data = bench_work.inputs(config, size.batch)
+        return lambda: theirs.train_step(data["x"], data["y"], size.mask_ratio)
+    data = bench_work.inputs(config, size.images)
+    if what == "forward":
+        return lambda: theirs.forward(data["x"], data["t"], data["y"])
+    sigmas = diffusion.sigma_steps(size.sampler_steps)
+    return lambda: theirs.sampler(data["x"], data["y"], sigmas, GUIDANCE_SCALE)
+
+
+if __name__ == "__main__":
+    REFERENCE = flags.DEFINE_string("reference", None, "Folder of a checkout of the reference.")
+    flags.mark_flag_as_required("reference")
+    run(
+        lambda argv: bench.main(
+            argv, reference=functools.partial(reference_work, Path(REFERENCE.value))
+        )
+    )
