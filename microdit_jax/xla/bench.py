@@ -7,10 +7,10 @@ Examples:
   python -m microdit_jax.xla.bench --what=loader --input=latents/cc12m --images_per_second=3060
 
 What: train_step, forward, sampler, moe, attention, loader. Flags with several values make a grid
-of variants. Each is compiled past the cache, and then takes turns with a large matrix product: on a
-machine that others use, the ratios say more than the seconds. `python -m
-benchmarks.against_reference` also times a checkout of the PyTorch reference in the same turns. "share" is the operations' rate over the
-product's; operations are counted from the network's sizes.
+of variants. Each is compiled past the cache, and then takes turns with a large matmul: on a machine
+that others use, ratios say more than seconds. "share" is the rate of operations over the matmul's;
+operations are counted from the network's sizes. benchmarks.against_reference times a checkout of
+the PyTorch reference in the same turns.
 There is no ragged form of the experts: in expert choice all take the same number of tokens.
 """
 
