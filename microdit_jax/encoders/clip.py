@@ -13,7 +13,7 @@ from jaxtyping import Array, Float32, Int, UInt8
 from microdit_jax.encoders.clip_image import ClipImage, ClipImageConfig, to_pixels
 from microdit_jax.encoders.clip_text import ClipText, ClipTextConfig
 from microdit_jax.encoders.tokenizers import ClipTokenizer
-from microdit_jax.machine.placement import fetch, rows_sharding
+from microdit_jax.machine.placement import map_batches
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,12 +85,6 @@ class ClipEncoder:
         return self._embed(self._text, texts, lambda part: self.tokenizer(list(part)))
 
     def _embed(self, function, items, prepare):
-        sharding, multiple = rows_sharding(self.params)
-        size, results = -(-self._batch // multiple) * multiple, []
-        for start in range(0, len(items), size):
-            rows = prepare(items[start : start + size])
-            filled = np.zeros((size, *rows.shape[1:]), rows.dtype)
-            filled[: len(rows)] = rows
-            results.append(fetch(function(self.params, jax.device_put(filled, sharding))))
-        empty = np.zeros((0, self.config.embed_dim), np.float32)
-        return np.concatenate([empty, *results])[: len(items)]
+        if not len(items):
+            return np.zeros((0, self.config.embed_dim), np.float32)
+        return map_batches(function, self.params, items, prepare, size=self._batch)

@@ -10,7 +10,7 @@ from einops import rearrange
 from jaxtyping import Array, Float, Float32, Int32, Shaped
 
 from microdit_jax.errors import UserError
-from microdit_jax.machine.placement import fetch, rows_sharding
+from microdit_jax.machine.placement import map_batches
 
 BATCH = 2  # texts a tower takes at once, unless told otherwise: a prompt and the empty one
 # Added to a score; finite, so that a row of nothing but padding gives a mean and not NaN.
@@ -66,15 +66,14 @@ def in_batches(
 ) -> Float32[np.ndarray, "n l d"]:
     """function(params, *arrays) in batches of exactly `size` rows, so that it compiles once.
 
-    The last batch is filled up with rows of zeros, whose results are cut off. On a mesh, `size` is
+    The last batch is filled up, and the results of what fills it are cut off. On a mesh, `size` is
     rounded up to its number of devices.
     """
-    sharding, multiple = rows_sharding(params)
-    size = -(-size // multiple) * multiple
-    n, results = len(arrays[0]), []
-    for start in range(0, max(n, 1), size):
-        batch = [np.zeros((size, *a.shape[1:]), a.dtype) for a in arrays]
-        for rows, array in zip(batch, arrays, strict=True):
-            rows[: n - start] = array[start : start + size]
-        results.append(fetch(function(params, *jax.device_put(batch, sharding))))
-    return np.concatenate(results)[:n].astype(np.float32)
+    n = len(arrays[0])
+    # Without rows, one of zeros tells the shape of the results.
+    rows = arrays if n else [np.zeros((1, *a.shape[1:]), a.dtype) for a in arrays]
+    indices = np.arange(max(n, 1))
+    found = map_batches(
+        function, params, indices, lambda part: tuple(a[part] for a in rows), size=size
+    )
+    return found[:n].astype(np.float32)

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from microdit_jax.encoders.vae import AutoencoderKL, VaeConfig, sample_latents
 from microdit_jax.errors import UserError
-from microdit_jax.machine.placement import fetch, rows_sharding
+from microdit_jax.machine.placement import map_batches, rows_sharding
 
 
 @functools.partial(jax.jit, static_argnames=("model", "method"))
@@ -90,16 +90,16 @@ class VaeCodec:
         """The network's outputs; the last slice is filled up so that all run one program."""
         if not len(x):
             raise UserError("expected at least one picture for the VAE, found none")
-        sharding, devices = rows_sharding(self.params)
+        _, devices = rows_sharding(self.params)
         size = devices * min(self.slice_size, -(-len(x) // devices))
-        model, slices = AutoencoderKL(self.config), []
-        for start in range(0, len(x), size):
-            count = min(size, len(x) - start)
-            filled = np.resize(np.arange(start, start + count), size)
-            rows = jax.device_put(np.asarray(x[filled], np.float32), sharding)
-            out = jax.tree.leaves(_apply(self.params, rows, model=model, method=method))
-            slices.append([fetch(part)[:count] for part in out])
-        return [np.concatenate(parts) for parts in zip(*slices, strict=True)]
+        model = AutoencoderKL(self.config)
+
+        def apply(params, rows):
+            return jax.tree.leaves(_apply(params, rows, model=model, method=method))
+
+        return map_batches(
+            apply, self.params, x, lambda rows: np.asarray(rows, np.float32), size=size
+        )
 
 
 def _check_finite(values: np.ndarray, what: str, config: VaeConfig) -> None:

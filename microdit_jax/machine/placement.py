@@ -1,14 +1,14 @@
 """Where the rows of a batch go: to the devices that hold the weights."""
 
 import functools
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Shaped
+from jaxtyping import Int, Shaped
 
 
 def rows_sharding(params: Any) -> tuple[Sharding, int]:
@@ -46,3 +46,58 @@ def fetch(array: Shaped[jax.Array, "..."]) -> Shaped[np.ndarray, "..."]:
 @functools.cache
 def _everywhere(mesh: Mesh) -> Callable[[jax.Array], jax.Array]:
     return jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, P()))
+
+
+# ------------------------------------------------------------------ batches of one size
+class FullBatch(NamedTuple):
+    """One batch of a fixed size out of more rows, or fewer.
+
+    rows: which rows it holds, (size,) indices. count: how many of them, from the front, are new;
+    the others repeat these to fill the batch up, and their results are to be thrown away.
+    """
+
+    rows: Int[np.ndarray, " size"]
+    count: int
+
+
+def full_batches(count: int, size: int) -> Iterator[FullBatch]:
+    """Splits `count` rows into batches of exactly `size`, so that all run one compiled program."""
+    for start in range(0, count, size):
+        new = np.arange(start, min(start + size, count))
+        yield FullBatch(np.resize(new, size), len(new))
+
+
+def round_up(size: int, multiple: int) -> int:
+    """The smallest multiple of `multiple` that is at least `size`."""
+    return -(-size // multiple) * multiple
+
+
+def map_batches(
+    function: Callable[..., Any],
+    params: Any,
+    items: Sequence[Any] | Shaped[np.ndarray, "n ..."],
+    prepare: Callable[[Any], Shaped[np.ndarray, "m ..."] | tuple[Shaped[np.ndarray, "m ..."], ...]],
+    *,
+    size: int,
+) -> Any:
+    """Applies function(params, *arrays) to all items, in full batches on the weights' devices.
+
+    Args:
+      function: jitted; its outputs have a row for each item of the batch.
+      params: weights; where they are decides where the batches go (`rows_sharding`).
+      items: one or more.
+      prepare: turns a slice of the items into the function's arrays, a row for each item.
+      size: items at a time, rounded up to the number of devices.
+    Returns:
+      The function's outputs for all items, as NumPy arrays.
+    """
+    sharding, devices = rows_sharding(params)
+    outputs = []
+    for batch in full_batches(len(items), round_up(size, devices)):
+        start = int(batch.rows[0])
+        arrays = prepare(items[start : start + batch.count])
+        arrays = arrays if isinstance(arrays, tuple) else (arrays,)
+        placed = [put_rows(array[batch.rows - start], sharding) for array in arrays]
+        out = function(params, *placed)
+        outputs.append(jax.tree.map(lambda part, n=batch.count: fetch(part)[:n], out))
+    return jax.tree.map(lambda *parts: np.concatenate(parts), *outputs)

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float32, UInt8
 
 from microdit_jax.errors import UserError
-from microdit_jax.machine.placement import fetch, rows_sharding
+from microdit_jax.machine.placement import map_batches
 from microdit_jax.metrics.inception import InceptionConfig, make_inception
 from microdit_jax.metrics.resize import resize, to_inputs
 
@@ -56,14 +56,9 @@ class FeatureNetwork:
         self, images: Sequence[UInt8[np.ndarray, "_ _ 3"]]
     ) -> Float32[np.ndarray, "n {self.width}"]:
         """Features (n, width) of pictures of bytes, of any size."""
-        sharding, devices = rows_sharding(self._params)
-        size, results = -(-self._batch // devices) * devices, []
-        for start in range(0, len(images), size):
-            rows = self._prepare(images[start : start + size])
-            filled = np.zeros((size, *rows.shape[1:]), rows.dtype)
-            filled[: len(rows)] = rows
-            results.append(fetch(self._apply(self._params, jax.device_put(filled, sharding))))
-        return np.concatenate([np.zeros((0, self.width), np.float32), *results])[: len(images)]
+        if not len(images):
+            return np.zeros((0, self.width), np.float32)
+        return map_batches(self._apply, self._params, images, self._prepare, size=self._batch)
 
 
 def on_all_devices(params: Any) -> Any:
