@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEMO := out/demo
 
-.PHONY: demo test bench test-ui test-matrix test-oldest test-newest wheel-test docs lint setup clean
+.PHONY: demo test bench test-ui test-matrix test-oldest test-newest wheel-test docs mutants lint setup clean
 setup: .venv/.ready
 
 .venv/.ready: pyproject.toml constraints.txt
@@ -59,6 +59,9 @@ docs: setup  ## the docs site in site/, open site/index.html; a warning is an er
 	$(BIN)/pip install -qq --constraint constraints.txt --editable '.[dev,docs]'
 	$(BIN)/python tools/api_pages.py
 	$(BIN)/zensical build --strict --clean
+
+mutants: setup  ## puts faults into a copy of the code, one at a time: a test must notice each
+	$(BIN)/python -m tools.mutants --jobs=2
 
 lint: setup
 	$(BIN)/ruff check .

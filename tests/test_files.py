@@ -1,0 +1,110 @@
+"""Files and folders are written whole or not at all, and failures are one line."""
+
+import json
+import os
+
+import pytest
+
+from microdit_jax import files
+from microdit_jax.errors import UserError
+
+
+def fail(*arguments, **options):
+    raise OSError(28, "No space left on device")
+
+
+WRITES = {
+    "bytes": lambda path: files.write_bytes(path, b"new"),
+    "bytes, others' first": lambda path: files.write_bytes(path, b"new", replace=False),
+    "text": lambda path: files.write_text(path, "new"),
+    "json": lambda path: files.write_json(path, {"new": 1}),
+}
+
+
+@pytest.mark.parametrize("name", ["bytes", "text", "json"])
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, name):
+    path = tmp_path / "file"
+    path.write_text("old")
+    monkeypatch.setattr("os.fsync", fail)
+    with pytest.raises(UserError, match="could not write .*file: No space left.*; free some space"):
+        WRITES[name](path)
+    assert path.read_text() == "old" and os.listdir(tmp_path) == ["file"]
+
+
+@pytest.mark.parametrize("name", WRITES)
+def test_a_kill_at_the_last_moment_leaves_the_old_file(tmp_path, monkeypatch, name):
+    """Nothing of the new contents stands under the file's name before all of them do."""
+    path, seen = tmp_path / "file", []
+    path.write_text("old")
+    real = os.replace, os.link
+
+    def watch(call):
+        def watched(source, target, **options):
+            seen.append((path.read_text(), len(os.listdir(tmp_path))))
+            return call(source, target, **options)
+
+        return watched
+
+    monkeypatch.setattr("os.replace", watch(real[0]))
+    monkeypatch.setattr("os.link", watch(real[1]))
+    WRITES[name](path)
+    assert seen == [("old", 2)] and os.listdir(tmp_path) == ["file"]
+
+
+def test_a_file_that_is_there_may_stay(tmp_path):
+    path = tmp_path / "a" / "file"
+    files.write_bytes(path, b"first", replace=False)
+    files.write_bytes(path, b"second", replace=False)
+    assert path.read_bytes() == b"first" and os.listdir(path.parent) == ["file"]
+    files.write_bytes(path, b"third")
+    assert path.read_bytes() == b"third"
+
+
+def test_a_folder_takes_its_name_when_it_is_whole(tmp_path):
+    folder = tmp_path / "folder"
+    (tmp_path / ".folder.partial" / "left_by_a_kill").mkdir(parents=True)
+    with pytest.raises(ZeroDivisionError), files.atomic_folder(folder) as partial:
+        assert not list(partial.iterdir())
+        raise ZeroDivisionError
+    assert not list(tmp_path.iterdir())
+    with files.atomic_folder(folder) as partial:
+        (partial / "one").write_text("1")
+        assert not folder.exists()
+    assert os.listdir(tmp_path) == ["folder"] and os.listdir(folder) == ["one"]
+
+
+def test_too_little_room_is_refused_before_anything_is_written(tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 10}))
+    with pytest.raises(UserError, match="found 0.00 GB free"):
+        files.write_bytes(tmp_path / "file", b"eleven bytes")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("text", ["[1]", "{", "\udcff", ""])
+def test_damaged_json_is_one_line(tmp_path, text):
+    path = tmp_path / "file.json"
+    path.write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(UserError, match="expected .*JSON.* in .*file.json, found"):
+        files.read_json(path)
+
+
+def test_json_goes_there_and_back(tmp_path):
+    contents = {"caption": "crème brûlée", "sizes": [1, 2.5, None]}
+    files.write_json(tmp_path / "file.json", contents)
+    assert files.read_json(tmp_path / "file.json") == contents
+    assert json.loads((tmp_path / "file.json").read_text(encoding="utf-8")) == contents
+
+
+def test_checksums_name_what_changed(tmp_path):
+    for name in ("kept", "changed", "longer", "gone"):
+        (tmp_path / name).write_text(name)
+    sums = files.checksums(tmp_path)
+    assert not files.damage(tmp_path, sums)
+    (tmp_path / "changed").write_text("CHANGED")
+    (tmp_path / "longer").write_text("longer than it was")
+    (tmp_path / "gone").unlink()
+    assert sorted(files.damage(tmp_path, sums)) == [
+        "changed (contents changed)",
+        "gone (missing)",
+        "longer (18 bytes instead of 6)",
+    ]
