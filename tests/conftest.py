@@ -1,8 +1,14 @@
 """Eight simulated devices, strict types and shapes, and the golden files of the reference."""
 
 import os
+import pathlib
 
 os.environ["JAX_PLATFORMS"] = "cpu"
+# Processes that tests start import this checkout, not another one that may be installed.
+ROOT = pathlib.Path(__file__).parent.parent
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+)
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "")
     + " --xla_force_host_platform_device_count=8"
@@ -17,7 +23,6 @@ install_import_hook(["microdit_jax", "convert"], "beartype.beartype")
 
 import functools  # noqa: E402
 import json  # noqa: E402
-import pathlib  # noqa: E402
 
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402

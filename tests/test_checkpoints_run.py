@@ -13,7 +13,6 @@ import numpy as np
 import optax
 import pytest
 
-from microdit_jax.checkpoints import model_folder
 from microdit_jax.checkpoints import restore as run_restore
 from microdit_jax.checkpoints import run as run_checkpoint
 from microdit_jax.checkpoints.run import RunCheckpoints
@@ -251,7 +250,7 @@ def test_a_failed_save_raises_at_the_next_call(tmp_path, monkeypatch):
 
     for call in ("check", "wait", "save", "close"):
         checkpoints = RunCheckpoints(tmp_path / call)
-        monkeypatch.setattr(model_folder, "checksums", fail)
+        monkeypatch.setattr(run_checkpoint, "checksums", fail)
         checkpoints.save(1, make_state(1), {})
         checkpoints._saving[1].exception()  # until it has failed
         monkeypatch.undo()
@@ -267,7 +266,7 @@ def test_a_failed_save_raises_at_the_next_call(tmp_path, monkeypatch):
 
 def test_a_save_that_hangs(tmp_path, monkeypatch):
     release = threading.Event()
-    monkeypatch.setattr(model_folder, "checksums", lambda folder: release.wait() and {})
+    monkeypatch.setattr(run_checkpoint, "checksums", lambda folder: release.wait() and {})
     checkpoints = RunCheckpoints(tmp_path, timeout_seconds=1.0)
     checkpoints.save(1, make_state(1), {})
     with pytest.raises(UserError, match="expected checkpoint 1 on disk within 1 s, found it unf"):

@@ -20,9 +20,9 @@ ROOT = pathlib.Path(__file__).parent.parent
 PROLOGUE = """
 import os, signal, sys, time
 import jax, numpy as np
-from microdit_jax import hosts, signals
-from microdit_jax.errors import UserError
 from microdit_jax.commands.parser import exit_on_user_error
+from microdit_jax.errors import UserError
+from microdit_jax.machine import hosts, signals
 """
 
 

@@ -88,7 +88,7 @@ def test_towers_of_two_processes(files):  # noqa: F811
     is elsewhere; and rows that hosts computed differently."""
     program = """
 import os
-from microdit_jax import assets
+from microdit_jax.assets import load as assets
 from microdit_jax.machine.placement import fetch, put_rows
 os.environ["XDG_CACHE_HOME"] = sys.argv[3] + sys.argv[4] * sys.argv[2].count("1")
 codec = assets.load_codec(sys.argv[5])

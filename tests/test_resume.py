@@ -66,7 +66,8 @@ class Command:
         with open(self._output, "a") as output:
             self.process = subprocess.Popen(
                 [
-                    sys.executable, "train_main.py", f"--config=tests/tiny_config.py:{data}",
+                    sys.executable, "train_main.py",
+                    f"--config=tests/support/tiny_config.py:{data}",
                     f"--workdir={workdir}", f"--config.train.steps={STEPS}",
                     f"--config.train.checkpoint_every={CHECKPOINT_EVERY}", *flags,
                 ],

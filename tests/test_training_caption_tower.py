@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-import tiny_config
+from support import tiny_config
 
 from microdit_jax import sharding
 from microdit_jax.assets import load

@@ -135,8 +135,7 @@ def _fetch_first(repository: str, names: Sequence[str]) -> Path:
             cached = isinstance(huggingface_hub.try_to_load_from_cache(repository, name), str)
             if not cached and not constants.HF_HUB_OFFLINE:
                 print(f"asking the Hugging Face Hub for {name} of {repository}", file=sys.stderr)
-            with disk_errors(Path(constants.HF_HUB_CACHE) / "models"):
-                return Path(huggingface_hub.hf_hub_download(repository, name))
+            return Path(huggingface_hub.hf_hub_download(repository, name))
         except errors.LocalEntryNotFoundError as error:
             why = ("no network, or offline mode", error)
             continue  # the other one may be in the cache
@@ -146,7 +145,10 @@ def _fetch_first(repository: str, names: Sequence[str]) -> Path:
             why = ("its terms must be accepted first, and HF_TOKEN be set", error)
         except (errors.RepositoryNotFoundError, errors.HFValidationError) as error:
             why = ("there is no such repository", error)
-        except OSError as error:  # the network's, and the hub's own HTTP errors
+        except OSError as error:  # the network's, the hub's own HTTP errors, or the disk's
+            if error.errno is not None and not isinstance(error, (ConnectionError, TimeoutError)):
+                with disk_errors(Path(constants.HF_HUB_CACHE) / "models"):
+                    raise
             why = (str(error).split("\n")[0], error)
         break
     place = local_folder(repository)

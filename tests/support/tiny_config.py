@@ -1,4 +1,4 @@
-"""The demo, shrunk to seconds, as a config file: --config=tests/tiny_config.py:FOLDER_OF_DATA."""
+"""The demo, shrunk to seconds: --config=tests/support/tiny_config.py:FOLDER_OF_DATA."""
 
 from configs import demo
 

@@ -13,13 +13,13 @@ from selenium import webdriver
 from selenium.webdriver.chrome.service import Service
 
 TESTS = pathlib.Path(__file__).parent.parent
-sys.path.insert(0, str(TESTS))  # tiny_config
+sys.path.insert(0, str(TESTS))  # support
 
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory) -> list[str]:
     """Two training runs of a step or two: their pictures are noise, but each its own."""
-    from tiny_config import get_config
+    from support.tiny_config import get_config
 
     from microdit_jax.train import train
 
