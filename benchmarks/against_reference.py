@@ -22,8 +22,9 @@ from microdit_jax.commands.cli import run
 from microdit_jax.convert.dit import to_torch
 from microdit_jax.errors import UserError
 from microdit_jax.models.dit import DiTConfig
-from microdit_jax.xla import bench, bench_work
-from microdit_jax.xla.bench_work import Size
+from microdit_jax.xla.bench import __main__ as bench
+from microdit_jax.xla.bench import workloads
+from microdit_jax.xla.bench.workloads import Size
 
 GUIDANCE_SCALE = 5.0
 
@@ -31,7 +32,7 @@ GUIDANCE_SCALE = 5.0
 def reference_work(
     folder: Path, what: str, config: DiTConfig, size: Size
 ) -> Callable[[], Any] | None:
-    """Prepares the reference for one piece of work: a `bench_report.Reference`, given the folder.
+    """Prepares the reference for one piece of work: a `rows.Reference`, given the folder.
 
     Raises:
       UserError: another platform than CPUs, no PyTorch, or no checkout in the folder.
@@ -43,15 +44,15 @@ def reference_work(
             f"--reference is timed on CPUs, found {jax.default_backend()}; set JAX_PLATFORMS=cpu"
         )
     reference.check(folder)
-    params = jax.tree.map(np.asarray, bench_work.random_tree(bench_work.abstract_params(config)))
+    params = jax.tree.map(np.asarray, workloads.random_tree(workloads.abstract_params(config)))
     # PyTorch writes to its weights, hence copies, and has them in C order.
     tensors = {key: np.array(v, order="C") for key, v in to_torch(params, config).items()}
     theirs = reference.ReferenceWork(folder, config, tensors)
     theirs.set_threads(len(os.sched_getaffinity(0)))
     if what == "train_step":
-        data = bench_work.inputs(config, size.batch)
+        data = workloads.inputs(config, size.batch)
         return lambda: theirs.train_step(data["x"], data["y"], size.mask_ratio)
-    data = bench_work.inputs(config, size.images)
+    data = workloads.inputs(config, size.images)
     if what == "forward":
         return lambda: theirs.forward(data["x"], data["t"], data["y"])
     sigmas = diffusion.sigma_steps(size.sampler_steps)

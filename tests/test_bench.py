@@ -9,8 +9,9 @@ from conftest import tiny_model
 
 from benchmarks.against_reference import reference_work
 from microdit_jax.errors import UserError
-from microdit_jax.xla import bench, bench_loader, bench_report, bench_timing, bench_work
-from microdit_jax.xla.bench_work import Size, Variant
+from microdit_jax.xla.bench import __main__ as bench
+from microdit_jax.xla.bench import loader, rows, timing, workloads
+from microdit_jax.xla.bench.workloads import Size, Variant
 
 CHOICES = {
     "attention": ("xla", "looped"),
@@ -23,33 +24,33 @@ CHOICES = {
 
 
 def test_a_grid_has_only_what_matters():
-    assert len(list(bench_work.grid("train_step", CHOICES))) == 2 * 2 * 3 * 2
-    assert [v.moe_dispatch for v in bench_work.grid("moe", CHOICES)] == ["gather", "onehot"]
+    assert len(list(workloads.grid("train_step", CHOICES))) == 2 * 2 * 3 * 2
+    assert [v.moe_dispatch for v in workloads.grid("moe", CHOICES)] == ["gather", "onehot"]
     with pytest.raises(UserError, match="--attention takes xla, looped on this cpu, found cudnn"):
-        list(bench_work.grid("attention", CHOICES | {"attention": ("cudnn",)}))
+        list(workloads.grid("attention", CHOICES | {"attention": ("cudnn",)}))
 
 
 def test_turns_are_compared_pair_by_pair():
-    ours, theirs = bench_timing.Timed(np.array([1.0, 2.0, 8.0])), bench_timing.Timed(np.full(3, 4))
+    ours, theirs = timing.Timed(np.array([1.0, 2.0, 8.0])), timing.Timed(np.full(3, 4))
     over = ours.over(theirs)
     assert over == {"median": 0.5, "lowest": 0.25, "highest": 2.0, "of_lowest": 0.25}
     assert ours.summary() == {"median": 2.0, "lowest": 1.0, "spread": 1.75}
     calls = []
-    found = bench_timing.take_turns([lambda: calls.append(0), lambda: calls.append(1)], repeats=2)
+    found = timing.take_turns([lambda: calls.append(0), lambda: calls.append(1)], repeats=2)
     assert calls == [0, 1] * 3 and [len(timed.seconds) for timed in found] == [2, 2]
 
 
-@pytest.mark.parametrize("what", bench_work.WORKS)
+@pytest.mark.parametrize("what", workloads.WORKS)
 def test_each_work_is_measured(what, tmp_path):
     size = Size(batch=16, images=8, sampler_steps=2)
     variant = Variant(attention="looped", expert=2 if what == "train_step" else 1)
-    settings = bench_report.Settings(2, 1, dump=tmp_path / "dump" if what == "moe" else None)
-    row = bench_report.measure(what, tiny_model().config, size, variant, settings)
+    settings = rows.Settings(2, 1, dump=tmp_path / "dump" if what == "moe" else None)
+    row = rows.measure(what, tiny_model().config, size, variant, settings)
     assert row["seconds"]["lowest"] > 0 and row["compile_seconds"] > 0
     assert row["operations"] > 0 and row["memory"]["temporaries"] > 0
-    assert what in bench_report.line(row)
-    report = bench_report.new("Tiny_2", 8, size) | {"rows": [row]}
-    bench_report.write(report, tmp_path / "report.json")
+    assert what in rows.line(row)
+    report = rows.new("Tiny_2", 8, size) | {"rows": [row]}
+    rows.write(report, tmp_path / "report.json")
     assert json.loads((tmp_path / "report.json").read_text())["rows"][0]["what"] == what
     assert (tmp_path / "report.png").stat().st_size > 1000
     if what == "moe":
@@ -70,19 +71,17 @@ def test_another_implementation_takes_turns_with_ours():
     def reference(what, config, size):
         return None if what == "moe" else lambda: calls.append((what, size.images))
 
-    settings = bench_report.Settings(repeats=2, warm_up=1, reference=reference)
+    settings = rows.Settings(repeats=2, warm_up=1, reference=reference)
     size, config = Size(batch=8, images=2, sampler_steps=1), tiny_model().config
-    row = bench_report.measure("attention", config, size, Variant(), settings)
+    row = rows.measure("attention", config, size, Variant(), settings)
     assert calls == [("attention", 2)] * 3
     assert row["over_reference"]["median"] > 1  # nothing is quicker than an append
-    assert "x reference" in bench_report.line(row)
-    assert "over_reference" not in bench_report.measure("moe", config, size, Variant(), settings)
+    assert "x reference" in rows.line(row)
+    assert "over_reference" not in rows.measure("moe", config, size, Variant(), settings)
 
 
 def test_the_loader_says_what_a_step_waits():
-    found = bench_loader.measure_all(
-        bench_loader.Settings(None, 64, 256, 8, (1,), 0.05, 100.0, False, None)
-    )
+    found = loader.measure_all(loader.Settings(None, 64, 256, 8, (1,), 0.05, 100.0, False, None))
     assert set(found) == {"MDS", "ArrayRecord"}
     for figures in found.values():
         assert figures["pipeline, 1 threads, samples/s"] > 0

@@ -10,7 +10,7 @@ from conftest import relative_l2, tiny_model
 
 from microdit_jax.models import attention, products
 from microdit_jax.models.dit import DiT
-from microdit_jax.xla import bench_work
+from microdit_jax.xla.bench import workloads
 
 CONFIG = tiny_model().config
 TOLERANCE = 1e-5
@@ -29,9 +29,9 @@ def loss_and_gradients(config, params, data):
 
 @pytest.fixture(scope="module")
 def plain():
-    params = bench_work.random_tree(bench_work.abstract_params(CONFIG))
+    params = workloads.random_tree(workloads.abstract_params(CONFIG))
     params = jax.tree.map(lambda w: 5 * w if w.ndim > 1 else w, params)
-    data = jax.tree.map(jnp.asarray, bench_work.inputs(CONFIG, 2))
+    data = jax.tree.map(jnp.asarray, workloads.inputs(CONFIG, 2))
     return params, data, loss_and_gradients(CONFIG, params, data)
 
 

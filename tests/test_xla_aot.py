@@ -13,20 +13,12 @@ from microdit_jax.errors import UserError
 from microdit_jax.machine import compile_options
 from microdit_jax.machine.chips import chip_of
 from microdit_jax.models import dit, flops
-from microdit_jax.xla import (
-    analysis,
-    bench_report,
-    bench_work,
-    plot,
-    programs,
-    reduced,
-    report,
-    roofline,
-    topologies,
-)
-from microdit_jax.xla.collectives import Collective
-from microdit_jax.xla.hlo import Counts, Kernel
-from microdit_jax.xla.programs import Program
+from microdit_jax.xla import plot, roofline, topologies
+from microdit_jax.xla.aot import analysis, figures, programs, shallow
+from microdit_jax.xla.aot.programs import Program
+from microdit_jax.xla.bench import rows, workloads
+from microdit_jax.xla.hlo.collectives import Collective
+from microdit_jax.xla.hlo.count import Counts, Kernel
 from microdit_jax.xla.topologies import Topology
 
 H100 = Topology("h100:16", "cuda", tuple(range(16)), chip_of("NVIDIA H100 80GB HBM3"), 2)
@@ -133,9 +125,9 @@ def test_roofline():
 @pytest.mark.parametrize("arch", [dit.MicroDiT_XL_2, dit.MicroDiT_Tiny_2])
 def test_operations_extrapolate_to_the_full_depth(arch):
     cfg = arch()
-    parts = reduced.terms(cfg, 0.75, 77)
+    parts = shallow.terms(cfg, 0.75, 77)
     assert all(len(p.network.mixer_blocks() + p.network.backbone_blocks()) <= 7 for p in parts)
-    found = reduced.extrapolate(
+    found = shallow.extrapolate(
         parts, lambda network: {"deep": {"flops": flops.forward_flops(network, 0.75, 77)}}
     )
     expected = flops.forward_flops(cfg, 0.75, 77)
@@ -144,7 +136,7 @@ def test_operations_extrapolate_to_the_full_depth(arch):
 
 def test_other_patterns_of_blocks_are_refused():
     with pytest.raises(UserError, match="leave --reduced_depth out"):
-        reduced.terms(dit.MicroDiT_XL_2(experts_every_n=3), 0.75, 77)
+        shallow.terms(dit.MicroDiT_XL_2(experts_every_n=3), 0.75, 77)
 
 
 def test_a_text_tower_is_not_compiled_along():
@@ -198,9 +190,9 @@ def full_report() -> dict:
         "collectives": {"all-gather": {"instructions": 1, "runs": 1, "bytes": 4.5e8}},
         "compile_seconds": 100.0,
     }
-    found = report.complete(found, program, H100, roofline.bound(COUNTS, H100), steps=86_400)
+    found = figures.complete(found, program, H100, roofline.bound(COUNTS, H100), steps=86_400)
     mesh = type("M", (), {"shape": {"data": 2, "fsdp": 8, "expert": 1}})
-    return report.header("stage1", "train_step", H100, mesh) | found
+    return figures.header("stage1", "train_step", H100, mesh) | found
 
 
 def test_what_follows_from_the_counts():
@@ -216,7 +208,7 @@ def test_what_follows_from_the_counts():
 
 def test_written_read_and_drawn(tmp_path):
     path = tmp_path / "new" / "stage1.json"
-    report.write(full_report(), path)
+    figures.write(full_report(), path)
     assert "DOES NOT FIT" in path.with_suffix(".txt").read_text()
     assert json.loads(path.read_text())["mesh"]["fsdp"] == 8
     plot.draw(plot.read([path, path]), tmp_path / "aot.png")
@@ -234,14 +226,14 @@ def test_written_read_and_drawn(tmp_path):
 
 def test_reports_take_their_names_when_they_are_whole(tmp_path):
     """None is written over in place: what another name of the old file holds stays."""
-    size = bench_work.Size()
+    size = workloads.Size()
     row = {"what": "moe", "variant": {"dtype": "float32"}, "seconds": {"median": 1.0}}
     path, drawn = tmp_path / "a.json", tmp_path / "b.png"
     for write, files in (
-        (lambda: report.write(full_report(), path), (path, path.with_suffix(".txt"))),
+        (lambda: figures.write(full_report(), path), (path, path.with_suffix(".txt"))),
         (lambda: plot.draw([full_report()], drawn), (drawn,)),
         (
-            lambda: bench_report.write(bench_report.new("XL_2", 32, size) | {"rows": [row]}, path),
+            lambda: rows.write(rows.new("XL_2", 32, size) | {"rows": [row]}, path),
             (path, path.with_suffix(".png")),
         ),
     ):
@@ -256,16 +248,16 @@ def test_reports_take_their_names_when_they_are_whole(tmp_path):
 def test_a_count_far_off_is_called_doubtful():
     reports = pathlib.Path(__file__).parent.parent / "docs" / "aot"
     found = json.loads((reports / "res_256_pretrain_h100_8.json").read_text())
-    assert "DOUBTFUL" not in report.table(found)
+    assert "DOUBTFUL" not in figures.table(found)
     found["flops_over_analytic"] = 0.005
-    assert "DOUBTFUL: far from the count" in report.table(found)
+    assert "DOUBTFUL: far from the count" in figures.table(found)
 
 
 def test_kernels_that_nobody_can_count_are_named():
     memory = {"arguments": 1, "outputs": 1, "aliased": 1, "temporaries": 1}
-    found = report.measure(memory, {}, dataclasses.replace(COUNTS, uncounted={"my_kernel": 12}))
+    found = figures.measure(memory, {}, dataclasses.replace(COUNTS, uncounted={"my_kernel": 12}))
     reports = pathlib.Path(__file__).parent.parent / "docs" / "aot"
     whole = json.loads((reports / "res_256_pretrain_h100_8.json").read_text())
-    assert "WITHOUT" not in report.table(whole)
-    text = report.table(whole | {"uncounted": found["uncounted"]})
+    assert "WITHOUT" not in figures.table(whole)
+    text = figures.table(whole | {"uncounted": found["uncounted"]})
     assert "WITHOUT 12 runs of the kernel my_kernel" in text

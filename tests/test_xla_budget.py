@@ -14,7 +14,8 @@ if __name__ == "__main__":
 import pytest
 
 from configs import res_256_pretrain
-from microdit_jax.xla import analysis, topologies
+from microdit_jax.xla import topologies
+from microdit_jax.xla.aot import analysis
 
 BUDGET = pathlib.Path(__file__).parent / "golden" / "xla_budget.json"
 TOLERANCE = 1.05

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from microdit_jax.xla import hlo
-from microdit_jax.xla.collectives import place
-from microdit_jax.xla.hlo_text import parse
+from microdit_jax.xla.hlo import count as hlo
+from microdit_jax.xla.hlo.collectives import place
+from microdit_jax.xla.hlo.text import parse
 
 
 def module(body: str, more: str = "") -> str:

@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Mapping
 
 from microdit_jax.machine.chips import Chip
-from microdit_jax.xla.hlo import Counts
+from microdit_jax.xla.hlo.count import Counts
 from microdit_jax.xla.topologies import GPUS_PER_HOST, Topology
 
 # float32 products run at half of bfloat16's rate: TF32 on H100, several passes on TPUs.

@@ -24,8 +24,10 @@ from microdit_jax.errors import UserError
 from microdit_jax.files import disk_errors
 from microdit_jax.models.config import DiTConfig
 from microdit_jax.training import config as run_config
-from microdit_jax.xla import hlo, programs, reduced, report, roofline
-from microdit_jax.xla.programs import Program
+from microdit_jax.xla import roofline
+from microdit_jax.xla.aot import figures, programs, shallow
+from microdit_jax.xla.aot.programs import Program
+from microdit_jax.xla.hlo import count as hlo
 from microdit_jax.xla.topologies import Topology
 
 SIGN_OF_LIFE = 30  # seconds
@@ -60,7 +62,7 @@ class DoesNotFit(UserError):
 
 
 def analyse(request: Request) -> dict[str, Any]:
-    """The report of one program on one topology, as `report.complete` has it.
+    """The report of one program on one topology, as `figures.complete` has it.
 
     Raises:
       UserError: it cannot be run there, or the compiler finds that it does not fit.
@@ -77,11 +79,11 @@ def analyse(request: Request) -> dict[str, Any]:
         found, bound, exchanges = _reduced(request, mesh)
     else:
         found, bound, exchanges = _compile(program, request, request.what)
-    found = report.complete(found, program, topology, bound, steps=steps)
+    found = figures.complete(found, program, topology, bound, steps=steps)
     options = config.model.options
     settings = {key: options[key] for key in SETTINGS if key in options}
     return (
-        report.header(request.name, request.what, topology, mesh)
+        figures.header(request.name, request.what, topology, mesh)
         | {"network": {"arch": config.model.arch} | settings}
         | found
         | {"exchanges": exchanges}
@@ -111,11 +113,11 @@ def _compile(
             path.write_text(found["text"])
     with alive(f"{label}: counting"):
         counts = hlo.count(found["text"])
-    figures = report.measure(found["memory"], found["cost"], counts)
-    figures |= {"trace_seconds": traced, "compile_seconds": found["compile_seconds"]}
+    counted = figures.measure(found["memory"], found["cost"], counts)
+    counted |= {"trace_seconds": traced, "compile_seconds": found["compile_seconds"]}
     known = topology.chip is not None and topology.chip.memory_bandwidth > 0
     bound = roofline.bound(counts, topology) if known else None
-    return figures, bound, report.carried(counts)
+    return counted, bound, figures.carried(counts)
 
 
 def _compiled(lowered: jax.stages.Lowered, topology: Topology) -> dict[str, Any]:
@@ -188,21 +190,21 @@ def _reduced(
     """The same, extrapolated; the exchanges are those of the deepest network compiled."""
     config, done = request.config, {}
     cfg = run_config.model_config(config)
-    parts = reduced.terms(cfg, config.train.mask_ratio, programs.CLIP_TOKENS)
+    parts = shallow.terms(cfg, config.train.mask_ratio, programs.CLIP_TOKENS)
 
-    def figures(network: DiTConfig) -> dict[str, Any]:
+    def of_network(network: DiTConfig) -> dict[str, Any]:
         if network not in done:
-            program = programs.training(reduced.with_network(config, network), mesh)
+            program = programs.training(shallow.with_network(config, network), mesh)
             label = f"mixer {network.patch_mixer_depth}, backbone {network.depth}"
             done[network] = _compile(program, request, label)
         found, bound, _ = done[network]
         return found if bound is None else found | {"bound": dataclasses.asdict(bound)}
 
-    found = reduced.extrapolate(parts, figures)
+    found = shallow.extrapolate(parts, of_network)
     bound = roofline.Bound(**found.pop("bound")) if "bound" in found else None
     # Of these the sum was spent, nothing is extrapolated.
     for name in ("trace_seconds", "compile_seconds"):
-        found[name] = sum(figures[name] for figures, *_ in done.values())
+        found[name] = sum(one[name] for one, *_ in done.values())
     weights = " + ".join(f"{part.weight:.2f} x {part.name}" for part in parts)
     found["extrapolated"] = {"from": weights}
     return found, bound, done[parts[-1].network][2]

@@ -7,7 +7,7 @@ are counted where we know them (splash attention). Two operations for each multi
 import math
 import re
 
-from microdit_jax.xla.hlo_text import Computation, Instruction
+from microdit_jax.xla.hlo.text import Computation, Instruction
 
 # Products of an attention kernel's pass: scores and sum; backward with the scores once more.
 CUDNN_PRODUCTS = {"__cudnn$fmhaSoftmax": 2, "__cudnn$fmhaSoftmaxBackward": 5}

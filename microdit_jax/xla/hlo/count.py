@@ -12,9 +12,9 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 
-from microdit_jax.xla.collectives import COLLECTIVES, Collective, collective
-from microdit_jax.xla.hlo_text import Computation, Instruction, Module, Shape, parse
-from microdit_jax.xla.products import product_flops
+from microdit_jax.xla.hlo.collectives import COLLECTIVES, Collective, collective
+from microdit_jax.xla.hlo.matmuls import product_flops
+from microdit_jax.xla.hlo.text import Computation, Instruction, Module, Shape, parse
 
 # Neither computes nor moves anything.
 _FREE = {

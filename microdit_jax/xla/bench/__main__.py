@@ -69,10 +69,10 @@ def _choices(fields: dict[str, tuple], name: str, values, kind=str) -> tuple:
 
 
 def _loader() -> dict:
-    from microdit_jax.xla import bench_loader
+    from microdit_jax.xla.bench import loader
 
-    return bench_loader.measure_all(
-        bench_loader.Settings(
+    return loader.measure_all(
+        loader.Settings(
             input=INPUT.value,
             samples=SAMPLES.value,
             resolution=RESOLUTION.value,
@@ -90,7 +90,7 @@ def main(argv, reference=None):
     """Runs the benchmark.
 
     Args:
-      reference: a `bench_report.Reference` to time in the same turns.
+      reference: a `rows.Reference` to time in the same turns.
     """
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}")
@@ -98,9 +98,9 @@ def main(argv, reference=None):
 
     from microdit_jax.models import config as models
     from microdit_jax.models import dit, moe
-    from microdit_jax.xla import bench_report, bench_work
+    from microdit_jax.xla.bench import rows, workloads
 
-    works = (*bench_work.WORKS, "loader")
+    works = (*workloads.WORKS, "loader")
     what = _choices({"what": works}, "what", WHAT.value)
     allowed = {"moe": moe.DISPATCHES, "remat": tuple(models.REMAT_POLICIES)}
     allowed["dtype"] = ("float32", "bfloat16")
@@ -125,23 +125,23 @@ def main(argv, reference=None):
         raise UserError(
             f"--images must be a multiple of {jax.device_count()} devices, found {IMAGES.value}"
         )
-    size = bench_work.Size(BATCH.value, IMAGES.value, MASK.value, STEPS.value)
-    report = bench_report.new(ARCH.value, SIDE.value, size)
-    settings = bench_report.Settings(
+    size = workloads.Size(BATCH.value, IMAGES.value, MASK.value, STEPS.value)
+    report = rows.new(ARCH.value, SIDE.value, size)
+    settings = rows.Settings(
         REPEATS.value,
         WARM_UP.value,
         reference,
         Path(DUMP.value) if DUMP.value else None,
     )
-    variants = [(w, v) for w in what if w != "loader" for v in bench_work.grid(w, choices)]
+    variants = [(w, v) for w in what if w != "loader" for v in workloads.grid(w, choices)]
     for work, variant in variants:
-        row = bench_report.measure(work, config, size, variant, settings)
-        print(bench_report.line(row), flush=True)
+        row = rows.measure(work, config, size, variant, settings)
+        print(rows.line(row), flush=True)
         report["rows"].append(row)
     if "loader" in what:
         report["loader"] = _loader()
     if REPORT.value:
-        bench_report.write(report, Path(REPORT.value))
+        rows.write(report, Path(REPORT.value))
 
 
 if __name__ == "__main__":

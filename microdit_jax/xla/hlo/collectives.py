@@ -7,7 +7,7 @@ from collections import Counter
 
 import numpy as np
 
-from microdit_jax.xla.hlo_text import Computation, Instruction, Module
+from microdit_jax.xla.hlo.text import Computation, Instruction, Module
 
 COLLECTIVES = (
     "all-gather",

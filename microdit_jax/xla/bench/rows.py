@@ -16,8 +16,8 @@ from matplotlib.figure import Figure
 from microdit_jax.files import atomic_file, disk_errors, write_text
 from microdit_jax.machine import compile_options
 from microdit_jax.models.dit import DiTConfig
-from microdit_jax.xla import bench_timing, bench_work
-from microdit_jax.xla.bench_work import Size, Variant, Work
+from microdit_jax.xla.bench import timing, workloads
+from microdit_jax.xla.bench.workloads import Size, Variant, Work
 
 Row = dict[str, Any]
 
@@ -69,10 +69,10 @@ def measure(what: str, config: DiTConfig, size: Size, variant: Variant, settings
       UserError: a variant that cannot run here, or a reference that cannot.
     """
     theirs = settings.reference(what, config, size) if settings.reference else None
-    work = bench_work.MAKERS[what](config, size, variant)
-    gemm, gemm_operations = bench_timing.gemm(variant.dtype)
+    work = workloads.MAKERS[what](config, size, variant)
+    gemm, gemm_operations = timing.gemm(variant.dtype)
     runs = [work.run, gemm] + ([theirs] if theirs else [])
-    ours, product, *rest = bench_timing.take_turns(
+    ours, product, *rest = timing.take_turns(
         runs, repeats=settings.repeats, warm_up=settings.warm_up
     )
     if settings.dump:
@@ -81,7 +81,7 @@ def measure(what: str, config: DiTConfig, size: Size, variant: Variant, settings
     gemm_rate = gemm_operations / np.median(product.seconds)
     row = {
         "what": what,
-        "variant": {key: getattr(variant, key) for key in bench_work.MATTERS[what]},
+        "variant": {key: getattr(variant, key) for key in workloads.MATTERS[what]},
         "seconds": ours.summary(),
         "compile_seconds": work.compile_seconds,
         "operations": work.operations,
@@ -112,7 +112,7 @@ def _memory(compiled: jax.stages.Compiled) -> dict[str, int] | None:
 def name(what: str, variant: Variant) -> str:
     """A variant's name in tables and of its files."""
     values = dataclasses.asdict(variant)
-    return "_".join([what, *(str(values[key]) for key in bench_work.MATTERS[what])])
+    return "_".join([what, *(str(values[key]) for key in workloads.MATTERS[what])])
 
 
 def _dump(folder: Path, work: Work) -> None:

@@ -47,7 +47,7 @@ def main(argv):
     from microdit_jax.xla import topologies  # after the flags: --help answers at once
 
     topologies.prepare(TOPOLOGY.value)
-    from microdit_jax.xla import analysis, report
+    from microdit_jax.xla.aot import analysis, figures
 
     request = analysis.Request(
         config,
@@ -60,9 +60,9 @@ def main(argv):
         dump=Path(DUMP.value) if DUMP.value else None,
     )
     found = analysis.find(request) if FIND.value else analysis.analyse(request)
-    print(report.table(found))
+    print(figures.table(found))
     if REPORT.value:
-        report.write(found, Path(REPORT.value))
+        figures.write(found, Path(REPORT.value))
 
 
 if __name__ == "__main__":

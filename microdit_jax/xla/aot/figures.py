@@ -8,8 +8,9 @@ from typing import Any
 import jax
 
 from microdit_jax.files import write_text
-from microdit_jax.xla import hlo, roofline
-from microdit_jax.xla.programs import Program
+from microdit_jax.xla import roofline
+from microdit_jax.xla.aot.programs import Program
+from microdit_jax.xla.hlo import count as hlo
 from microdit_jax.xla.topologies import Topology
 
 # What a program may take of a chip's memory; the rest is the runtime's. GPUs: see presets.py.

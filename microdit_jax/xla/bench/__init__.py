@@ -1,0 +1,4 @@
+"""Times training, sampling and their parts on this machine.
+
+The command is `python -m microdit_jax.xla.bench`.
+"""

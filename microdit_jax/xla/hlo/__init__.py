@@ -1,0 +1,1 @@
+"""Counts what a compiled program does, from the text of its optimised HLO."""
