@@ -31,15 +31,22 @@ check() { # check WORDS COMMAND...: the command ends well and says these words
   grep -q -e "$words" "$work/log" || { cat "$work/log"; echo "expected: $words"; exit 1; }
 }
 check "$work/env" python -c 'import microdit_jax; print(microdit_jax.__file__)'
-for module in convert convert.parity microdit_jax.xla.plot microdit_jax.prepare \
-  microdit_jax.prepare.reformat; do
-  check "python -m $module" python -m "$module" --help
-done
-# absl's --help ends with status 1.
-for command in microdit-train microdit-sample "python -m microdit_jax.evaluate" \
-  "python -m microdit_jax.app" "python -m microdit_jax.training.report" "python -m microdit_jax.xla.aot" \
-  "python -m microdit_jax.xla.bench"; do
-  check "  --[a-z_]*: " bash -c "$command --help || test \$? = 1"
+# Nothing but ours, under one name: a convert.py or configs.py of the user's hides none of it.
+names=$(python - <<'END'
+from importlib.metadata import files
+print(*sorted({file.parts[0] for file in files("microdit_jax")} - {".."}))
+END
+)
+echo "+ top-level names: $names"
+[[ $names =~ ^microdit_jax\ microdit_jax-[0-9.]+\.dist-info$ ]]
+for name in convert configs models; do echo 'raise SystemExit("not this one")' >$name.py; done
+
+for command in microdit-{train,sample,convert,prepare,evaluate,aot,bench,app,report} \
+  "python -m microdit_jax.prepare" "python -m microdit_jax.prepare.reformat" \
+  "python -m microdit_jax.evaluate" "python -m microdit_jax.app" \
+  "python -m microdit_jax.training.report" "python -m microdit_jax.xla.aot" \
+  "python -m microdit_jax.xla.bench" "python -m microdit_jax.xla.plot"; do
+  check "\-\-[a-z_]*" $command --help
 done
 check "wrote\|grid in" microdit-sample --prompt="hot pepper" --num_inference_steps=4 --out=drawn
 test -s drawn/samples.png
