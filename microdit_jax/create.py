@@ -216,7 +216,7 @@ def heldout_pictures(
             f"--heldout draws captions of the embedded pictures, found a run with held-out data "
             f"from {data['heldout']['source'] or 'nowhere'}; give --prompt"
         )
-    pictures = twemoji.pictures_of("heldout")
+    pictures = twemoji.images_of("heldout")
     if not 1 <= count <= len(pictures):
         raise UserError(f"expected 1 to {len(pictures)} held-out captions, found {count} asked for")
     chosen = [pictures[int(i)] for i in np.linspace(0, len(pictures) - 1, count)]

@@ -11,7 +11,7 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -96,20 +96,33 @@ def atomic_path(path: str | os.PathLike, num_bytes: int = 0) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def atomic_folder(folder: str | os.PathLike, num_bytes: int = 0) -> Iterator[Path]:
-    """A new folder to fill, which is named `folder` when the block ends well.
+def atomic_folder(
+    folder: str | os.PathLike, num_bytes: int = 0, *, keep: Callable[[], bool] | None = None
+) -> Iterator[Path]:
+    """Gives a new folder to fill, which is named `folder` when the block ends well.
 
     The unfinished folder has one fixed name, so the next run removes what a killed one left; only
-    one process at a time may write it. `folder` itself must not exist.
+    one process at a time may write it, and `folder` itself must not exist.
+
+    Args:
+      num_bytes: how much will be written; refused at once when the disk has less free.
+      keep: allows several processes to write the same folder, each under a name of its own, and
+        `folder` to exist. Called at the end: if true, what is there stays and the new one is
+        dropped, else the new one replaces it.
     """
     folder = Path(folder)
-    partial = folder.with_name(f".{folder.name}.partial")
+    fixed = folder.with_name(f".{folder.name}.partial")
+    partial = fixed if keep is None else _partial_of(folder)
     with disk_errors(folder, num_bytes):
         shutil.rmtree(partial, ignore_errors=True)
         try:
             partial.mkdir(parents=True)
             yield partial
-            partial.rename(folder)
+            if keep is None:
+                partial.rename(folder)
+            elif not keep():
+                shutil.rmtree(folder, ignore_errors=True)
+                partial.rename(folder)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
 

@@ -67,7 +67,7 @@ def test_it_draws_what_it_was_asked_for():
     """
     captions = ["hot pepper", "red apple", "crying cat", "penguin", "blue heart"]
     captions += [f"woman mechanic {tone} skin tone" for tone in ("light", "dark")]
-    known = {picture.caption: picture for picture in twemoji.list_pictures()}
+    known = {picture.caption: picture for picture in twemoji.list_images()}
     real = twemoji.read_images([known[caption] for caption in captions], 32) / 2 + 0.5
     pipe = microdit_jax.create_latent_diffusion(checkpoint="instant", dtype="float32")
     images = pipe.generate(captions, seed=1, **OPTIONS | {"num_inference_steps": 12})

@@ -1,4 +1,4 @@
-"""Prefetching: order, errors, the wait it measures, and threads that end."""
+"""Prefetching: order, errors, how far it reads ahead, and threads that end."""
 
 import itertools
 import logging
@@ -39,22 +39,11 @@ def test_batches_arrive_in_order_on_the_devices():
     assert before.issuperset(threading.enumerate())
 
 
-def test_the_wait_is_measured():
-    def slow():
-        for i in range(4):
-            time.sleep(0.1)
-            yield i
-
-    with Prefetch(slow(), lambda x: x) as found:
+def test_the_end_stays_the_end():
+    with Prefetch(iter(range(4)), lambda x: x) as found:
         assert list(found) == [0, 1, 2, 3]
-        assert 0.35 < found.waited < 0.9
         with pytest.raises(StopIteration):
             next(found)
-    with Prefetch(iter(range(50)), lambda x: x, ahead=3) as found:
-        for _ in range(5):
-            time.sleep(0.02)
-            next(found)
-        assert found.waited < 0.05
 
 
 def test_no_more_than_asked_for_is_read_ahead():
@@ -71,7 +60,7 @@ def test_no_more_than_asked_for_is_read_ahead():
         assert len(taken) == 4  # one handed over, two ready, one in hand
 
 
-@pytest.mark.parametrize("stage", ["reading", "placing"])
+@pytest.mark.parametrize("stage", ["reading", "putting"])
 def test_errors_reach_the_caller_again_and_again(stage):
     def broken(*_):
         raise OSError("the disk is gone")

@@ -5,55 +5,24 @@ import json
 import numpy as np
 import pytest
 from conftest import GOLDEN
+from support.latent_datasets import (
+    COLUMNS,
+    INFO,
+    TEXT_ENCODER,
+    VAE,
+    arrays,
+    sample,
+    write_array_record,
+    write_mds,
+)
 
-from microdit_jax.data import arrayrecord, records
+from microdit_jax.data import stores
 from microdit_jax.data.mds import MdsReader
 from microdit_jax.data.pipeline import batches, make_dataset
 from microdit_jax.data.records import SIDECAR, LatentInfo, StoredLatents
 from microdit_jax.data.stores import open_latents
 from microdit_jax.errors import UserError
-from microdit_jax.prepare.mds_writer import MdsWriter
-
-VAE, TEXT_ENCODER = "sdxl", "clip"
-INFO = LatentInfo(VAE, TEXT_ENCODER, {256: (4, 32, 32), 512: (4, 64, 64)}, (7, 6), 7, 0.13, "CC-BY")
-COLUMNS = {
-    "caption": "str", "id": "str", "caption_latents": "bytes", "caption_tokens": "bytes",
-    "latents_256": "bytes", "latents_512": "bytes",
-}  # fmt: skip
-
-
-def arrays(index, info=INFO):
-    rng = np.random.default_rng(index)
-    made = {f"latents_{s}": rng.normal(size=shape) for s, shape in info.latents.items()}
-    made["caption_latents"] = rng.normal(size=info.captions)
-    return {k: v.astype(np.float16) for k, v in made.items()} | {
-        "caption_tokens": rng.integers(0, 49408, info.tokens, np.int32)
-    }
-
-
-def sample(index):
-    raw = {name: value.tobytes() for name, value in arrays(index).items()}
-    return {"caption": f"naïve {index}".encode(), "id": f"a/{index}".encode(), **raw}
-
-
-def write_mds(folder, count=6, columns=COLUMNS, info=INFO, changes=None):
-    with MdsWriter(folder, columns, size_limit=100_000) as writer:
-        for i in range(count):
-            made = sample(i) | ((changes or {}).get(i) or {})
-            writer.write({name: made[name] for name in columns})
-    if info is not None:
-        (folder / SIDECAR).write_text(info.to_json())
-    return folder
-
-
-def write_array_record(folder, count=6):
-    folder.mkdir()
-    half = count // 2
-    for n in range(2):
-        samples = map(sample, range(n * half, n * half + half))
-        arrayrecord.write_shard(arrayrecord.shard_path(folder, n, 2), samples)
-    arrayrecord.write_metadata(folder, INFO, [half, half])
-    return folder
+from microdit_jax.prepare import arrayrecord_writer
 
 
 @pytest.fixture(params=[write_mds, write_array_record])
@@ -178,7 +147,7 @@ def test_damaged_records_are_named(tmp_path):
 
 def test_damaged_array_records_are_named(tmp_path):
     folder = write_array_record(tmp_path / "data")
-    path = arrayrecord.shard_path(folder, 1, 2)
+    path = arrayrecord_writer.shard_path(folder, 1, 2)
     whole = path.read_bytes()
     at = whole.index(sample(4)["caption_latents"])
     path.write_bytes(whole[: at + 9] + bytes([whole[at + 9] ^ 1]) + whole[at + 10 :])
@@ -205,7 +174,7 @@ def test_what_is_no_dataset_of_latents_is_said(tmp_path):
         open_latents(write_array_record(tmp_path / "ar"), resolution=256, cache=str(tmp_path))
     with pytest.raises(UserError, match="expected a TFDS dataset with a split 'train'"):
         (tmp_path / "broken").mkdir()
-        (tmp_path / "broken" / arrayrecord.METADATA).write_text("{")
+        (tmp_path / "broken" / stores.ARRAY_RECORD).write_text("{")
         open_latents(tmp_path / "broken", resolution=256)
 
 
@@ -215,6 +184,6 @@ def test_what_is_no_dataset_of_latents_is_said(tmp_path):
 def test_a_wrong_sidecar_is_refused(tmp_path, change):
     write_mds(tmp_path / "data")
     text = json.dumps(json.loads(INFO.to_json()) | change)
-    (tmp_path / "data" / records.SIDECAR).write_text(text)
+    (tmp_path / "data" / SIDECAR).write_text(text)
     with pytest.raises(UserError, match="expected microdit_jax latents, version 1, in .*latents"):
         open_latents(tmp_path / "data", resolution=256)

@@ -47,7 +47,7 @@ def test_prompts_of_all_kinds(tmp_path):
 def test_captions_of_the_embedded_pictures():
     train, heldout = read_prompts("train"), read_prompts("heldout")
     assert not set(train.texts) & set(heldout.texts)
-    assert len(train.texts) + len(heldout.texts) == len(twemoji.list_pictures())
+    assert len(train.texts) + len(heldout.texts) == len(twemoji.list_images())
     more = read_prompts("heldout", len(heldout.texts) + 3)
     assert more.texts == heldout.texts + heldout.texts[:3]
 
@@ -140,7 +140,7 @@ def test_a_reference_is_computed_once_and_known_by_its_inputs(tmp_path):
 def test_the_embedded_pictures_as_reference(tmp_path):
     network = small_features()
     found = get_reference("heldout", network, tmp_path, resolution=32)
-    pictures = twemoji.pictures_of("heldout")
+    pictures = twemoji.images_of("heldout")
     expected = network(list(np.round(
         (twemoji.read_images(pictures, 32) / 2 + 0.5) * 255).astype(np.uint8)))  # fmt: skip
     np.testing.assert_allclose(found.features, expected, rtol=1e-5, atol=1e-6)

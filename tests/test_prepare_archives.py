@@ -1,4 +1,4 @@
-"""Archives of captioned pictures: a miniature of every layout as it is published, whole and not."""
+"""Archives of captioned images: a miniature of every layout as it is published, whole and not."""
 
 import json
 

@@ -7,27 +7,29 @@ import sys
 import time
 
 import pytest
-from test_data_records import COLUMNS, INFO, arrays, sample, write_array_record, write_mds
+from support.latent_datasets import (
+    COLUMNS,
+    INFO,
+    arrays,
+    contents,
+    sample,
+    write_array_record,
+    write_mds,
+)
 
 from microdit_jax.data.records import LatentInfo
 from microdit_jax.data.stores import open_latents, open_store
 from microdit_jax.errors import UserError
 from microdit_jax.prepare import reformat as module
-from microdit_jax.prepare.reformat import convert
+from microdit_jax.prepare.reformat import reformat
 
 QUIET = {"progress": False, "records_per_shard": 4}
 
 
-def contents(folder):
-    """Every file's bytes by its name, without the job's own settings."""
-    files = [path for path in folder.rglob("*") if path.is_file() and path.name != "job.json"]
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
-
-
 def test_there_and_back_gives_the_same_samples(tmp_path):
     write_mds(tmp_path / "mds", count=10)
-    assert convert(str(tmp_path / "mds"), tmp_path / "ar", to="arrayrecord", **QUIET)
-    assert convert(str(tmp_path / "ar"), tmp_path / "back", to="mds", compression="zstd", **QUIET)
+    assert reformat(str(tmp_path / "mds"), tmp_path / "ar", to="arrayrecord", **QUIET)
+    assert reformat(str(tmp_path / "ar"), tmp_path / "back", to="mds", compression="zstd", **QUIET)
     for name in ("ar", "back"):
         store, info = open_store(tmp_path / name)
         assert len(store) == 10 and info == INFO
@@ -41,9 +43,9 @@ def test_the_references_datasets_are_told_what_made_them(tmp_path):
     columns = {k: v for k, v in COLUMNS.items() if k not in ("id", "caption_tokens")}
     write_mds(tmp_path / "mds", columns=columns, info=None)
     with pytest.raises(UserError, match="state the VAE"):
-        convert(str(tmp_path / "mds"), tmp_path / "ar", to="arrayrecord", **QUIET)
+        reformat(str(tmp_path / "mds"), tmp_path / "ar", to="arrayrecord", **QUIET)
     told = {"vae": "a", "text_encoder": "b", "caption_tokens": 7}
-    convert(str(tmp_path / "mds"), tmp_path / "ar", to="arrayrecord", **told, **QUIET)
+    reformat(str(tmp_path / "mds"), tmp_path / "ar", to="arrayrecord", **told, **QUIET)
     source = open_latents(tmp_path / "ar", resolution=256)
     assert source.info == LatentInfo("a", "b", INFO.latents, (7, 6))
     assert [source[i]["id"] for i in range(6)] == list("012345")
@@ -55,7 +57,7 @@ def test_an_interrupted_conversion_goes_on(tmp_path, to, monkeypatch):
     write = {"mds": write_array_record, "arrayrecord": write_mds}[to]
     write(tmp_path / "in", count=10)
     arguments = (str(tmp_path / "in"),)
-    assert convert(*arguments, tmp_path / "whole", to=to, **QUIET)
+    assert reformat(*arguments, tmp_path / "whole", to=to, **QUIET)
 
     class Killed(BaseException):
         pass
@@ -72,14 +74,14 @@ def test_an_interrupted_conversion_goes_on(tmp_path, to, monkeypatch):
     monkeypatch.setattr(module, "_samples", failing)
     for _ in range(3):
         with pytest.raises(Killed):
-            convert(*arguments, tmp_path / "out", to=to, **QUIET)
+            reformat(*arguments, tmp_path / "out", to=to, **QUIET)
         assert not (tmp_path / "out/index.json").exists()
-    assert convert(*arguments, tmp_path / "out", to=to, **QUIET)
+    assert reformat(*arguments, tmp_path / "out", to=to, **QUIET)
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
     before = len(reads)
-    assert convert(*arguments, tmp_path / "out", to=to, **QUIET) and len(reads) == before
+    assert reformat(*arguments, tmp_path / "out", to=to, **QUIET) and len(reads) == before
     with pytest.raises(UserError, match="records_per_shard=4, now 5; use those"):
-        convert(*arguments, tmp_path / "out", to=to, progress=False, records_per_shard=5)
+        reformat(*arguments, tmp_path / "out", to=to, progress=False, records_per_shard=5)
 
 
 def test_processes_share_the_work(tmp_path):
@@ -87,8 +89,8 @@ def test_processes_share_the_work(tmp_path):
     arguments = (str(tmp_path / "in"), tmp_path / "out")
     for index, complete in ((0, False), (2, False), (1, True)):
         shared = {"process_index": index, "process_count": 3}
-        assert convert(*arguments, to="arrayrecord", **shared, **QUIET) == complete
-    convert(arguments[0], tmp_path / "whole", to="arrayrecord", **QUIET)
+        assert reformat(*arguments, to="arrayrecord", **shared, **QUIET) == complete
+    reformat(arguments[0], tmp_path / "whole", to="arrayrecord", **QUIET)
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
@@ -105,7 +107,9 @@ def test_the_command_survives_being_killed(tmp_path):
     assert killed.wait() == -signal.SIGKILL and not (tmp_path / "out/index.json").exists()
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0 and "complete" in done.stdout, done.stderr
-    convert(str(tmp_path / "in"), tmp_path / "whole", to="mds", progress=False, records_per_shard=2)
+    reformat(
+        str(tmp_path / "in"), tmp_path / "whole", to="mds", progress=False, records_per_shard=2
+    )
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
@@ -125,15 +129,15 @@ def test_bad_values_are_named(tmp_path, changes, message):
     write_mds(tmp_path / "in")
     arguments = {"input": str(tmp_path / "in"), "to": "arrayrecord"} | QUIET | changes
     with pytest.raises(UserError, match=message):
-        convert(output=tmp_path / "out", **arguments)
+        reformat(output=tmp_path / "out", **arguments)
     assert not (tmp_path / "out").exists()
 
 
 def test_mixed_shapes_and_strangers_folders_are_refused(tmp_path):
     write_mds(tmp_path / "in", changes={3: {"latents_256": bytes(8)}})
     with pytest.raises(UserError, match="8192 bytes of latents_256 in sample 1 of .*found 8"):
-        convert(str(tmp_path / "in"), tmp_path / "out", to="arrayrecord", **QUIET)
+        reformat(str(tmp_path / "in"), tmp_path / "out", to="arrayrecord", **QUIET)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/thesis.txt").write_text("mine")
     with pytest.raises(UserError, match="found something else there"):
-        convert(str(tmp_path / "in"), tmp_path / "mine", to="mds", **QUIET)
+        reformat(str(tmp_path / "in"), tmp_path / "mine", to="mds", **QUIET)

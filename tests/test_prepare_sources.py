@@ -1,4 +1,4 @@
-"""Sources of captioned pictures: folders, containers, annotations, and what all have in common."""
+"""Sources of captioned images: folders, containers, annotations, and what all have in common."""
 
 import io
 import json
@@ -13,7 +13,7 @@ from support.source_files import image, read, write, write_json
 
 from microdit_jax.errors import UserError
 from microdit_jax.prepare.mds_writer import MdsWriter
-from microdit_jax.prepare.sources import pictures
+from microdit_jax.prepare.sources import listed_images
 from microdit_jax.prepare.sources.registry import KINDS, open_source
 
 # ---------------------------------------------------------------- folders
@@ -120,7 +120,7 @@ def test_textcaps(tmp_path):
 
 
 @pytest.mark.parametrize("kind, caption", [("jpeg", "str"), ("pil", "json"), ("bytes", "str")])
-def test_mds_of_pictures(tmp_path, kind, caption):
+def test_mds_of_images(tmp_path, kind, caption):
     columns = {"jpg": kind, "caption_llava": caption, "width": "int32"}
     with MdsWriter(tmp_path, columns, size_limit=5000) as writer:
         for i in range(8):
@@ -132,11 +132,11 @@ def test_mds_of_pictures(tmp_path, kind, caption):
     assert good == [(str(i), f"no. {i}", 10 * i) for i in range(8)] and not bad
     with MdsWriter(tmp_path / "other", {"a": "int"}) as writer:
         writer.write({"a": 1})
-    with pytest.raises(UserError, match="expected a column of pictures"):
+    with pytest.raises(UserError, match="expected a column of images"):
         open_source("mds", str(tmp_path / "other"))
 
 
-def test_tfds_of_pictures(tmp_path):
+def test_tfds_of_images(tmp_path):
     class Mini(tfds.core.GeneratorBasedBuilder):
         VERSION = tfds.core.Version("1.0.0")
 
@@ -173,14 +173,14 @@ def test_emoji():
 # ---------------------------------------------------------------- all of them
 
 
-def test_a_fraction_is_evenly_spaced_parts():
-    listed = [pictures.Picture(str(i), "", None) for i in range(10_500)]
-    whole = pictures.ListedPictures(listed)
+def test_a_fraction_is_evenly_spaced_parts(tmp_path):
+    listed = [listed_images.image_file(str(i), "", tmp_path) for i in range(10_500)]
+    whole = listed_images.ListedImages(listed)
     assert len(whole.parts) == 11
-    some = pictures.Fraction(whole, 0.3)
+    some = listed_images.Fraction(whole, 0.3)
     assert list(some.parts) == [whole.parts[i] for i in (0, 3, 7)]
-    assert [picture.id for picture in some.read(1)] == [str(i) for i in range(3000, 4000)]
-    assert len(pictures.Fraction(whole, 0.001).parts) == 1
+    assert [image.id for image in some.read(1)] == [str(i) for i in range(3000, 4000)]
+    assert len(listed_images.Fraction(whole, 0.001).parts) == 1
 
 
 @pytest.mark.parametrize(
@@ -189,7 +189,7 @@ def test_a_fraction_is_evenly_spaced_parts():
         (("laion", "x"), "--source must be one of folder, .* found 'laion'"),
         (("folder", None), "--source=folder needs --input"),
         (("emoji", "x"), "--source=emoji has no --input"),
-        (("folder", "/nowhere"), "expected a folder of pictures at /nowhere"),
+        (("folder", "/nowhere"), "expected a folder of images at /nowhere"),
     ],
 )
 def test_bad_requests_are_named(arguments, message):

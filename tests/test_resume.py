@@ -18,9 +18,9 @@ import pytest
 
 from microdit_jax.checkpoints import packing
 from microdit_jax.checkpoints.restore import steps_on_disk
-from microdit_jax.data import latents
 from microdit_jax.encoders import registry
 from microdit_jax.encoders.patch_pca import PatchPCA
+from microdit_jax.prepare.emoji_set import prepare_emoji_set
 from microdit_jax.trees import flatten
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -36,7 +36,7 @@ pytestmark = pytest.mark.slow
 def data(tmp_path_factory):
     """The embedded pictures, prepared once."""
     folder = tmp_path_factory.mktemp("data")
-    latents.prepare_twemoji(
+    prepare_emoji_set(
         folder,
         resolution=32,
         fit_codec=PatchPCA.fit,

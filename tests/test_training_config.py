@@ -75,8 +75,8 @@ def test_datasets_that_do_not_belong_together(tmp_path, second, message):
 def test_the_instant_model_sees_a_thing_three_times_as_often_as_a_person_of_some_tone(
     tmp_path, monkeypatch
 ):
-    pictures = [*twemoji.list_pictures()[:20], *twemoji.list_pictures()[1000:1120]]
-    monkeypatch.setattr(twemoji, "list_pictures", lambda: pictures)
+    pictures = [*twemoji.list_images()[:20], *twemoji.list_images()[1000:1120]]
+    monkeypatch.setattr(twemoji, "list_images", lambda: pictures)
     config = instant.get_config("stage1")
     for entry in (*config.data.datasets, config.data.heldout):
         entry["folder"] = str(tmp_path / "data")

@@ -164,7 +164,7 @@ def draw_flops(out: Path) -> None:
 
 def _patches(grid: int) -> np.ndarray:
     """A picture with one colour a patch (Twemoji, CC-BY 4.0), on white."""
-    (path,) = (p.path for p in twemoji.list_pictures() if p.caption == "hot pepper")
+    (path,) = (p.path for p in twemoji.list_images() if p.caption == "hot pepper")
     with Image.open(path) as image:
         rgba = image.convert("RGBA").resize((grid, grid), Image.Resampling.BOX)
     rgba = np.asarray(rgba, np.float32) / 255

@@ -143,7 +143,7 @@ def card(
         parameters=sum(array.size for array in arrays.values()),
         side=data["resolution"],
         captions=int(codec["name"].split("images=")[1].split("x")[0]),
-        heldout=len(twemoji.pictures_of("heldout")),
+        heldout=len(twemoji.images_of("heldout")),
         step=step,
         megabytes=size / 1e6,
         text_encoder=metadata["text_encoder"],

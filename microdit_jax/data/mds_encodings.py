@@ -114,7 +114,7 @@ def _decode_pil(data: memoryview) -> Image.Image:
     width, height, mode_length = map(int, np.frombuffer(data[:12], "<u4"))
     mode, raw = str(data[12 : 12 + mode_length], "utf-8"), data[12 + mode_length :]
     row = (width + 7) // 8 if mode == "1" else width * _PIXEL_BYTES[mode]
-    if row * height != len(raw):  # before Pillow makes room for a picture that is not there
+    if row * height != len(raw):  # before Pillow allocates pixels that are not there
         raise ValueError(f"{width}x{height} {mode} takes {row * height} bytes, found {len(raw)}")
     return Image.frombytes(mode, (width, height), bytes(raw))
 

@@ -1,4 +1,4 @@
-"""Batches on the device before they are asked for, and how long the step waited for them."""
+"""Puts batches on the devices before they are asked for, by a thread of its own."""
 
 import logging
 import queue
@@ -11,18 +11,15 @@ from microdit_jax.machine.background import give_way
 
 
 class Prefetch:
-    """An iterator that reads and places batches in a thread of its own, some ahead.
+    """Iterator over batches that a thread reads and puts on the devices, some ahead.
 
     A context manager; leaving it, or `close`, ends the thread.
-
-    Attributes:
-      waited: seconds that `next` has waited in all; over the run's time it is the data-wait share.
     """
 
     def __init__(
         self,
         batches: Iterator[Any],
-        place: Callable[[Any], Any],
+        put: Callable[[Any], Any],
         *,
         ahead: int = 2,
         warn_after: float = 60.0,
@@ -30,12 +27,11 @@ class Prefetch:
         """
         Args:
           batches: from `pipeline.batches`.
-          place: puts a batch on the devices, as `jax.device_put` with a sharding does.
-          ahead: batches kept placed; each takes device memory.
+          put: puts a batch on the devices, as `jax.device_put` with a sharding does.
+          ahead: batches kept on the devices; each takes device memory.
           warn_after: seconds of waiting after which the log says which stage is stuck.
         """
-        self.waited = 0.0
-        self._batches, self._place, self._warn_after = batches, place, warn_after
+        self._batches, self._put, self._warn_after = batches, put, warn_after
         self._ready: queue.Queue = queue.Queue(ahead)
         self._closing, self._stage = threading.Event(), "reading"
         self._thread = threading.Thread(target=self._work, name="prefetch", daemon=True)
@@ -56,7 +52,6 @@ class Prefetch:
                     time.monotonic() - start,
                     self._stage,
                 )
-        self.waited += time.monotonic() - start
         if kind == "batch":
             return value
         self._ready.put((kind, value))  # for whoever asks again
@@ -87,10 +82,10 @@ class Prefetch:
                 except StopIteration:
                     self._ready.put(("end", None))
                     return
-                self._stage = "placing a batch on the devices"
-                placed = self._place(batch)
+                self._stage = "putting a batch on the devices"
+                on_devices = self._put(batch)
                 self._stage = "done ahead"
-                self._ready.put(("batch", placed))
+                self._ready.put(("batch", on_devices))
         except BaseException as error:  # reaches the caller of next()
             self._ready.put(("error", error))
         finally:

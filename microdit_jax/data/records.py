@@ -37,7 +37,7 @@ class LatentInfo:
       captions: shape (l, width) of the embeddings, or None where there are none.
       tokens: l of the stored token ids, or None where there are none.
       scaling_factor: of the VAE, for those who decode; None where nobody said.
-      attribution: what the licence of the pictures wants shown.
+      attribution: what the licence of the images wants shown.
     """
 
     vae: str
@@ -112,7 +112,7 @@ class StoredLatents:
     ):
         """
         Args:
-          resolution: which latents, by the side of their pictures in pixels.
+          resolution: which latents, by the side of their images in pixels.
           captions: "embeddings" as stored, or "tokens" for a run that embeds captions itself.
           tokenizer: gives the ids of a caption where none are stored; see `token_ids`.
         Raises:

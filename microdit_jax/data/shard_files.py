@@ -13,7 +13,7 @@ from typing import BinaryIO
 import fsspec
 
 from microdit_jax.errors import UserError
-from microdit_jax.files import disk_errors
+from microdit_jax.files import atomic_path
 
 _OLD_PARTIAL = 3600  # seconds; a younger unfinished file may be another process's at work
 _ATTEMPTS = 3  # to fetch a file; the second and third after 1 and 2 seconds
@@ -183,17 +183,10 @@ def _open_sized(path: Path, size: int) -> BinaryIO | None:
 
 
 def _write_and_open(path: Path, data: bytes | bytearray) -> BinaryIO:
-    """Writes a file whole or not at all; it is open before another process could remove it."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    with disk_errors(path, len(data)):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            partial.write_bytes(data)
-            file = open(partial, "rb")
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
-    return file
+    """Writes a file whole or not at all, and opens it before another process could remove it."""
+    with atomic_path(path, len(data)) as partial:
+        partial.write_bytes(data)
+        return open(partial, "rb")
 
 
 def _check_size(where: str | Path, expected: int, found: int) -> None:

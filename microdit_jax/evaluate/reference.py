@@ -56,7 +56,7 @@ def get_reference(
         reference.check_features(network.name, network.width)
         return reference
     if source in RUN_SPLITS:
-        pictures = twemoji.pictures_of(source)
+        pictures = twemoji.images_of(source)
         inputs = _digest([p.path for p in pictures], {"resolution": resolution})
     else:
         files = _pictures_in(Path(source))

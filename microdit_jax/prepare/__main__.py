@@ -1,4 +1,4 @@
-"""Pictures and captions to latents that training reads; the same command again resumes.
+"""Images and captions to latents that training reads; the same command again resumes.
 
 Examples:
   python -m microdit_jax.prepare --source=emoji --output=latents/emoji --resolutions=256 \\
@@ -6,112 +6,51 @@ Examples:
   python -m microdit_jax.prepare --source=cc12m --input=data/cc12m --output=latents/cc12m \\
       --resolutions=256,512 --fraction=0.01
 
-Sources: a folder of pictures with .txt files or a table of captions; webdataset tars; MDS or TFDS
-datasets of pictures; the emoji set; the paper's datasets (docs/datasets.md). On several hosts, run
+Sources: a folder of images with .txt files or a table of captions; webdataset tars; MDS or TFDS
+datasets of images; the emoji set; the paper's datasets (docs/datasets.md). On several hosts, run
 the same command on each with --process_index and --process_count, writing to one shared folder.
 """
 
-import copy
-import dataclasses
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
-from microdit_jax import images as pictures
+from microdit_jax import images
 from microdit_jax.assets import load
 from microdit_jax.commands.cli import use_compilation_cache
 from microdit_jax.commands.parser import Parser, exit_on_user_error
-from microdit_jax.data.records import token_ids
 from microdit_jax.data.stores import open_latents
-from microdit_jax.encoders.vae_codec import VaeCodec
-from microdit_jax.prepare import job, parts
-from microdit_jax.prepare.decoding import Settings
-from microdit_jax.prepare.job import Towers
+from microdit_jax.prepare import job, job_folder
+from microdit_jax.prepare.encoding import make_towers
+from microdit_jax.prepare.options import PrepareOptions
 from microdit_jax.prepare.sources import registry
 
 DEFAULT_VAE = "stabilityai/stable-diffusion-xl-base-1.0"
 DEFAULT_TEXT_ENCODER = "openclip:hf-hub:apple/DFN5B-CLIP-ViT-H-14-378"
-_SHEET_PICTURES, _SHEET_COLUMNS = 24, 6
+_SHEET_IMAGES, _SHEET_COLUMNS = 24, 6
 
 
-def make_towers(codec: Any, text_encoder: Any, seed: int) -> list[Towers]:
-    """Both towers on each of this process's devices, as `latent_job.run` takes them.
-
-    Args:
-      codec, text_encoder: as `assets.load_codec` and `assets.load_text_encoder` give them.
-      seed: of the noise that latents are sampled with, together with each picture's id.
-    """
-    return [
-        _on_device(codec, text_encoder, seed, device)
-        for device in (jax.local_devices() if hasattr(codec, "params") else [None])
-    ]
-
-
-def _on_device(codec: Any, text_encoder: Any, seed: int, device: Any) -> Towers:
-    codec, text_encoder = _copy_to(codec, device), _copy_to(text_encoder, device)
-
-    def encode(images: np.ndarray, ids: Sequence[str]) -> np.ndarray:
-        with jax.default_device(device):
-            if isinstance(codec, VaeCodec):
-                reduction = 2 ** (len(codec.config.block_out_channels) - 1)
-                shape = (*(side // reduction for side in images.shape[1:3]), codec.channels)
-                drawn = np.stack([job.noise(seed, id, shape) for id in ids])
-                latents = codec.encode(images, noise=drawn)
-            else:  # a codec without a distribution to sample from
-                latents = codec.encode(images)
-        return latents * np.float32(codec.scaling_factor)
-
-    def embed(texts: Sequence[str]) -> np.ndarray:
-        with jax.default_device(device):
-            return text_encoder.encode_text(list(texts))
-
-    def tokenize(texts: Sequence[str]) -> np.ndarray:
-        return token_ids(text_encoder.tokenizer, texts)
-
-    return Towers(
-        codec.name,
-        text_encoder.name,
-        float(codec.scaling_factor),
-        encode,
-        embed,
-        tokenize,
-    )
-
-
-def _copy_to(tower: Any, device: Any) -> Any:
-    """The tower with its weights on a device; one without weights as it is."""
-    if not hasattr(tower, "params"):
-        return tower
-    params = jax.device_put(tower.params, device)
-    if dataclasses.is_dataclass(tower):
-        return dataclasses.replace(tower, params=params)
-    copied = copy.copy(tower)
-    copied.params = params
-    return copied
-
-
-def contact_sheet(output: Path, codec: Any, settings: Settings) -> Path:
-    """Pictures decoded back from random latents of the output, with their captions."""
+def contact_sheet(output: Path, codec: Any, options: PrepareOptions) -> Path:
+    """Saves images decoded back from random latents of the output, with their captions."""
     source = open_latents(
         output,
-        resolution=settings.resolutions[0],
-        captions="tokens" if settings.caption_store == "tokens" else "embeddings",
+        resolution=options.resolutions[0],
+        captions="tokens" if options.caption_store == "tokens" else "embeddings",
     )
-    count = min(_SHEET_PICTURES, len(source))
-    chosen = np.random.default_rng(settings.seed).choice(len(source), count, replace=False)
+    count = min(_SHEET_IMAGES, len(source))
+    chosen = np.random.default_rng(options.seed).choice(len(source), count, replace=False)
     records = [source[int(index)] for index in chosen]
     latents = np.stack([record["latents"] for record in records])
-    images = codec.decode(latents / np.float32(codec.scaling_factor)) / 2 + 0.5
-    sheet = pictures.captioned_grid(
-        [images], [record["caption"] for record in records], columns=_SHEET_COLUMNS
+    decoded = codec.decode(latents / np.float32(codec.scaling_factor)) / 2 + 0.5
+    sheet = images.captioned_grid(
+        [decoded], [record["caption"] for record in records], columns=_SHEET_COLUMNS
     )
     path = output / "contact_sheet.png"
     about = {"ids": [record["id"] for record in records], "attribution": source.info.attribution}
-    pictures.save_png(path, sheet, about)
+    images.save_png(path, sheet, about)
     return path
 
 
@@ -129,13 +68,13 @@ def _parser() -> Parser:
     add("--split", help="of the sources that have some")
     add("--cache", help="a local folder, for --source=mds from a URL")
     add("--fraction", type=float, default=1.0, help="share of the source's parts, for a trial")
-    add("--min_size", type=int, help="shorter side of a usable picture (default: as small as the "
+    add("--min_size", type=int, help="shorter side of a usable image (default: as small as the "
         "smallest resolution)")  # fmt: skip
     add("--keep_captions", action="store_true", help="as they are; by default they are cleaned")
     add("--captions_as", default="embeddings", choices=("embeddings", "tokens", "both"),
         help="store embeddings, token ids to embed while training, or both")  # fmt: skip
-    add("--batch", type=int, default=16, help="pictures that a device encodes at a time")
-    add("--threads", type=int, default=8, help="that decode pictures")
+    add("--batch", type=int, default=16, help="images that a device encodes at a time")
+    add("--threads", type=int, default=8, help="threads that decode images")
     add("--seed", type=int, default=2024, help="of the noise that latents are sampled with")
     add("--process_index", type=int, default=0, help="which process this is")
     add("--process_count", type=int, default=1, help="how many share the work")
@@ -149,8 +88,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         resolutions = tuple(int(side) for side in args.resolutions.split(","))
     except ValueError:
         parser.error(f"argument --resolutions: expected 256,512, found {args.resolutions!r}")
-    parts.check_counts(args.process_index, args.process_count, threads=args.threads)
-    settings = Settings(
+    job_folder.check_counts(args.process_index, args.process_count, threads=args.threads)
+    options = PrepareOptions(
         resolutions=resolutions,
         min_size=min(resolutions) if args.min_size is None else args.min_size,
         seed=args.seed,
@@ -176,7 +115,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         source,
         make_towers(codec, text_encoder, args.seed),
         output,
-        settings,
+        options,
         request={name: getattr(args, name) for name in asked},
         process_index=args.process_index,
         process_count=args.process_count,
@@ -184,9 +123,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     count = job.count_records(output) - done_before
     rate = count / (time.monotonic() - start)
-    print(f"{output}: {count:,} pictures now, {rate:.1f} images/s of all processes")
+    print(f"{output}: {count:,} images now, {rate:.1f} images/s of all processes")
     if complete:
-        sheet = contact_sheet(output, codec, settings)
+        sheet = contact_sheet(output, codec, options)
         print(f"{(output / job.REPORT).read_text().rstrip()}\nlook at {sheet}")
     else:
         print(f"{output}: other processes still work")

@@ -23,13 +23,12 @@ from microdit_jax.data.records import SIDECAR, LatentInfo, Store, infer_info
 from microdit_jax.data.stores import open_store
 from microdit_jax.errors import UserError
 from microdit_jax.files import atomic_folder, write_text
-from microdit_jax.prepare import mds_writer
-from microdit_jax.prepare import parts as jobs
+from microdit_jax.prepare import job_folder, mds_writer
 
 FORMATS = ("mds", "arrayrecord")
 
 
-def convert(
+def reformat(
     input: str,
     output: str | Path,
     *,
@@ -55,13 +54,13 @@ def convert(
       process_index, process_count: which of how many processes this is.
       options: see `open_store`.
     Returns:
-      whether the output is complete; not so while other processes still work.
+      True if the output is complete; False while other processes still work.
     Raises:
       UserError: bad input, a damaged sample, or another job's folder.
     """
     if to not in FORMATS:
         raise UserError(f"--to must be one of {', '.join(FORMATS)}, found {to!r}")
-    jobs.check_counts(process_index, process_count, records_per_shard=records_per_shard)
+    job_folder.check_counts(process_index, process_count, records_per_shard=records_per_shard)
     if compression is not None and to != "mds":
         raise UserError("--compression is for --to=mds; leave it out")
     if compression is not None:
@@ -71,16 +70,16 @@ def convert(
             raise UserError(f"--compression: {error}") from error
     store, info = open_store(input, **options)
     if not len(store):
-        raise UserError(f"expected records in {input}, found an empty dataset; nothing to convert")
+        raise UserError(f"expected records in {input}, found an empty dataset; nothing to reformat")
     if info is None:
         info = infer_info(store, vae=vae, text_encoder=text_encoder, caption_tokens=caption_tokens)
     output = Path(output)
     request = {
-        "job": "convert", "input": str(input), "records": len(store), "to": to,
+        "job": "reformat", "input": str(input), "records": len(store), "to": to,
         "records_per_shard": records_per_shard, "compression": compression,
         "info": dataclasses.asdict(info),
     }  # fmt: skip
-    jobs.begin(output, request)
+    job_folder.begin(output, request)
     parts = [
         range(start, min(start + records_per_shard, len(store)))
         for start in range(0, len(store), records_per_shard)
@@ -92,7 +91,7 @@ def convert(
         else (job.write_array_record, job.finish_array_record)
     )
     mine = range(process_index, len(parts), process_count)
-    for number in tqdm.tqdm(mine, "converting", unit="shard", disable=not progress):
+    for number in tqdm.tqdm(mine, "reformatting", unit="shard", disable=not progress):
         if not job.path(number, to).exists():
             write(number, _samples(store, info, parts[number]))
     complete = all(job.path(number, to).exists() for number in range(len(parts)))
@@ -114,9 +113,9 @@ class _Job:
         """What stands there once a part is done."""
         if to == "mds":
             return self.output / f"{number:06}"
-        from microdit_jax.data import arrayrecord  # TFDS takes a while to import
+        from microdit_jax.prepare import arrayrecord_writer  # TFDS takes a while to import
 
-        return arrayrecord.shard_path(self.output, number, len(self.parts))
+        return arrayrecord_writer.shard_path(self.output, number, len(self.parts))
 
     def write_mds(self, number: int, samples: Iterator[dict[str, bytes]]) -> None:
         columns = dict.fromkeys(_columns(self.info), "bytes") | {"caption": "str", "id": "str"}
@@ -134,14 +133,16 @@ class _Job:
         mds_writer.merge_index(self.output)
 
     def write_array_record(self, number: int, samples: Iterator[dict[str, bytes]]) -> None:
-        from microdit_jax.data import arrayrecord
+        from microdit_jax.prepare import arrayrecord_writer
 
-        arrayrecord.write_shard(self.path(number, "arrayrecord"), samples)
+        arrayrecord_writer.write_shard(self.path(number, "arrayrecord"), samples)
 
     def finish_array_record(self) -> None:
-        from microdit_jax.data import arrayrecord
+        from microdit_jax.prepare import arrayrecord_writer
 
-        arrayrecord.write_metadata(self.output, self.info, [len(part) for part in self.parts])
+        arrayrecord_writer.write_metadata(
+            self.output, self.info, [len(part) for part in self.parts]
+        )
 
 
 def _columns(info: LatentInfo) -> list[str]:
@@ -190,7 +191,7 @@ def _parser() -> Parser:
 
 def main(argv: Sequence[str] | None = None) -> None:
     arguments = vars(_parser().parse_args(argv))
-    complete = convert(**arguments)
+    complete = reformat(**arguments)
     state = "complete" if complete else "other processes still write"
     print(f"{arguments['output']}: {state}")
 

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from microdit_jax.assets import load
 from microdit_jax.data import pipeline
-from microdit_jax.data.latents import LatentSource, load_prepared, prepare_twemoji
+from microdit_jax.data.latents import LatentSource, load_prepared
 from microdit_jax.data.pipeline import Record, Source
 from microdit_jax.data.records import StoredLatents
 from microdit_jax.data.stores import open_latents
@@ -23,6 +23,7 @@ from microdit_jax.encoders.patch_pca import PatchPCA
 from microdit_jax.errors import UserError
 from microdit_jax.machine import hosts
 from microdit_jax.models.dit import DiTConfig
+from microdit_jax.prepare.emoji_set import prepare_emoji_set
 from microdit_jax.training.caption_tower import CaptionTower, batch_key
 
 DATASET_KEYS = {"source", "folder", "weight"}
@@ -192,7 +193,7 @@ def _open_twemoji(
     patch, channels, resolution = map(int, match.groups())
 
     def prepare():
-        prepare_twemoji(
+        prepare_emoji_set(
             Path(folder),
             resolution=config.data.resolution,
             fit_codec=PatchPCA.fit,

@@ -1,4 +1,4 @@
-"""Small pictures, tables and archives on disk, and what a source makes of them."""
+"""Small images, tables and archives on disk, and what a source makes of them."""
 
 import io
 import json
@@ -47,12 +47,12 @@ def read(source):
     """(id, caption, red of the first pixel) of all that is usable, and (id, reason) of the rest."""
     good, bad = [], []
     for part in range(len(source.parts)):
-        for picture in source.read(part):
-            if picture.reason is not None:
-                bad.append((picture.id, picture.reason))
+        for found in source.read(part):
+            if found.skip_reason is not None:
+                bad.append((found.id, found.skip_reason))
                 continue
-            data = picture.load()
+            data = found.load()
             loaded = Image.open(io.BytesIO(data)) if isinstance(data, bytes) else data
             red = loaded.convert("RGB").getpixel((0, 0))[0]
-            good.append((picture.id, picture.caption, round(red / 10) * 10))
+            good.append((found.id, found.caption, round(red / 10) * 10))
     return good, bad

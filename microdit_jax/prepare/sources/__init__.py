@@ -1,1 +1,1 @@
-"""Where captioned pictures come from, one module each; `registry` opens them by name."""
+"""Datasets of captioned images, one module each; `registry` opens them by name."""

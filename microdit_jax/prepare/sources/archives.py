@@ -3,11 +3,11 @@
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-# A member's bytes are held in memory; no picture that could be used is larger.
+# A member's bytes are held in memory; no usable image file is larger.
 _MAX_BYTES = 500 * 10**6
 _DAMAGE = (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError)
 
@@ -21,7 +21,7 @@ class Member(NamedTuple):
 
 
 def members(path: Path) -> Iterator[Member]:
-    """The files of an archive or folder, in stored order (a folder's sorted).
+    """Yields the files of an archive or folder, in stored order (a folder's sorted).
 
     A damaged archive gives what can be read, then one member with the reason.
     """
@@ -54,13 +54,13 @@ def _zip(path: Path) -> Iterator[Member]:
 def _tar(path: Path) -> Iterator[Member]:
     with tarfile.open(path, "r|*") as archive:  # a stream: a tgz is unpacked once, not for each
         for info in archive:
-            if info.isfile():
-                data = archive.extractfile(info)
+            data = archive.extractfile(info) if info.isfile() else None
+            if data is not None:
                 yield _bounded(info.name, info.size, data.read)
-                archive.members = []  # tarfile remembers all members otherwise
+                archive.members = []  # otherwise tarfile keeps a record of every member
 
 
-def _bounded(name, size, read) -> Member:
+def _bounded(name: str, size: int, read: Callable[[], bytes]) -> Member:
     if size > _MAX_BYTES:
         return Member(name, b"", f"a file of {size} bytes")
     data = read()

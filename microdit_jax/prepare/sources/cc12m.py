@@ -4,11 +4,14 @@ import json
 from pathlib import Path
 
 from microdit_jax.prepare.sources import tables
-from microdit_jax.prepare.sources.webdataset import ArchivedPictures, find_archives, text_or_json
+from microdit_jax.prepare.sources.webdataset import ArchivedImages, find_archives, text_or_json
 
 
-def open_pictures(root: Path) -> ArchivedPictures:
-    """The shards in `root`; cc12m.tsv (address, caption; no header) helps out where it is there."""
+def open_images(root: Path) -> ArchivedImages:
+    """Opens the shards in `root`.
+
+    A caption that a shard lacks is looked up by address in cc12m.tsv (address, caption; no header).
+    """
     captions: dict[str, str] = {}
     table = root / "cc12m.tsv"
 
@@ -24,4 +27,4 @@ def open_pictures(root: Path) -> ArchivedPictures:
                 return None
         return caption
 
-    return ArchivedPictures(find_archives(root, "*.tar"), lambda archive: caption_of)
+    return ArchivedImages(find_archives(root, "*.tar"), lambda archive: caption_of)

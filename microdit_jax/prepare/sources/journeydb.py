@@ -1,9 +1,9 @@
-"""JourneyDB: Midjourney's pictures in tgz archives, and a jsonl file with their prompts."""
+"""JourneyDB: Midjourney's images in tgz archives, and a jsonl file with their prompts."""
 
 from pathlib import Path, PurePosixPath
 
 from microdit_jax.prepare.sources import tables
-from microdit_jax.prepare.sources.webdataset import ArchivedPictures, find_archives
+from microdit_jax.prepare.sources.webdataset import ArchivedImages, find_archives
 
 # As published, the misspelling too.
 _ANNOTATIONS = {
@@ -12,8 +12,8 @@ _ANNOTATIONS = {
 }
 
 
-def open_pictures(root: Path, split: str = "train") -> ArchivedPictures:
-    """data/SPLIT below `root`: imgs/000.tgz (or unpacked folders) and the split's annotations.
+def open_images(root: Path, split: str = "train") -> ArchivedImages:
+    """Opens data/SPLIT below `root`: imgs/000.tgz (or unpacked folders) and the annotations.
 
     The caption is the prompt, as in the reference; archives that are not there are left out.
     """
@@ -31,4 +31,4 @@ def open_pictures(root: Path, split: str = "train") -> ArchivedPictures:
                     prompts[path.name] = str(tables.column(row, ("prompt",), table))
         return prompts.get(PurePosixPath(name).name)
 
-    return ArchivedPictures(archives, lambda archive: caption_of)
+    return ArchivedImages(archives, lambda archive: caption_of)

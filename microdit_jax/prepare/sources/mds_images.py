@@ -1,4 +1,4 @@
-"""Pictures stored in MDS datasets, such as the reference makes before its latents."""
+"""Images stored in MDS datasets, such as the reference makes before its latents."""
 
 import os
 from collections.abc import Iterator
@@ -6,19 +6,19 @@ from collections.abc import Iterator
 from microdit_jax.data import mds_encodings
 from microdit_jax.data.mds import MdsReader
 from microdit_jax.errors import UserError
-from microdit_jax.prepare.sources.pictures import Picture, unusable
+from microdit_jax.prepare.sources.listed_images import SourceImage, skipped_image
 
 _IMAGES = ("jpeg", "png", "pil")
 _IMAGE_NAMES = ("jpg", "jpeg", "png", "image", "img")
 
 
-class MdsPictures:
+class MdsImages:
     """A source whose parts are the shards of an MDS dataset."""
 
     attribution = ""
 
     def __init__(self, root: str | os.PathLike, *, cache: str | None = None):
-        """Raises UserError where the dataset has no column of pictures or none of captions."""
+        """Raises UserError where the dataset has no column of images or none of captions."""
         self._reader = MdsReader(root, cache=cache)
         columns = self._reader.columns
         self._image = next(
@@ -32,14 +32,14 @@ class MdsPictures:
         ]
         if columns and (self._image is None or not captions):
             raise UserError(
-                f"expected a column of pictures ({', '.join(_IMAGES)}) and one of captions in "
+                f"expected a column of images ({', '.join(_IMAGES)}) and one of captions in "
                 f"{root}, found {columns}"
             )
         self._caption = captions[0] if captions else ""
         self.parts = [shard.raw.name for shard in self._reader.shards]
 
-    def read(self, part: int) -> Iterator[Picture]:
-        """The pictures of one shard."""
+    def read(self, part: int) -> Iterator[SourceImage]:
+        """Yields the images of one shard."""
         start = sum(shard.samples for shard in self._reader.shards[:part])
         for index in range(start, start + self._reader.shards[part].samples):
             try:
@@ -47,9 +47,9 @@ class MdsPictures:
                 decode = mds_encodings.parse(self._reader.columns[self._caption]).decode
                 caption = str(decode(raw[self._caption]))
             except (UserError, ValueError) as error:
-                yield unusable(str(index), f"damaged sample: {error}")
+                yield skipped_image(str(index), f"damaged sample: {error}")
                 continue
             decode = mds_encodings.parse(self._reader.columns[self._image]).decode
-            yield Picture(
+            yield SourceImage(
                 str(index), caption, lambda decode=decode, data=raw[self._image]: decode(data)
             )

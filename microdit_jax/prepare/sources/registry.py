@@ -1,9 +1,10 @@
-"""Sources of captioned pictures by the names that --source takes."""
+"""Datasets of captioned images by the names that --source takes."""
 
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+from microdit_jax.data import twemoji
 from microdit_jax.errors import UserError
 from microdit_jax.prepare.sources import (
     cc12m,
@@ -17,63 +18,56 @@ from microdit_jax.prepare.sources import (
     textcaps,
     webdataset,
 )
-from microdit_jax.prepare.sources.pictures import Fraction, Pictures
+from microdit_jax.prepare.sources.listed_images import Fraction, ImageSource
 
 
-class Request(NamedTuple):
-    """Where to read: --input, --split, --captions and --cache, None where not given."""
+class SourceOptions(NamedTuple):
+    """Values of --input ("" for the emoji set), --split, --captions, --cache; None: not given."""
 
-    input: str | None
+    input: str
     split: str | None
     captions: str | None
     cache: str | None
 
 
-def _tfds(request: Request) -> Pictures:
-    from microdit_jax.prepare.sources.tfds_images import TfdsPictures  # TFDS is slow to import
-
-    return TfdsPictures(request.input, request.split or "train")
-
-
 class _Kind(NamedTuple):
     """How a source is opened, and which options it takes beside --input."""
 
-    open: Callable[[Request], Pictures]
+    open: Callable[[SourceOptions], ImageSource]
     options: tuple[str, ...] = ()
     splits: tuple[str, ...] = ()
 
 
-def _published(module, *splits: str) -> _Kind:
-    """One of the paper's datasets, its first split by default."""
+def _published(open_images: Callable[..., ImageSource], *splits: str) -> _Kind:
+    """Returns the kind of one of the paper's datasets; its first split is the default."""
+    if not splits:
+        return _Kind(lambda o: open_images(Path(o.input)))
+    return _Kind(lambda o: open_images(Path(o.input), o.split or splits[0]), ("split",), splits)
 
-    def open_pictures(request: Request) -> Pictures:
-        root = Path(request.input)
-        return (
-            module.open_pictures(root, request.split or splits[0])
-            if splits
-            else (module.open_pictures(root))
-        )
 
-    return _Kind(open_pictures, ("split",) if splits else (), splits)
+def _folder(options: SourceOptions) -> ImageSource:
+    table = None if options.captions is None else Path(options.captions)
+    return folder.open_folder(Path(options.input), table)
+
+
+def _tfds(options: SourceOptions) -> ImageSource:
+    from microdit_jax.prepare.sources.tfds_images import TfdsImages  # TFDS is slow to import
+
+    return TfdsImages(options.input, options.split or "train")
 
 
 KINDS = {
-    "folder": _Kind(
-        lambda r: folder.open_folder(Path(r.input), r.captions and Path(r.captions)),
-        ("captions",),
-    ),
-    "webdataset": _Kind(lambda r: webdataset.open_webdataset(Path(r.input))),
-    "mds": _Kind(lambda r: mds_images.MdsPictures(r.input, cache=r.cache), ("cache",)),
+    "folder": _Kind(_folder, ("captions",)),
+    "webdataset": _Kind(lambda o: webdataset.open_webdataset(Path(o.input))),
+    "mds": _Kind(lambda o: mds_images.MdsImages(o.input, cache=o.cache), ("cache",)),
     "tfds": _Kind(_tfds, ("split",)),
-    "emoji": _Kind(
-        lambda r: emoji.open_pictures(r.split or "train"), ("split",), ("train", "heldout")
-    ),
-    "cc12m": _published(cc12m),
-    "sa1b": _published(sa1b),
-    "journeydb": _published(journeydb, "train", "valid"),
-    "diffusiondb": _published(diffusiondb),
-    "textcaps": _published(textcaps, "train", "val"),
-    "coco2014": _published(coco2014, "val", "train"),
+    "emoji": _Kind(lambda o: emoji.open_images(o.split or "train"), ("split",), twemoji.SPLITS),
+    "cc12m": _published(cc12m.open_images),
+    "sa1b": _published(sa1b.open_images),
+    "journeydb": _published(journeydb.open_images, "train", "valid"),
+    "diffusiondb": _published(diffusiondb.open_images),
+    "textcaps": _published(textcaps.open_images, "train", "val"),
+    "coco2014": _published(coco2014.open_images, "val", "train"),
 }
 
 
@@ -85,8 +79,8 @@ def open_source(
     captions: str | None = None,
     cache: str | None = None,
     fraction: float = 1.0,
-) -> Pictures:
-    """The pictures of a source.
+) -> ImageSource:
+    """Opens a source of captioned images.
 
     Args:
       name: one of `KINDS`.
@@ -94,22 +88,22 @@ def open_source(
       split, captions, cache: for the sources that have them.
       fraction: share of the source's parts (shards, archives, or thousands of files), for a trial.
     Raises:
-      UserError: no such source, one without pictures, or an option that it does not take.
+      UserError: no such source, one without images, or an option that it does not take.
     """
     if name not in KINDS:
         raise UserError(f"--source must be one of {', '.join(KINDS)}, found {name!r}")
     if not 0 < fraction <= 1:
         raise UserError(f"--fraction must be above 0 and at most 1, found {fraction}")
-    kind, request = KINDS[name], Request(input, split, captions, cache)
+    kind, options = KINDS[name], SourceOptions(input or "", split, captions, cache)
     needed = name != "emoji"
     if needed != (input is not None):
         raise UserError(f"--source={name} {'needs --input' if needed else 'has no --input'}")
     for option in ("split", "captions", "cache"):
-        if getattr(request, option) is not None and option not in kind.options:
+        if getattr(options, option) is not None and option not in kind.options:
             raise UserError(f"--source={name} takes no --{option}; leave it out")
     if kind.splits and split is not None and split not in kind.splits:
         raise UserError(f"{name} has the splits {', '.join(kind.splits)}, found {split!r}")
-    source = kind.open(request)
+    source = kind.open(options)
     if not source.parts:
-        raise UserError(f"expected pictures in {input}, found an empty dataset")
+        raise UserError(f"expected images in {input}, found an empty dataset")
     return source if fraction == 1 else Fraction(source, fraction)

@@ -4,11 +4,11 @@ from pathlib import Path, PurePosixPath
 
 from microdit_jax.errors import UserError
 from microdit_jax.prepare.sources import tables
-from microdit_jax.prepare.sources.webdataset import ArchivedPictures, find_archives
+from microdit_jax.prepare.sources.webdataset import ArchivedImages, find_archives
 
 
-def open_pictures(root: Path) -> ArchivedPictures:
-    """sa_*.tar (or folders of that name), and captions/sa_1.txt or a table captions.json[l].
+def open_images(root: Path) -> ArchivedImages:
+    """Opens sa_*.tar (or folders of that name), and captions/sa_1.txt or a table captions.json[l].
 
     The tars' own .json files hold masks, no captions. A table has the columns file_name ("sa_1" or
     "sa_1.jpg") and caption.
@@ -34,4 +34,4 @@ def open_pictures(root: Path) -> ArchivedPictures:
         return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else None
 
     archives = find_archives(root, "sa_[0-9]*.tar", "sa_[0-9]*[0-9]")
-    return ArchivedPictures(archives, lambda archive: caption_of)
+    return ArchivedImages(archives, lambda archive: caption_of)

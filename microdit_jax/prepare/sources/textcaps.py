@@ -1,17 +1,19 @@
 """TextCaps: photographs of Open Images with captions that read the text in them."""
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from microdit_jax.prepare.sources.annotations import read_annotations
-from microdit_jax.prepare.sources.pictures import ListedPictures
+from microdit_jax.prepare.sources.listed_images import ListedImages
 
 
-def open_pictures(root: Path, split: str = "train") -> ListedPictures:
-    """TextCaps_0.1_train.json (or val) and train_images/ (of both) below `root`."""
+def open_images(root: Path, split: str = "train") -> ListedImages:
+    """Opens TextCaps_0.1_train.json (or val) and train_images/ (of both) below `root`."""
 
-    def pictures_of(data):
+    def captions_in(data: Any) -> Iterator[tuple[str, str, Path]]:
         for row in data["data"]:
             file = root / "train_images" / f"{row['image_id']}.jpg"
             yield row["image_id"], row["caption_str"], file
 
-    return read_annotations(root / f"TextCaps_0.1_{split}.json", pictures_of)
+    return read_annotations(root / f"TextCaps_0.1_{split}.json", captions_in)

@@ -1,4 +1,4 @@
-"""Captioned pictures of a TFDS dataset in a random-access format, read without TensorFlow."""
+"""Captioned images of a TFDS dataset in a random-access format, read without TensorFlow."""
 
 from collections.abc import Iterator
 
@@ -7,13 +7,13 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from microdit_jax.errors import UserError
-from microdit_jax.prepare.sources.pictures import Picture, unusable
+from microdit_jax.prepare.sources.listed_images import SourceImage, skipped_image
 
 _PART = 1000
 _CAPTIONS = ("caption", "captions", "text")
 
 
-class TfdsPictures:
+class TfdsImages:
     """A source whose parts are runs of 1,000 records."""
 
     attribution = ""
@@ -23,7 +23,7 @@ class TfdsPictures:
         Args:
           folder: of the prepared dataset, with its dataset_info.json.
         Raises:
-          UserError: no such dataset or split, or none with a picture and a caption.
+          UserError: no such dataset or split, or none with an image and a caption.
         """
         try:
             builder = tfds.builder_from_directory(folder)
@@ -42,17 +42,17 @@ class TfdsPictures:
         starts = range(0, len(self._records), _PART)
         self.parts = [f"records {i} to {min(i + _PART, len(self._records)) - 1}" for i in starts]
 
-    def read(self, part: int) -> Iterator[Picture]:
-        """The pictures of one part."""
+    def read(self, part: int) -> Iterator[SourceImage]:
+        """Yields the images of one part."""
         for index in range(part * _PART, min((part + 1) * _PART, len(self._records))):
             try:
                 record = self._records[index]
                 caption = _text(record[self._caption])
             except (RuntimeError, ValueError, OSError, KeyError) as error:
-                yield unusable(str(index), f"damaged record ({type(error).__name__})")
+                yield skipped_image(str(index), f"damaged record ({type(error).__name__})")
                 continue
             pixels = np.squeeze(record["image"])
-            yield Picture(str(index), caption, lambda pixels=pixels: Image.fromarray(pixels))
+            yield SourceImage(str(index), caption, lambda pixels=pixels: Image.fromarray(pixels))
 
 
 def _text(value: object) -> str:

@@ -1,4 +1,4 @@
-"""Pictures in archives, as img2dataset and most published datasets store them."""
+"""Images in archives, as img2dataset and most published datasets store them."""
 
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -6,13 +6,13 @@ from pathlib import Path, PurePosixPath
 
 from microdit_jax.errors import UserError
 from microdit_jax.prepare.sources.archives import Member, members
-from microdit_jax.prepare.sources.pictures import SUFFIXES, Picture, unusable
+from microdit_jax.prepare.sources.listed_images import SUFFIXES, SourceImage, skipped_image
 
-# What gives a picture's caption: its member's name, and the files of the same key by suffix.
+# (the image's member name, files of the same key by suffix) -> the caption, or None
 CaptionOf = Callable[[str, dict[str, bytes]], str | None]
 
 
-class ArchivedPictures:
+class ArchivedImages:
     """A source whose parts are archives, or unpacked folders; read from front to back."""
 
     def __init__(
@@ -21,20 +21,20 @@ class ArchivedPictures:
         captions_of: Callable[[Path], CaptionOf],
         *,
         attribution: str = "",
-        reason_of: Callable[[str], str | None] = lambda name: None,
+        skip_reason_of: Callable[[str], str | None] = lambda name: None,
     ):
         """
         Args:
           captions_of: called for each archive that is read.
-          reason_of: why a picture of that name is not wanted, or None.
+          skip_reason_of: why an image of that name is left out, or None.
         """
         self._archives = list(archives)
-        self._captions_of, self._reason_of = captions_of, reason_of
+        self._captions_of, self._skip_reason_of = captions_of, skip_reason_of
         self.parts = [path.name for path in archives]
         self.attribution = attribution
 
-    def read(self, part: int) -> Iterator[Picture]:
-        """The pictures of one archive."""
+    def read(self, part: int) -> Iterator[SourceImage]:
+        """Yields the images of one archive."""
         archive, seen = self._archives[part], set()
         caption_of = self._captions_of(archive)
         for key, files in _grouped(members(archive)):
@@ -43,23 +43,23 @@ class ArchivedPictures:
                     continue
                 id = f"{archive.name.split('.')[0]}/{PurePosixPath(key).name}"
                 if member.reason is None and id in seen:
-                    yield unusable(id, "duplicate id")
+                    yield skipped_image(id, "duplicate id")
                 else:
                     data = {suffix: file.data for suffix, file in files.items()}
-                    yield self._picture(id, member, data, caption_of)
+                    yield self._image(id, member, data, caption_of)
                 seen.add(id)
-                break  # one picture a key
+                break  # one image a key
 
-    def _picture(
+    def _image(
         self, id: str, member: Member, files: dict[str, bytes], caption_of: CaptionOf
-    ) -> Picture:
-        reason = member.reason or self._reason_of(member.name)
+    ) -> SourceImage:
+        reason = member.reason or self._skip_reason_of(member.name)
         if reason is not None:
-            return unusable(id, reason)
+            return skipped_image(id, reason)
         caption = caption_of(member.name, files)
         if caption is None:
-            return unusable(id, "no caption")
-        return Picture(id, caption, lambda: member.data)
+            return skipped_image(id, "no caption")
+        return SourceImage(id, caption, lambda: member.data)
 
 
 def _grouped(found: Iterator[Member]) -> Iterator[tuple[str, dict[str, Member]]]:
@@ -104,6 +104,6 @@ def find_archives(root: Path, *patterns: str) -> list[Path]:
     return found
 
 
-def open_webdataset(root: Path) -> ArchivedPictures:
-    """The tar shards in a folder, with captions in .txt or .json files beside the pictures."""
-    return ArchivedPictures(find_archives(root, "*.tar"), lambda archive: text_or_json)
+def open_webdataset(root: Path) -> ArchivedImages:
+    """The tar shards in a folder, with captions in .txt or .json files beside the images."""
+    return ArchivedImages(find_archives(root, "*.tar"), lambda archive: text_or_json)

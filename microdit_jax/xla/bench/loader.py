@@ -24,7 +24,7 @@ from microdit_jax.data.records import SIDECAR, LatentInfo
 from microdit_jax.data.stores import open_latents, open_store
 from microdit_jax.errors import UserError
 from microdit_jax.prepare.mds_writer import MdsWriter
-from microdit_jax.prepare.reformat import convert
+from microdit_jax.prepare.reformat import reformat
 
 INFO = LatentInfo("sdxl", "clip", {256: (4, 32, 32), 512: (4, 64, 64)}, (77, 1024))
 _LIBRARY = """
@@ -162,7 +162,7 @@ def measure_all(args: Settings) -> dict[str, dict[str, float]]:
             root = Path(stack.enter_context(tempfile.TemporaryDirectory()))
             folders = {"MDS": root / "mds", "ArrayRecord": root / "array_record"}
             make(folders["MDS"], args.samples)
-            convert(str(folders["MDS"]), folders["ArrayRecord"], to="arrayrecord", progress=False)
+            reformat(str(folders["MDS"]), folders["ArrayRecord"], to="arrayrecord", progress=False)
         for name, folder in folders.items():
             for what, figure in measure(folder, args):
                 say(name, what, figure)

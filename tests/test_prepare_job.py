@@ -1,4 +1,4 @@
-"""Precompute: every record depends on its own picture alone, however the work was done."""
+"""Preparing: every record depends on its own image alone, however the work was done."""
 
 import dataclasses
 import functools
@@ -14,6 +14,7 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
+from support.latent_datasets import contents
 from test_vae import load_vae
 
 from microdit_jax.data import twemoji
@@ -25,13 +26,14 @@ from microdit_jax.encoders.patch_pca import PatchPCA
 from microdit_jax.encoders.token_table import TokenTable
 from microdit_jax.encoders.vae_codec import VaeCodec
 from microdit_jax.errors import UserError
-from microdit_jax.prepare import __main__, job
-from microdit_jax.prepare.decoding import Settings
-from microdit_jax.prepare.sources.pictures import Picture, unusable
+from microdit_jax.prepare import __main__, encoding, job
+from microdit_jax.prepare.encoding import image_noise, make_towers
+from microdit_jax.prepare.options import PrepareOptions
+from microdit_jax.prepare.sources.listed_images import SourceImage, skipped_image
 
 TABLE = TokenTable(width=8, max_tokens=6, seed=0)
 RAW = memoryview(np.array([1, 1, 3], "<u4").tobytes() + b"XYZ...")
-SETTINGS = Settings(resolutions=(16, 24), min_size=16, seed=3, batch=4)
+OPTIONS = PrepareOptions(resolutions=(16, 24), min_size=16, seed=3, batch=4)
 
 
 @functools.cache
@@ -48,7 +50,7 @@ def png(index, size=(30, 20)):
 
 
 class Source:
-    """Parts of 7 pictures, some of which cannot be used."""
+    """Parts of 7 images, some of which cannot be used."""
 
     attribution = "me"
 
@@ -59,40 +61,35 @@ class Source:
     def read(self, part):
         self.reads.append(part)
         for i in range(7):
-            yield Picture(
+            yield SourceImage(
                 f"{part}/{i}", f"A Cat, no. {part}{i}", functools.partial(png, 10 * part + i)
             )
         if part == 0:
-            yield Picture("0/3", "again", lambda: png(3))
-            yield Picture("small", "small", lambda: png(1, (40, 15)))
-            yield Picture("empty", "漢字", lambda: png(1))
-            yield Picture("none", None, lambda: png(1))
-            yield Picture("text", "no picture", lambda: b"hello")
-            yield Picture("cut", "cut off", lambda: png(1)[:300])
-            yield Picture("gone", "no file", lambda: open("/nowhere/x", "rb").read())
-            yield Picture("mode", "a pil column", lambda: parse("pil").decode(RAW))
-            yield Picture("deep", "16 bits", lambda: Image.fromarray(np.zeros((9, 9, 3), "u2")))
-            yield unusable("listed", "unsafe by its scores")
+            yield SourceImage("0/3", "again", lambda: png(3))
+            yield SourceImage("small", "small", lambda: png(1, (40, 15)))
+            yield SourceImage("empty", "漢字", lambda: png(1))
+            yield SourceImage("none", None, lambda: png(1))
+            yield SourceImage("text", "no image", lambda: b"hello")
+            yield SourceImage("cut", "cut off", lambda: png(1)[:300])
+            yield SourceImage("gone", "no file", lambda: open("/nowhere/x", "rb").read())
+            yield SourceImage("mode", "a pil column", lambda: parse("pil").decode(RAW))
+            yield SourceImage("deep", "16 bits", lambda: Image.fromarray(np.zeros((9, 9, 3), "u2")))
+            yield skipped_image("listed", "unsafe by its scores")
 
 
-def compute(folder, source=None, settings=SETTINGS, towers=None, **options):
+def compute(folder, source=None, options=OPTIONS, towers=None, **more):
     return job.run(
         Source() if source is None else source,
-        __main__.make_towers(codec(), TABLE, settings.seed) if towers is None else towers,
+        make_towers(codec(), TABLE, options.seed) if towers is None else towers,
         folder,
-        settings,
+        options,
         request={},
         progress=False,
-        **options,
+        **more,
     )
 
 
-def contents(folder):
-    files = [path for path in folder.rglob("*") if path.is_file() and path.name != "job.json"]
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
-
-
-def test_records_are_the_pictures_and_their_captions(tmp_path):
+def test_records_are_the_images_and_their_captions(tmp_path):
     assert compute(tmp_path)
     source = open_latents(tmp_path, resolution=24)
     assert len(source) == 21 and source.info.attribution == "me"
@@ -121,7 +118,7 @@ def test_what_cannot_be_used_is_counted_and_listed(tmp_path):
         "small": "smaller than 16 pixels",
         "empty": "empty caption",
         "none": "no caption",
-        "text": "not a picture",
+        "text": "not an image",
         "cut": "cannot be decoded (OSError)",
         "gone": "cannot be read (No such file or directory)",
         "mode": "cannot be decoded (KeyError)",
@@ -133,7 +130,7 @@ def test_what_cannot_be_used_is_counted_and_listed(tmp_path):
 
 def test_an_interrupted_run_goes_on(tmp_path, monkeypatch):
     compute(tmp_path / "whole")
-    encode, calls = job._encode_batch, []
+    encode, calls = encoding._encode_batch, []
 
     class Killed(BaseException):
         pass
@@ -144,7 +141,7 @@ def test_an_interrupted_run_goes_on(tmp_path, monkeypatch):
             raise Killed
         return encode(*arguments)
 
-    monkeypatch.setattr(job, "_encode_batch", failing)
+    monkeypatch.setattr(encoding, "_encode_batch", failing)
     for _ in range(3):
         with pytest.raises(Killed):
             compute(tmp_path / "out")
@@ -160,7 +157,7 @@ def test_processes_and_other_devices_give_the_same_bytes(tmp_path):
     for index, complete in ((1, False), (0, True)):
         shared = {"process_index": index, "process_count": 2}
         assert compute(tmp_path / "two", **shared) == complete
-    towers = __main__.make_towers(codec(), TABLE, SETTINGS.seed) * 8
+    towers = make_towers(codec(), TABLE, OPTIONS.seed) * 8
     compute(tmp_path / "eight", towers=towers, threads=8)
     assert contents(tmp_path / "two") == contents(tmp_path / "whole")
     assert contents(tmp_path / "eight") == contents(tmp_path / "whole")
@@ -174,7 +171,7 @@ def small_towers():
     ids = np.zeros((1, 8), np.int32)
     params = jax.jit(ClipText(config).init)(jax.random.key(0), ids)["params"]
     text = ClipTextEncoder("small", config, params, batch=4)
-    return __main__.make_towers(VaeCodec("vae", vae.config, vae.params), text, SETTINGS.seed)
+    return make_towers(VaeCodec("vae", vae.config, vae.params), text, OPTIONS.seed)
 
 
 @pytest.mark.slow
@@ -182,35 +179,35 @@ def test_any_number_of_devices_gives_the_same_latents(tmp_path):
     """Each device compiles its own program, so three of the eight must do here."""
     towers = small_towers()
     assert len(towers) == 8
-    settings = dataclasses.replace(SETTINGS, resolutions=(16,), caption_store="both", batch=2)
+    options = dataclasses.replace(OPTIONS, resolutions=(16,), caption_store="both", batch=2)
     for count in (1, 3):
-        compute(tmp_path / str(count), settings=settings, towers=towers[:count], threads=2)
+        compute(tmp_path / str(count), options=options, towers=towers[:count], threads=2)
     assert contents(tmp_path / "1") == contents(tmp_path / "3")
     record = open_latents(tmp_path / "3", resolution=16, captions="tokens")[20]
     assert record["tokens"].shape == (8,) and record["tokens"][0] == 49406
 
 
-def test_latents_are_sampled_anew_for_each_picture_and_seed(tmp_path):
+def test_latents_are_sampled_anew_for_each_image_and_seed(tmp_path):
     towers = small_towers()[0]
     images = np.repeat(np.random.default_rng(0).uniform(-1, 1, (1, 16, 16, 3)), 2, 0)
     images = images.astype(np.float32)
-    first, second = towers.encode(images, ["a", "b"])
+    first, second = towers.latents(images, ["a", "b"])
     assert not np.array_equal(first, second)
-    np.testing.assert_array_equal(towers.encode(images, ["b", "a"]), [second, first])
-    assert job.noise(0, "a", (64, 64)).std() == pytest.approx(1, abs=0.05)
-    assert not np.array_equal(job.noise(0, "a", (4,)), job.noise(1, "a", (4,)))
+    np.testing.assert_array_equal(towers.latents(images, ["b", "a"]), [second, first])
+    assert image_noise(0, "a", (64, 64)).std() == pytest.approx(1, abs=0.05)
+    assert not np.array_equal(image_noise(0, "a", (4,)), image_noise(1, "a", (4,)))
 
 
 def test_nothing_usable_and_wrong_settings_are_named(tmp_path):
     class Bad(Source):
         def read(self, part):
-            yield Picture("x", "x", lambda: b"")
+            yield SourceImage("x", "x", lambda: b"")
 
-    with pytest.raises(UserError, match=r"found 3 that are not, such as: not a picture \(3\)"):
+    with pytest.raises(UserError, match=r"found 3 that are not, such as: not an image \(3\)"):
         compute(tmp_path / "bad", Bad())
     compute(tmp_path / "out")
     with pytest.raises(UserError, match="begun with other settings: seed=3, now 4"):
-        compute(tmp_path / "out", settings=dataclasses.replace(SETTINGS, seed=4))
+        compute(tmp_path / "out", options=dataclasses.replace(OPTIONS, seed=4))
     for changes, message in (
         ({"resolutions": (20,)}, "multiples of 8"),
         ({"resolutions": (16, 16)}, "must differ"),
@@ -220,7 +217,7 @@ def test_nothing_usable_and_wrong_settings_are_named(tmp_path):
         ({"caption_store": "x"}, "--captions_as must be"),
     ):
         with pytest.raises(UserError, match=message):
-            dataclasses.replace(SETTINGS, **changes)
+            dataclasses.replace(OPTIONS, **changes)
     with pytest.raises(UserError, match="--process_index must be 0 to 0, found 1"):
         compute(tmp_path / "out", process_index=1)
 
@@ -237,7 +234,7 @@ def command(tmp_path, *options):
 def test_the_command_writes_a_report_and_a_contact_sheet(tmp_path, capsys):
     out = tmp_path / "out"
     __main__.main(command(tmp_path, f"--output={out}")[3:])
-    captions = [picture.caption for picture in twemoji.list_pictures()]
+    captions = [image.caption for image in twemoji.list_images()]
     assert len(MdsReader(out)) == twemoji.heldout_mask(captions).sum()
     with Image.open(out / "contact_sheet.png") as sheet:
         assert "CC-BY" in sheet.text["microdit_jax"] and sheet.width > 100

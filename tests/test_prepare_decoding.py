@@ -1,4 +1,4 @@
-"""Pictures: the reference's transform bit for bit, and files of every kind and state."""
+"""Images: the reference's transform bit for bit, and files of every kind and state."""
 
 import io
 import time
@@ -8,11 +8,11 @@ import pytest
 from conftest import GOLDEN
 from PIL import Image
 
-from microdit_jax.prepare import cropping
-from microdit_jax.prepare.cropping import decode, resize_and_crop, to_float
+from microdit_jax.prepare import decoding
+from microdit_jax.prepare.decoding import decode, resize_and_crop, to_float
 
 RNG = np.random.default_rng(0)
-PICTURE = Image.fromarray(RNG.integers(0, 256, (40, 60, 3), np.uint8))
+IMAGE = Image.fromarray(RNG.integers(0, 256, (40, 60, 3), np.uint8))
 
 
 def encoded(image, format, **options):
@@ -35,11 +35,11 @@ def test_equal_to_torchvision():
 @pytest.mark.parametrize("mode", ["RGB", "L", "1", "P", "CMYK", "YCbCr"])
 def test_modes_are_converted(mode):
     format = "TIFF" if mode == "YCbCr" else "JPEG" if mode == "CMYK" else "PNG"
-    picture = PICTURE.convert(mode)
-    found = decode(encoded(picture, format))
+    image = IMAGE.convert(mode)
+    found = decode(encoded(image, format))
     assert found.mode == "RGB" and found.size == (60, 40)
     if format != "JPEG":
-        np.testing.assert_array_equal(np.asarray(found), np.asarray(picture.convert("RGB")))
+        np.testing.assert_array_equal(np.asarray(found), np.asarray(image.convert("RGB")))
     assert np.asarray(found).std() > 20
 
 
@@ -61,7 +61,7 @@ def test_sixteen_bit_grey_keeps_its_range():
     np.testing.assert_array_equal(found, pixels >> 8)
 
 
-def test_animations_give_their_first_picture():
+def test_animations_give_their_first_image():
     frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
     for format in ("GIF", "WEBP", "PNG"):
         file = encoded(frames[0], format, save_all=True, append_images=frames[1:])
@@ -69,7 +69,7 @@ def test_animations_give_their_first_picture():
         assert red > 240 and green < 10 and blue < 10
 
 
-def test_enormous_pictures_are_refused_before_they_take_memory():
+def test_enormous_images_are_refused_before_they_take_memory():
     start = time.monotonic()
     huge = encoded(Image.new("1", (20_000, 20_000)), "PNG")
     with pytest.raises(ValueError, match="more than 100 megapixels"):
@@ -80,15 +80,15 @@ def test_enormous_pictures_are_refused_before_they_take_memory():
     with pytest.raises(ValueError, match="a strip of 3000000x1 pixels"):
         resize_and_crop(Image.new("RGB", (3_000_000, 1)), 256)
     with pytest.raises(ValueError, match="more than 0 megapixels"):
-        decode(PICTURE, max_pixels=100)
+        decode(IMAGE, max_pixels=100)
 
 
 def test_damaged_files_give_short_reasons():
-    with pytest.raises(ValueError, match="not a picture"):
+    with pytest.raises(ValueError, match="not an image"):
         decode(b"")
     with pytest.raises(ValueError, match="floating point"):
-        decode(encoded(PICTURE.convert("F"), "TIFF"))
-    whole = {format: encoded(PICTURE, format) for format in ("JPEG", "PNG", "GIF", "WEBP", "BMP")}
+        decode(encoded(IMAGE.convert("F"), "TIFF"))
+    whole = {format: encoded(IMAGE, format) for format in ("JPEG", "PNG", "GIF", "WEBP", "BMP")}
     refused = 0
     for trial in range(400):
         rng = np.random.default_rng(trial)
@@ -109,4 +109,4 @@ def test_damaged_files_give_short_reasons():
 def test_bytes_become_minus_one_to_one():
     found = to_float(np.array([[[0, 255, 128]]], np.uint8))
     np.testing.assert_allclose(found, [[[-1, 1, 1 / 255]]], atol=1e-7)
-    assert cropping.MAX_PIXELS == 100_000_000
+    assert decoding.MAX_PIXELS == 100_000_000

@@ -1,4 +1,4 @@
-"""Long jobs that write a folder part by part: same command again goes on, another one is refused.
+"""The folder of a long job, written part by part: the same job goes on, another one is refused.
 
 Any number of processes may work on one folder, each on its own parts; whoever finds all parts done
 finishes the job. A part takes its name only once it is whole, so a killed job leaves no half ones.

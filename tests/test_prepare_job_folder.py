@@ -6,7 +6,7 @@ import pytest
 
 from microdit_jax.errors import UserError
 from microdit_jax.files import atomic_folder
-from microdit_jax.prepare import parts
+from microdit_jax.prepare import job_folder
 
 
 def begun_together(folder, requests):
@@ -16,7 +16,7 @@ def begun_together(folder, requests):
     def begin(number):
         barrier.wait()
         try:
-            parts.begin(folder, requests[number])
+            job_folder.begin(folder, requests[number])
             (folder / f"{number:06}.partial").mkdir()
         except Exception as error:
             errors[number] = error
@@ -47,30 +47,30 @@ def test_a_killed_start_and_a_disk_without_hard_links_are_no_obstacle(tmp_path, 
 
     monkeypatch.setattr("os.link", link)
     (tmp_path / ".job.json.7.partial").write_text("{")
-    parts.begin(tmp_path, {"seed": 1})
-    parts.begin(tmp_path, {"seed": 1})
+    job_folder.begin(tmp_path, {"seed": 1})
+    job_folder.begin(tmp_path, {"seed": 1})
     with pytest.raises(UserError, match="seed=1, now 2"):
-        parts.begin(tmp_path, {"seed": 2})
+        job_folder.begin(tmp_path, {"seed": 2})
 
 
 def test_a_job_that_finished_nothing_may_be_deleted(tmp_path):
-    parts.begin(tmp_path, {"seed": 1})
+    job_folder.begin(tmp_path, {"seed": 1})
     with pytest.raises(ValueError), atomic_folder(tmp_path / "000000"):
         raise ValueError
     with pytest.raises(UserError, match="seed=1, now 2; .* nothing is finished there: delete it"):
-        parts.begin(tmp_path, {"seed": 2})
+        job_folder.begin(tmp_path, {"seed": 2})
     with atomic_folder(tmp_path / "000000"):
         pass
     with pytest.raises(UserError, match="choose another folder$"):
-        parts.begin(tmp_path, {"seed": 2})
+        job_folder.begin(tmp_path, {"seed": 2})
 
 
 def test_files_in_place_of_folders_and_damage_are_named(tmp_path):
     (tmp_path / "file").write_text("")
     for folder in (tmp_path / "file", tmp_path / "file/below"):
         with pytest.raises(UserError, match="could not write .* choose a place you may write to"):
-            parts.begin(folder, {})
+            job_folder.begin(folder, {})
     for text in ("{", "[]"):
         (tmp_path / "job.json").write_text(text)
         with pytest.raises(UserError, match="expected a job in .* found damage"):
-            parts.begin(tmp_path, {})
+            job_folder.begin(tmp_path, {})

@@ -10,17 +10,18 @@ from microdit_jax.data import twemoji
 from microdit_jax.encoders.patch_pca import PatchPCA
 from microdit_jax.encoders.token_table import TokenTable
 from microdit_jax.errors import UserError
+from microdit_jax.prepare.emoji_set import prepare_emoji_set
 
 TEXT_ENCODER = TokenTable(width=8, max_tokens=24, seed=0)
-PICTURES = twemoji.list_pictures()[1000:1120]
+IMAGES = twemoji.list_images()[1000:1120]
 
 
 @pytest.fixture
 def counted(monkeypatch):
-    """A few pictures instead of all, and how often they were read."""
+    """A few images instead of all, and how often they were read."""
     reads = []
     read = twemoji.read_images
-    monkeypatch.setattr(twemoji, "list_pictures", lambda: PICTURES)
+    monkeypatch.setattr(twemoji, "list_images", lambda: IMAGES)
     monkeypatch.setattr(
         twemoji, "read_images", lambda *a, **k: (reads.append(a[1]), read(*a, **k))[1]
     )
@@ -28,7 +29,7 @@ def counted(monkeypatch):
 
 
 def prepare(folder, *, resolution=16, channels=6, text_encoder=TEXT_ENCODER, fit=PatchPCA.fit):
-    return data.prepare_twemoji(
+    return prepare_emoji_set(
         folder,
         resolution=resolution,
         fit_codec=fit,
@@ -38,18 +39,18 @@ def prepare(folder, *, resolution=16, channels=6, text_encoder=TEXT_ENCODER, fit
     )
 
 
-def test_prepared_data_are_the_pictures_and_their_captions(counted, tmp_path):
+def test_prepared_data_are_the_images_and_their_captions(counted, tmp_path):
     folder = prepare(tmp_path / "data")
     train, heldout, codec, meta = data.load_prepared(folder, PatchPCA.load)
-    assert len(train) + len(heldout) == len(PICTURES) and len(heldout) > 0
-    kept_out = twemoji.heldout_mask([picture.caption for picture in PICTURES])
-    assert [p.caption for p, out in zip(PICTURES, kept_out, strict=True) if out] == list(
+    assert len(train) + len(heldout) == len(IMAGES) and len(heldout) > 0
+    kept_out = twemoji.heldout_mask([image.caption for image in IMAGES])
+    assert [p.caption for p, out in zip(IMAGES, kept_out, strict=True) if out] == list(
         heldout.captions
     )
     assert not set(heldout.captions) & set(train.captions)
     assert meta["vae"] == codec.name == train.vae == heldout.vae
     assert meta["text_encoder"] == TEXT_ENCODER.name
-    assert meta["pictures"] == {"train": len(train), "heldout": len(heldout)}
+    assert meta["images"] == {"train": len(train), "heldout": len(heldout)}
     assert "CC-BY 4.0" in meta["attribution"]
 
     record = heldout[1]
@@ -57,15 +58,15 @@ def test_prepared_data_are_the_pictures_and_their_captions(counted, tmp_path):
     assert record["caption_latents"].shape == (24, 8)
     assert record["caption_latents"].dtype == np.float16
     assert record["index"] == 1 and record["index"].dtype == np.int32
-    (picture,) = (p for p in PICTURES if p.caption == heldout.captions[1])
-    scaled = codec.encode(twemoji.read_images([picture], 16))[0] * codec.scaling_factor
+    (image,) = (p for p in IMAGES if p.caption == heldout.captions[1])
+    scaled = codec.encode(twemoji.read_images([image], 16))[0] * codec.scaling_factor
     np.testing.assert_allclose(record["latents"], scaled, atol=1e-5)
-    embedded = TEXT_ENCODER.encode_text([picture.caption])[0]
+    embedded = TEXT_ENCODER.encode_text([image.caption])[0]
     np.testing.assert_allclose(record["caption_latents"], embedded, atol=2e-3)  # float16 on disk
     assert np.sqrt(np.mean(train.latents**2)) == pytest.approx(0.9, rel=1e-3)
 
 
-def test_the_codec_sees_training_pictures_only(counted, tmp_path):
+def test_the_codec_sees_training_images_only(counted, tmp_path):
     seen = []
 
     def fit(images, **settings):
@@ -79,7 +80,7 @@ def test_the_codec_sees_training_pictures_only(counted, tmp_path):
 def test_two_resolutions_share_a_codec(counted, tmp_path):
     small, large = (
         data.load_prepared(
-            data.prepare_twemoji(
+            prepare_emoji_set(
                 tmp_path / str(resolution),
                 resolution=resolution,
                 fit_codec=PatchPCA.fit,

@@ -1,0 +1,78 @@
+"""Writes latents as a TFDS dataset in ArrayRecord files, without TensorFlow."""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import numpy as np
+import tensorflow_datasets as tfds
+from array_record.python.array_record_module import ArrayRecordWriter
+from tensorflow_datasets.proto import tf_example_pb2
+
+from microdit_jax.data.arrayrecord import SPLIT
+from microdit_jax.data.records import SIDECAR, LatentInfo
+from microdit_jax.data.stores import ARRAY_RECORD
+from microdit_jax.files import atomic_path, disk_errors, write_text
+
+NAME = "latents"
+# One record a group, so that a random read decodes no neighbours; float16 noise compresses badly.
+_OPTIONS = "group_size:1,uncompressed"
+
+
+def features(info: LatentInfo) -> tfds.features.FeaturesDict:
+    """The TFDS features of a dataset; arrays are kept as raw bytes (`Encoding.BYTES`)."""
+
+    def tensor(shape: tuple[int, ...], dtype: str) -> tfds.features.Tensor:
+        return tfds.features.Tensor(
+            shape=shape, dtype=np.dtype(dtype).type, encoding=tfds.features.Encoding.BYTES
+        )
+
+    columns = {"caption": tfds.features.Text(), "id": tfds.features.Text()}
+    for side, shape in info.latents.items():
+        columns[f"latents_{side}"] = tensor(shape, "float16")
+    if info.captions is not None:
+        columns["caption_latents"] = tensor(info.captions, "float16")
+    if info.tokens is not None:
+        columns["caption_tokens"] = tensor((info.tokens,), "int32")
+    return tfds.features.FeaturesDict(columns)
+
+
+def shard_path(folder: Path, number: int, count: int) -> Path:
+    """The file of a shard, named as TFDS names it."""
+    return folder / f"{NAME}-{SPLIT}.array_record-{number:05}-of-{count:05}"
+
+
+def write_shard(path: Path, samples: Iterable[Mapping[str, bytes]]) -> None:
+    """Writes a shard of samples, the bytes of each column; whole or not at all."""
+    with atomic_path(path) as partial:
+        writer = ArrayRecordWriter(str(partial), _OPTIONS)
+        try:
+            for sample in samples:
+                example = tf_example_pb2.Example()
+                for name, value in sample.items():
+                    example.features.feature[name].bytes_list.value.append(value)
+                writer.write(example.SerializeToString(deterministic=True))
+        finally:
+            writer.close()
+
+
+def write_metadata(folder: Path, info: LatentInfo, shard_lengths: list[int]) -> None:
+    """Makes a TFDS dataset of finished shards: its description, and our sidecar.
+
+    Args:
+      shard_lengths: records of each shard.
+    """
+    template = tfds.core.ShardedFileTemplate(
+        data_dir=folder, dataset_name=NAME, split=SPLIT, filetype_suffix="array_record"
+    )
+    count = len(shard_lengths)
+    split = tfds.core.SplitInfo(
+        name=SPLIT,
+        shard_lengths=shard_lengths,
+        num_bytes=sum(shard_path(folder, i, count).stat().st_size for i in range(count)),
+        filename_template=template,
+    )
+    write_text(folder / SIDECAR, info.to_json())
+    with disk_errors(folder / ARRAY_RECORD):
+        tfds.folder_dataset.write_metadata(
+            data_dir=folder, features=features(info), split_infos=[split], check_data=False
+        )

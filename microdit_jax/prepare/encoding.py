@@ -1,0 +1,194 @@
+"""Decoded images and captions to records: latents and embeddings, batch by batch, in order.
+
+A record depends on its own image, caption and id alone: every batch runs the same program, and the
+noise that a latent is sampled with is a function of the seed and the image's id.
+"""
+
+import collections
+import copy
+import dataclasses
+import hashlib
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Float, Float32, Int
+
+from microdit_jax.data.records import token_ids
+from microdit_jax.encoders.vae_codec import VaeCodec
+from microdit_jax.errors import UserError
+from microdit_jax.prepare.decoding import DecodedImage, to_float
+from microdit_jax.prepare.options import PrepareOptions
+
+Record = dict[str, Any]  # column -> text or array
+
+
+class SkippedImage(NamedTuple):
+    """An image without a record, and why."""
+
+    id: str
+    reason: str
+
+
+# ------------------------------------------------------------------ towers
+@dataclasses.dataclass(frozen=True)
+class DeviceTowers:
+    """A VAE and a text encoder with their weights on one device.
+
+    Attributes:
+      codec, text_encoder: as `assets.load_codec` and `assets.load_text_encoder` give them.
+      device: where they compute; None for towers without weights.
+      seed: of the noise that latents are sampled with.
+    """
+
+    codec: Any
+    text_encoder: Any
+    device: Any
+    seed: int
+
+    @property
+    def scaling_factor(self) -> float:
+        """Factor of raw latents in what is stored."""
+        return float(self.codec.scaling_factor)
+
+    def latents(
+        self, images: Float[np.ndarray, "n H W 3"], ids: Sequence[str]
+    ) -> Float[np.ndarray, "n h w c"]:
+        """Samples the latents of images in [-1, 1], multiplied by `scaling_factor`."""
+        with jax.default_device(self.device):
+            if isinstance(self.codec, VaeCodec):
+                reduction = 2 ** (len(self.codec.config.block_out_channels) - 1)
+                shape = (*(side // reduction for side in images.shape[1:3]), self.codec.channels)
+                noise = np.stack([image_noise(self.seed, id, shape) for id in ids])
+                latents = self.codec.encode(images, noise=noise)
+            else:  # a codec without a distribution to sample from
+                latents = self.codec.encode(images)
+        return latents * np.float32(self.codec.scaling_factor)
+
+    def embeddings(self, texts: Sequence[str]) -> Float[np.ndarray, "n l width"]:
+        """Embeds all tokens of each text."""
+        with jax.default_device(self.device):
+            return self.text_encoder.encode_text(list(texts))
+
+    def tokens(self, texts: Sequence[str]) -> Int[np.ndarray, "n l"]:
+        """Returns the token ids of each text."""
+        return token_ids(self.text_encoder.tokenizer, texts)
+
+
+def make_towers(codec: Any, text_encoder: Any, seed: int) -> list[DeviceTowers]:
+    """Copies both towers to each of this process's devices."""
+    devices = jax.local_devices() if hasattr(codec, "params") else [None]
+    return [
+        DeviceTowers(_copy_to(codec, device), _copy_to(text_encoder, device), device, seed)
+        for device in devices
+    ]
+
+
+def _copy_to(tower: Any, device: Any) -> Any:
+    """Returns the tower with its weights on a device; one without weights as it is."""
+    if not hasattr(tower, "params"):
+        return tower
+    params = jax.device_put(tower.params, device)
+    if dataclasses.is_dataclass(tower):
+        return dataclasses.replace(tower, params=params)
+    copied = copy.copy(tower)
+    copied.params = params
+    return copied
+
+
+def image_noise(seed: int, id: str, shape: tuple[int, ...]) -> Float32[np.ndarray, "..."]:
+    """Standard normal noise to sample a latent with: a function of these arguments alone."""
+    digest = hashlib.sha256(f"{seed}/{shape}/{id}".encode()).digest()
+    generator = np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little")))
+    return generator.standard_normal(shape, np.float32)
+
+
+# ------------------------------------------------------------------ batches
+class _Batch(NamedTuple):
+    """Images of one part that are encoded together, and those skipped among them."""
+
+    part: int
+    images: list[DecodedImage]
+    skipped: list[SkippedImage]
+    ends_part: bool
+
+
+def encode_parts(
+    decoded: Iterator[tuple[int, DecodedImage | None]],
+    towers: Sequence[DeviceTowers],
+    options: PrepareOptions,
+    pool: ThreadPoolExecutor,
+) -> Iterator[tuple[int, Record | SkippedImage | None]]:
+    """Yields the number of a part and one of its records or skipped images; None ends a part.
+
+    Args:
+      decoded: from `decode_parts`.
+      pool: of as many threads as there are towers.
+    """
+    free = collections.deque(towers)  # never empty: the pool has no more threads than towers
+    waiting: collections.deque[tuple[_Batch, Future[list[Record]]]] = collections.deque()
+
+    def encode(batch: _Batch) -> list[Record]:
+        chosen = free.popleft()
+        try:
+            return _encode_batch(chosen, batch.images, options)
+        finally:
+            free.append(chosen)
+
+    def oldest() -> Iterator[tuple[int, Record | SkippedImage | None]]:
+        batch, records = waiting.popleft()
+        ends = [None] if batch.ends_part else []
+        for item in (*records.result(), *batch.skipped, *ends):
+            yield batch.part, item
+
+    for batch in _batches(decoded, options.batch):
+        waiting.append((batch, pool.submit(encode, batch)))
+        while len(waiting) > 2 * len(towers):
+            yield from oldest()
+    while waiting:
+        yield from oldest()
+
+
+def _batches(decoded: Iterator[tuple[int, DecodedImage | None]], size: int) -> Iterator[_Batch]:
+    """Groups the images of one part, `size` at a time; the last batch of a part is smaller."""
+    images, skipped = [], []
+    for part, image in decoded:
+        if image is not None and image.skip_reason is not None:
+            skipped.append(SkippedImage(image.id, image.skip_reason))
+        elif image is not None:
+            images.append(image)
+        if image is None or len(images) == size:
+            yield _Batch(part, images, skipped, ends_part=image is None)
+            images, skipped = [], []
+
+
+def _encode_batch(
+    towers: DeviceTowers, images: list[DecodedImage], options: PrepareOptions
+) -> list[Record]:
+    if not images:
+        return []
+    # The last batch of a part is filled up, so that every batch runs the same program
+    filled = images + images[-1:] * (options.batch - len(images))
+    ids, texts = [image.id for image in filled], [image.caption for image in filled]
+    columns: dict[str, np.ndarray] = {}
+    for i, side in enumerate(options.resolutions):
+        crops = to_float(np.stack([image.crops[i] for image in filled]))
+        latents = towers.latents(crops, ids).astype(np.float16)
+        columns[f"latents_{side}"] = np.moveaxis(latents, -1, 1)  # n h w c -> n c h w
+    if options.stores_embeddings:
+        columns["caption_latents"] = towers.embeddings(texts).astype(np.float16)
+    if options.stores_tokens:
+        columns["caption_tokens"] = towers.tokens(texts).astype(np.int32)
+    for name, values in columns.items():
+        if not np.isfinite(values).all():
+            raise UserError(
+                f"expected {name} that float16 can hold, found NaN or infinity near {ids[0]}; use "
+                "--dtype=float32, or check the towers' weights"
+            )
+    return [
+        {"id": image.id, "caption": image.caption}
+        | {name: np.ascontiguousarray(values[row]) for name, values in columns.items()}
+        for row, image in enumerate(images)
+    ]
