@@ -73,6 +73,16 @@ def test_a_folder_takes_its_name_when_it_is_whole(tmp_path):
     assert os.listdir(tmp_path) == ["folder"] and os.listdir(folder) == ["one"]
 
 
+@pytest.mark.parametrize("keep, left", [(True, "first"), (False, "second")])
+def test_of_a_folder_written_by_two_at_once_one_stays(tmp_path, keep, left):
+    folder = tmp_path / "folder"
+    with files.atomic_folder(folder, keep=lambda: keep) as second:
+        with files.atomic_folder(folder, keep=lambda: False) as first:
+            (first / "first").touch()
+        (second / "second").touch()
+    assert os.listdir(tmp_path) == ["folder"] and os.listdir(folder) == [left]
+
+
 def test_too_little_room_is_refused_before_anything_is_written(tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 10}))
     with pytest.raises(UserError, match="found 0.00 GB free"):

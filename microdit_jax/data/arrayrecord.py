@@ -17,11 +17,11 @@ class ArrayRecordStore:
     """Random access to the stored bytes of a TFDS dataset in ArrayRecord files.
 
     Attributes:
-      columns: name -> type and shape, for people.
+      columns: name -> type and shape, for messages.
     """
 
     def __init__(self, folder: str | os.PathLike, split: str = SPLIT):
-        """Raises UserError where TFDS finds no such dataset, or arrays not kept as raw bytes."""
+        """Raises UserError if TFDS finds no such dataset, or arrays not stored as raw bytes."""
         self._folder = str(folder)
         try:
             builder = tfds.builder_from_directory(self._folder)
@@ -50,7 +50,7 @@ class ArrayRecordStore:
         return len(self._records)
 
     def raw(self, index: int) -> dict[str, bytes]:
-        """The bytes of each column of a record; raises UserError where it is damaged."""
+        """Returns the bytes of each column of a record; raises UserError if it is damaged."""
         if not 0 <= index < len(self):
             raise IndexError(f"record {index} of {len(self)}")
         try:
@@ -66,7 +66,7 @@ class ArrayRecordStore:
             ) from error
 
     def where(self, index: int) -> str:
-        """ "record 7 of FOLDER", for messages."""
+        """Names a record, for messages: "record 7 of FOLDER"."""
         return f"record {index} of {self._folder}"
 
     def _check_files(self, builder: tfds.core.DatasetBuilder, split: str) -> None:

@@ -1,4 +1,4 @@
-"""Whole files compressed as MDS shards are: zstd, gz, bz2, br (Brotli), snappy."""
+"""Compresses and decompresses whole MDS shards: zstd, gz, bz2, br (Brotli), snappy."""
 
 import cramjam
 
@@ -13,7 +13,7 @@ _DEFAULT_LEVELS = {"zstd": 3, "gz": 9, "bz2": 9, "br": 11}
 
 
 def split(name: str) -> tuple[str, int | None]:
-    """ "zstd:7" -> ("zstd", 7); raises ValueError for what is not known."""
+    """Splits "zstd:7" into ("zstd", 7); raises ValueError for an unknown algorithm."""
     algorithm, _, level = name.partition(":")
     if algorithm not in NAMES or (level and not level.isdecimal()):
         raise ValueError(f"unknown compression {name!r}, known are {', '.join(NAMES)}")
@@ -21,7 +21,7 @@ def split(name: str) -> tuple[str, int | None]:
 
 
 def decompress(name: str, data: bytes, size: int) -> bytearray:
-    """The `size` bytes that `data` was made of; never takes more memory than that.
+    """Decompresses to exactly `size` bytes; never takes more memory than that.
 
     Raises:
       ValueError: `data` is damaged, or holds another number of bytes.
@@ -43,7 +43,7 @@ def decompress(name: str, data: bytes, size: int) -> bytearray:
 
 
 def compress(name: str, data: bytes) -> bytes:
-    """`data` compressed by "zstd", "gz:6" and the like."""
+    """Compresses by an algorithm, and optionally a level, such as "zstd" or "gz:6"."""
     algorithm, level = split(name)
     if algorithm == "snappy":
         return bytes(cramjam.snappy.compress_raw(data))

@@ -20,32 +20,32 @@ FORMAT, FORMAT_VERSION = "microdit_jax prepared latents", 2
 
 @runtime_checkable
 class Codec(Protocol):
-    """What a VAE offers: raw latents, which the diffusion model sees times `scaling_factor`."""
+    """A VAE: raw latents, which the diffusion model sees multiplied by `scaling_factor`."""
 
     name: str
     scaling_factor: float
 
     def encode(self, images: Float[np.ndarray, "n H W colours"]) -> Float[np.ndarray, "n h w c"]:
-        """Pictures in [-1, 1] to raw latents."""
+        """Encodes images in [-1, 1] to raw latents."""
         ...
 
     def decode(self, latents: Float[np.ndarray, "n h w c"]) -> Float[np.ndarray, "n H W colours"]:
-        """Raw latents to pictures in [-1, 1]."""
+        """Decodes raw latents to images in [-1, 1]."""
         ...
 
     def save(self, folder: Path) -> None:
-        """Writes what `registry.image_codec` reads."""
+        """Writes the files that `registry.image_codec` reads."""
         ...
 
 
 @runtime_checkable
 class TextEncoder(Protocol):
-    """What a frozen text encoder offers: texts -> embeddings (n, l, width) of all tokens."""
+    """A frozen text encoder: texts -> embeddings (n, l, width) of all tokens."""
 
     name: str
 
     def encode_text(self, texts: Sequence[str]) -> Float[np.ndarray, "n l d"]:
-        """Embeddings of all tokens of each text."""
+        """Embeds all tokens of each text."""
         ...
 
 
@@ -56,7 +56,7 @@ class LatentSource:
       latents: (n, h, w, channels), already multiplied by the VAE's scaling factor.
       caption_latents: (n, l, width) embeddings of all caption tokens; float16 saves memory.
       captions: the n texts.
-      vae, text_encoder: names of what made the latents and embeddings; see `check_made_by`.
+      vae, text_encoder: names of the towers that made them; see `check_made_by`.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class LatentSource:
         return len(self.latents)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """The record, as described in `microdit_jax.data.records`; its id is its index."""
+        """Returns a record as described in `microdit_jax.data.records`; its id is its index."""
         return {
             "latents": self.latents[index].astype(np.float32),
             "caption_latents": self.caption_latents[index].astype(np.float16),
@@ -94,7 +94,7 @@ class LatentSource:
         }
 
     def rows(self, indices: Int[np.ndarray, " n"]) -> dict[str, np.ndarray]:
-        """The arrays of these records, stacked."""
+        """Stacks the arrays of these records."""
         return {
             "latents": self.latents[indices].astype(np.float32, copy=False),
             "caption_latents": self.caption_latents[indices].astype(np.float16, copy=False),
@@ -102,7 +102,7 @@ class LatentSource:
         }
 
     def subset(self, keep: Sequence[bool]) -> "LatentSource":
-        """The records for which `keep`, one for each, is true, in their order and numbered anew."""
+        """Keeps the records whose entry in `keep` is true, in their order and numbered anew."""
         chosen = np.flatnonzero(keep)
         return LatentSource(
             self.latents[chosen],
@@ -118,7 +118,7 @@ class LatentSource:
 
 
 class Prepared(NamedTuple):
-    """What `load_prepared` reads: two sources, the codec, and the contents of meta.json."""
+    """Contents of a prepared folder: two sources, the codec, and meta.json."""
 
     train: LatentSource
     heldout: LatentSource
@@ -145,21 +145,21 @@ def load_prepared(folder: Path, load_codec: Callable[[Path], Any]) -> Prepared:
     names = {"vae": meta["vae"], "text_encoder": meta["text_encoder"]}
     try:
         captions = json.loads((folder / "captions.json").read_text())
-        sources = []
+        sources = {}
         for split in ("train", "heldout"):
             with np.load(folder / f"{split}.npz") as file:
                 arrays = file["latents"], file["caption_latents"]
-            sources.append(LatentSource(*arrays, captions[split], **names))
+            sources[split] = LatentSource(*arrays, captions[split], **names)
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(
             f"expected whole prepared data in {folder}, could not read them ({error}): "
             f"delete the folder and prepare the data again"
         ) from error
-    return Prepared(*sources, load_codec(folder / "codec"), meta)
+    return Prepared(sources["train"], sources["heldout"], load_codec(folder / "codec"), meta)
 
 
 def read_meta(folder: Path) -> dict[str, Any] | None:
-    """meta.json of a finished folder of this format, any version; None if there is none."""
+    """Reads meta.json of a finished folder of this format, any version; None if there is none."""
     try:
         meta = json.loads((folder / "meta.json").read_text())
     except (OSError, ValueError):

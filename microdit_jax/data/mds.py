@@ -1,7 +1,7 @@
-"""Reader of MosaicML MDS datasets: random access through memory maps, without torch.
+"""Reads MosaicML MDS datasets: random access through memory maps, without torch.
 
 Format (version 2 of mosaicml-streaming): index.json lists shards; a shard is
-  u32 n | u32 offset[n + 1], positions in the file | a JSON copy of the columns | n samples
+  u32 n | u32 offset[n + 1], byte positions in the file | a JSON copy of the columns | n samples
 and a sample is one u32 size for each column of varying size, then the columns' bytes in order.
 """
 
@@ -31,7 +31,7 @@ _MAX_OPEN = 16_384
 
 @dataclasses.dataclass(frozen=True)
 class File:
-    """A shard's file as the index tells it: its name, its bytes, their hashes by algorithm."""
+    """One file of a shard by the index: its name, its size in bytes, its hashes by algorithm."""
 
     name: str
     size: int
@@ -40,7 +40,11 @@ class File:
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """One shard of the index; `packed` is its compressed file, if it has one."""
+    """One shard of the index.
+
+    Attributes:
+      packed, compression: its compressed file and the method; both None where there is none.
+    """
 
     samples: int
     columns: dict[str, str]
@@ -71,7 +75,7 @@ class MdsReader:
           cache, cache_bytes: see `ShardFiles`.
           check_hashes: compare each file with the index's hashes when it is first opened.
         Raises:
-          UserError: the index is missing, damaged, or of what this cannot read.
+          UserError: the index is missing, damaged, or of a format this cannot read.
         """
         self._files = ShardFiles(
             root, cache=cache, cache_bytes=cache_bytes, on_evict=self._forget_file
@@ -95,7 +99,7 @@ class MdsReader:
         return self._starts[-1]
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """The decoded sample; images stored as JPEG or PNG files stay bytes.
+        """Returns the decoded sample; images stored as JPEG or PNG files stay bytes.
 
         Raises:
           UserError: the shard is missing or damaged; it and the sample are named.
@@ -113,7 +117,7 @@ class MdsReader:
         return sample
 
     def raw(self, index: int) -> dict[str, memoryview]:
-        """The bytes of each column of a sample, where they lie in memory; raises as [] does."""
+        """Returns views of each column's bytes in the mapped file; raises as `[]` does."""
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
         number = bisect.bisect_right(self._starts, index) - 1
@@ -163,9 +167,13 @@ class MdsReader:
         return view
 
     def _open_raw(self, shard: Shard) -> BinaryIO:
-        """The uncompressed file; unpacked beside the compressed one, or in the cache, once."""
-        raw, packed = shard.raw, shard.packed
-        if packed is None or (self._files.is_local and self._files.exists(raw.name)):
+        """Opens the uncompressed file; unpacked once, beside the compressed one or in the cache."""
+        raw, packed, method = shard.raw, shard.packed, shard.compression
+        if (
+            packed is None
+            or method is None
+            or (self._files.is_local and self._files.exists(raw.name))
+        ):
             return self._files.open(raw.name, raw.size)
 
         def unpack() -> bytearray:
@@ -175,7 +183,7 @@ class MdsReader:
             if self._check_hashes:
                 _check_file_hashes(where, packed, data)
             try:
-                return compression.decompress(shard.compression, data, raw.size)
+                return compression.decompress(method, data, raw.size)
             except ValueError as error:
                 raise UserError(
                     f"expected {raw.size} bytes compressed in {where}, found damaged data "
@@ -185,8 +193,8 @@ class MdsReader:
         return self._files.make(raw.name, raw.size, unpack)
 
     def _forget_file(self, name: str) -> None:
-        """The cache removes a file: its map goes too, once no array refers to it any more."""
-        self._views.pop(self._number_of.get(name), None)
+        """Drops the map of a file that the cache removes; its arrays stay valid."""
+        self._views.pop(self._number_of.get(name, -1), None)
 
 
 def _read_index(files: ShardFiles) -> list[Shard]:
@@ -250,7 +258,7 @@ def _parse_file(entry: dict[str, Any]) -> File:
 
 
 def _check_header(where: str, shard: Shard, view: memoryview) -> None:
-    """Everything reading relies on: the number of samples, and offsets that stay in the file."""
+    """Checks all that reading relies on: the number of samples, and offsets inside the file."""
     n = int.from_bytes(view[:4], "little")
     header = 4 + 4 * (n + 1)
     if n != shard.samples or header > len(view):
@@ -277,7 +285,7 @@ def _check_header(where: str, shard: Shard, view: memoryview) -> None:
 
 
 def digest(algorithm: str, data: bytes | memoryview) -> str:
-    """Hexadecimal hash by the name the index gives it, such as "sha1" or "xxh64".
+    """Returns the hexadecimal hash by the index's name for it, such as "sha1" or "xxh64".
 
     Raises:
       ValueError: an unknown name.

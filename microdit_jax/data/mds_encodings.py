@@ -1,4 +1,4 @@
-"""Values in the columns of MDS shards: bytes to values and back, without running stored code.
+"""Encodes and decodes the columns of MDS shards, without running stored code.
 
 The encodings are those of mosaicml-streaming 0.13, little endian, except `pkl`, which is code.
 Images stored as JPEG or PNG files stay bytes: `microdit_jax.prepare` decodes them safely.
@@ -24,7 +24,7 @@ _CODE_OF_DTYPE = {
     "float32": 34, "uint64": 64, "int64": 65, "float64": 66,
 }  # fmt: skip
 _DTYPE_OF_CODE = {code: name for name, code in _CODE_OF_DTYPE.items()}
-# Bytes a pixel of Pillow's raw modes; "1" packs eight pixels into a byte, row by row.
+# Bytes per pixel in Pillow's raw modes; "1" packs eight pixels into a byte, row by row.
 _PIXEL_BYTES = {
     "L": 1, "P": 1, "LA": 2, "La": 2, "PA": 2, "I;16": 2, "RGB": 3, "YCbCr": 3, "LAB": 3, "HSV": 3,
     "RGBA": 4, "RGBa": 4, "RGBX": 4, "CMYK": 4, "I": 4, "F": 4,
@@ -32,9 +32,12 @@ _PIXEL_BYTES = {
 
 
 class Encoding(NamedTuple):
-    """How one column is stored: its size in bytes, None where it varies, and the two directions.
+    """Storage of one column.
 
-    Both raise ValueError (or its kin: KeyError, IndexError, TypeError) on what does not fit.
+    `decode` and `encode` raise ValueError, KeyError, IndexError or TypeError on what does not fit.
+
+    Attributes:
+      size: bytes of every value; None where it varies.
     """
 
     size: int | None
@@ -43,10 +46,10 @@ class Encoding(NamedTuple):
 
 
 def parse(name: str) -> Encoding:
-    """The encoding of that name, such as "str" or "ndarray:float16:4,32,32".
+    """Returns the encoding of a name such as "str" or "ndarray:float16:4,32,32".
 
     Raises:
-      ValueError: there is none, or it is the refused `pkl`.
+      ValueError: an unknown name, or `pkl`, which is refused.
     """
     if name == "pkl":
         raise ValueError("pkl runs code stored in the file, so it is refused: write it as json")
@@ -69,14 +72,14 @@ def _scalar_decoder(dtype: np.dtype) -> Callable[[memoryview], Any]:
 
 
 def _array_encoding(name: str) -> Encoding:
-    """ndarray[:dtype[:dims]]: what the name does not say stands before the values."""
+    """Parses ndarray[:dtype[:dims]]; dtype and dims missing from it are stored with each value."""
     _, *arguments = name.split(":")
     if len(arguments) > 2 or (arguments and arguments[0] not in _SCALARS):
         raise ValueError(f"unknown encoding {name!r}")
     fixed_dtype = arguments[0] if arguments else None
     fixed_shape = tuple(map(int, arguments[1].split(","))) if len(arguments) == 2 else None
     size = None
-    if fixed_shape is not None:
+    if fixed_shape is not None and fixed_dtype is not None:
         if min(fixed_shape) < 1:
             raise ValueError(f"encoding {name!r} has an empty axis")
         size = int(np.prod(fixed_shape)) * _SCALARS[fixed_dtype].itemsize
@@ -89,7 +92,7 @@ def _array_encoding(name: str) -> Encoding:
             axes, width = data[at] >> 2, 1 << (data[at] & 3)
             dims = np.frombuffer(data[at + 1 : at + 1 + axes * width], f"<u{width}")
             shape, at = tuple(map(int, dims)), at + 1 + axes * width
-        # reshape refuses a shape that does not fit, one with -1 cannot come up
+        # reshape raises for a shape that does not fit; the shape cannot hold -1, being unsigned
         return np.frombuffer(data[at:], _SCALARS[dtype]).reshape(shape)
 
     def encode(value: np.ndarray) -> bytes:
@@ -125,7 +128,7 @@ def _encode_pil(image: Image.Image) -> bytes:
 
 
 def _parts(data: memoryview, at: int) -> list[memoryview]:
-    """u32 count, that many u32 sizes, then the parts, which must fill the rest exactly."""
+    """Splits data of the form: u32 count, that many u32 sizes, then the parts, up to the end."""
     (count,) = np.frombuffer(data[at : at + 4], "<u4")
     start = at + 4 + 4 * int(count)
     ends = start + np.cumsum(np.frombuffer(data[at + 4 : start], "<u4"), dtype=np.int64)
@@ -141,7 +144,7 @@ def _join_parts(parts: list[bytes]) -> bytes:
 
 
 def _list_encoding(item: Encoding) -> Encoding:
-    """A list: a word kept for later use, then the parts."""
+    """Returns the encoding of a list: an unused u32, then the parts."""
     return Encoding(
         None,
         lambda data: [item.decode(part) for part in _parts(data, 4)],

@@ -1,20 +1,21 @@
-"""Records of stored latents: one type, whatever the files; they know what made them.
+"""Records of stored latents: one type for all file formats, tied to the towers that made them.
 
 A record has
   latents          (h, w, c) float32, sampled from the VAE and multiplied by its scaling factor
   caption_latents  (l, width) float16, or tokens (l,) int32 where the run embeds captions itself
   caption, id      str
   index            int32
-Caption embeddings are 79 % of the bytes: they stay float16 up to the devices, because a host that
-widens them reads half as many records, and bytes on their way double.
+Caption embeddings are 79 % of the bytes. They stay float16 up to the devices: a host that converts
+them to float32 reads half as many records and sends twice the bytes.
 On disk a sample has the columns latents_256 and/or latents_512 (c, h, w), caption_latents
 (l, width), both float16, and caption, as the reference has them; ours adds id and caption_tokens.
 """
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int
@@ -23,21 +24,33 @@ from microdit_jax.errors import UserError
 
 SIDECAR = "latents.json"
 _FORMAT, _VERSION = "microdit_jax latents", 1
-# Pixels of an image to numbers of a latent along a side, of all the reference's VAEs.
+# Image pixels per latent along a side, in all the reference's VAEs.
 _REDUCTION = 8
+
+
+class ArrayColumn(NamedTuple):
+    """Type and shape of the arrays in one column, as stored."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes of one array."""
+        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
 
 
 @dataclasses.dataclass(frozen=True)
 class LatentInfo:
-    """What made the latents of a dataset, and their shapes; stored as latents.json beside them.
+    """Towers that made a dataset's latents, and their shapes; stored as latents.json beside them.
 
     Attributes:
       vae, text_encoder: names, as models carry them.
       latents: pixels of a side -> shape (c, h, w) as stored.
       captions: shape (l, width) of the embeddings, or None where there are none.
       tokens: l of the stored token ids, or None where there are none.
-      scaling_factor: of the VAE, for those who decode; None where nobody said.
-      attribution: what the licence of the images wants shown.
+      scaling_factor: the VAE's, needed to decode; None where it is not known.
+      attribution: the text that the licence of the images wants shown.
     """
 
     vae: str
@@ -48,14 +61,24 @@ class LatentInfo:
     scaling_factor: float | None = None
     attribution: str = ""
 
+    @property
+    def arrays(self) -> dict[str, ArrayColumn]:
+        """The columns that hold arrays, by name."""
+        columns = {f"latents_{side}": ArrayColumn("<f2", s) for side, s in self.latents.items()}
+        if self.captions is not None:
+            columns["caption_latents"] = ArrayColumn("<f2", self.captions)
+        if self.tokens is not None:
+            columns["caption_tokens"] = ArrayColumn("<i4", (self.tokens,))
+        return columns
+
     def to_json(self) -> str:
-        """The sidecar's text."""
+        """Returns the sidecar's text."""
         head = {"format": _FORMAT, "version": _VERSION}
         return json.dumps(head | dataclasses.asdict(self), indent=2, sort_keys=True) + "\n"
 
     @classmethod
     def from_json(cls, text: str | bytes, where: str) -> "LatentInfo":
-        """Reads the sidecar; raises UserError where it is none of this format and version."""
+        """Reads the sidecar; raises UserError if it is not of this format and version."""
         try:
             values = json.loads(text)
             found = values.pop("format"), values.pop("version")
@@ -79,18 +102,22 @@ def _shape(values: Sequence[int], axes: int) -> tuple[int, ...]:
 
 @runtime_checkable
 class Store(Protocol):
-    """Random access to the stored bytes: what `MdsReader` is."""
+    """Random access to stored bytes, as `MdsReader` and `ArrayRecordStore` give it.
 
-    columns: Mapping[str, str]
+    Attributes:
+      columns: name -> type, for messages.
+    """
+
+    columns: dict[str, str]
 
     def __len__(self) -> int: ...
 
     def raw(self, index: int) -> Mapping[str, Any]:
-        """The columns of one record, as they are stored."""
+        """Returns the bytes of each column of a record."""
         ...
 
     def where(self, index: int) -> str:
-        """In words, where a record is stored, for messages."""
+        """Names the record and its file, for messages."""
         ...
 
 
@@ -98,7 +125,7 @@ class StoredLatents:
     """Random access to the records of one dataset; a source for `pipeline.make_dataset`.
 
     Attributes:
-      info: what made the data; vae and text_encoder are also attributes of their own.
+      info: towers and shapes of the data; vae and text_encoder are also attributes of their own.
     """
 
     def __init__(
@@ -112,9 +139,9 @@ class StoredLatents:
     ):
         """
         Args:
-          resolution: which latents, by the side of their images in pixels.
+          resolution: pixels of a side of the images whose latents are read.
           captions: "embeddings" as stored, or "tokens" for a run that embeds captions itself.
-          tokenizer: gives the ids of a caption where none are stored; see `token_ids`.
+          tokenizer: makes the ids of a caption where none are stored; see `token_ids`.
         Raises:
           UserError: the dataset has no such latents or captions.
         """
@@ -123,91 +150,96 @@ class StoredLatents:
             raise UserError(
                 f"expected latents of {resolution} px, found those of "
                 f"{', '.join(map(str, info.latents))} px in {where}; choose one of them, or "
-                "precompute others"
+                "prepare others"
             )
         if captions not in ("embeddings", "tokens"):
             raise UserError(f"captions must be embeddings or tokens, found {captions!r}")
-        self._wants = [(f"latents_{resolution}", "<f2", info.latents[resolution])]
-        self._tokenizer = None
+        self._latents, self._captions, self._tokenizer = f"latents_{resolution}", None, None
         if captions == "embeddings":
             if info.captions is None:
                 raise UserError(
                     f"expected caption embeddings, found token ids alone in {where}; train with "
-                    "captions=tokens, or precompute with --captions_as=embeddings"
+                    "captions=tokens, or prepare with --captions_as=embeddings"
                 )
-            self._wants.append(("caption_latents", "<f2", info.captions))
+            self._captions = "caption_latents"
         elif info.tokens is not None:
-            self._wants.append(("caption_tokens", "<i4", (info.tokens,)))
+            self._captions = "caption_tokens"
         elif tokenizer is None:
             raise UserError(
                 f"expected token ids of captions, found none in {where}, nor a tokenizer to make "
-                "them; precompute with --captions_as=tokens, or train with captions=embeddings"
+                "them; prepare with --captions_as=tokens, or train with captions=embeddings"
             )
         else:
             self._tokenizer = tokenizer
-        if missing := {name for name, *_ in self._wants} - set(store.columns):
+        wanted = [name for name in (self._latents, self._captions) if name is not None]
+        if missing := set(wanted) - set(store.columns):
             raise UserError(
                 f"expected the columns {', '.join(sorted(missing))} in {where}, found "
                 f"{', '.join(store.columns) or 'no samples'}; is it a dataset of latents?"
             )
-        self._store, self.info = store, info
+        self._store, self.info, self._columns = store, info, info.arrays
         self.vae, self.text_encoder = info.vae, info.text_encoder
 
     def __len__(self) -> int:
         return len(self._store)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """The record, see above; raises UserError where it is damaged, naming it."""
+        """Returns a record, see above; raises UserError if it is damaged, naming it."""
         raw = self._store.raw(index)
-        arrays = [self._array(raw, *want, index) for want in self._wants]
-        record = {"latents": arrays[0].transpose(1, 2, 0).astype(np.float32, order="C")}
+        latents = self._array(raw, self._latents, index)  # c h w
         caption = str(raw["caption"], "utf-8", "replace") if "caption" in raw else ""
         if self._tokenizer is not None:
-            record["tokens"] = token_ids(self._tokenizer, [caption])[0]
-        elif arrays[1].dtype == np.float16:
-            record["caption_latents"] = arrays[1].copy()  # not a view of the file
+            embedded = {"tokens": token_ids(self._tokenizer, [caption])[0]}
         else:
-            record["tokens"] = arrays[1].astype(np.int32)
-        for (name, dtype, _), array in zip(self._wants, arrays, strict=True):
-            # Without sign: exponent bits all set, and thus more than any finite number's
-            if dtype == "<f2" and (array.view(np.uint16) & 0x7FFF).max() >= 0x7C00:
-                raise UserError(
-                    f"expected finite {name} in {self._store.where(index)}, found NaN or infinity; "
-                    "precompute the dataset again"
-                )
-        key = str(raw["id"], "utf-8", "replace") if "id" in raw else str(index)
-        return {**record, "caption": caption, "id": key, "index": np.int32(index)}
+            array = self._array(raw, self._captions or "", index)
+            name = "tokens" if self._captions == "caption_tokens" else "caption_latents"
+            embedded = {name: array.astype(array.dtype.newbyteorder("="))}  # no view of the file
+        return {
+            "latents": latents.transpose(1, 2, 0).astype(np.float32, order="C"),
+            **embedded,
+            "caption": caption,
+            "id": str(raw["id"], "utf-8", "replace") if "id" in raw else str(index),
+            "index": np.int32(index),
+        }
 
     def check_made_by(self, *, vae: str, text_encoder: str) -> None:
         """Raises UserError unless the data come from this VAE and this text encoder."""
         check_made_by((vae, text_encoder), (self.vae, self.text_encoder))
 
-    def _array(
-        self, raw: Mapping[str, Any], name: str, dtype: str, shape: tuple[int, ...], index: int
-    ) -> np.ndarray:
-        data, expected = raw[name], int(np.prod(shape)) * int(dtype[-1])
-        found = memoryview(data).nbytes
-        if found != expected:
+    def _array(self, raw: Mapping[str, Any], name: str, index: int) -> np.ndarray:
+        """Views the stored bytes of one array; raises UserError if they are not valid."""
+        column, found = self._columns[name], memoryview(raw[name]).nbytes
+        if found != column.nbytes:
             raise UserError(
-                f"expected {expected} bytes of {name} {shape} in {self._store.where(index)}, found "
-                f"{found}; set the resolution, channels and caption tokens the data were made with"
+                f"expected {column.nbytes} bytes of {name} {column.shape} in "
+                f"{self._store.where(index)}, found {found}; set the resolution, channels and "
+                "caption tokens the data were made with"
             )
-        return np.frombuffer(data, dtype).reshape(shape)
+        array = np.frombuffer(raw[name], column.dtype).reshape(column.shape)
+        # Without the sign bit, NaN and infinity are the numbers whose exponent bits are all set
+        if column.dtype == "<f2" and (array.view(np.uint16) & 0x7FFF).max() >= 0x7C00:
+            raise UserError(
+                f"expected finite {name} in {self._store.where(index)}, found NaN or infinity; "
+                "prepare the dataset again"
+            )
+        return array
 
 
 def token_ids(
     tokenizer: Callable[[list[str]], Any], texts: Sequence[str]
 ) -> Int[np.ndarray, "n l"]:
-    """The ids of texts, by a tokenizer that gives these alone, as CLIP's, or with a mask, as T5's.
+    """Returns the token ids of texts, padded with 0.
 
-    The mask is not kept: it is where ids are not 0.
+    Args:
+      tokenizer: returns ids, as CLIP's does, or (ids, mask), as T5's does; the mask is dropped,
+        since it is 1 exactly where an id is not 0.
     """
     found = tokenizer(list(texts))
     return found[0] if isinstance(found, tuple) else found
 
 
 def check_made_by(expected: tuple[str, str], found: tuple[str, str]) -> None:
-    """Raises UserError unless (vae, text_encoder) are the same."""
+    """Raises UserError unless the pairs (vae, text_encoder) are the same."""
     for kind, want, have in zip(("VAE", "text encoder"), expected, found, strict=True):
         if want != have:
             raise UserError(
@@ -220,13 +252,13 @@ def check_made_by(expected: tuple[str, str], found: tuple[str, str]) -> None:
 def infer_info(
     store: Store, *, vae: str | None, text_encoder: str | None, caption_tokens: int
 ) -> LatentInfo:
-    """The facts of a dataset that has no sidecar, as the reference's: stated, or by byte count.
+    """Describes a dataset without a sidecar, such as the reference's; shapes follow by byte count.
 
     Args:
-      vae, text_encoder: what made the data; nothing in the files says so.
+      vae, text_encoder: towers that made the data; nothing in the files says so.
       caption_tokens: l of the caption embeddings.
     Raises:
-      UserError: nobody said what made the data, or the first sample's bytes fit no shape.
+      UserError: no towers given, or the first sample's bytes fit no shape.
     """
     if not vae or not text_encoder:
         raise UserError(
@@ -248,10 +280,11 @@ def infer_info(
 
 
 def _times(raw: Mapping[str, Any], name: str, divisor: int, store: Store) -> int:
+    """Divides the number of float16 values in a column by `divisor`, without a remainder."""
     values, rest = divmod(memoryview(raw[name]).nbytes, 2 * divisor)
     if rest or not values:
         raise UserError(
             f"expected multiples of {2 * divisor} bytes of {name} in {store.where(0)}, found "
-            f"{memoryview(raw[name]).nbytes}; state the number of caption tokens, or precompute"
+            f"{memoryview(raw[name]).nbytes}; state the number of caption tokens, or prepare"
         )
     return values

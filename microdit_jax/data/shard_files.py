@@ -1,4 +1,4 @@
-"""Files of a dataset as local paths: a folder's own, or copies of a URL's in a bounded cache."""
+"""Files of a dataset: opened in a local folder, or copied from a URL to a cache of bounded size."""
 
 import collections
 import contextlib
@@ -15,18 +15,18 @@ import fsspec
 from microdit_jax.errors import UserError
 from microdit_jax.files import atomic_path
 
-_OLD_PARTIAL = 3600  # seconds; a younger unfinished file may be another process's at work
+_OLD_PARTIAL = 3600  # seconds; another process may still be writing a younger unfinished file
 _ATTEMPTS = 3  # to fetch a file; the second and third after 1 and 2 seconds
 
 
 class ShardFiles:
     """Files below a local folder or an fsspec URL (gs://, s3://, https://, memory://, ...).
 
-    One process to a cache folder, or the bound holds for each process by itself. Safe in threads.
+    Each process needs a cache folder of its own, or the bound holds for each process by itself.
+    Safe in threads.
 
     Attributes:
       root: the folder or URL, without a trailing slash.
-      is_local: whether files are used where they are.
     """
 
     def __init__(
@@ -37,15 +37,16 @@ class ShardFiles:
         cache_bytes: int = 100 * 10**9,
         on_evict: Callable[[str], None] = lambda name: None,
     ):
-        """`cache` keeps what is fetched or unpacked, `cache_bytes` at most.
-
-        A URL needs one; a local folder with one does not get its compressed shards unpacked beside
-        them but there. `on_evict` is called with the name of each file that goes.
+        """
+        Args:
+          cache: folder for what is fetched or unpacked. A URL needs one. A local folder's
+            compressed shards are unpacked there, or else beside themselves.
+          cache_bytes: bound of the cache's size; the files opened longest ago are removed.
+          on_evict: called with the name of each file that is removed.
         """
         self.root = str(root).rstrip("/").removeprefix("file://")
-        self.is_local = "://" not in self.root
-        self._filesystem, self._path = None, self.root
-        if not self.is_local:
+        self._filesystem: fsspec.AbstractFileSystem | None = None  # None: a local folder
+        if "://" in self.root:
             if cache is None:
                 raise UserError(
                     f"{self.root} is read through a cache on a local disk, found no folder for it; "
@@ -64,40 +65,46 @@ class ShardFiles:
         if self._cache is not None:
             self._kept.update(_left_by_earlier_runs(self._cache))
 
+    @property
+    def is_local(self) -> bool:
+        """True if files are read in their own folder, without a copy."""
+        return self._filesystem is None
+
     def location(self, name: str) -> str:
-        """Where a file is, for people."""
+        """Returns the path or URL of a file, for messages."""
         return f"{self.root}/{name}"
 
     def exists(self, name: str) -> bool:
-        """Whether the dataset has that file; asks the network for a URL."""
-        if self.is_local:
+        """Returns True if the dataset has that file; asks the network for a URL."""
+        if self._filesystem is None:
             return Path(self.root, name).is_file()
         return self._filesystem.isfile(f"{self._path}/{name}")
 
     def read(self, name: str) -> bytes:
-        """A small file, never cached.
+        """Reads a small file, without the cache.
 
         Raises:
           UserError: there is none, or it cannot be read.
         """
         try:
-            if self.is_local:
+            if self._filesystem is None:
                 return Path(self.root, name).read_bytes()
             return self._filesystem.cat_file(f"{self._path}/{name}")
-        except Exception as error:  # filesystems of URLs raise their own
+        except Exception as error:  # filesystems of URLs have exceptions of their own
             raise UserError(
                 f"expected the file {self.location(name)}, could not read it "
                 f"({_reason(error)}); check the path"
             ) from error
 
     def open(self, name: str, size: int) -> BinaryIO:
-        """A file of `size` bytes, open for reading; fetched first where it must be.
+        """Opens a file of `size` bytes for reading; one of a URL is fetched first.
 
         Raises:
           UserError: it is missing, cannot be fetched, or has another size.
         """
-        if not self.is_local:
-            return self.make(name, size, lambda: self._fetch(name, size))
+        filesystem = self._filesystem
+        if filesystem is not None:
+            return self.make(name, size, lambda: self._fetch(filesystem, name, size))
         path = Path(self.root, name)
         try:
             file = open(path, "rb")
@@ -113,10 +120,10 @@ class ShardFiles:
         return file
 
     def make(self, name: str, size: int, content: Callable[[], bytes | bytearray]) -> BinaryIO:
-        """A file that is kept in the cache, or beside the dataset, open for reading; made once.
+        """Opens a file in the cache, or else in the dataset's folder, for reading; made once.
 
         Args:
-          size: its bytes; a file of another size is made anew.
+          size: bytes expected; a file of another size is made anew.
           content: called for the bytes if the file is not there.
         """
         path = (Path(self.root) if self._cache is None else self._cache) / name
@@ -125,15 +132,16 @@ class ShardFiles:
             if file is None:
                 file = _write_and_open(path, content())
         if self._cache is not None:
-            self._keep(name, size)
+            self._keep(self._cache, name, size)
         return file
 
-    def _fetch(self, name: str, size: int) -> bytes:
+    def _fetch(self, filesystem: fsspec.AbstractFileSystem, name: str, size: int) -> bytes:
+        data = b""
         for attempt in range(1, _ATTEMPTS + 1):
             try:
-                data = self._filesystem.cat_file(f"{self._path}/{name}")
+                data = filesystem.cat_file(f"{self._path}/{name}")
                 break
-            except Exception as error:  # each filesystem of URLs raises its own
+            except Exception as error:  # filesystems have exceptions of their own
                 missing = isinstance(error, FileNotFoundError)
                 if attempt == _ATTEMPTS or missing:
                     raise UserError(
@@ -144,8 +152,8 @@ class ShardFiles:
         _check_size(self.location(name), size, len(data))
         return data
 
-    def _keep(self, name: str, size: int) -> None:
-        """Counts a file as just used, and removes the longest unused beyond the bound."""
+    def _keep(self, cache: Path, name: str, size: int) -> None:
+        """Marks a file as just opened, and removes those opened longest ago beyond the bound."""
         gone = []
         with self._lock:
             self._kept[name] = size
@@ -154,11 +162,11 @@ class ShardFiles:
                 gone.append(self._kept.popitem(last=False)[0])
         for old in gone:
             self._on_evict(old)
-            (self._cache / old).unlink(missing_ok=True)  # who has it open can read on
+            (cache / old).unlink(missing_ok=True)  # readers that have it open can go on
 
 
 def _left_by_earlier_runs(cache: Path) -> Iterator[tuple[str, int]]:
-    """Names and sizes of the files in a cache, oldest first; removes those cut off by a kill."""
+    """Yields names and sizes of a cache's files, oldest first; removes what a kill left."""
     found = []
     for path in filter(Path.is_file, cache.rglob("*")):
         with contextlib.suppress(FileNotFoundError):  # other processes move and remove files

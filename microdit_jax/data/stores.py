@@ -1,4 +1,4 @@
-"""Opens stored latents by where they are: an MDS dataset, or a TFDS one in ArrayRecord files."""
+"""Opens stored latents in either format: an MDS dataset, or a TFDS one in ArrayRecord files."""
 
 import os
 from collections.abc import Callable
@@ -25,17 +25,17 @@ def open_latents(
     tokenizer: Callable[[list[str]], Any] | None = None,
     **options: Any,
 ) -> StoredLatents:
-    """The records of a dataset of latents; a source for `pipeline.make_dataset`.
+    """Opens the records of a dataset of latents; a source for `pipeline.make_dataset`.
 
     Args:
       root: a local folder, or for MDS also an fsspec URL.
       resolution: pixels of a side of the images whose latents are wanted.
-      vae, text_encoder, caption_tokens: what made the data; needed where no latents.json says so,
-        as in the reference's datasets. Where one does, other names are an error.
+      vae, text_encoder, caption_tokens: towers that made the data, and l of its captions; needed
+        for datasets without latents.json, as the reference's. With one, other names are an error.
       captions, tokenizer: see `StoredLatents`.
       options: `cache`, `cache_bytes` and `check_hashes` of `MdsReader`.
     Raises:
-      UserError: no dataset, a damaged one, or one made by something else.
+      UserError: no dataset, a damaged one, or one made by other towers.
     """
     store, sidecar = open_store(root, **options)
     if sidecar is None:
@@ -52,7 +52,7 @@ def open_latents(
 
 
 def open_store(root: str | os.PathLike, **options: Any) -> tuple[Store, LatentInfo | None]:
-    """The stored bytes of a dataset, and its sidecar if it has one; arguments as `open_latents`."""
+    """Opens the stored bytes of a dataset, and its sidecar if it has one; options as above."""
     cache = options.get("cache")
     files = ShardFiles(root, cache=cache)
     sidecar = None

@@ -66,7 +66,7 @@ def heldout_mask(captions: Sequence[str], fraction: float = 0.05) -> Bool[np.nda
       fraction: share proposed.
     """
     proposed = np.array([_hash_below(caption, fraction) for caption in captions], bool)
-    known = {word for i in np.flatnonzero(~proposed) for word in captions[i].split()}
+    known = {word for i in np.flatnonzero(~proposed) for word in captions[int(i)].split()}
     return proposed & np.array([known.issuperset(caption.split()) for caption in captions], bool)
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -19,30 +20,28 @@ _OPTIONS = "group_size:1,uncompressed"
 
 
 def features(info: LatentInfo) -> tfds.features.FeaturesDict:
-    """The TFDS features of a dataset; arrays are kept as raw bytes (`Encoding.BYTES`)."""
-
-    def tensor(shape: tuple[int, ...], dtype: str) -> tfds.features.Tensor:
-        return tfds.features.Tensor(
-            shape=shape, dtype=np.dtype(dtype).type, encoding=tfds.features.Encoding.BYTES
-        )
-
-    columns = {"caption": tfds.features.Text(), "id": tfds.features.Text()}
-    for side, shape in info.latents.items():
-        columns[f"latents_{side}"] = tensor(shape, "float16")
-    if info.captions is not None:
-        columns["caption_latents"] = tensor(info.captions, "float16")
-    if info.tokens is not None:
-        columns["caption_tokens"] = tensor((info.tokens,), "int32")
-    return tfds.features.FeaturesDict(columns)
+    """Describes the columns to TFDS; arrays are stored as raw bytes (`Encoding.BYTES`)."""
+    texts: dict[str, Any] = {"caption": tfds.features.Text(), "id": tfds.features.Text()}
+    return tfds.features.FeaturesDict(
+        texts
+        | {
+            name: tfds.features.Tensor(
+                shape=column.shape,
+                dtype=np.dtype(column.dtype).newbyteorder("=").type,
+                encoding=tfds.features.Encoding.BYTES,
+            )
+            for name, column in info.arrays.items()
+        }
+    )
 
 
 def shard_path(folder: Path, number: int, count: int) -> Path:
-    """The file of a shard, named as TFDS names it."""
+    """Returns the path of a shard, named as TFDS names it."""
     return folder / f"{NAME}-{SPLIT}.array_record-{number:05}-of-{count:05}"
 
 
 def write_shard(path: Path, samples: Iterable[Mapping[str, bytes]]) -> None:
-    """Writes a shard of samples, the bytes of each column; whole or not at all."""
+    """Writes a shard of samples, given as the bytes of each column; whole or not at all."""
     with atomic_path(path) as partial:
         writer = ArrayRecordWriter(str(partial), _OPTIONS)
         try:
@@ -56,7 +55,7 @@ def write_shard(path: Path, samples: Iterable[Mapping[str, bytes]]) -> None:
 
 
 def write_metadata(folder: Path, info: LatentInfo, shard_lengths: list[int]) -> None:
-    """Makes a TFDS dataset of finished shards: its description, and our sidecar.
+    """Makes a TFDS dataset of finished shards: writes its description, and our sidecar.
 
     Args:
       shard_lengths: records of each shard.

@@ -19,6 +19,7 @@ from jaxtyping import Float, Float32, Int
 from microdit_jax.data.records import token_ids
 from microdit_jax.encoders.vae_codec import VaeCodec
 from microdit_jax.errors import UserError
+from microdit_jax.machine.placement import full_batches
 from microdit_jax.prepare.decoding import DecodedImage, to_float
 from microdit_jax.prepare.options import PrepareOptions
 
@@ -169,8 +170,8 @@ def _encode_batch(
 ) -> list[Record]:
     if not images:
         return []
-    # The last batch of a part is filled up, so that every batch runs the same program
-    filled = images + images[-1:] * (options.batch - len(images))
+    (batch,) = full_batches(len(images), options.batch)
+    filled = [images[row] for row in batch.rows]
     ids, texts = [image.id for image in filled], [image.caption for image in filled]
     columns: dict[str, np.ndarray] = {}
     for i, side in enumerate(options.resolutions):

@@ -10,7 +10,6 @@ share the work, each with its --process_index of --process_count, writing to one
 """
 
 import dataclasses
-import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -118,7 +117,7 @@ class _Job:
         return arrayrecord_writer.shard_path(self.output, number, len(self.parts))
 
     def write_mds(self, number: int, samples: Iterator[dict[str, bytes]]) -> None:
-        columns = dict.fromkeys(_columns(self.info), "bytes") | {"caption": "str", "id": "str"}
+        columns = dict.fromkeys(self.info.arrays, "bytes") | {"caption": "str", "id": "str"}
         with (
             atomic_folder(self.path(number, "mds")) as folder,
             mds_writer.MdsWriter(
@@ -145,29 +144,20 @@ class _Job:
         )
 
 
-def _columns(info: LatentInfo) -> list[str]:
-    """The columns of arrays."""
-    columns = [f"latents_{side}" for side in info.latents]
-    columns += ["caption_latents"] if info.captions is not None else []
-    return columns + (["caption_tokens"] if info.tokens is not None else [])
-
-
 def _samples(store: Store, info: LatentInfo, indices: range) -> Iterator[dict[str, bytes]]:
-    shapes = {f"latents_{side}": (shape, 2) for side, shape in info.latents.items()}
-    shapes |= {"caption_latents": (info.captions, 2), "caption_tokens": ((info.tokens,), 4)}
+    """Yields the stored bytes of each record, its byte counts checked."""
     for index in indices:
         raw = store.raw(index)
         sample = {"id": str(index).encode()}
         for name in ("caption", "id"):
             if name in raw:
                 sample[name] = bytes(raw[name])
-        for name in _columns(info):
-            shape, width = shapes[name]
+        for name, column in info.arrays.items():
             sample[name] = bytes(raw[name])
-            if len(sample[name]) != width * math.prod(shape):
+            if len(sample[name]) != column.nbytes:
                 raise UserError(
-                    f"expected {width * math.prod(shape)} bytes of {name} in "
-                    f"{store.where(index)}, found {len(sample[name])}; the dataset mixes shapes"
+                    f"expected {column.nbytes} bytes of {name} in {store.where(index)}, found "
+                    f"{len(sample[name])}; the dataset mixes shapes"
                 )
         yield {"caption": b""} | sample
 
