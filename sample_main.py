@@ -11,7 +11,7 @@ Examples:
 """
 
 import collections
-import contextlib
+import functools
 import math
 import time
 from pathlib import Path
@@ -97,7 +97,7 @@ def main(argv):
     for i, prompt in zip(chosen, prompts, strict=True):
         path = out / "images" / pictures.file_name(i, prompt)
         wanted[path] = settings | {"prompt": prompt, "index": i}
-    _draw(pipe, wanted, total)
+    _sample(pipe, wanted, total)
     images = np.stack([pictures.read_png(path) for path in list(wanted)[:GRID]])
     rows = [real[:GRID] for real in rows]
     grid = pictures.captioned_grid([*rows, images], prompts[:GRID], columns=6)
@@ -138,60 +138,35 @@ def _take_settings(picture: dict) -> dict:
     return picture
 
 
-def _draw(pipe, wanted: dict[Path, dict], total: int) -> None:
-    """Draws the pictures that are not there yet, a batch at a time, and saves each at once."""
-    from microdit_jax.diffusion import heun_evaluations
+def _sample(pipe, wanted: dict[Path, dict], total: int) -> None:
+    """Samples the images that are not there yet, a batch at a time, and saves each at once."""
     from microdit_jax.images import is_made_so, save_png
-    from microdit_jax.noise import initial_noise
 
-    todo = [path for path, settings in wanted.items() if not is_made_so(path, settings)]
-    if len(todo) < len(wanted):
-        print(f"{len(wanted) - len(todo)} of {len(wanted)} pictures are there already")
-    if not todo:
+    missing = [path for path, settings in wanted.items() if not is_made_so(path, settings)]
+    if len(missing) < len(wanted):
+        print(f"{len(wanted) - len(missing)} of {len(wanted)} images are there already")
+    if not missing:
         return
-    cfg, guide = pipe.model.config, GUIDANCE.value > 1
-    noise = initial_noise(
-        NOISE.value, SEED.value, total, cfg.input_size, cfg.input_size, cfg.in_channels
-    )
-    size, seconds = min(BATCH.value, len(todo)), collections.Counter()
-    batches = [todo[i : i + size] for i in range(0, len(todo), size)]
-    evaluations = len(batches) * len(heun_evaluations(STEPS.value)["sigma"])
-    with tqdm.tqdm(total=evaluations, desc="sampling", unit="eval") as bar:
-
-        def watched(work):
-            for item in work:
-                yield item
-                bar.update()
-
-        for paths in batches:
-            asked = [wanted[path] for path in paths]
-            with _timed(seconds, "text"):
-                captions = pipe.encode([settings["prompt"] for settings in asked])
-            with _timed(seconds, "compiling"):
-                pipe.programs(size, captions, guide)
-            with _timed(seconds, "sampling"):
-                latents = pipe.denoise(
-                    captions,
-                    noise[[settings["index"] for settings in asked]],
-                    guidance_scale=GUIDANCE.value,
-                    num_inference_steps=STEPS.value,
-                    batch_size=size,
-                    progress=watched,
-                )
-            with _timed(seconds, "decoding"):
-                images = pipe.decode(latents)
-            for path, image, settings in zip(paths, images, asked, strict=True):
-                save_png(path, image, settings)
+    path_of = {wanted[path]["index"]: path for path in missing}
+    seconds = collections.defaultdict(float)
+    for batch in pipe.sample(
+        [wanted[path]["prompt"] for path in missing],
+        indices=list(path_of),
+        total=total,
+        seed=SEED.value,
+        guidance_scale=GUIDANCE.value,
+        num_inference_steps=STEPS.value,
+        noise=NOISE.value,
+        batch_size=min(BATCH.value, len(missing)),
+        progress=functools.partial(tqdm.tqdm, desc="sampling", unit="eval"),
+    ):
+        for index, image in zip(batch.indices, batch.images, strict=True):
+            save_png(path_of[index], image, wanted[path_of[index]])
+        for part, value in batch.seconds.items():
+            seconds[part] += value
     print(", ".join(f"{part} {value:.1f} s" for part, value in seconds.items()))
     whole = sum(seconds.values())
-    print(f"{len(todo)} pictures in {whole:.1f} s, {len(todo) / whole:.3g} images/s")
-
-
-@contextlib.contextmanager
-def _timed(seconds: collections.Counter, part: str):
-    start = time.perf_counter()
-    yield
-    seconds[part] += time.perf_counter() - start
+    print(f"{len(missing)} images in {whole:.1f} s, {len(missing) / whole:.3g} images/s")
 
 
 if __name__ == "__main__":

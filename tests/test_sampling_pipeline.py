@@ -128,18 +128,63 @@ def test_progress_is_one_tick_an_evaluation():
     np.testing.assert_allclose(images, expected(), atol=1e-4)
 
 
-def test_previews_come_to_the_picture():
+def test_previews_are_of_their_own_images():
+    """The last step, to sigma 0, ends at what the network made of the noise then."""
     pipe, seen = pipeline(), []
-    y, noise = pipe.encode(PROMPTS[:3]), initial_noise("jax", 3, 3, 8, 8, 4)
-    options = {"guidance_scale": 2.0, "num_inference_steps": 3, "batch_size": 2}
-    latents = pipe.denoise(y, noise, preview=lambda *args: seen.append(args), **options)
+    options = OPTIONS | {"num_inference_steps": 3, "batch_size": 2}
+    expected = pipe.generate(PROMPTS[:3], return_only_latents=True, **options)
+    batches = list(pipe.sample(PROMPTS[:3], preview=lambda *args: seen.append(args), **options))
     assert [(start, step, len(x)) for start, step, x in seen] == [
         (start, step, count) for start, count in ((0, 2), (2, 1)) for step in range(3)
     ]
-    # The last step, to sigma 0, ends at what the network made of the noise then.
     for start, _, found in (seen[2], seen[5]):
-        np.testing.assert_allclose(found, latents[start : start + 2], atol=1e-5)
-    np.testing.assert_array_equal(latents, pipe.denoise(y, noise, **options))
+        np.testing.assert_allclose(found, expected[start : start + 2], atol=1e-5)
+    images = np.concatenate([batch.images for batch in batches])
+    np.testing.assert_array_equal(images, pipe.decode(expected))
+
+
+@pytest.mark.parametrize("noise", ["jax", "torch_cpu"])
+def test_any_part_of_a_set_in_any_batches(noise):
+    pipe = pipeline()
+    whole = pipe.generate(PROMPTS, noise=noise, **OPTIONS)
+    indices = [7, 2, 3, 0, 5]
+    prompts = [PROMPTS[i] for i in indices]
+    batches = list(
+        pipe.sample(prompts, indices=indices, total=8, noise=noise, batch_size=2, **OPTIONS)
+    )
+    assert [batch.indices for batch in batches] == [[7, 2], [3, 0], [5]]
+    found = np.concatenate([batch.images for batch in batches])
+    np.testing.assert_allclose(found, whole[indices], atol=1e-4)
+    assert set(batches[0].seconds) == {"text", "compiling", "sampling", "decoding"}
+
+
+def test_a_batch_comes_before_the_next_is_begun():
+    """So that it can be saved; the bar still ends at its end."""
+    seen = []
+
+    def progress(work):
+        for item in work:
+            seen.append("evaluation")
+            yield item
+        seen.append("end")
+
+    options = OPTIONS | {"num_inference_steps": 1, "batch_size": 2}
+    for _ in pipeline().sample(PROMPTS[:3], progress=progress, **options):
+        seen.append("batch")
+    assert seen == ["evaluation", "batch", "evaluation", "batch", "end"]
+
+
+@pytest.mark.parametrize(
+    "indices, total, message",
+    [
+        ([99], 24, "expected 1 indices from 0 to 23, one for each prompt, found 1 from 99 to 99"),
+        ([-1], None, "found 1 from -1 to -1"),
+        ([0, 1], None, "expected 1 indices"),
+    ],
+)
+def test_indices_that_are_not_of_the_set(indices, total, message):
+    with pytest.raises(UserError, match=message):
+        next(pipeline().sample(["a"], indices=indices, total=total, **OPTIONS))
 
 
 def test_warming_up_compiles_what_is_needed_later():

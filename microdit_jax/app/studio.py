@@ -18,7 +18,6 @@ from PIL import Image
 from microdit_jax import images
 from microdit_jax.app.limits import DrawRequest, Limits
 from microdit_jax.errors import UserError
-from microdit_jax.noise import initial_noise
 from microdit_jax.sampling.pipeline import LatentDiffusion
 
 PREVIEW_SHARE = 0.25  # of the time of a drawing, at most, goes into previews
@@ -85,11 +84,9 @@ class Studio:
             for size in {1, self._together}:
                 for guide in (True, False):
                     pipe.warm_up(size, batch_size=size, guide=guide)
-            cfg = pipe.model.config
-            noise = np.zeros((1, cfg.input_size, cfg.input_size, cfg.in_channels), np.float32)
-            options = {"guidance_scale": 1.0, "num_inference_steps": 1}
-            latents = pipe.denoise(pipe.encode(["a"]), noise, preview=lambda *_: None, **options)
-            sides[name] = pipe.decode(latents).shape[1]
+            options = {"guidance_scale": 1.0, "num_inference_steps": 1, "batch_size": 1}
+            (batch,) = pipe.sample(["a"], seed=0, preview=lambda *_: None, **options)
+            sides[name] = batch.images.shape[1]
         return sides
 
     def start(self) -> None:
@@ -161,7 +158,7 @@ class Studio:
         """Draws one request, with events on the way; the last one is returned."""
         request, start = drawing.request, time.perf_counter()
         pipe, settings = self.models[request.model]
-        cfg, count = pipe.model.config, request.count
+        count = request.count
         settings = settings | {
             "num_inference_steps": request.num_inference_steps,
             "guidance_scale": request.guidance_scale,
@@ -177,11 +174,9 @@ class Studio:
             message = f"the last {dropped} tokens of this prompt are cut: the model reads no more"
             drawing.listener({"event": "warning", "message": message})
         watch = _Watch(drawing, pipe, start)
-        latents = pipe.denoise(
-            pipe.encode([request.prompt] * count),
-            initial_noise(
-                "jax", request.seed, count, cfg.input_size, cfg.input_size, cfg.in_channels
-            ),
+        batches = pipe.sample(
+            [request.prompt] * count,
+            seed=request.seed,
             guidance_scale=request.guidance_scale,
             num_inference_steps=request.num_inference_steps,
             batch_size=1 if count == 1 else self._together,
@@ -193,7 +188,8 @@ class Studio:
                 images.encode_png(image, settings | {"index": i}),
                 images.file_name(i, request.prompt),
             )
-            for i, image in enumerate(pipe.decode(latents))
+            for batch in batches
+            for i, image in zip(batch.indices, batch.images, strict=True)
         ]
         return {
             "event": "done",

@@ -1,118 +1,53 @@
-"""From prompts to pictures: a text tower, the network in its sampler, and a VAE."""
+"""From prompts to images: a text tower, the network in its sampler, and a VAE."""
 
+import contextlib
 import dataclasses
-import functools
-import itertools
 import secrets
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
-from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Float32, Int, Shaped
+from jaxtyping import Float, Float32, Int, Shaped
 
-from microdit_jax import diffusion, sharding
-from microdit_jax.diffusion import EdmConfig, HeunState
+from microdit_jax import diffusion
+from microdit_jax.diffusion import EdmConfig
 from microdit_jax.errors import UserError
 from microdit_jax.machine import memory
-from microdit_jax.machine.placement import fetch, put_rows, rows_sharding
-from microdit_jax.models.dit import Caption, DiT
+from microdit_jax.machine.placement import fetch, full_batches, put_rows, round_up, rows_sharding
+from microdit_jax.models.dit import DiT
 from microdit_jax.noise import initial_noise
+from microdit_jax.sampling import programs
+
+# Wraps the sequence of network evaluations, as tqdm does.
+Progress = Callable[[Sequence[Any]], Iterable[Any]]
+# Called with the position of a batch's first image among those asked for, the step from 0, and what
+# the network makes of the noise so far: scaled latents (m, h, w, channels) of the batch's images.
+Preview = Callable[[int, int, Float[np.ndarray, "m h w c"]], None]
 
 
-def _on_each_device(
-    function: Callable, mesh: Mesh | None, params: Any, rows: tuple, whole: tuple = ()
-) -> Any:
-    """function(params, *rows, *whole), each device with its own rows and all weights.
+class ImageBatch(NamedTuple):
+    """Images that were sampled together.
 
-    So pictures are computed as on one device, whatever the partitioner might think of, and Pallas
-    and cuDNN kernels work. Weights that are split over `fsdp` are gathered; experts split over
-    `expert` stay where they are and tokens travel.
-    """
-    if mesh is None:
-        return function(params, *rows, *whole)
-    specs = sharding.specs(params, mesh)
-
-    def local(shards, rows, whole):
-        return function(sharding.gather(shards, specs), *rows, *whole)
-
-    return jax.shard_map(
-        local,
-        mesh=mesh,
-        in_specs=(specs, sharding.BATCH, P()),
-        out_specs=sharding.BATCH,
-        check_vma=False,  # it would refuse Pallas kernels
-    )(params, rows, whole)
-
-
-@functools.partial(jax.jit, static_argnames=("model", "guide", "mesh"))
-def encode_captions(
-    params: Any,
-    caption_latents: Float[Array, "n l caption"],
-    *,
-    model: DiT,
-    guide: bool,
-    mesh: Mesh | None,
-) -> Caption:
-    """What the network needs of n captions at every noise level, computed once.
-
-    Args:
-      guide: with it each caption is followed by the zero caption: rows as `diffusion.guided` has
-        them.
-      mesh: over which the batch is split, and perhaps the weights.
+    Attributes:
+      indices: of the images in their set.
+      images: (m, H, W, 3) float32 in [0, 1].
+      seconds: what each part took: "text", "compiling", "sampling" and "decoding".
     """
 
-    def encode(params, y):
-        if guide:
-            y = diffusion.interleave(y, jnp.zeros_like(y))
-        return model.apply({"params": params}, y, method="encode_caption")
-
-    return _on_each_device(encode, mesh, params, (caption_latents,))
-
-
-@functools.partial(
-    jax.jit, static_argnames=("model", "sigma_data", "guide", "mesh"), donate_argnames=("state",)
-)
-def evaluate_network(
-    params: Any,
-    caption: Caption,
-    state: HeunState,
-    at: dict[str, Array],
-    guidance_scale: Float[Array, ""],
-    *,
-    model: DiT,
-    sigma_data: float,
-    guide: bool,
-    mesh: Mesh | None,
-) -> HeunState:
-    """One of the sampler's evaluations; the same program serves all, whatever their number.
-
-    Args:
-      at: a row of `diffusion.heun_evaluations`.
-      guidance_scale: traced, so that another value compiles nothing.
-    """
-
-    def evaluate(params, caption, state, at, guidance_scale):
-        def network(x, c_noise):
-            return model.apply({"params": params}, x, c_noise, caption, method="predict")[0]
-
-        if guide:
-            network = diffusion.guided(network, guidance_scale)
-        return diffusion.heun_evaluate(diffusion.denoiser(network, sigma_data), state, at)
-
-    return _on_each_device(evaluate, mesh, params, (caption, state), (at, guidance_scale))
+    indices: list[int]
+    images: Float32[np.ndarray, "m H W 3"]
+    seconds: dict[str, float]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LatentDiffusion:
-    """A network with its frozen towers: prompts in, pictures out.
+    """A network with its frozen towers: prompts in, images out.
 
-    The weights say where things run: on a mesh, pictures are dealt out over all of its devices.
+    Everything runs where the weights are: on a mesh, a batch is split over all of its devices.
     Programs are compiled once; a copy by `dataclasses.replace`, with other weights of the same
-    shapes in the same places, shares them.
+    shapes and shardings, shares them.
     """
 
     model: DiT
@@ -135,9 +70,9 @@ class LatentDiffusion:
         *,
         noise: str | Float[np.ndarray, "n h w c"] = "jax",
         batch_size: int = 32,
-        progress: Callable[[Sequence[Any]], Iterable[Any]] | None = None,
+        progress: Progress | None = None,
     ) -> Float32[np.ndarray, "n _ _ _"]:
-        """Draws one picture for each prompt.
+        """Samples one image for each prompt.
 
         Args:
           prompt: texts; one that is too long is cut, as `text_encoder.tokenizer` says.
@@ -146,11 +81,11 @@ class LatentDiffusion:
             towers see it, as they did in training, and take no notice of a mask.
           guidance_scale: classifier-free guidance; 1 or less means none.
           num_inference_steps: steps of the sampler, each two network evaluations but the last.
-          seed: of the initial noise; None draws one.
+          seed: of the initial noise; None chooses one at random.
           return_only_latents: skip the decoder.
           noise: "jax", or "torch_cpu" / "torch_cuda" for the reference's own; or the standard
             normal noise itself.
-          batch_size: pictures drawn at a time, at most; as in `denoise`.
+          batch_size: images sampled at a time, at most.
           progress: wraps the sequence of network evaluations, to show a bar.
         Returns:
           float32 (n, H, W, 3) in [0, 1], or latents float32 (n, h, w, channels).
@@ -168,6 +103,73 @@ class LatentDiffusion:
             progress=progress,
         )
         return latents if return_only_latents else self.decode(latents)
+
+    def sample(
+        self,
+        prompts: Sequence[str],
+        *,
+        seed: int,
+        indices: Sequence[int] | None = None,
+        total: int | None = None,
+        guidance_scale: float = 5.0,
+        num_inference_steps: int = 30,
+        noise: str = "jax",
+        batch_size: int = 32,
+        progress: Progress | None = None,
+        preview: Preview | None = None,
+    ) -> Iterator[ImageBatch]:
+        """Samples images of a larger set batch by batch, so that each can be kept at once.
+
+        Image i is a function of the weights, its prompt, the noise of (seed, i) and the sampler's
+        settings: a caller that leaves out the indices it has resumes the set, in any batches and
+        on any devices.
+
+        Args:
+          prompts: one for each image that is asked for.
+          seed: of the initial noise.
+          indices: each image's index in the set; None: 0, 1, ...
+          total: images in the whole set; None: one more than the largest index. The torch kinds of
+            noise depend on it.
+          guidance_scale: classifier-free guidance; 1 or less means none.
+          num_inference_steps: steps of the sampler, each two network evaluations but the last.
+          noise: "jax", "torch_cpu" or "torch_cuda".
+          batch_size: images sampled at a time; the last batch is filled up to it, so that every
+            batch of every call runs the same program. On a mesh, rounded up to its number of
+            devices.
+          progress: wraps the sequence of all network evaluations, to show a bar or to stop early.
+          preview: called at each step of each batch, as `Preview` says.
+        Yields:
+          The images of each batch in the order asked for, without what it was filled up with.
+        Raises:
+          UserError: no prompt, or a value out of range; not enough memory; latents that are not
+            finite.
+        """
+        if indices is None:
+            indices = range(len(prompts))
+        total = max(indices, default=-1) + 1 if total is None else total
+        if len(indices) != len(prompts) or not all(0 <= i < total for i in indices):
+            found = f"{len(indices)} from {min(indices, default=0)} to {max(indices, default=0)}"
+            raise UserError(
+                f"expected {len(prompts)} indices from 0 to {total - 1}, one for each prompt, "
+                f"found {found}"
+            )
+        initial_noise = self._noise_of(noise, seed, total)
+
+        def inputs(rows: slice) -> tuple[np.ndarray, np.ndarray]:
+            return self.encode(prompts[rows]), initial_noise(indices[rows])
+
+        for rows, latents, seconds in self._latent_batches(
+            len(prompts),
+            inputs,
+            guidance_scale=guidance_scale,
+            num_inference_steps=num_inference_steps,
+            batch_size=batch_size,
+            progress=progress,
+            preview=preview,
+        ):
+            with _timed(seconds, "decoding"):
+                images = self.decode(latents)
+            yield ImageBatch(list(indices[rows]), images, seconds)
 
     def encode(
         self,
@@ -203,49 +205,82 @@ class LatentDiffusion:
         guidance_scale: float,
         num_inference_steps: int,
         batch_size: int | None = None,
-        progress: Callable[[Sequence[Any]], Iterable[Any]] | None = None,
-        preview: Callable[[int, int, Float[np.ndarray, "m h w c"]], None] | None = None,
+        progress: Progress | None = None,
     ) -> Float[np.ndarray, "n h w c"]:
         """Scaled latents (n, h, w, channels) float32 of n captions, from standard normal noise.
 
         Args:
-          batch_size: pictures drawn at a time, always so many: the last batch is filled up, so
-            that every batch, of every call, runs the same program; None: all at once. On a mesh,
-            rounded up to its number of devices.
-          preview: called at each step with the index of the batch's first picture, the step, and
-            what the network makes of the noise so far: scaled latents of the batch's pictures.
+          batch_size: as `sample` takes it; None: all images at once.
 
         The other arguments, and what is raised, are `generate`'s.
         """
+        batches = self._latent_batches(
+            len(noise),
+            lambda rows: (caption_latents[rows], noise[rows]),
+            guidance_scale=guidance_scale,
+            num_inference_steps=num_inference_steps,
+            batch_size=batch_size or len(noise),
+            progress=progress,
+        )
+        return np.concatenate([latents for _, latents, _ in batches])
+
+    def _latent_batches(
+        self,
+        count: int,
+        inputs: Callable[[slice], tuple[np.ndarray, np.ndarray]],
+        *,
+        guidance_scale: float,
+        num_inference_steps: int,
+        batch_size: int,
+        progress: Progress | None = None,
+        preview: Preview | None = None,
+    ) -> Iterator[tuple[slice, np.ndarray, dict[str, float]]]:
+        """Runs the sampler over batches; the one loop behind `sample`, `denoise` and `generate`.
+
+        Args:
+          count: images.
+          inputs: caption embeddings (m, l, caption) and noise (m, h, w, channels) of a batch.
+        Yields:
+          The batch's rows, their latents (m, h, w, channels), and the seconds that its parts took.
+        """
         if not np.isfinite(guidance_scale):
             raise UserError(f"guidance_scale must be a finite number, found {guidance_scale}")
-        y, x = caption_latents, noise
-        size, encode, evaluate = self.programs(batch_size or len(y), y, guidance_scale > 1)
-        place, _ = rows_sharding(self.params)
-        evaluations = diffusion.heun_evaluations(num_inference_steps, self.edm)
-        count, latents = len(evaluations["sigma"]), np.empty_like(x)
-        work = list(itertools.product(range(0, len(y), size), range(count)))
-        with memory.out_of_memory(f"a smaller batch_size than {size}"):
-            for start, i in work if progress is None else progress(work):
-                if i == 0:
-                    rows = np.resize(np.arange(len(y))[start : start + size], size)
-                    caption = encode(self.params, put_rows(y[rows], place))
-                    state = _start(put_rows(x[rows], place), edm=self.edm)
-                at = {name: values[i] for name, values in evaluations.items()}
-                state = evaluate(self.params, caption, state, at, np.float32(guidance_scale))
-                if progress is not None:
-                    jax.block_until_ready(state)  # or the bar would run ahead of the device
-                if preview is not None and not at["corrects"]:
-                    found = fetch(_denoised(state, at["sigma"]))
-                    preview(start, i // 2, found[: len(y) - start])
-                if i == count - 1:
-                    latents[start : start + size] = fetch(state.x)[: len(y) - start]
-        if not np.isfinite(latents).all():
-            raise UserError(
-                "expected finite latents, found NaN or infinity; check the weights, or use "
-                "dtype='float32' and a lower guidance_scale"
-            )
-        return latents
+        row_sharding, devices = rows_sharding(self.params)
+        size = round_up(batch_size, devices)
+        schedule = diffusion.heun_evaluations(num_inference_steps, self.edm)
+        evaluations = [
+            {name: values[i] for name, values in schedule.items()}
+            for i in range(len(schedule["sigma"]))
+        ]
+        batches = list(full_batches(count, size))
+        work = range(len(batches) * len(evaluations))
+        ticks = iter(work if progress is None else progress(work))
+        for filled, found in batches:
+            start, seconds = int(filled[0]), {}
+            rows = slice(start, start + found)
+            with _timed(seconds, "text"):
+                y, x = inputs(rows)
+            with _timed(seconds, "compiling"):
+                _, encode, evaluate = self.programs(size, y, guidance_scale > 1)
+            with _timed(seconds, "sampling"), memory.out_of_memory(f"a batch_size below {size}"):
+                caption = encode(self.params, put_rows(y[filled - start], row_sharding))
+                state = programs.start(put_rows(x[filled - start], row_sharding), edm=self.edm)
+                for i, at in enumerate(evaluations):
+                    next(ticks)
+                    state = evaluate(self.params, caption, state, at, np.float32(guidance_scale))
+                    if progress is not None:
+                        jax.block_until_ready(state)  # or the bar would run ahead of the device
+                    if preview is not None and not at["corrects"]:
+                        denoised = fetch(programs.denoised(state, at["sigma"]))
+                        preview(start, i // 2, denoised[:found])
+                latents = fetch(state.x)[:found]
+            if not np.isfinite(latents).all():
+                raise UserError(
+                    "expected finite latents, found NaN or infinity; check the weights, or use "
+                    "dtype='float32' and a lower guidance_scale"
+                )
+            yield rows, latents, seconds
+        next(ticks, None)  # a bar ends when it is asked for more
 
     def decode(self, latents: Float[np.ndarray, "n h w c"]) -> Float[np.ndarray, "n H W 3"]:
         """Pictures in [0, 1] from scaled latents."""
@@ -265,64 +300,55 @@ class LatentDiffusion:
         Raises:
           UserError: they need more memory than there is.
         """
-        place, devices = rows_sharding(self.params)
-        size = -(-batch_size // devices) * devices
-        length = caption_latents.shape[1]
-        key = (size, length, guide)
+        size = round_up(batch_size, rows_sharding(self.params)[1])
+        key = (size, caption_latents.shape[1], guide)
         if key not in self._programs:
-            cfg = self.model.config
-            rows = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32, sharding=place)
-            static = {"model": self.model, "guide": guide, "mesh": getattr(place, "mesh", None)}
-            y = rows((size, length, cfg.caption_channels))
-            encode = encode_captions.lower(self.params, y, **static).compile()
-            caption = jax.tree.map(
-                lambda info, at: jax.ShapeDtypeStruct(info.shape, info.dtype, sharding=at),
-                encode.out_info,
-                encode.output_shardings,
+            self._programs[key] = programs.compile_programs(
+                self.model, self.edm, self.params, size, key[1], guide=guide
             )
-            x = rows((size, cfg.input_size, cfg.input_size, cfg.in_channels))
-            at = {
-                name: jax.ShapeDtypeStruct((), values.dtype)
-                for name, values in diffusion.heun_evaluations(1).items()
-            }
-            evaluate = evaluate_network.lower(
-                self.params,
-                caption,
-                HeunState(x, x, x),
-                at,
-                jax.ShapeDtypeStruct((), jnp.float32),
-                sigma_data=self.edm.sigma_data,
-                **static,
-            ).compile()
-            memory.check_fit(evaluate, rows=size, what="batch_size")
-            self._programs[key] = encode, evaluate
         return size, *self._programs[key]
 
     def warm_up(self, num_images: int, *, batch_size: int = 32, guide: bool = True) -> None:
         """Compiles all that `generate` runs for so many pictures, and keeps it for later runs."""
         captions = self.encode(["a"] * num_images)
         size, _, _ = self.programs(min(batch_size, num_images), captions, guide)
-        cfg = self.model.config
-        x = np.zeros((num_images, cfg.input_size, cfg.input_size, cfg.in_channels), np.float32)
-        place, _ = rows_sharding(self.params)
-        _start(put_rows(x[:1].repeat(size, 0), place), edm=self.edm)
+        x = np.zeros((num_images, *self._latent_shape()), np.float32)
+        row_sharding, _ = rows_sharding(self.params)
+        programs.start(put_rows(x[:1].repeat(size, 0), row_sharding), edm=self.edm)
         self.decode(x)
 
-    def _initial_noise(self, noise, seed: int | None, count: int) -> np.ndarray:
+    def _latent_shape(self) -> tuple[int, int, int]:
+        """Height, width and channels of an image's latents."""
         cfg = self.model.config
-        shape = (count, cfg.input_size, cfg.input_size, cfg.in_channels)
+        return cfg.input_size, cfg.input_size, cfg.in_channels
+
+    def _initial_noise(self, noise, seed: int | None, count: int) -> np.ndarray:
+        """The noise (n, h, w, channels) float32 that `generate` was asked for or given."""
         if isinstance(noise, str):
-            return initial_noise(noise, secrets.randbits(32) if seed is None else seed, *shape)
+            seed = secrets.randbits(32) if seed is None else seed
+            return initial_noise(noise, seed, count, *self._latent_shape())
+        shape = (count, *self._latent_shape())
         if seed is not None or noise.shape != shape:
             raise UserError(
                 f"expected noise {shape} and no seed, found noise {noise.shape} and seed {seed}"
             )
         return np.asarray(noise, np.float32)
 
+    def _noise_of(
+        self, kind: str, seed: int, total: int
+    ) -> Callable[[Sequence[int]], Float32[np.ndarray, "m h w c"]]:
+        """A function from indices in a set of `total` images to their initial noise."""
+        shape = self._latent_shape()
+        if kind == "jax":  # each image's noise is its own; only what is asked for is computed
+            return lambda indices: np.concatenate(
+                [initial_noise(kind, seed, 1, *shape, first=i) for i in indices]
+            )
+        whole = initial_noise(kind, seed, total, *shape)
+        return lambda indices: whole[list(indices)]
 
-@functools.partial(jax.jit, static_argnames="edm")
-def _start(noise: Array, *, edm: EdmConfig) -> HeunState:
-    return diffusion.heun_start(noise, edm)
 
-
-_denoised = jax.jit(diffusion.heun_denoised)
+@contextlib.contextmanager
+def _timed(seconds: dict[str, float], part: str) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    seconds[part] = time.perf_counter() - start

@@ -15,7 +15,7 @@ from microdit_jax.diffusion import HeunState
 from microdit_jax.errors import UserError
 from microdit_jax.models import dit, flops
 from microdit_jax.models.dit import DiT
-from microdit_jax.sampling import pipeline
+from microdit_jax.sampling import programs as sampler
 from microdit_jax.training import config as run_config
 from microdit_jax.training import step as train_step
 
@@ -120,9 +120,9 @@ def sampling(
 
     def lower():
         y = _rows(mesh, images, caption_length, cfg.caption_channels)
-        encode = pipeline.encode_captions.lower(params, y, **static)
+        encode = sampler.encode_captions.lower(params, y, **static)
         caption = jax.tree.map(lambda a: _rows(mesh, *a.shape, dtype=a.dtype), encode.out_info)
-        return pipeline.evaluate_network.lower(
+        return sampler.evaluate_network.lower(
             params,
             caption,
             HeunState(x, x, x),

@@ -15,7 +15,7 @@ from microdit_jax import diffusion, sharding
 from microdit_jax.errors import UserError
 from microdit_jax.models import attention, dit, flops, moe
 from microdit_jax.models.dit import DiT, DiTConfig
-from microdit_jax.sampling import pipeline
+from microdit_jax.sampling import programs as sampler
 from microdit_jax.training import optim
 from microdit_jax.training import step as train_step
 
@@ -220,13 +220,13 @@ def sampler_work(config: DiTConfig, size: Size, variant: Variant) -> Work:
     params = random_tree(shapes, None if mesh is None else sharding.shardings(shapes, mesh))
     data, edm = inputs(config, size.images), diffusion.EdmConfig()
     static = {"model": model, "guide": True, "mesh": mesh}
-    encode, encode_seconds = _compile(pipeline.encode_captions, params, data["y"], **static)
+    encode, encode_seconds = _compile(sampler.encode_captions, params, data["y"], **static)
     caption = encode(params, data["y"])
     rows = list(_rows(diffusion.heun_evaluations(size.sampler_steps, edm)))
     start, scale = jax.jit(diffusion.heun_start), np.float32(5.0)
     state = start(data["x"])
     evaluate, seconds = _compile(
-        pipeline.evaluate_network, params, caption, state, rows[0], scale,
+        sampler.evaluate_network, params, caption, state, rows[0], scale,
         sigma_data=edm.sigma_data, **static,
     )  # fmt: skip
 

@@ -1,0 +1,150 @@
+"""The sampler's compiled programs: captions encoded once, then one network evaluation at a time."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float
+
+from microdit_jax import diffusion, sharding
+from microdit_jax.diffusion import EdmConfig, HeunState
+from microdit_jax.machine import memory
+from microdit_jax.machine.placement import rows_sharding
+from microdit_jax.models.dit import Caption, DiT
+
+
+def _on_each_device(
+    function: Callable, mesh: Mesh | None, params: Any, rows: tuple, whole: tuple = ()
+) -> Any:
+    """function(params, *rows, *whole), each device with its own rows and all weights.
+
+    So pictures are computed as on one device, whatever the partitioner might think of, and Pallas
+    and cuDNN kernels work. Weights that are split over `fsdp` are gathered; experts split over
+    `expert` stay where they are and tokens travel.
+    """
+    if mesh is None:
+        return function(params, *rows, *whole)
+    specs = sharding.specs(params, mesh)
+
+    def local(shards, rows, whole):
+        return function(sharding.gather(shards, specs), *rows, *whole)
+
+    return jax.shard_map(
+        local,
+        mesh=mesh,
+        in_specs=(specs, sharding.BATCH, P()),
+        out_specs=sharding.BATCH,
+        check_vma=False,  # it would refuse Pallas kernels
+    )(params, rows, whole)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "guide", "mesh"))
+def encode_captions(
+    params: Any,
+    caption_latents: Float[Array, "n l caption"],
+    *,
+    model: DiT,
+    guide: bool,
+    mesh: Mesh | None,
+) -> Caption:
+    """What the network needs of n captions at every noise level, computed once.
+
+    Args:
+      guide: with it each caption is followed by the zero caption: rows as `diffusion.guided` has
+        them.
+      mesh: over which the batch is split, and perhaps the weights.
+    """
+
+    def encode(params, y):
+        if guide:
+            y = diffusion.interleave(y, jnp.zeros_like(y))
+        return model.apply({"params": params}, y, method="encode_caption")
+
+    return _on_each_device(encode, mesh, params, (caption_latents,))
+
+
+@functools.partial(
+    jax.jit, static_argnames=("model", "sigma_data", "guide", "mesh"), donate_argnames=("state",)
+)
+def evaluate_network(
+    params: Any,
+    caption: Caption,
+    state: HeunState,
+    at: dict[str, Array],
+    guidance_scale: Float[Array, ""],
+    *,
+    model: DiT,
+    sigma_data: float,
+    guide: bool,
+    mesh: Mesh | None,
+) -> HeunState:
+    """One of the sampler's evaluations; the same program serves all, whatever their number.
+
+    Args:
+      at: a row of `diffusion.heun_evaluations`.
+      guidance_scale: traced, so that another value compiles nothing.
+    """
+
+    def evaluate(params, caption, state, at, guidance_scale):
+        def network(x, c_noise):
+            return model.apply({"params": params}, x, c_noise, caption, method="predict")[0]
+
+        if guide:
+            network = diffusion.guided(network, guidance_scale)
+        return diffusion.heun_evaluate(diffusion.denoiser(network, sigma_data), state, at)
+
+    return _on_each_device(evaluate, mesh, params, (caption, state), (at, guidance_scale))
+
+
+def compile_programs(
+    model: DiT, edm: EdmConfig, params: Any, size: int, length: int, *, guide: bool
+) -> tuple[jax.stages.Compiled, jax.stages.Compiled]:
+    """Compiles `encode_captions` and `evaluate_network` for batches of one size.
+
+    Args:
+      params: where they are says on which devices the programs run.
+      size: images in a batch, a multiple of the number of devices.
+      length: tokens l of a caption.
+      guide: classifier-free guidance, which doubles the network's batch.
+    Raises:
+      UserError: the batch needs more memory than is free.
+    """
+    cfg, (row_sharding, _) = model.config, rows_sharding(params)
+    rows = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32, sharding=row_sharding)
+    static = {"model": model, "guide": guide, "mesh": getattr(row_sharding, "mesh", None)}
+    y = rows((size, length, cfg.caption_channels))
+    encode = encode_captions.lower(params, y, **static).compile()
+    caption = jax.tree.map(
+        lambda info, sharding: jax.ShapeDtypeStruct(info.shape, info.dtype, sharding=sharding),
+        encode.out_info,
+        encode.output_shardings,
+    )
+    x = rows((size, cfg.input_size, cfg.input_size, cfg.in_channels))
+    at = {
+        name: jax.ShapeDtypeStruct((), values.dtype)
+        for name, values in diffusion.heun_evaluations(1).items()
+    }
+    evaluate = evaluate_network.lower(
+        params,
+        caption,
+        HeunState(x, x, x),
+        at,
+        jax.ShapeDtypeStruct((), jnp.float32),
+        sigma_data=edm.sigma_data,
+        **static,
+    ).compile()
+    memory.check_fit(evaluate, rows=size, what="batch_size")
+    return encode, evaluate
+
+
+@functools.partial(jax.jit, static_argnames="edm")
+def start(noise: Float[Array, "n h w c"], *, edm: EdmConfig) -> HeunState:
+    """The sampler's state before its first evaluation."""
+    return diffusion.heun_start(noise, edm)
+
+
+denoised = jax.jit(diffusion.heun_denoised)
