@@ -22,6 +22,7 @@ from jaxtyping import install_import_hook  # noqa: E402
 install_import_hook(["microdit_jax", "convert"], "beartype.beartype")
 
 import functools  # noqa: E402
+import gc  # noqa: E402
 import json  # noqa: E402
 
 import jax  # noqa: E402
@@ -110,3 +111,11 @@ def golden(request) -> GoldenDiT:
 @pytest.fixture
 def golden_small() -> GoldenDiT:
     return load_golden("dit_small")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def forget_programs():
+    """Frees compiled programs after each module: a worker would grow to several GB of them."""
+    yield
+    jax.clear_caches()
+    gc.collect()
