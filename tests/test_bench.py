@@ -40,12 +40,12 @@ def test_turns_are_compared_pair_by_pair():
     assert calls == [0, 1] * 3 and [len(timed.seconds) for timed in found] == [2, 2]
 
 
-@pytest.mark.parametrize("what", workloads.WORKS)
+@pytest.mark.parametrize("what", workloads.NAMES)
 def test_each_work_is_measured(what, tmp_path):
     size = Size(batch=16, images=8, sampler_steps=2)
     variant = Variant(attention="looped", expert=2 if what == "train_step" else 1)
-    settings = rows.Settings(2, 1, dump=tmp_path / "dump" if what == "moe" else None)
-    row = rows.measure(what, tiny_model().config, size, variant, settings)
+    options = rows.TimingOptions(2, 1, dump=tmp_path / "dump" if what == "moe" else None)
+    row = rows.measure(what, tiny_model().config, size, variant, options)
     assert row["seconds"]["lowest"] > 0 and row["compile_seconds"] > 0
     assert row["operations"] > 0 and row["memory"]["temporaries"] > 0
     assert what in rows.line(row)
@@ -71,21 +71,23 @@ def test_another_implementation_takes_turns_with_ours():
     def reference(what, config, size):
         return None if what == "moe" else lambda: calls.append((what, size.images))
 
-    settings = rows.Settings(repeats=2, warm_up=1, reference=reference)
+    options = rows.TimingOptions(repeats=2, warm_up=1, reference=reference)
     size, config = Size(batch=8, images=2, sampler_steps=1), tiny_model().config
-    row = rows.measure("attention", config, size, Variant(), settings)
+    row = rows.measure("attention", config, size, Variant(), options)
     assert calls == [("attention", 2)] * 3
     assert row["over_reference"]["median"] > 1  # nothing is quicker than an append
     assert "x reference" in rows.line(row)
-    assert "over_reference" not in rows.measure("moe", config, size, Variant(), settings)
+    assert "over_reference" not in rows.measure("moe", config, size, Variant(), options)
 
 
 def test_the_loader_says_what_a_step_waits():
-    found = loader.measure_all(loader.Settings(None, 64, 256, 8, (1,), 0.05, 100.0, False, None))
+    found = loader.measure_all(
+        loader.LoaderOptions(None, 64, 256, 8, (1,), 0.05, 100.0, False, None)
+    )
     assert set(found) == {"MDS", "ArrayRecord"}
     for figures in found.values():
-        assert figures["pipeline, 1 threads, samples/s"] > 0
-        assert 0 <= figures["data-wait at 100 images/s, percent"] <= 100
+        assert figures["pipeline, 1 threads, records/s"] > 0
+        assert 0 <= figures["data wait at 100 images/s, percent"] <= 100
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import json
 import pathlib
 
 import pytest
+from jax.sharding import AbstractMesh
 
 from configs import res_256_pretrain
 from microdit_jax import sharding
@@ -14,7 +15,7 @@ from microdit_jax.machine import compile_options
 from microdit_jax.machine.chips import chip_of
 from microdit_jax.models import dit, flops
 from microdit_jax.xla import plot, roofline, topologies
-from microdit_jax.xla.aot import analysis, figures, programs, shallow
+from microdit_jax.xla.aot import analysis, compile, figures, programs, search, shallow, table
 from microdit_jax.xla.aot.programs import Program
 from microdit_jax.xla.bench import rows, workloads
 from microdit_jax.xla.hlo.collectives import Collective
@@ -103,7 +104,7 @@ def test_the_preset_for_cpus_takes_tcmalloc_where_it_is(monkeypatch, capsys):
 # ------------------------------------------------------------------------------ roofline
 COUNTS = Counts(
     kernels=(
-        Kernel("product", "dot", "", 2, {"bf16": 989e9}, 335e6),  # 1 ms of products, 0.1 of memory
+        Kernel("matmul", "dot", "", 2, {"bf16": 989e9}, 335e6),  # 1 ms of matmul, 0.1 of memory
         Kernel("sum", "fusion", "", 3, {}, 3.35e9),  # 1 ms of memory
     ),
     collectives=(
@@ -115,10 +116,10 @@ COUNTS = Counts(
 
 
 def test_roofline():
-    bound = roofline.bound(COUNTS, H100)
-    assert bound.compute == pytest.approx(2e-3) and bound.memory == pytest.approx(3.2e-3)
-    assert bound.kernels == pytest.approx(5e-3) and bound.exchange == pytest.approx(2e-3)
-    assert bound.hidden == bound.kernels and bound.exposed == pytest.approx(7e-3)
+    time = roofline.step_time(COUNTS, H100)
+    assert time.matmuls == pytest.approx(2e-3) and time.memory == pytest.approx(3.2e-3)
+    assert time.kernels == pytest.approx(5e-3) and time.communication == pytest.approx(2e-3)
+    assert time.lower_bound == time.kernels and time.without_overlap == pytest.approx(7e-3)
 
 
 # ------------------------------------------------------------------------------ extrapolation
@@ -147,36 +148,38 @@ def test_a_text_tower_is_not_compiled_along():
 
 
 # ------------------------------------------------------------------------------ search
-def search(monkeypatch, usable: float, refused: float = 1e99) -> dict:
+def searched(monkeypatch, usable: float, refused: float = 1e99) -> dict:
     """Finds in a program of 1 GB and 0.7 GB an image; a compiler refuses from `refused` on."""
 
     def analyse(request):
         size = request.config.train.micro_batch_size
         memory = {"arguments": 1e9, "peak": 1.5e9 + size * 7e8, "usable": usable}
         if memory["peak"] > refused:
-            raise analysis.DoesNotFit("too large")
+            raise compile.DoesNotFit("too large")
         return {"memory": memory | {"fits": memory["peak"] <= usable}, "size": size}
 
     monkeypatch.setattr(analysis, "analyse", analyse)
-    request = analysis.Request(res_256_pretrain.get_config(), topologies.get("cpu:8"), "stage1")
-    found = analysis.find(request)
+    request = analysis.CompileRequest(
+        res_256_pretrain.get_config(), topologies.get("cpu:8"), "stage1"
+    )
+    found = search.find(request)
     assert request.config.train.micro_batch_size == 256  # the caller's own is as it was
     return found
 
 
 def test_find_the_largest_micro_batch(monkeypatch):
-    assert list(search(monkeypatch, usable=300e9)["tried"]) == [256]
-    found = search(monkeypatch, usable=78e9)
+    assert list(searched(monkeypatch, usable=300e9)["tried"]) == [256]
+    found = searched(monkeypatch, usable=78e9)
     assert found["size"] == 64 and list(found["tried"]) == [256, 64, 128]
-    found = search(monkeypatch, usable=78e9, refused=78e9)
+    found = searched(monkeypatch, usable=78e9, refused=78e9)
     assert found["size"] == 64 and found["tried"][256] is None and len(found["tried"]) <= 4
-    found = search(monkeypatch, usable=13e9, refused=50e9)
+    found = searched(monkeypatch, usable=13e9, refused=50e9)
     assert found["size"] == 16 and {16, 32} <= set(found["tried"]) and len(found["tried"]) <= 4
-    assert search(monkeypatch, usable=2.3e9)["size"] == 1
+    assert searched(monkeypatch, usable=2.3e9)["size"] == 1
     with pytest.raises(UserError, match="not even one image"):
-        search(monkeypatch, usable=2.1e9)
+        searched(monkeypatch, usable=2.1e9)
     with pytest.raises(UserError, match="not even one image"):
-        search(monkeypatch, usable=9e9, refused=0)
+        searched(monkeypatch, usable=9e9, refused=0)
 
 
 # ------------------------------------------------------------------------------ reports
@@ -190,8 +193,8 @@ def full_report() -> dict:
         "collectives": {"all-gather": {"instructions": 1, "runs": 1, "bytes": 4.5e8}},
         "compile_seconds": 100.0,
     }
-    found = figures.complete(found, program, H100, roofline.bound(COUNTS, H100), steps=86_400)
-    mesh = type("M", (), {"shape": {"data": 2, "fsdp": 8, "expert": 1}})
+    found = figures.complete(found, program, H100, roofline.step_time(COUNTS, H100), steps=86_400)
+    mesh = AbstractMesh((2, 8, 1), ("data", "fsdp", "expert"))
     return figures.header("stage1", "train_step", H100, mesh) | found
 
 
@@ -200,7 +203,7 @@ def test_what_follows_from_the_counts():
     assert not found["memory"]["fits"] and found["memory"]["peak"] == 8.2e10
     assert found["images_at_once"] == 2048 / 16 / 2
     assert found["forward_passes_expected"] == 3.5
-    assert found["weight_exchange"]["ratio"] == pytest.approx(1.125)
+    assert found["weight_communication"]["ratio"] == pytest.approx(1.125)
     assert found["images_per_second"] == pytest.approx(2048 / 5e-3)
     assert found["days"] == pytest.approx(5e-3)
     assert found["dollars"] == pytest.approx(5e-3 * 24 * 16 * 3.79)
@@ -208,7 +211,7 @@ def test_what_follows_from_the_counts():
 
 def test_written_read_and_drawn(tmp_path):
     path = tmp_path / "new" / "stage1.json"
-    figures.write(full_report(), path)
+    table.write(full_report(), path)
     assert "DOES NOT FIT" in path.with_suffix(".txt").read_text()
     assert json.loads(path.read_text())["mesh"]["fsdp"] == 8
     plot.draw(plot.read([path, path]), tmp_path / "aot.png")
@@ -230,7 +233,7 @@ def test_reports_take_their_names_when_they_are_whole(tmp_path):
     row = {"what": "moe", "variant": {"dtype": "float32"}, "seconds": {"median": 1.0}}
     path, drawn = tmp_path / "a.json", tmp_path / "b.png"
     for write, files in (
-        (lambda: figures.write(full_report(), path), (path, path.with_suffix(".txt"))),
+        (lambda: table.write(full_report(), path), (path, path.with_suffix(".txt"))),
         (lambda: plot.draw([full_report()], drawn), (drawn,)),
         (
             lambda: rows.write(rows.new("XL_2", 32, size) | {"rows": [row]}, path),
@@ -248,9 +251,9 @@ def test_reports_take_their_names_when_they_are_whole(tmp_path):
 def test_a_count_far_off_is_called_doubtful():
     reports = pathlib.Path(__file__).parent.parent / "docs" / "aot"
     found = json.loads((reports / "res_256_pretrain_h100_8.json").read_text())
-    assert "DOUBTFUL" not in figures.table(found)
+    assert "DOUBTFUL" not in table.render(found)
     found["flops_over_analytic"] = 0.005
-    assert "DOUBTFUL: far from the count" in figures.table(found)
+    assert "DOUBTFUL: far from the analytic count" in table.render(found)
 
 
 def test_kernels_that_nobody_can_count_are_named():
@@ -258,6 +261,6 @@ def test_kernels_that_nobody_can_count_are_named():
     found = figures.measure(memory, {}, dataclasses.replace(COUNTS, uncounted={"my_kernel": 12}))
     reports = pathlib.Path(__file__).parent.parent / "docs" / "aot"
     whole = json.loads((reports / "res_256_pretrain_h100_8.json").read_text())
-    assert "WITHOUT" not in figures.table(whole)
-    text = figures.table(whole | {"uncounted": found["uncounted"]})
+    assert "WITHOUT" not in table.render(whole)
+    text = table.render(whole | {"uncounted": found["uncounted"]})
     assert "WITHOUT 12 runs of the kernel my_kernel" in text

@@ -28,21 +28,21 @@ def small_step() -> dict:
         depth=2, qkv_multipliers=(1.0, 1.0), ffn_multipliers=(1.0, 1.0), remat="block"
     )
     config.train.batch_size = 16
-    return analysis.analyse(analysis.Request(config, topologies.get("cpu:8"), "small"))
+    return analysis.analyse(analysis.CompileRequest(config, topologies.get("cpu:8"), "small"))
 
 
 def costs(found: dict) -> dict[str, float]:
-    """What is watched: operations, memory, exchanges by kind."""
-    exchanges = {
+    """Figures that are watched: operations, memory, collectives by kind."""
+    collectives = {
         f"{kind} {what}": entry[what]
         for kind, entry in found["collectives"].items()
         for what in ("instructions", "bytes")
     }
-    return {"flops": found["flops"], "peak bytes": found["memory"]["peak"], **exchanges}
+    return {"flops": found["flops"], "peak bytes": found["memory"]["peak"], **collectives}
 
 
 def exceeded(found: dict[str, float], budget: dict[str, float]) -> list[str]:
-    """What costs more than 5 % above its budget, or is new."""
+    """Lists the figures that are more than 5 % above their budget, or new."""
     return [
         f"{name}: {value:.0f}, budget {budget.get(name, 0):.0f}"
         for name, value in found.items()
@@ -57,7 +57,7 @@ def test_the_small_step_keeps_to_its_budget():
     # Of XL/2 it is 0.99 to 1; here the inputs' gradients, which nobody needs, are a larger share.
     assert 0.9 < found["flops_over_analytic"] < 1
     # Weights travel once.
-    assert found["weight_exchange"]["ratio"] == pytest.approx(1, abs=0.01)
+    assert found["weight_communication"]["ratio"] == pytest.approx(1, abs=0.01)
     # One layer of experts: there and back; forward, again for remat, and backward.
     assert found["collectives"]["all-to-all"]["runs"] == 6
 

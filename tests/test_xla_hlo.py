@@ -1,12 +1,12 @@
-"""Counting from HLO text: products of every backend, loops, exchanges, memory traffic."""
+"""Counting from HLO text: matmuls of every backend, loops, collectives, memory traffic."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from microdit_jax.xla.hlo import count as hlo
-from microdit_jax.xla.hlo.collectives import place
+from microdit_jax.xla.hlo.collectives import module_path
+from microdit_jax.xla.hlo.count import count
 from microdit_jax.xla.hlo.text import parse
 
 
@@ -27,7 +27,7 @@ CUDNN = """\
   ROOT %o = (bf16[8,16,64,64]{3,1,2,0}, u8[0]{0}) custom-call(%q, %k, %k), \
 custom_call_target="__cudnn$fmhaSoftmax", backend_config={"cudnn_fmha_backend_config":\
 {"intermediate_tensor_shape":{"element_type":"BF16","dimensions":["8","16","64","78"]}}}"""
-# A product with a batch of 16: a window of 16 places, of which each output meets one.
+# A matmul with a batch of 16: a window of 16 positions, of which each output meets one.
 BATCHED = """\
   %a = bf16[16,256,64]{2,1,0:T(8,128)(2,1)} parameter(0)
   %b = bf16[16,64,128]{2,1,0:T(8,128)(2,1)} parameter(1)
@@ -52,8 +52,8 @@ custom_call_target="tpu_custom_call", metadata={op_name="jit(f)/splash_mha_fwd_n
     ],
     ids=["cublas", "cudnn", "cudnn_backward", "tpu_batched", "splash"],
 )
-def test_products(text, flops):
-    counts = hlo.count(module(text))
+def test_matmuls(text, flops):
+    counts = count(module(text))
     assert counts.flops_by_type == {"bf16": flops}
     assert not counts.uncounted
 
@@ -69,7 +69,7 @@ def test_an_instruction_may_go_on_in_the_first_column():
     found = parse(module(body + after))
     assert [i.name for i in found.entry] == ["s", "q", "k", "o", "r"]
     assert found.entry.root.opcode == "copy"
-    counts = hlo.count(module(body + after))
+    counts = count(module(body + after))
     assert counts.flops == 2 * 2 * 8 * 16 * 128 * 256 * 64 and not counts.uncounted
     # Of another thread's computation the last line says more than its brace.
     other = (
@@ -82,14 +82,14 @@ def test_an_instruction_may_go_on_in_the_first_column():
 
 
 def test_unknown_kernels_are_named():
-    counts = hlo.count(module(SPLASH.replace("splash_mha_fwd_no_residuals", "mystery")))
+    counts = count(module(SPLASH.replace("splash_mha_fwd_no_residuals", "mystery")))
     assert counts.uncounted == {"tpu_custom_call": 1} and counts.flops == 0
     signal = '%s = token[] custom-call(), custom_call_target="PrepareAsyncCallDone"'  # libtpu's
-    assert not hlo.count(module(f"  ROOT {signal}")).uncounted
+    assert not count(module(f"  ROOT {signal}")).uncounted
 
 
 def test_a_compiled_program():
-    """A loop's products count as often as it runs; of a branch, the heavier one."""
+    """A loop's matmuls count as often as it runs; of a conditional, the heavier branch."""
 
     def program(x, w, flag):
         x = jax.lax.fori_loop(0, 7, lambda i, x: jnp.tanh(x @ w), x)
@@ -97,7 +97,7 @@ def test_a_compiled_program():
 
     x, w = jnp.zeros((32, 48)), jnp.zeros((48, 48))
     text = jax.jit(program).lower(x, w, True).compile().as_text()
-    assert hlo.count(text).flops == 9 * 2 * 32 * 48 * 48
+    assert count(text).flops == 9 * 2 * 32 * 48 * 48
 
 
 def test_convolutions_as_xla_counts_them():
@@ -115,10 +115,10 @@ def test_convolutions_as_xla_counts_them():
         lowered = jax.jit(convolve).lower(jnp.zeros((2, 9, 11, 3)), jnp.zeros((3, 3, 3, 5)))
         # XLA counts a multiply-add as two operations, as we do.
         expected = lowered.cost_analysis()["flops"]
-        assert hlo.count(lowered.compile().as_text()).flops == expected > 0
+        assert count(lowered.compile().as_text()).flops == expected > 0
 
 
-EXCHANGES = """\
+COLLECTIVES = """\
   %p = f32[128,64]{1,0} parameter(0), metadata={op_name="state.params[\\'blocks_3\\'][\\'w1\\']"}
   %c = bf16[128,64]{1,0} convert(%p)
   %g = (bf16[128,64]{1,0}, bf16[1024,64]{1,0}) all-gather-start(%c), dimensions={0}, \
@@ -131,19 +131,19 @@ metadata={op_name="jit(step)/transpose(jvp(DiT))/blocks_3/mlp/mul"}
 metadata={op_name="jit(step)/jvp(DiT)/DiT.predict/blocks_1/mlp/all_to_all"}"""
 
 
-def test_exchanges():
-    gather, scatter, swap = hlo.count(module(EXCHANGES)).collectives
+def test_collectives():
+    gather, scatter, swap = count(module(COLLECTIVES)).collectives
     assert (gather.kind, gather.num_bytes) == ("all-gather", 7 * 128 * 64 * 2)
     assert gather.carries == ("params/blocks_3/w1",) and gather.devices == tuple(range(8))
     assert (scatter.kind, scatter.num_bytes) == ("reduce-scatter", 1024 * 64 * 4 / 2)
     assert scatter.devices == (0, 2)
     assert (swap.kind, swap.num_bytes) == ("all-to-all", 128 * 64 * 4 * 3 / 4)
     assert swap.devices == (0, 2, 4, 6)
-    by_axes = EXCHANGES.replace("[1,8]<=[8]", "mesh['a'=2,'b'=3,'c'=4] {'a','c'}")
-    assert hlo.count(module(by_axes)).collectives[0].devices == (0, 1, 2, 3, 12, 13, 14, 15)
+    by_axes = COLLECTIVES.replace("[1,8]<=[8]", "mesh['a'=2,'b'=3,'c'=4] {'a','c'}")
+    assert count(module(by_axes)).collectives[0].devices == (0, 1, 2, 3, 12, 13, 14, 15)
 
 
-def test_place():
+def test_module_path():
     for op_name, expected in {
         "jit(train_step)/shard_map/while/body/closed_call/jvp(DiT)/DiT.predict/blocks_1/mlp/dot":
             "blocks_1/mlp",
@@ -151,7 +151,7 @@ def test_place():
             "blocks_2/attn/qkv (backward)",
         "": "",
     }.items():  # fmt: skip
-        assert place(op_name) == expected
+        assert module_path(op_name) == expected
 
 
 SLICES = """\
@@ -170,20 +170,20 @@ def test_memory_traffic():
   %a = f32[64,1024]{1,0} parameter(0)
   %i = s32[] parameter(1)
   ROOT %f = f32[1,1024]{1,0} fusion(%a, %i), kind=kLoop, calls=%body"""
-    assert hlo.count(module(call, SLICES)).num_bytes == 2 * 4096 + 4
+    assert count(module(call, SLICES)).num_bytes == 2 * 4096 + 4
     # A TPU's own scratch memory does not count.
     kept = call.replace("ROOT %f = f32[1,1024]{1,0}", "ROOT %f = f32[1,1024]{1,0:T(8,128)S(1)}")
-    assert hlo.count(module(kept, SLICES)).num_bytes < 2 * 4096 + 8
+    assert count(module(kept, SLICES)).num_bytes < 2 * 4096 + 8
     fetched = """\
   %a = f32[64,1024]{1,0} parameter(0)
   ROOT %s = ((f32[64,1024]{1,0}), f32[8,1024]{1,0:S(1)}, s32[]) slice-start(%a), slice={[0:8]}"""
-    assert hlo.count(module(fetched)).num_bytes == 8 * 1024 * 4
+    assert count(module(fetched)).num_bytes == 8 * 1024 * 4
     add = "  %a = f32[64,1024]{1,0} parameter(0)\n  ROOT %s = f32[64,1024]{1,0} add(%a, %a)"
-    assert hlo.count(module(add)).num_bytes == 3 * 64 * 1024 * 4
+    assert count(module(add)).num_bytes == 3 * 64 * 1024 * 4
 
 
 def test_parse():
-    text = module(EXCHANGES)
+    text = module(COLLECTIVES)
     (entry,) = parse(text).computations.values()
     assert entry.root.name == "t" and len(entry.instructions) == 7
     assert np.prod(entry.instructions["d"].shapes[0].dims) == 1024 * 64

@@ -1,1 +1,1 @@
-"""The XLA lab: compile for machines you do not have, count everything, compare variants."""
+"""The XLA lab: compiles for machines you do not have, counts programs, compares variants."""

@@ -1,4 +1,4 @@
-"""Draws reports of microdit_jax.xla.aot: memory against the chip's, and the bound's parts.
+"""Plots reports of microdit_jax.xla.aot: memory over capacity, and the step time's lower bounds.
 
 Example:
   python -m microdit_jax.xla.plot --reports=stage1.json --reports=stage2.json --out=aot.png
@@ -18,10 +18,10 @@ from microdit_jax.files import atomic_file
 
 
 def read(paths: Sequence[str | Path]) -> list[dict[str, Any]]:
-    """Reports from their JSON.
+    """Reads reports from their JSON.
 
     Raises:
-      UserError: no such file, or it is no report, or one of CPUs, which has no bound to draw.
+      UserError: no such file, or it is no report, or one for CPUs, whose peaks are not known.
     """
     reports = []
     for path in paths:
@@ -43,7 +43,11 @@ def read(paths: Sequence[str | Path]) -> list[dict[str, Any]]:
 
 
 def draw(reports: Sequence[dict[str, Any]], out: str | Path) -> None:
-    """A picture: memory by kind against the chip's, and the bound's parts, a bar each report."""
+    """Draws a bar for each report: memory over capacity, and the lower bounds of the step time.
+
+    Raises:
+      UserError: the name of `out` ends in no format that can be drawn.
+    """
     names = [f"{r['config']}\n{r['topology']}" for r in reports]
     figure = Figure(figsize=(10, 1.2 + 0.6 * len(reports)), layout="constrained", dpi=100)
     left, right = figure.subplots(1, 2, sharey=True)
@@ -57,13 +61,13 @@ def draw(reports: Sequence[dict[str, Any]], out: str | Path) -> None:
         left.barh(names, sizes, left=start, label=label, color=color, height=0.6)
         start = [a + b for a, b in zip(start, sizes, strict=True)]
     for i, r in enumerate(reports):
-        left.plot([r["memory"]["of"] / 1e9] * 2, [i - 0.4, i + 0.4], color="black")
+        left.plot([r["memory"]["capacity"] / 1e9] * 2, [i - 0.4, i + 0.4], color="black")
     left.set_xlabel("GB on each device; the line: the chip's memory")
-    parts = {"compute": "products", "memory": "memory", "exchange": "exchange", "bound": "bound"}
-    for k, (key, label) in enumerate(parts.items()):
-        places = [i + 0.3 - 0.2 * k for i in range(len(reports))]
-        right.barh(places, [r["seconds"][key] * 1e3 for r in reports], height=0.18, label=label)
-    right.set_xlabel("ms of a step at the chip's peaks")
+    for k, key in enumerate(("matmuls", "memory", "communication", "lower_bound")):
+        positions = [i + 0.3 - 0.2 * k for i in range(len(reports))]
+        times = [r["seconds"][key] * 1e3 for r in reports]
+        right.barh(positions, times, height=0.18, label=key.replace("_", " "))
+    right.set_xlabel("ms of a step, lower bounds by the roofline")
     for panel in (left, right):
         panel.spines[["top", "right"]].set_visible(False)
         panel.legend(
@@ -82,7 +86,7 @@ def main() -> None:
     parser.add_argument(
         "--reports", action="append", required=True, help="JSON of aot --report; each a bar"
     )
-    parser.add_argument("--out", default="aot.png", help="the picture to write")
+    parser.add_argument("--out", default="aot.png", help="the image to write")
     args = parser.parse_args()
     draw(read(args.reports), args.out)
     print(f"{len(args.reports)} reports drawn in {args.out}")

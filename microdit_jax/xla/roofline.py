@@ -1,71 +1,114 @@
-"""The least time that a counted program can take on a chip.
+"""Lower bound of the time that a counted program takes on a chip: the roofline model.
 
-Each kernel takes as long as its operations at the chip's peak or its bytes at the memory's
-bandwidth, whichever is more; exchanges take their bytes over the links. Nothing is charged for
-launches, latency, or products too small to fill the chip: it is a bound, no forecast.
+A kernel takes the time of its operations at the chip's peak or of its bytes at the memory's
+bandwidth, whichever is longer; a collective takes the time of its bytes over the links. Launches,
+latency, and matmuls too small to fill the chip cost nothing here: real steps take longer.
 """
 
+import collections
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from microdit_jax.machine.chips import Chip
+from microdit_jax.xla.hlo.collectives import Collective
 from microdit_jax.xla.hlo.count import Counts
 from microdit_jax.xla.topologies import GPUS_PER_HOST, Topology
 
-# float32 products run at half of bfloat16's rate: TF32 on H100, several passes on TPUs.
+# Rates over bfloat16's. float32 matmuls run at half of it: TF32 on H100, several passes on TPUs.
 RATE = {"bf16": 1.0, "f16": 1.0, "f8e4m3fn": 2.0, "f8e5m2": 2.0}
 OTHER_RATE = 0.5
 
 
 @dataclasses.dataclass(frozen=True)
-class Bound:
-    """Seconds of one run on each device.
+class StepTime:
+    """Lower bounds of one run on each device, in seconds.
 
-    compute, memory, exchange: all operations, bytes and exchanges at their peaks, each alone.
-    kernels: the sum over kernels of the larger of the first two.
+    Attributes:
+      matmuls: all matmul operations at the chip's peak.
+      memory: all bytes at the memory's bandwidth.
+      kernels: sum over kernels of the longer of the two.
+      communication: all collectives at the links' bandwidth, one after the other.
+      exposed: time in which kernels wait for collectives, by the order of the compiled program.
     """
 
-    compute: float
+    matmuls: float
     memory: float
     kernels: float
-    exchange: float
+    communication: float
+    exposed: float
 
     @property
-    def hidden(self) -> float:
-        """If exchanges run while kernels do."""
-        return max(self.kernels, self.exchange)
+    def lower_bound(self) -> float:
+        """Step time if kernels hide all communication, or communication all kernels."""
+        return max(self.kernels, self.communication)
 
     @property
-    def exposed(self) -> float:
-        """If they do not."""
-        return self.kernels + self.exchange
+    def without_overlap(self) -> float:
+        """Step time if nothing overlaps."""
+        return self.kernels + self.communication
 
 
-def bound(counts: Counts, topology: Topology) -> Bound:
-    """The bound of a program on a topology whose chip is known."""
+def step_time(counts: Counts, topology: Topology) -> StepTime:
+    """Computes the lower bounds of a program on a topology.
+
+    Raises:
+      ValueError: the peaks of the topology's chip are not known.
+    """
     chip = topology.chip
-    kernels = (
-        k.times * max(_compute(k.flops, chip), k.num_bytes / chip.memory_bandwidth)
+    if chip is None or not chip.memory_bandwidth:
+        raise ValueError(f"expected a chip whose peaks are known, found {topology.name}")
+    kernels = [
+        k.times * max(_matmul_seconds(k.flops, chip), k.num_bytes / chip.memory_bandwidth)
         for k in counts.kernels
-    )
-    exchanges = (
+    ]
+    communication = [
         c.times * c.num_bytes / _bandwidth(c.devices, topology, chip) for c in counts.collectives
-    )
-    return Bound(
-        _compute(counts.flops_by_type, chip),
-        counts.num_bytes / chip.memory_bandwidth,
-        sum(kernels, 0.0),
-        sum(exchanges, 0.0),
+    ]
+    return StepTime(
+        matmuls=_matmul_seconds(counts.flops_by_type, chip),
+        memory=counts.num_bytes / chip.memory_bandwidth,
+        kernels=sum(kernels, 0.0),
+        communication=sum(communication, 0.0),
+        exposed=exposed(kernels, communication, counts.collectives),
     )
 
 
-def _compute(flops: Mapping[str, float], chip: Chip) -> float:
+def exposed(
+    kernels: Sequence[float], communication: Sequence[float], collectives: Sequence[Collective]
+) -> float:
+    """Computes the time that kernels wait for collectives.
+
+    Kernels run one after the other in the order of the program. Beside them collectives run one
+    after the other, each from its start on; where its result is awaited, kernels wait for its end.
+    What runs several times in a loop counts as stretched by that number.
+
+    Args:
+      kernels: seconds of each kernel, all runs together.
+      communication: seconds of each of the collectives, all runs together.
+    """
+    starts, ends = collections.defaultdict(list), collections.defaultdict(list)
+    for i, found in enumerate(collectives):
+        starts[found.started].append(i)
+        ends[found.finished].append(i)
+    now = links_free = waited = 0.0
+    finish = [0.0] * len(collectives)
+    for k in range(len(kernels) + 1):
+        for i in starts[k]:
+            links_free = finish[i] = max(now, links_free) + communication[i]
+        for i in ends[k]:
+            waited += max(0.0, finish[i] - now)
+            now = max(now, finish[i])
+        now += kernels[k] if k < len(kernels) else 0.0
+    return waited
+
+
+def _matmul_seconds(flops: Mapping[str, float], chip: Chip) -> float:
     seconds = (n / (chip.bfloat16_flops * RATE.get(t, OTHER_RATE)) for t, n in flops.items())
     return sum(seconds, 0.0)
 
 
-def _bandwidth(devices: tuple[int, ...], topology: Topology, chip: Chip) -> float:
-    """Of the links that a group's exchange must take: the network's if it spans hosts."""
+def _bandwidth(devices: Sequence[int], topology: Topology, chip: Chip) -> float:
+    """Returns the links' bandwidth, or the network's for a group that spans hosts."""
     if topology.hosts == 1 or len({device // GPUS_PER_HOST for device in devices}) == 1:
         return chip.link_bandwidth
     return chip.network_bandwidth

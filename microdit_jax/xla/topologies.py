@@ -1,11 +1,11 @@
-"""Devices of machines that are not here, for the compiler alone.
+"""Devices of machines that are not here, to compile for.
 
   topologies.prepare("h100:8")            # before JAX opens any device
   topology = topologies.get("h100:8")
   mesh = sharding.make_mesh(fsdp=8, devices=topology.devices)
 
-The compilers of TPUs (the wheel libtpu) and NVIDIA GPUs (jax[cuda12]) run on any CPU host; arrays
-cannot be put on such devices, programs be compiled for them.
+The compilers of TPUs (the wheel libtpu) and NVIDIA GPUs (jax[cuda12]) run on any CPU host. Programs
+can be compiled for such devices, but no array can be put on them.
 """
 
 import dataclasses
@@ -27,9 +27,9 @@ from microdit_jax.machine import compile_options
 from microdit_jax.machine.chips import Chip, chip_of
 
 GPUS_PER_HOST = 8
-# TPUs: JAX's name -> sizes that libtpu knows of, the number of chips being their product
+# TPU generation -> dimensions of its slices; the number of chips is their product.
 TPU_DIMENSIONS = {"v4": 3, "v5e": 2, "v5p": 3, "v6e": 2}
-# Beside jaxlib; cuDNN plans attention kernels, nvcc's ptxas makes machine code.
+# Wheels that compile, beside jaxlib. cuDNN plans attention kernels, nvcc brings ptxas.
 COMPILERS = {
     "cpu": (),
     "tpu": ("libtpu",),
@@ -48,11 +48,11 @@ class Topology:
     """Devices that a program can be compiled for.
 
     Attributes:
-      name: as the user wrote it.
+      name: name that the user gave, "h100:8".
       platform: "cuda", "tpu" or "cpu".
-      chip: what each device can do; None for CPUs.
-      hosts: machines they are spread over, between which the network is slower; 1 for TPU slices,
-        whose links do not care.
+      chip: peaks of each device; None for CPUs.
+      hosts: number of machines with a slower network between them; 1 for a TPU slice, whose links
+        are the same everywhere.
     """
 
     name: str
@@ -63,21 +63,21 @@ class Topology:
 
     @property
     def compiler_options(self) -> dict[str, Any]:
-        """Options that compiling without a device needs, and our presets."""
+        """Compiler options: our presets, and what compiling without a device needs."""
         return compile_options.compiler_options(self.platform, without_a_device=True)
 
     @property
     def compiler(self) -> str:
-        """The wheels that compile for it and their versions, "jaxlib 0.10.2, libtpu 0.0.52"."""
+        """Wheels that compile for it with their versions: "jaxlib 0.10.2, libtpu 0.0.52"."""
         wheels = ("jaxlib", *COMPILERS[self.platform])
         return ", ".join(f"{wheel} {found}" for wheel in wheels if (found := _version(wheel)))
 
 
 def split_name(name: str) -> tuple[str, tuple[int, ...]]:
-    """("v5e", (4, 4)) of "v5e:4x4".
+    """Splits "v5e:4x4" into ("v5e", (4, 4)).
 
     Raises:
-      UserError: it is no such name.
+      UserError: the name is malformed.
     """
     match = re.fullmatch(r"(h100|cpu|v4|v5e|v5p|v6e):(\d+(?:x\d+)*)", name)
     if not match:
@@ -98,13 +98,13 @@ def split_name(name: str) -> tuple[str, tuple[int, ...]]:
 
 
 def prepare(name: str) -> None:
-    """Sets up JAX for `get(name)`; to be called before any device is asked for.
+    """Sets up JAX for `get(name)`; call it before JAX opens any device.
 
     Raises:
-      UserError: a wrong name, or the compiler is not installed.
+      UserError: a malformed name, or the compiler is not installed.
     """
     kind, sizes = split_name(name)
-    # No accelerator of this machine: the program is for another one.
+    # The program is for another machine: an accelerator of this one is left alone.
     jax.config.update("jax_platforms", "cpu")
     if kind == "cpu":
         jax.config.update("jax_num_cpu_devices", sizes[0])
@@ -117,20 +117,20 @@ def prepare(name: str) -> None:
         raise UserError(f"compiling for {name} needs the wheel libtpu, found none; {INSTALL}")
     if warning := other_libtpu(importlib.metadata.requires("jax"), _version("libtpu")):
         print(f"warning: {warning}", file=sys.stderr, flush=True)
-    # Or libtpu looks for a TPU's host and its neighbours.
+    # Without these libtpu looks for a TPU host and its neighbours.
     os.environ["TPU_SKIP_MDS_QUERY"] = "1"
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 
 
 def other_libtpu(requirements: Iterable[str] | None, version: str) -> str:
-    """What to say of a libtpu that is not of the series JAX asks for; "" of one that is.
+    """Returns a warning about a libtpu of another series than JAX asks for, "" about a right one.
 
-    Another libtpu may compile for half an hour a program whose text jaxlib then cannot read.
+    With a wrong one, a program compiled for half an hour, and then jaxlib could not read its text.
 
     Args:
-      requirements: of the wheel jax, among them "libtpu==0.0.42.*; extra == 'tpu'".
-      version: of the wheel libtpu.
+      requirements: requirements of the wheel jax, such as "libtpu==0.0.42.*; extra == 'tpu'".
+      version: version of the wheel libtpu.
     """
     pinned = re.search(r"libtpu\s*==\s*([\d.]+)\.\*", "\n".join(requirements or ()))
     if not pinned or f"{version}.".startswith(f"{pinned[1]}."):
@@ -144,7 +144,7 @@ def other_libtpu(requirements: Iterable[str] | None, version: str) -> str:
 def _installed(module: str) -> bool:
     try:
         return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # its parent is not there
+    except ModuleNotFoundError:  # the parent package is absent
         return False
 
 
@@ -156,10 +156,10 @@ def _version(wheel: str) -> str:
 
 
 def get(name: str) -> Topology:
-    """A topology by name, after `prepare`.
+    """Returns a topology by name, after `prepare`.
 
     Raises:
-      UserError: a wrong name, or a shape that the compiler does not know.
+      UserError: a malformed name, or a shape that the compiler does not know.
     """
     kind, sizes = split_name(name)
     count = math.prod(sizes)
@@ -173,7 +173,7 @@ def get(name: str) -> Topology:
         return Topology(name, "cpu", tuple(found[:count]), None, 1)
     if kind == "h100":
         hosts = math.ceil(count / GPUS_PER_HOST)
-        # As a device would report it: NVIDIA H100 80GB HBM3, CUDA 12.9, cuDNN 9.8.
+        # What a real device reports about itself: NVIDIA H100 80GB HBM3, CUDA 12.9, cuDNN 9.8.
         target = importlib.resources.files("microdit_jax.xla") / "h100_target_config.txtpb"
         options = {
             "platform": "cuda",

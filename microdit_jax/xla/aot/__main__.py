@@ -1,4 +1,4 @@
-"""Compiles training or sampling for a machine you do not have, and reports what it would need.
+"""Compiles training or sampling for a machine you do not have, and reports what it needs there.
 
 Examples:
   python -m microdit_jax.xla.aot --config=configs/res_256_pretrain.py:mesh=1x8x1 \\
@@ -9,8 +9,8 @@ Examples:
   python -m microdit_jax.xla.aot --config=configs/res_512_finetune.py --topology=h100:8 \\
       --what=sampler --images=64
 
-No accelerator is needed but its compiler, pip install 'microdit_jax[aot]', and no weight is
-allocated. Compiling takes minutes; what was compiled before comes from the cache.
+Needs no accelerator, only its compiler: pip install 'microdit_jax[aot]'. No weight is allocated.
+Compiling takes minutes; programs that were compiled before come from a cache.
 """
 
 from pathlib import Path
@@ -24,7 +24,7 @@ from microdit_jax.errors import UserError
 CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/, with its variants.")
 TOPOLOGY = flags.DEFINE_string("topology", None, "h100:8, v5e:4x4, v5p:2x2x4, v6e:4x4, cpu:8, ...")
 WHAT = flags.DEFINE_enum("what", "train_step", ["train_step", "sampler"], "What to compile.")
-IMAGES = flags.DEFINE_integer("images", 64, "Pictures the sampler draws at a time, over all chips.")
+IMAGES = flags.DEFINE_integer("images", 64, "Images sampled at a time, over all chips.")
 START = flags.DEFINE_integer("start_step", 0, "Step at which the stage starts, for its days.")
 REPORT = flags.DEFINE_string("report", None, "JSON file to write; the table goes beside it.")
 FIND = flags.DEFINE_boolean("find", False, "Search the largest train.micro_batch_size that fits.")
@@ -44,12 +44,12 @@ def main(argv):
         )
     if (FIND.value or REDUCED.value) and WHAT.value != "train_step":
         raise UserError("--find and --reduced_depth take --what=train_step, found sampler")
-    from microdit_jax.xla import topologies  # after the flags: --help answers at once
+    from microdit_jax.xla import topologies  # after the flags, so that --help is quick
 
     topologies.prepare(TOPOLOGY.value)
-    from microdit_jax.xla.aot import analysis, figures
+    from microdit_jax.xla.aot import analysis, search, table
 
-    request = analysis.Request(
+    request = analysis.CompileRequest(
         config,
         topologies.get(TOPOLOGY.value),
         Path(flags.FLAGS["config"].config_filename).stem,
@@ -59,10 +59,10 @@ def main(argv):
         reduced_depth=REDUCED.value,
         dump=Path(DUMP.value) if DUMP.value else None,
     )
-    found = analysis.find(request) if FIND.value else analysis.analyse(request)
-    print(figures.table(found))
+    found = search.find(request) if FIND.value else analysis.analyse(request)
+    print(table.render(found))
     if REPORT.value:
-        figures.write(found, Path(REPORT.value))
+        table.write(found, Path(REPORT.value))
 
 
 if __name__ == "__main__":

@@ -1,29 +1,28 @@
-"""What was found about a compiled program: a dictionary for JSON, and a table of text."""
+"""Figures of a compiled program, as the dictionary that a report's JSON holds."""
 
 import datetime
-import json
-from pathlib import Path
 from typing import Any
 
 import jax
+from jax.sharding import AbstractMesh, Mesh
 
-from microdit_jax.files import write_text
-from microdit_jax.xla import roofline
 from microdit_jax.xla.aot.programs import Program
-from microdit_jax.xla.hlo import count as hlo
+from microdit_jax.xla.hlo.count import Counts
+from microdit_jax.xla.roofline import StepTime
 from microdit_jax.xla.topologies import Topology
 
-# What a program may take of a chip's memory; the rest is the runtime's. GPUs: see presets.py.
+# Share of a chip's memory that a program may take; the runtime needs the rest. For GPUs it is
+# XLA_PYTHON_CLIENT_MEM_FRACTION of machine/compile_options.py.
 USABLE = {"cuda": 0.92, "tpu": 0.98}
 DAY = 24 * 3600
 
 
-def measure(memory: dict[str, Any], cost: dict[str, Any], counts: hlo.Counts) -> dict[str, Any]:
-    """Everything that adds up over blocks, of one device and one run: what may be extrapolated.
+def measure(memory: dict[str, Any], cost: dict[str, Any], counts: Counts) -> dict[str, Any]:
+    """Collects the figures of one run on one device that grow linearly with the number of blocks.
 
     Args:
       memory: bytes by the compiler: "arguments", "outputs", "aliased", "temporaries".
-      cost: the compiler's own analysis, as far as it gives one.
+      cost: the compiler's cost analysis: "flops" and "optimal_seconds", if it has them.
     """
     collectives: dict[str, dict[str, float]] = {}
     for c in counts.collectives:
@@ -51,15 +50,15 @@ def complete(
     found: dict[str, Any],
     program: Program,
     topology: Topology,
-    bound: roofline.Bound | None,
+    time: StepTime | None,
     *,
     steps: int | None,
 ) -> dict[str, Any]:
-    """`measure` of the whole program, with what follows from it.
+    """Adds to `measure` of a whole program what follows from it: memory, ratios, time and price.
 
     Args:
-      bound: None where the chip's peaks are not known.
-      steps: of the stage, for days and dollars; None for a program that is no training step.
+      time: the step time's lower bounds; None where the chip's peaks are not known.
+      steps: training steps of the stage, for days and dollars; None for the sampler.
     """
     devices, chip = len(topology.devices), topology.chip
     memory = found["memory"]
@@ -68,14 +67,18 @@ def complete(
     )
     if chip is not None:
         usable = USABLE[topology.platform] * chip.memory_bytes
-        memory |= {"of": chip.memory_bytes, "usable": usable, "fits": memory["peak"] <= usable}
+        memory |= {
+            "capacity": chip.memory_bytes,
+            "usable": usable,
+            "fits": memory["peak"] <= usable,
+        }
     forward = program.forward_flops * program.images / devices
     expected = program.passes + program.recomputed
     collectives = found["collectives"]
-    # libtpu makes all-reduces of all reduce-scatters.
+    # libtpu turns every reduce-scatter into an all-reduce.
     summed = "reduce-scatter" if "reduce-scatter" in collectives else "all-reduce"
     moved = sum(collectives.get(kind, {}).get("bytes", 0.0) for kind in ("all-gather", summed))
-    needed = sum(program.needed_exchange.values())
+    needed = sum(program.needed_communication.values())
     found |= {
         "parameters": program.num_params,
         "images": program.images,
@@ -86,33 +89,35 @@ def complete(
         "forward_passes_expected": expected,
         "flops_over_analytic": found["flops"] / (forward * expected),
         "remat_factor": found["flops"] / forward - program.passes,
-        "weight_exchange": {
+        "weight_communication": {
             "moved": moved,
             "needed": needed,
             "ratio": moved / needed if needed else None,
         },
     }
-    if bound is not None:
-        seconds = bound.hidden
+    if time is not None and chip is not None:
         found["seconds"] = {
-            "compute": bound.compute,
-            "memory": bound.memory,
-            "kernels": bound.kernels,
-            "exchange": bound.exchange,
-            "bound": seconds,
-            "bound_exchange_exposed": bound.exposed,
+            "matmuls": time.matmuls,
+            "memory": time.memory,
+            "kernels": time.kernels,
+            "communication": time.communication,
+            "exposed": time.exposed,
+            "lower_bound": time.lower_bound,
+            "without_overlap": time.without_overlap,
         }
-        found["images_per_second"] = program.images / seconds
-        found["mfu_bound"] = forward * program.passes / seconds / chip.bfloat16_flops
+        found["images_per_second"] = program.images / time.lower_bound
+        found["mfu_bound"] = forward * program.passes / time.lower_bound / chip.bfloat16_flops
         if steps is not None:
-            found |= {"steps": steps, "days": steps * seconds / DAY}
+            found |= {"steps": steps, "days": steps * time.lower_bound / DAY}
             if chip.dollars_per_hour is not None:
                 found["dollars"] = found["days"] * 24 * devices * chip.dollars_per_hour
     return found
 
 
-def header(config_name: str, what: str, topology: Topology, mesh: Any) -> dict[str, Any]:
-    """What was compiled, for which chips, with which versions."""
+def header(
+    config_name: str, what: str, topology: Topology, mesh: Mesh | AbstractMesh
+) -> dict[str, Any]:
+    """Describes what was compiled, for which chips, and with which versions."""
     chip = topology.chip
     return {
         "what": what,
@@ -139,8 +144,8 @@ def header(config_name: str, what: str, topology: Topology, mesh: Any) -> dict[s
     }
 
 
-def carried(counts: hlo.Counts) -> list[dict[str, Any]]:
-    """Each exchange and what it carries, the largest first."""
+def by_size(counts: Counts) -> list[dict[str, Any]]:
+    """Lists every collective with what it carries, the one that moves most bytes first."""
     rows = [
         {
             "kind": c.kind,
@@ -153,86 +158,3 @@ def carried(counts: hlo.Counts) -> list[dict[str, Any]]:
         for c in counts.collectives
     ]
     return sorted(rows, key=lambda row: -row["times"] * row["bytes"])
-
-
-# ------------------------------------------------------------------------------ text
-def table(found: dict[str, Any]) -> str:
-    """The report as text."""
-    mesh = " x ".join(f"{axis} {size}" for axis, size in found["mesh"].items())
-    memory, rows = found["memory"], []
-
-    def add(name: str, value: str):
-        rows.append((name, value))
-
-    add("program", f"{found['what']} of {found['config']}")
-    add("devices", f"{found['devices']} ({found['topology']}), mesh {mesh}")
-    add("parameters", f"{found['parameters']:,}")
-    add(
-        "batch",
-        f"{found['images']:,} images: {found['micro_batches']} x {found['images_at_once']} on "
-        "each device",
-    )
-    parts = ", ".join(f"{k} {memory[k] / 1e9:.2f}" for k in ("arguments", "temporaries"))
-    add("memory per device", f"{memory['peak'] / 1e9:.2f} GB ({parts})")
-    if "fits" in memory:
-        fits = "fits" if memory["fits"] else "DOES NOT FIT"
-        add("", f"{fits} into {memory['usable'] / 1e9:.1f} of {memory['of'] / 1e9:.1f} GB")
-    add(
-        "matrix products",
-        f"{found['flops'] / 1e12:.2f} TFLOP, {found['forward_passes']:.3f} forward passes of "
-        f"{found['forward_flops'] / 1e12:.2f}; {found['flops_over_analytic']:.4f} of the count",
-    )
-    if not 0.9 < found["flops_over_analytic"] < 1.2:
-        add("", "DOUBTFUL: far from the count; kernels were missed, or more is computed")
-    for name, runs in found.get("uncounted", {}).items():  # older reports have none
-        add("", f"WITHOUT {runs:,.0f} runs of the kernel {name}, whose operations nobody knows")
-    # Below 0 where parts of the backward pass need no products
-    add("recomputed", f"{max(found['remat_factor'], 0.0):.3f} forward passes")
-    add("bytes moved", f"{found['bytes_moved'] / 1e9:.1f} GB by {found['kernels']:,.0f} kernels")
-    for kind, entry in sorted(found["collectives"].items()):
-        add(
-            kind,
-            f"{entry['instructions']:,.0f} instructions, {entry['runs']:,.0f} runs, "
-            f"{entry['bytes'] / 1e9:.3f} GB received",
-        )
-    exchange = found["weight_exchange"]
-    if exchange["ratio"] is not None:
-        add("weights' exchange", f"{exchange['ratio']:.3f} x the bytes that sharding needs")
-    if "seconds" in found:
-        rows += _times(found)
-    if "compiler_optimal_seconds" in found:
-        add("compiler's optimal", f"{found['compiler_optimal_seconds']:.4f} s")
-    shallow = ", all of the shallow networks" if "extrapolated" in found else ""
-    add("compiled in", f"{found['compile_seconds']:.0f} s{shallow}")
-    if "extrapolated" in found:
-        add("extrapolated from", found["extrapolated"]["from"])
-    width = max(len(name) for name, _ in rows)
-    return "\n".join(f"{name.ljust(width)}  {value}" for name, value in rows)
-
-
-def _times(found: dict[str, Any]) -> list[tuple[str, str]]:
-    s = found["seconds"]
-    rows = [
-        (
-            "time at the peaks",
-            f"products {s['compute'] * 1e3:.1f} ms, memory {s['memory'] * 1e3:.1f} ms, kernel by "
-            f"kernel {s['kernels'] * 1e3:.1f} ms, exchange {s['exchange'] * 1e3:.1f} ms",
-        ),
-        (
-            "bound",
-            f"{s['bound'] * 1e3:.1f} ms, {found['images_per_second']:,.0f} images/s, MFU at most "
-            f"{found['mfu_bound']:.1%}",
-        ),
-    ]
-    if "days" in found:
-        price = f", {found['dollars']:,.0f} dollars" if "dollars" in found else ""
-        rows.append(
-            ("stage at the bound", f"{found['steps']:,} steps, {found['days']:.2f} days{price}")
-        )
-    return rows
-
-
-def write(found: dict[str, Any], path: Path) -> None:
-    """Writes the report as JSON, and its table beside it as .txt."""
-    write_text(path, json.dumps(found, indent=1) + "\n")
-    write_text(path.with_suffix(".txt"), table(found) + "\n")

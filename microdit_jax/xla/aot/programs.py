@@ -1,4 +1,4 @@
-"""The programs that training and sampling run, as the compiler sees them: shapes, and no array."""
+"""Programs of training and sampling, traced on abstract arrays: no weight is allocated."""
 
 import functools
 import math
@@ -23,19 +23,19 @@ CLIP_TOKENS = 77
 
 
 class Program(NamedTuple):
-    """A program before it is compiled, and what is known of it without compiling.
+    """A program before it is compiled, and what is known about it without compiling.
 
     Attributes:
-      lower: traces it; what it returns is to be compiled.
-      images: of one run, over all devices; the sampler draws so many, its network sees twice as
-        many with guidance.
-      micro_batches: parts that a device computes one after the other.
-      forward_flops: operations of one image's forward pass, by REFERENCE's count.
-      passes: forward passes' worth of operations for each image, without recomputation.
-      recomputed: forward passes' worth of operations that remat adds.
-      needed_exchange: {"all-gather": bytes, "reduce-scatter": bytes} that one device must receive,
-        each split weight once, each gradient once for each micro-batch.
-      num_params: of the network.
+      lower: traces the program for the compiler.
+      images: images of one run, over all devices. With guidance the sampler's network sees twice
+        as many.
+      micro_batches: number of parts that a device computes one after the other.
+      forward_flops: operations of one image's forward pass, by models/flops.py.
+      passes: operations for each image in forward passes, without recomputation.
+      recomputed: operations that remat adds, in forward passes.
+      needed_communication: {"all-gather": bytes, "reduce-scatter": bytes} that one device must
+        receive: each sharded weight once, each of its gradients once for each micro-batch.
+      num_params: parameters of the network.
     """
 
     lower: Callable[[], jax.stages.Lowered]
@@ -44,18 +44,18 @@ class Program(NamedTuple):
     forward_flops: int
     passes: int
     recomputed: float
-    needed_exchange: dict[str, float]
+    needed_communication: dict[str, float]
     num_params: int
 
 
 def training(config: ConfigDict, mesh: Mesh, *, caption_length: int = CLIP_TOKENS) -> Program:
-    """The training step of a run configuration.
+    """Prepares the training step of a run configuration.
 
     Args:
-      mesh: of devices, or of a topology's.
+      mesh: mesh of real devices or of a topology's.
       caption_length: tokens l of a caption.
     Raises:
-      UserError: a configuration that cannot be run.
+      UserError: the configuration cannot be run.
     """
     if config.data.captions != "embeddings":
         raise UserError(
@@ -82,7 +82,7 @@ def training(config: ConfigDict, mesh: Mesh, *, caption_length: int = CLIP_TOKEN
         flops.forward_flops(cfg, mask_ratio, caption_length),
         flops.TRAIN_OVER_FORWARD,
         flops.recomputed_share(cfg, mask_ratio, caption_length),
-        needed_exchange(state.params, model, mesh, parts),
+        needed_communication(state.params, model, mesh, parts),
         _count(state.params),
     )
 
@@ -95,17 +95,17 @@ def sampling(
     guide: bool = True,
     caption_length: int = CLIP_TOKENS,
 ) -> Program:
-    """One network evaluation of the sampler, captions encoded already.
+    """Prepares one network evaluation of the sampler, on captions that are encoded already.
 
     Args:
-      images: drawn at a time over all devices.
+      images: images sampled at a time over all devices.
       guide: classifier-free guidance, which doubles the network's batch.
     Raises:
       UserError: the images do not divide by the devices.
     """
     if images % mesh.size:
         raise UserError(
-            f"pictures drawn at a time must be a multiple of {mesh.size} devices, found {images}"
+            f"images sampled at a time must be a multiple of {mesh.size} devices, found {images}"
         )
     model = DiT(run_config.model_config(config))
     cfg = model.config
@@ -140,34 +140,37 @@ def sampling(
         flops.forward_flops(cfg, 0.0, caption_length) - text,
         2 if guide else 1,
         0.0,
-        {"all-gather": needed_exchange(params, None, mesh, 1)["all-gather"], "reduce-scatter": 0.0},
+        needed_communication(params, None, mesh, 0),
         _count(params),
     )
 
 
-def needed_exchange(params: Any, model: DiT | None, mesh: Mesh, parts: int) -> dict[str, float]:
-    """Bytes that sharding makes one device receive in a step, as `Program.needed_exchange`.
+def needed_communication(
+    params: Any, model: DiT | None, mesh: Mesh, micro_batches: int
+) -> dict[str, float]:
+    """Computes the bytes that one device must receive in a step, as `Program` has them.
 
     Args:
       params: abstract parameters with their shardings.
-      model: whose types the weights travel in; None: their own.
+      model: casts its weights before they are gathered; None: they are gathered as they are.
+      micro_batches: number of times that gradients are summed; 0 without a backward pass.
     """
     specs = sharding.specs(params, mesh)
-    sent = params
+    gathered = params
     if model is not None:
-        sent = jax.eval_shape(lambda p: dit.cast_matrices(p, model.config), params)
+        gathered = jax.eval_shape(lambda p: dit.cast_matrices(p, model.config), params)
     others = (mesh.shape["fsdp"] - 1) / mesh.shape["fsdp"]
     total = {"all-gather": 0.0, "reduce-scatter": 0.0}
     for spec, weight in zip(
         jax.tree.leaves(specs, is_leaf=lambda s: isinstance(s, jax.sharding.PartitionSpec)),
-        jax.tree.leaves(sent),
+        jax.tree.leaves(gathered),
         strict=True,
     ):
         if "fsdp" in spec:
-            here = mesh.shape["expert"] if "expert" in spec else 1
-            elements = math.prod(weight.shape) / here * others
+            expert_shards = mesh.shape["expert"] if "expert" in spec else 1
+            elements = math.prod(weight.shape) / expert_shards * others
             total["all-gather"] += elements * weight.dtype.itemsize
-            total["reduce-scatter"] += elements * 4 * parts  # gradients are float32
+            total["reduce-scatter"] += elements * 4 * micro_batches  # gradients are float32
     return total
 
 

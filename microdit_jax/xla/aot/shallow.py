@@ -1,9 +1,10 @@
-"""A deep network's report from shallow ones: compile times grow with every block, most figures too.
+"""Extrapolates the figures of a deep network from shallow ones, where compilers are slow.
 
-The widths of blocks grow over the depth, and what a block costs grows with its widths; so a block
-of its kind's mean widths costs the kind's mean. Four networks of 5 to 7 such blocks are compiled:
-one with a block of each kind at least, and one each with two mixer blocks, one dense and one expert
-block more.
+A network's cost is the sum of its blocks' costs, of which there are three kinds: mixer, dense and
+expert blocks. A block's cost grows linearly with its widths, so that a block of mean widths has the
+mean cost of its kind. Four networks of 5 to 7 blocks of mean widths are compiled: a base with every
+kind of block, and three with two more mixer blocks, one more dense block, one more expert block.
+Their differences are the costs of one block of each kind.
 """
 
 import dataclasses
@@ -19,7 +20,7 @@ from microdit_jax.models.layers import round_up
 
 
 class Term(NamedTuple):
-    """weight * (figures of `network` - figures of `minus`); `minus` None: its figures alone."""
+    """One summand: weight * (figures of `network` - figures of `minus`); None counts as 0."""
 
     name: str
     weight: float
@@ -28,10 +29,10 @@ class Term(NamedTuple):
 
 
 def terms(cfg: DiTConfig, mask_ratio: float, caption_length: int) -> list[Term]:
-    """What to compile and how to add it up.
+    """Returns the shallow networks to compile, and the weights to add them up with.
 
     Raises:
-      UserError: the network has other kinds of blocks, or not more than the shallow ones.
+      UserError: the network has other kinds of blocks, or is no deeper than the shallow ones.
     """
     mixer, backbone = cfg.mixer_blocks(), cfg.backbone_blocks()
     dense = [b for b in backbone if not b.is_moe]
@@ -48,11 +49,14 @@ def terms(cfg: DiTConfig, mask_ratio: float, caption_length: int) -> list[Term]:
     ]
     kept = masking.num_kept(cfg.num_tokens, mask_ratio)
 
-    def weight(blocks: Sequence[BlockShape], made: int, representative: BlockShape) -> float:
-        """Blocks that are missing, in representative ones of rounded width, by operations."""
+    def weight(blocks: Sequence[BlockShape], in_base: int, mean: BlockShape) -> float:
+        """Counts the blocks that the base lacks, in blocks of mean widths, by operations.
+
+        Widths are rounded up, so that the block of mean widths does not cost exactly the mean.
+        """
         cost = [flops.block_flops(cfg, b, kept, caption_length, cfg.dim) for b in blocks]
-        one = flops.block_flops(cfg, representative, kept, caption_length, cfg.dim)
-        return sum(cost) / one - made
+        one = flops.block_flops(cfg, mean, kept, caption_length, cfg.dim)
+        return sum(cost) / one - in_base
 
     blocks = shallow[3].backbone_blocks()
     return [
@@ -64,7 +68,7 @@ def terms(cfg: DiTConfig, mask_ratio: float, caption_length: int) -> list[Term]:
 
 
 def extrapolate(parts: Sequence[Term], figures: Callable[[DiTConfig], Any]) -> Any:
-    """The sum of the terms, of all numbers in the (nested) dictionary that `figures` returns."""
+    """Adds up the terms for every number in the nested dictionary that `figures` returns."""
     total = None
     for part in parts:
         found = figures(part.network)
@@ -83,7 +87,7 @@ def _combine(a: Any, b: Any, operation: Callable[[float, float], float]) -> Any:
 
 
 def with_network(config: ConfigDict, cfg: DiTConfig) -> ConfigDict:
-    """The run configuration with another network, all of its sizes given."""
+    """Returns a copy of the run configuration with another network, all of its sizes given."""
     config = config.copy_and_resolve_references()
     with config.unlocked():
         config.model.arch = "DiT"
@@ -92,13 +96,20 @@ def with_network(config: ConfigDict, cfg: DiTConfig) -> ConfigDict:
 
 
 def _mean(cfg: DiTConfig, blocks: Sequence[BlockShape]) -> tuple[float, float]:
-    """Mean ratios of the widths that blocks have after rounding up."""
-    d, heads = cfg.dim, 2 * cfg.head_dim
-    hidden = [d if b.qkv_ratio == 1 else round_up(int(d * b.qkv_ratio), heads) for b in blocks]
+    """Returns the mean ratios of attention's and the feed-forward's widths, after rounding up."""
+    d, multiple = cfg.dim, 2 * cfg.head_dim
+    hidden = [d if b.qkv_ratio == 1 else round_up(int(d * b.qkv_ratio), multiple) for b in blocks]
     return sum(hidden) / len(blocks) / d, sum(b.mlp_ratio for b in blocks) / len(blocks)
 
 
-def _shallow(cfg: DiTConfig, mixer: int, depth: int, dense, experts) -> DiTConfig:
+def _shallow(
+    cfg: DiTConfig,
+    mixer: int,
+    depth: int,
+    dense: tuple[float, float],
+    experts: tuple[float, float],
+) -> DiTConfig:
+    """Returns a network with that many mixer and backbone blocks, of the given width ratios."""
     ratios = [experts if i % 2 and i < depth - 1 else dense for i in range(depth)]
     return dataclasses.replace(
         cfg,

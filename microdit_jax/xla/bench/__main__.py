@@ -6,12 +6,12 @@ Examples:
   python -m microdit_jax.xla.bench --what=moe,attention --attention=xla,looped --moe=gather,onehot
   python -m microdit_jax.xla.bench --what=loader --input=latents/cc12m --images_per_second=3060
 
-What: train_step, forward, sampler, moe, attention, loader. Flags with several values make a grid
-of variants. Each is compiled past the cache, and then takes turns with a large matmul: on a machine
-that others use, ratios say more than seconds. "share" is the rate of operations over the matmul's;
-operations are counted from the network's sizes. benchmarks.against_reference times a checkout of
-the PyTorch reference in the same turns.
-There is no ragged form of the experts: in expert choice all take the same number of tokens.
+--what takes train_step, forward, sampler, moe, attention and loader. Flags with several values make
+a grid of variants. Each is compiled without the cache, and then takes turns with a large matmul: on
+a machine that others use, ratios say more than seconds. "% of the matmul's" compares the two rates
+of operations, counted from the network's sizes. benchmarks.against_reference also times a checkout
+of the PyTorch reference in the same turns. Experts have no ragged form: in expert choice all take
+the same number of tokens.
 """
 
 import math
@@ -22,41 +22,42 @@ from absl import app, flags
 from microdit_jax.commands.cli import run
 from microdit_jax.errors import UserError
 
-WHAT = flags.DEFINE_list("what", ["train_step"], "What to time; see above.")
+WHAT = flags.DEFINE_list("what", ["train_step"], "Workloads to time; see above.")
 ARCH = flags.DEFINE_enum("arch", "Tiny_2", ["Tiny_2", "XL_2"], "The network.")
 SIDE = flags.DEFINE_integer("input_size", 32, "Side of its latents: 32 for 256 px, 64 for 512.")
 BATCH = flags.DEFINE_integer(
     "batch_size", 8, "Images of a training step, and of moe, attention.", lower_bound=1
 )
 IMAGES = flags.DEFINE_integer("images", 4, "Images of forward and sampler.", lower_bound=1)
-MASK = flags.DEFINE_float("mask_ratio", 0.75, "Of the training step.")
+MASK = flags.DEFINE_float("mask_ratio", 0.75, "Share of patches that the training step drops.")
 STEPS = flags.DEFINE_integer(
-    "sampler_steps", 4, "Steps of the sampler; evaluations: 2 n - 1.", lower_bound=1
+    "sampler_steps", 4, "Steps n of the sampler, which takes 2 n - 1 evaluations.", lower_bound=1
 )
-ATTENTION = flags.DEFINE_list("attention", None, "Kernels; by default the platform's quickest.")
+ATTENTION = flags.DEFINE_list("attention", None, "Attention; by default the platform's quickest.")
 MOE = flags.DEFINE_list("moe", ["gather"], "Dispatches of the experts: gather, onehot.")
-REMAT = flags.DEFINE_list("remat", ["none"], "none, block or dots: recomputed backwards.")
+REMAT = flags.DEFINE_list("remat", ["none"], "Recomputed backwards: none, block or dots.")
 DTYPE = flags.DEFINE_list("dtype", ["float32"], "Types of the computation: float32, bfloat16.")
-PARTS = flags.DEFINE_list("micro_batches", ["1"], "Parts that a step's batch is computed in.")
+PARTS = flags.DEFINE_list("micro_batches", ["1"], "Parts that the batch of a step is computed in.")
 EXPERT = flags.DEFINE_list("expert", ["1"], "Devices that share the experts.")
 REPEATS = flags.DEFINE_integer("repeats", 7, "Timed turns of each variant.", lower_bound=1)
-WARM_UP = flags.DEFINE_integer("warm_up", 1, "Turns before them.", lower_bound=0)
-REPORT = flags.DEFINE_string("report", None, "JSON file to write; a PNG goes beside it.")
+WARM_UP = flags.DEFINE_integer("warm_up", 1, "Turns before the timed ones.", lower_bound=0)
+REPORT = flags.DEFINE_string("report", None, "JSON file to write; a chart (PNG) goes beside it.")
 DUMP = flags.DEFINE_string("dump", None, "Folder for each variant's HLO and profiler trace.")
 INPUT = flags.DEFINE_string("input", None, "loader: a dataset of latents; by default one is made.")
-SAMPLES = flags.DEFINE_integer("samples", 2000, "loader: samples to make.")
+SAMPLES = flags.DEFINE_integer("samples", 2000, "loader: records to make.")
 RESOLUTION = flags.DEFINE_integer("resolution", 256, "loader: pixels.")
-LOADED = flags.DEFINE_integer("loader_batch_size", 64, "loader: samples of a batch.")
+LOADED = flags.DEFINE_integer("loader_batch_size", 64, "loader: records of a batch.")
 THREADS = flags.DEFINE_list("threads", ["1", "2", "4"], "loader: reading threads.")
-SECONDS = flags.DEFINE_float("seconds", 3.0, "loader: each figure takes.")
-RATE = flags.DEFINE_float("images_per_second", None, "loader: of a step whose wait to measure.")
-COLD = flags.DEFINE_boolean("cold", False, "loader: start with files not in memory (Linux).")
+SECONDS = flags.DEFINE_float("seconds", 3.0, "loader: time to measure each figure.")
+RATE = flags.DEFINE_float("images_per_second", None, "loader: a step's speed, to measure its wait.")
+COLD = flags.DEFINE_boolean("cold", False, "loader: drop files from the page cache first (Linux).")
 LIBRARY = flags.DEFINE_string(
-    "library_python", None, "loader: a Python with mosaicml-streaming, whose reader to time too."
+    "library_python", None, "loader: a Python with mosaicml-streaming, to time its reader too."
 )
 
 
-def _choices(fields: dict[str, tuple], name: str, values, kind=str) -> tuple:
+def _choices(fields: dict[str, tuple], name: str, values: list[str], kind: type = str) -> tuple:
+    """Parses the values of a flag, each once; fields[name] has those that are allowed, if any."""
     try:
         found = tuple(dict.fromkeys(kind(value) for value in values))
     except ValueError as error:
@@ -72,9 +73,9 @@ def _loader() -> dict:
     from microdit_jax.xla.bench import loader
 
     return loader.measure_all(
-        loader.Settings(
+        loader.LoaderOptions(
             input=INPUT.value,
-            samples=SAMPLES.value,
+            records=SAMPLES.value,
             resolution=RESOLUTION.value,
             batch_size=LOADED.value,
             threads=_choices({}, "threads", THREADS.value, int),
@@ -100,8 +101,8 @@ def main(argv, reference=None):
     from microdit_jax.models import dit, moe
     from microdit_jax.xla.bench import rows, workloads
 
-    works = (*workloads.WORKS, "loader")
-    what = _choices({"what": works}, "what", WHAT.value)
+    names = (*workloads.NAMES, "loader")
+    what = _choices({"what": names}, "what", WHAT.value)
     allowed = {"moe": moe.DISPATCHES, "remat": tuple(models.REMAT_POLICIES)}
     allowed["dtype"] = ("float32", "bfloat16")
     config = {"Tiny_2": dit.MicroDiT_Tiny_2, "XL_2": dit.MicroDiT_XL_2}[ARCH.value](
@@ -127,15 +128,15 @@ def main(argv, reference=None):
         )
     size = workloads.Size(BATCH.value, IMAGES.value, MASK.value, STEPS.value)
     report = rows.new(ARCH.value, SIDE.value, size)
-    settings = rows.Settings(
+    options = rows.TimingOptions(
         REPEATS.value,
         WARM_UP.value,
         reference,
         Path(DUMP.value) if DUMP.value else None,
     )
     variants = [(w, v) for w in what if w != "loader" for v in workloads.grid(w, choices)]
-    for work, variant in variants:
-        row = rows.measure(work, config, size, variant, settings)
+    for name, variant in variants:
+        row = rows.measure(name, config, size, variant, options)
         print(rows.line(row), flush=True)
         report["rows"].append(row)
     if "loader" in what:

@@ -1,8 +1,8 @@
-"""How fast latents are read: by reader, by format, by threads, and what a training step would wait.
+"""Times reading latents, by format and number of threads, and how long a training step would wait.
 
-Without an input, a dataset of full-size samples (198,656 bytes) is made in a temporary folder, in
-both formats; MosaicML's own reader, from another environment, runs on the same shards. The figures
-are for data in the page cache unless `cold` (Linux) drops them from it.
+Without an input, a dataset of full-size records (198,656 bytes) is written to a temporary folder in
+both formats. MosaicML's own reader, from another environment, can be timed on the same shards. The
+data is in the page cache, unless `cold` (Linux) drops it from there.
 """
 
 import contextlib
@@ -46,11 +46,11 @@ print(json.dumps({"rate": (count - first) / (time.perf_counter() - start)}))
 """
 
 
-class Settings(NamedTuple):
-    """What to measure, as the flags of microdit_jax.xla.bench say."""
+class LoaderOptions(NamedTuple):
+    """Flags of microdit_jax.xla.bench about the loader."""
 
     input: str | None
-    samples: int
+    records: int
     resolution: int
     batch_size: int
     threads: tuple[int, ...]
@@ -60,30 +60,30 @@ class Settings(NamedTuple):
     library_python: str | None
 
 
-def make(folder: Path, samples: int) -> None:
-    """Full-size samples, as the reference's, of random numbers."""
+def make(folder: Path, records: int) -> None:
+    """Writes random records of the size that the reference's have."""
     columns = dict.fromkeys(("caption_latents", "latents_256", "latents_512"), "bytes")
     rng = np.random.default_rng(0)
     with MdsWriter(folder, columns | {"caption": "str"}, size_limit=1 << 26) as writer:
-        for i in range(samples):
+        for i in range(records):
             arrays = {f"latents_{side}": shape for side, shape in INFO.latents.items()}
             arrays["caption_latents"] = INFO.captions
-            sample = {
+            record = {
                 name: rng.standard_normal(shape, np.float32).astype(np.float16).tobytes()
                 for name, shape in arrays.items()
             }
-            writer.write(sample | {"caption": f"a caption of a usual length, number {i}"})
+            writer.write(record | {"caption": f"a caption of a usual length, number {i}"})
     (folder / SIDECAR).write_text(INFO.to_json())
 
 
-def rate(step: Callable[[], int], seconds: float) -> float:
-    """Samples a second of a function that gives how many it read; half a second to warm up."""
+def rate(read: Callable[[], int], seconds: float) -> float:
+    """Times a function that returns how many records it read; records/s after half a second."""
     end = time.perf_counter() + 0.5
     while time.perf_counter() < end:
-        step()
+        read()
     start, count = time.perf_counter(), 0
     while (passed := time.perf_counter() - start) < seconds:
-        count += step()
+        count += read()
     return count / passed
 
 
@@ -96,7 +96,7 @@ def forget_cached(folder: Path) -> None:
 
 
 def wait_share(found: Iterator, batch_size: int, images_per_second: float, seconds: float) -> float:
-    """Share of the time that steps of a given speed spend waiting for their batch."""
+    """Returns the share of time for which training steps of a given speed wait for their batch."""
     waited, start = 0.0, time.perf_counter()
     while time.perf_counter() < start + seconds:
         begin = time.perf_counter()
@@ -106,24 +106,24 @@ def wait_share(found: Iterator, batch_size: int, images_per_second: float, secon
     return waited / (time.perf_counter() - start)
 
 
-def measure(folder: Path, args: Settings) -> Iterator[tuple[str, float]]:
-    """(what, figure) of a dataset."""
+def measure(folder: Path, args: LoaderOptions) -> Iterator[tuple[str, float]]:
+    """Yields (what is measured, figure) for a dataset."""
     store, _ = open_store(folder)
     source = open_latents(folder, resolution=args.resolution)
     order = itertools.cycle(np.random.default_rng(0).integers(0, len(store), 100_000).tolist())
     if args.cold:
         forget_cached(folder)
     yield (
-        "stored bytes of random samples, samples/s",
+        "stored bytes of random records, records/s",
         rate(lambda: bool(store.raw(next(order))), args.seconds),
     )
     if isinstance(store, MdsReader):
         yield (
-            "decoded random samples, samples/s",
+            "decoded random records, records/s",
             rate(lambda: bool(store[next(order)]), args.seconds),
         )
     yield (
-        "random records for training, samples/s",
+        "random records for training, records/s",
         rate(lambda: bool(source[next(order)]), args.seconds),
     )
     nbytes = sum(memoryview(value).nbytes for value in store.raw(0).values())
@@ -131,15 +131,15 @@ def measure(folder: Path, args: Settings) -> Iterator[tuple[str, float]]:
         dataset = make_dataset([source], seed=0, batch_size=args.batch_size, caption_drop=0.1)
         with contextlib.closing(batches(dataset, 0, threads=threads)) as found:
             speed = rate(lambda found=found: len(next(found)["latents"]), args.seconds)
-            yield f"pipeline, {threads} threads, samples/s", speed
+            yield f"pipeline, {threads} threads, records/s", speed
             yield f"pipeline, {threads} threads, MB/s of disk", speed * nbytes / 1e6
             if args.images_per_second:
                 share = wait_share(found, args.batch_size, args.images_per_second, args.seconds)
-                yield f"data-wait at {args.images_per_second:.0f} images/s, percent", 100 * share
+                yield f"data wait at {args.images_per_second:.0f} images/s, percent", 100 * share
 
 
-def measure_all(args: Settings) -> dict[str, dict[str, float]]:
-    """Prints and returns every figure, by dataset.
+def measure_all(args: LoaderOptions) -> dict[str, dict[str, float]]:
+    """Prints every figure and returns them by dataset.
 
     Raises:
       UserError: the input is no dataset, or the library's reader does not run.
@@ -161,14 +161,14 @@ def measure_all(args: Settings) -> dict[str, dict[str, float]]:
         else:
             root = Path(stack.enter_context(tempfile.TemporaryDirectory()))
             folders = {"MDS": root / "mds", "ArrayRecord": root / "array_record"}
-            make(folders["MDS"], args.samples)
+            make(folders["MDS"], args.records)
             reformat(str(folders["MDS"]), folders["ArrayRecord"], to="arrayrecord", progress=False)
         for name, folder in folders.items():
             for what, figure in measure(folder, args):
                 say(name, what, figure)
         if args.library_python:
             found = _library_rate(args.library_python, folders["MDS"], args.seconds)
-            say("library", "random samples, samples/s", found)
+            say("library", "random records, records/s", found)
     return figures
 
 

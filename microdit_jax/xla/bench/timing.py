@@ -1,4 +1,4 @@
-"""Timing on machines that others use too: pieces of work take turns, and their ratios are kept."""
+"""Times functions on machines that others use too: they take turns, and ratios are compared."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -8,17 +8,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-GEMM_SIDES = {"cpu": 2048}  # of the square matrices; other platforms take GEMM_SIDE
-GEMM_SIDE = 8192
+# Side of the square matrices of the matmul that others are compared with.
+MATMUL_SIDE = {"cpu": 2048}
+OTHER_MATMUL_SIDE = 8192
 
 
 class Timed(NamedTuple):
-    """Seconds of each repeat of one piece of work."""
+    """Seconds of each repeat of one function."""
 
     seconds: np.ndarray
 
     def summary(self) -> dict[str, float]:
-        """Median, lowest, and the distance between the quartiles over the median."""
+        """Returns median, lowest, and "spread", the interquartile range over the median."""
         low, median, high = np.percentile(self.seconds, [25, 50, 75])
         return {
             "median": float(median),
@@ -27,10 +28,10 @@ class Timed(NamedTuple):
         }
 
     def over(self, other: "Timed") -> dict[str, float]:
-        """This work's time over another's of the same turns: median, lowest, highest.
+        """Compares with another function in the same turns: median, lowest and highest ratio.
 
-        "of_lowest" is the lowest time of all over the other's: where the machine was busy in some
-        turns, that compares the quiet ones.
+        "of_lowest" is the lowest time over the other's lowest: where the machine was busy in some
+        turns, it compares the quiet ones.
         """
         ratios = self.seconds / other.seconds
         return {
@@ -44,11 +45,11 @@ class Timed(NamedTuple):
 def take_turns(
     works: Sequence[Callable[[], Any]], *, repeats: int, warm_up: int = 1
 ) -> list[Timed]:
-    """Times pieces of work in turn, each `repeats` times.
+    """Calls functions in turn, each `repeats` times.
 
     Args:
-      works: each returns when it is done.
-      warm_up: rounds that do not count.
+      works: functions that return when their work is done.
+      warm_up: rounds before the timed ones.
     """
     seconds = np.zeros((len(works), warm_up + repeats))
     for turn in range(warm_up + repeats):
@@ -59,9 +60,9 @@ def take_turns(
     return [Timed(row) for row in seconds[:, warm_up:]]
 
 
-def gemm(dtype: str) -> tuple[Callable[[], Any], int]:
-    """A large matrix product on the first device, and its operations: the machine's own measure."""
-    side = GEMM_SIDES.get(jax.default_backend(), GEMM_SIDE)
+def matmul(dtype: str) -> tuple[Callable[[], Any], int]:
+    """Returns a large matmul on the first device, which others are compared with, and its FLOPs."""
+    side = MATMUL_SIDE.get(jax.default_backend(), OTHER_MATMUL_SIDE)
     x = jnp.ones((side, side), dtype)
-    product = jax.jit(jnp.matmul)
-    return lambda: jax.block_until_ready(product(x, x)), 2 * side**3
+    multiply = jax.jit(jnp.matmul)
+    return lambda: jax.block_until_ready(multiply(x, x)), 2 * side**3

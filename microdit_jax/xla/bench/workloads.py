@@ -1,4 +1,4 @@
-"""What the benchmark can time, each as one compiled program on random weights and data."""
+"""Workloads that the benchmark can time: compiled programs on random weights and data."""
 
 import dataclasses
 import itertools
@@ -20,16 +20,18 @@ from microdit_jax.training import optim
 from microdit_jax.training import step as train_step
 
 CAPTION_LENGTH = 77
-# Kernels that can run on each platform.
-KERNELS = {"cpu": ("xla", "looped"), "gpu": ("xla", "cudnn"), "tpu": ("xla", "splash")}
-WORKS = ("train_step", "forward", "sampler", "moe", "attention")
+# Attention implementations that run on each platform.
+ATTENTION = {"cpu": ("xla", "looped"), "gpu": ("xla", "cudnn"), "tpu": ("xla", "splash")}
+NAMES = ("train_step", "forward", "sampler", "moe", "attention")
 
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """How one program is computed; the benchmark runs the grid of all.
+    """One way to compute a workload; the benchmark runs a grid of them.
 
-    micro_batches: parts of a training step's batch. expert: devices that share the experts.
+    Attributes:
+      micro_batches: number of parts that the batch of a training step is computed in.
+      expert: number of devices that share the experts.
     """
 
     attention: str = "xla"
@@ -40,7 +42,7 @@ class Variant:
     expert: int = 1
 
     def apply(self, config: DiTConfig) -> DiTConfig:
-        """The network computed in this way."""
+        """Returns the network's configuration, computed in this way."""
         return dataclasses.replace(
             config,
             attention=self.attention,
@@ -50,7 +52,7 @@ class Variant:
         )
 
 
-# What of a variant makes a difference to each piece of work.
+# Fields of a variant that change each workload.
 MATTERS = {
     "train_step": tuple(field.name for field in dataclasses.fields(Variant)),
     "forward": ("attention", "moe_dispatch", "dtype", "expert"),
@@ -61,7 +63,7 @@ MATTERS = {
 
 
 class Size(NamedTuple):
-    """How much work: images of a step, of one evaluation and of the sampler, and its steps."""
+    """Amount of work: `batch` images of a step, `images` of the forward pass and the sampler."""
 
     batch: int = 8
     images: int = 4
@@ -69,8 +71,13 @@ class Size(NamedTuple):
     sampler_steps: int = 4
 
 
-class Work(NamedTuple):
-    """A compiled program. run returns when it is done; operations are analytic, for one run."""
+class Workload(NamedTuple):
+    """A compiled program.
+
+    Attributes:
+      run: runs it once and returns when it is done.
+      operations: operations of one run, counted from the network's sizes.
+    """
 
     run: Callable[[], Any]
     operations: int
@@ -79,14 +86,14 @@ class Work(NamedTuple):
 
 
 def grid(what: str, choices: dict[str, tuple]) -> Iterator[Variant]:
-    """All variants that differ in what matters to a piece of work.
+    """Yields all variants that differ in a field which changes the workload.
 
     Args:
       choices: field of Variant -> its values.
     Raises:
-      UserError: a kernel that this platform does not run, or 32-bit types for cuDNN.
+      UserError: an attention that this platform does not run, or float32 for cuDNN.
     """
-    usable = KERNELS[jax.default_backend()]
+    usable = ATTENTION[jax.default_backend()]
     if unusable := sorted(set(choices["attention"]) - set(usable)):
         raise UserError(
             f"--attention takes {', '.join(usable)} on this {jax.default_backend()}, found "
@@ -101,8 +108,12 @@ def grid(what: str, choices: dict[str, tuple]) -> Iterator[Variant]:
         yield variant
 
 
-def random_tree(shapes: Any, places: Any = None) -> Any:
-    """Arrays for a tree of shapes: matrices normal with deviation 0.02, vectors ones."""
+def random_tree(shapes: Any, shardings: Any = None) -> Any:
+    """Fills a tree of shapes: matrices normal with deviation 0.02, vectors ones, integers zeros.
+
+    Args:
+      shardings: a sharding for each array, or None for the default device.
+    """
     rng = np.random.default_rng(0)
 
     def fill(leaf):
@@ -112,13 +123,13 @@ def random_tree(shapes: Any, places: Any = None) -> Any:
             return np.ones(leaf.shape, leaf.dtype)
         return (0.02 * rng.standard_normal(leaf.shape, np.float32)).astype(leaf.dtype)
 
-    if places is None:
+    if shardings is None:
         return jax.tree.map(lambda leaf: jnp.asarray(fill(leaf)), shapes)
-    return jax.tree.map(lambda leaf, place: jax.device_put(fill(leaf), place), shapes, places)
+    return jax.tree.map(lambda leaf, to: jax.device_put(fill(leaf), to), shapes, shardings)
 
 
 def abstract_params(config: DiTConfig) -> Any:
-    """Shapes of a network's parameters."""
+    """Returns the shapes of a network's parameters."""
     model = DiT(config)
     optimizer = optim.adamw(lambda step: 0.0)
     return jax.eval_shape(
@@ -127,7 +138,7 @@ def abstract_params(config: DiTConfig) -> Any:
 
 
 def inputs(config: DiTConfig, n: int) -> dict[str, np.ndarray]:
-    """Random latents x (n, h, w, channels), noise levels t (n,) and captions y (n, l, caption)."""
+    """Returns random x (n, h, w, channels), noise levels t (n,), captions y (n, l, caption)."""
     rng = np.random.default_rng(1)
     side = config.input_size
     shapes = {
@@ -139,10 +150,10 @@ def inputs(config: DiTConfig, n: int) -> dict[str, np.ndarray]:
 
 
 def _compile(function: Callable, *args, **kwargs) -> tuple[jax.stages.Compiled, float]:
-    """From traced function to program, past the compilation cache, and the seconds it took."""
+    """Compiles a function without the compilation cache; returns the seconds that took."""
     kept = jax.config.jax_enable_compilation_cache
     jax.config.update("jax_enable_compilation_cache", False)
-    compilation_cache.reset_cache()  # whether to use it is decided once
+    compilation_cache.reset_cache()  # or JAX does not look at the setting again
     try:
         lowered = function.lower(*args, **kwargs)
         start = time.perf_counter()
@@ -158,14 +169,14 @@ def _mesh(variant: Variant) -> jax.sharding.Mesh | None:
     return sharding.make_mesh(data=-1, expert=variant.expert)
 
 
-def train_work(config: DiTConfig, size: Size, variant: Variant) -> Work:
-    """One training step with AdamW, its state donated; no moving average."""
+def train_step_workload(config: DiTConfig, size: Size, variant: Variant) -> Workload:
+    """Compiles one training step with AdamW, its state donated; no moving average."""
     model, mesh = DiT(variant.apply(config)), _mesh(variant)
     optimizer = optim.adamw(optim.learning_rate(2.4e-4))
     init = jax.eval_shape(
         lambda key: train_step.init_state(model, optimizer, key, with_ema=False), jax.random.key(0)
     )
-    places = None if mesh is None else sharding.shardings(init, mesh)
+    shardings = None if mesh is None else sharding.shardings(init, mesh)
     data = inputs(config, size.batch)
     batch = {"latents": data["x"], "caption_latents": data["y"]}
     if mesh is not None:
@@ -182,11 +193,11 @@ def train_work(config: DiTConfig, size: Size, variant: Variant) -> Work:
         mesh=mesh,
         micro_batches=variant.micro_batches,
     )
-    state = random_tree(init, places)
-    zeros = jax.tree.map(jnp.zeros_like, state.opt_state)  # squares of gradients are not negative
+    state = random_tree(init, shardings)
+    zeros = jax.tree.map(jnp.zeros_like, state.opt_state)  # second moments are not negative
     state = state.replace(opt_state=zeros)
     compiled, seconds = _compile(jax.jit(step, donate_argnums=0), state, batch)
-    held = [state]
+    held = [state]  # the only reference, since a donated state cannot be used again
     del state, zeros
 
     def run():
@@ -195,11 +206,11 @@ def train_work(config: DiTConfig, size: Size, variant: Variant) -> Work:
         return metrics
 
     operations = flops.train_flops(model.config, size.mask_ratio, CAPTION_LENGTH) * size.batch
-    return Work(run, operations, compiled, seconds)
+    return Workload(run, operations, compiled, seconds)
 
 
-def forward_work(config: DiTConfig, size: Size, variant: Variant) -> Work:
-    """One evaluation of the network without masking, captions and all."""
+def forward_workload(config: DiTConfig, size: Size, variant: Variant) -> Workload:
+    """Compiles one evaluation of the network without masking, its captions included."""
     model = DiT(variant.apply(config))
     params = random_tree(abstract_params(config))
     data = jax.tree.map(jnp.asarray, inputs(config, size.images))
@@ -210,11 +221,11 @@ def forward_work(config: DiTConfig, size: Size, variant: Variant) -> Work:
     args = (params, data["x"], data["t"], data["y"])
     compiled, seconds = _compile(jax.jit(forward), *args)
     operations = flops.forward_flops(model.config, 0.0, CAPTION_LENGTH) * size.images
-    return Work(lambda: jax.block_until_ready(compiled(*args)), operations, compiled, seconds)
+    return Workload(lambda: jax.block_until_ready(compiled(*args)), operations, compiled, seconds)
 
 
-def sampler_work(config: DiTConfig, size: Size, variant: Variant) -> Work:
-    """The sampler with guidance, from captions to latents, by the programs that `generate` runs."""
+def sampler_workload(config: DiTConfig, size: Size, variant: Variant) -> Workload:
+    """Compiles sampling with guidance, captions to latents, by the programs `generate` runs."""
     model, mesh = DiT(variant.apply(config)), _mesh(variant)
     shapes = abstract_params(config)
     params = random_tree(shapes, None if mesh is None else sharding.shardings(shapes, mesh))
@@ -239,16 +250,17 @@ def sampler_work(config: DiTConfig, size: Size, variant: Variant) -> Work:
     text = flops.caption_flops(model.config, CAPTION_LENGTH)
     image = flops.forward_flops(model.config, 0.0, CAPTION_LENGTH) - text
     operations = 2 * size.images * (image * len(rows) + text)
-    return Work(run, operations, evaluate, seconds + encode_seconds)
+    return Workload(run, operations, evaluate, seconds + encode_seconds)
 
 
 def _rows(table: dict[str, np.ndarray]) -> Iterator[dict[str, np.generic]]:
+    """Yields the sampler's evaluations, one dictionary of scalars each."""
     count = len(next(iter(table.values())))
     return ({name: values[i] for name, values in table.items()} for i in range(count))
 
 
-def moe_work(config: DiTConfig, size: Size, variant: Variant) -> Work:
-    """Forward and backward pass of the mixer's expert layer."""
+def moe_workload(config: DiTConfig, size: Size, variant: Variant) -> Workload:
+    """Compiles the forward and backward pass of the mixer's expert layer."""
     cfg = variant.apply(config)
     d, t = cfg.patch_mixer_dim, cfg.num_tokens
     hidden = dit.round_up(int(d * cfg.patch_mixer_mlp_ratio), cfg.multiple_of)
@@ -259,34 +271,34 @@ def moe_work(config: DiTConfig, size: Size, variant: Variant) -> Work:
     x = jax.random.normal(jax.random.key(0), (size.batch, t, d), jnp.float32)
     params = random_tree(jax.eval_shape(layer.init, jax.random.key(0), x)["params"])
     operations = 3 * size.batch * flops.expert_flops(cfg, t, d, cfg.patch_mixer_mlp_ratio)
-    return _gradient_work(lambda p, x: layer.apply({"params": p}, x), operations, params, x)
+    return _gradient_workload(lambda p, x: layer.apply({"params": p}, x), operations, params, x)
 
 
-def attention_work(config: DiTConfig, size: Size, variant: Variant) -> Work:
-    """Forward and backward pass of the mixer's self-attention, without its projections."""
+def attention_workload(config: DiTConfig, size: Size, variant: Variant) -> Workload:
+    """Compiles the forward and backward pass of the mixer's self-attention, no projections."""
     t, d, c = config.num_tokens, config.patch_mixer_dim, config.head_dim
     shape, keys = (size.batch, t, d // c, c), jax.random.split(jax.random.key(0), 3)
     q, k, v = (jax.random.normal(key, shape, variant.dtype) for key in keys)
     operations = 3 * size.batch * flops.attention_flops(t, t, d)
-    return _gradient_work(
+    return _gradient_workload(
         lambda q, k, v: attention.attend(q, k, v, variant.attention), operations, q, k, v
     )
 
 
-def _gradient_work(function: Callable, operations: int, *args) -> Work:
+def _gradient_workload(function: Callable, operations: int, *args) -> Workload:
     def loss(*args):
         out = function(*args).astype(jnp.float32)
         return jnp.square(out).sum()
 
     gradient = jax.jit(jax.value_and_grad(loss, argnums=tuple(range(len(args)))))
     compiled, seconds = _compile(gradient, *args)
-    return Work(lambda: jax.block_until_ready(compiled(*args)), operations, compiled, seconds)
+    return Workload(lambda: jax.block_until_ready(compiled(*args)), operations, compiled, seconds)
 
 
-MAKERS = {
-    "train_step": train_work,
-    "forward": forward_work,
-    "sampler": sampler_work,
-    "moe": moe_work,
-    "attention": attention_work,
+COMPILE = {
+    "train_step": train_step_workload,
+    "forward": forward_workload,
+    "sampler": sampler_workload,
+    "moe": moe_workload,
+    "attention": attention_workload,
 }

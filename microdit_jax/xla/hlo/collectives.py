@@ -1,4 +1,4 @@
-"""Exchanges between devices in optimised HLO: who exchanges, how many bytes, and of what."""
+"""Collectives in optimised HLO: between which devices, how many bytes, and what they carry."""
 
 import dataclasses
 import math
@@ -18,7 +18,7 @@ COLLECTIVES = (
     "collective-permute",
     "collective-broadcast",
 )
-# Between a weight and its exchange stand only these.
+# Passed when a collective's operand is followed back to the parameter it comes from.
 _PASSES_ON = {
     "convert", "bitcast", "copy", "reshape", "transpose", "get-tuple-element", "fusion", "slice",
     "opt-barrier", "bitcast-convert", "copy-start", "copy-done", "broadcast", "pad", "concatenate",
@@ -27,14 +27,16 @@ _PASSES_ON = {
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """An exchange between devices.
+    """Costs of one collective.
 
     Attributes:
-      times: how often it runs.
-      num_bytes: that one device must receive from others, each time.
-      devices: that take part in the first of its groups.
+      times: number of runs.
+      num_bytes: bytes that one device must receive from others in one run.
+      devices: members of the first of its groups.
       bytes_by_type: num_bytes by element type.
-      carries: the parameters or activations in it.
+      carries: names of the parameters in it, or of the modules that computed its operands.
+      started, finished: number of kernels scheduled before its start, and before its result is
+        waited for. Equal for one that the program waits for at once.
     """
 
     kind: str
@@ -43,12 +45,14 @@ class Collective:
     devices: tuple[int, ...]
     bytes_by_type: dict[str, float]
     carries: tuple[str, ...]
+    started: int = 0
+    finished: int = 0
 
 
 def collective(
     module: Module, kind: str, computation: Computation, instruction: Instruction, times: int
 ) -> Collective:
-    """What an instruction of one of COLLECTIVES exchanges."""
+    """Counts an instruction, whose kind is one of COLLECTIVES."""
     devices = first_group(instruction)
     group = len(devices)
     share = {
@@ -62,8 +66,8 @@ def collective(
         for shape in shapes:
             by_type[shape.dtype] += shape.num_bytes * share
     carried = [_origin(module, computation, name) for name in instruction.operands]
-    if kind == "all-to-all" or set(carried) <= {""}:  # tokens, or nobody knows
-        carried = [place(instruction.op_name)]
+    if kind == "all-to-all" or set(carried) <= {""}:  # all-to-alls carry tokens, no parameter
+        carried = [module_path(instruction.op_name)]
     return Collective(
         kind,
         times,
@@ -75,24 +79,25 @@ def collective(
 
 
 def _origin(module: Module, computation: Computation, name: str) -> str:
-    """Where what travels comes from: a parameter's name, or the place that computed it."""
+    """Follows an operand back to a parameter's name, or to the module that computed it."""
     while True:
         instruction = computation.instructions[name]
         if instruction.opcode == "parameter" and computation is module.entry:
             return parameter_name(instruction.op_name)
         if instruction.opcode not in _PASSES_ON or not instruction.operands:
-            return place(instruction.op_name)
+            return module_path(instruction.op_name)
         largest = max(instruction.operands, key=lambda n: computation.instructions[n].num_bytes)
         source = computation.instructions[largest]
         if instruction.opcode == "fusion" and source.num_bytes < instruction.num_bytes / 4:
-            return place(instruction.op_name)
+            return module_path(instruction.op_name)
         name = largest
 
 
 def first_group(instruction: Instruction) -> tuple[int, ...]:
-    """The first group of devices that exchange.
+    """Parses the first group of devices that communicate.
 
-    Written as {{0,1},{2,3}}; as [2,2]<=[4], maybe transposed; or by the axes of a mesh.
+    Groups are written as {{0,1},{2,3}}; as [2,2]<=[4], possibly with a transpose; or by the axes of
+    a mesh. A permutation's first pair of source and target is its group.
     """
     text = instruction.attributes
     if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", text):
@@ -121,16 +126,16 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 
 def parameter_name(op_name: str) -> str:
-    """params/blocks_0/attn/kernel, a parameter's path, of `state.params['blocks_0'][...]`."""
+    """Turns `state.params['blocks_0']['w1']` into the parameter's path params/blocks_0/w1."""
     return re.sub(r"[\[\]'\".\\]+", "/", op_name).strip("/").removeprefix("state/")
 
 
-def place(op_name: str) -> str:
-    """The part of a name stack that names modules, and the pass: "blocks_1/mlp (backward)"."""
+def module_path(op_name: str) -> str:
+    """Extracts the Flax module and the pass from a name stack: "blocks_1/mlp (backward)"."""
     if not op_name:
         return ""
     backward = "transpose(" in op_name
-    again = "rematted_computation" in op_name or "checkpoint" in op_name
+    recomputed = "rematted_computation" in op_name or "checkpoint" in op_name
     parts = [
         part
         for part in op_name.split("/")
@@ -140,7 +145,7 @@ def place(op_name: str) -> str:
     if len(parts) > 1:
         parts = parts[:-1]  # the last one is the primitive
     words = ["/".join(parts)]
-    if again and backward:
+    if recomputed and backward:
         words.append("(recomputed or backward)")
     elif backward:
         words.append("(backward)")

@@ -1,37 +1,43 @@
-"""What a compiled program does, counted from its optimised HLO.
+"""Counts kernels and collectives of a compiled program from its optimised HLO.
 
-  counts = hlo.count(compiled.as_text())
-  counts.flops, counts.collectives, counts.kernels
+  counts = count(compiled.as_text())
+  counts.flops, counts.kernels, counts.collectives
 
-Loops count as often as they run, and of a conditional's branches the one that moves most bytes.
+The body of a loop counts as often as it runs. Of a conditional's branches, the one that moves the
+most bytes counts.
 """
 
 import dataclasses
 import functools
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
+from typing import NamedTuple
 
 from microdit_jax.xla.hlo.collectives import COLLECTIVES, Collective, collective
-from microdit_jax.xla.hlo.matmuls import product_flops
-from microdit_jax.xla.hlo.text import Computation, Instruction, Module, Shape, parse
+from microdit_jax.xla.hlo.matmuls import matmul_flops
+from microdit_jax.xla.hlo.text import Computation, Instruction, Module, parse
+from microdit_jax.xla.hlo.traffic import traffic
 
-# Neither computes nor moves anything.
-_FREE = {
-    "slice-done",
-    "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "domain",
-    "opt-barrier", "partition-id", "replica-id", "iota", "copy-done", "async-done", "async-update",
-    *(f"{kind}-done" for kind in COLLECTIVES), "send-done", "recv-done", "add-dependency",
+# Wait for what was started, and neither compute nor move anything themselves.
+_DONE = {
+    "slice-done", "copy-done", "async-done", "send-done", "recv-done",
+    *(f"{kind}-done" for kind in COLLECTIVES),
 }  # fmt: skip
-# Read only as much of an operand as they return.
-_SLICES = ("slice", "dynamic-slice", "gather")
+_FREE = _DONE | {
+    "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "domain",
+    "opt-barrier", "partition-id", "replica-id", "iota", "async-update", "add-dependency",
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-    """What one instruction does each time, and how often it runs.
+    """Costs of one instruction.
 
-    flops: of matrix products, by the operands' type. num_bytes: read from and written to memory.
+    Attributes:
+      times: number of runs.
+      flops: matmul operations of one run, by the operands' element type.
+      num_bytes: bytes that one run reads from and writes to memory.
     """
 
     name: str
@@ -44,9 +50,10 @@ class Kernel:
 
 @dataclasses.dataclass(frozen=True)
 class Counts:
-    """All kernels and exchanges of a program on one device.
+    """Kernels and collectives of a program on one device, in the order they are scheduled.
 
-    uncounted: kernels from outside XLA whose operations nobody knows, by name.
+    Attributes:
+      uncounted: runs of custom calls whose operations are unknown, by name.
     """
 
     kernels: tuple[Kernel, ...]
@@ -55,7 +62,7 @@ class Counts:
 
     @property
     def flops_by_type(self) -> dict[str, float]:
-        """Operations of matrix products by the operands' type."""
+        """Matmul operations by the operands' element type."""
         total: dict[str, float] = Counter()
         for kernel in self.kernels:
             for dtype, flops in kernel.flops.items():
@@ -64,12 +71,12 @@ class Counts:
 
     @property
     def flops(self) -> float:
-        """Operations of all matrix products, attention kernels included."""
+        """Operations of all matmuls, those of attention kernels included."""
         return float(sum(self.flops_by_type.values()))
 
     @property
     def num_bytes(self) -> float:
-        """Moved between the chip and its memory, caches taken as empty at each kernel's start."""
+        """Bytes that all kernels move between the chip and its memory."""
         return sum((kernel.times * kernel.num_bytes for kernel in self.kernels), 0.0)
 
 
@@ -77,129 +84,91 @@ def count(text: str) -> Counts:
     """Counts a program.
 
     Args:
-      text: of its optimised HLO.
+      text: its optimised HLO.
     Raises:
-      ValueError: it is no HLO module.
+      ValueError: the text is no HLO module.
     """
     module = parse(text)
     counter = _Counter(module)
-    for computation, instruction, times in executed(module):
-        counter.add(computation, instruction, times)
+    for step in executed(module):
+        counter.add(step)
     return Counts(tuple(counter.kernels), tuple(counter.collectives), dict(counter.uncounted))
 
 
 # ------------------------------------------------------------------------------ what runs
-def executed(module: Module) -> Iterator[tuple[Computation, Instruction, int]]:
-    """Each instruction that does something, as a whole (a fusion is one), and how often it runs."""
+_Key = tuple[str, str]  # names of a computation and of one of its instructions
 
-    def visit(computation: Computation, times: int):
+
+class Step(NamedTuple):
+    """An instruction that runs `times` times; `done` is the one that waits for it, if any does."""
+
+    computation: Computation
+    instruction: Instruction
+    times: int
+    done: _Key | None = None
+
+
+def executed(module: Module) -> Iterator[Step]:
+    """Yields the instructions that do or await something, in order; a fusion is one instruction."""
+
+    def visit(computation: Computation, times: int, done: _Key | None = None) -> Iterator[Step]:
         for instruction in computation:
-            called = instruction.called
-            if instruction.opcode == "while":
-                trips = trip_count(module, instruction)
-                yield from visit(module.computations[called["body"][0]], times * trips)
-            elif instruction.opcode == "conditional":
-                names = [name for names in called.values() for name in names]
-                yield from visit(max(map(module.computations.get, names), key=weight), times)
-            elif instruction.opcode in ("call", "async-start"):
+            opcode, called = instruction.opcode, instruction.called
+            if opcode == "while":
+                body = module.computations[called["body"][0]]
+                yield from visit(body, times * trip_count(module, instruction))
+            elif opcode == "conditional":
+                branches = [
+                    module.computations[name] for names in called.values() for name in names
+                ]
+                yield from visit(max(branches, key=weight), times)
+            elif opcode in ("call", "async-start"):
+                awaited = _awaited_by(computation, instruction) if opcode != "call" else done
                 for name in called.get("to_apply", called.get("calls", [])):
-                    yield from visit(module.computations[name], times)
-            elif instruction.opcode not in _FREE:
-                yield computation, instruction, times
+                    yield from visit(module.computations[name], times, awaited)
+            elif opcode in _DONE or opcode not in _FREE:
+                awaited = _awaited_by(computation, instruction) or done
+                yield Step(computation, instruction, times, awaited)
 
     @functools.cache
     def weight(computation: Computation) -> float:
-        inside = visit(computation, 1)
-        return sum((times * traffic(module, parent, i) for parent, i, times in inside), 0.0)
+        return sum(
+            (
+                step.times * traffic(module, step.computation, step.instruction)
+                for step in visit(computation, 1)
+                if step.instruction.opcode not in _DONE
+            ),
+            0.0,
+        )
 
     yield from visit(module.entry, 1)
 
 
-def trip_count(module: Module, loop: Instruction) -> int:
-    """How often a loop's body runs: as the compiler knows it, or read from its condition.
+def _awaited_by(computation: Computation, instruction: Instruction) -> _Key | None:
+    """Finds the instruction that waits for one that only starts something."""
+    if instruction.opcode.endswith("-start") or instruction.opcode == "async-update":
+        for user in computation.users[instruction.name]:
+            if user.opcode in _DONE:
+                return computation.name, user.name
+            if user.opcode == "async-update":
+                return _awaited_by(computation, user)
+    return None
 
-    1 where neither says, as for a search that ends when it has found.
+
+def trip_count(module: Module, loop: Instruction) -> int:
+    """Returns how often a loop's body runs, by the compiler's note or the loop's condition.
+
+    It is 1 where neither says, as for a search that ends when it has found something.
     """
     known = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.attributes)
     if known:
         return int(known[1])
     condition = module.computations[loop.called["condition"][0]]
     if condition.root.opcode == "compare" and condition.root.attribute("direction") == "LT":
-        bound = condition.instructions[condition.root.operands[1]]
-        if bound.opcode == "constant" and bound.arguments.isdigit():
-            return int(bound.arguments)
+        limit = condition.instructions[condition.root.operands[1]]
+        if limit.opcode == "constant" and limit.arguments.isdigit():
+            return int(limit.arguments)
     return 1
-
-
-# ------------------------------------------------------------------------------ memory
-def traffic(module: Module, computation: Computation, instruction: Instruction) -> float:
-    """Bytes that an instruction reads and writes.
-
-    Of an operand that it only slices, the slices count; of a buffer updated in place, the update.
-    """
-    opcode = instruction.opcode
-    if opcode in _SLICES:
-        source = computation.operand_shapes(instruction)[0]
-        read = 0.0 if source[0].on_chip else instruction.num_bytes
-        return read + _bytes(instruction.shapes)
-    if opcode in ("copy-start", "slice-start"):  # (source, destination, state)
-        source, destination = instruction.shapes[:2]
-        return destination.num_bytes * ((not source.on_chip) + (not destination.on_chip))
-    if opcode in ("dynamic-update-slice", "scatter"):
-        return 2 * _bytes(computation.operand_shapes(instruction)[-1 if opcode == "scatter" else 1])
-    operands = computation.operand_shapes(instruction)
-    if opcode == "fusion" and "calls" in instruction.called:
-        body = module.computations[instruction.called["calls"][0]]
-        read = sum(
-            _read(body, parameter, shapes)
-            for parameter, shapes in zip(body.parameters, operands, strict=True)
-        )
-        return read + _written(body, body.root)
-    if opcode.endswith("-start"):  # its result repeats its operands
-        return 2 * sum(map(_bytes, operands), 0.0)
-    written = _bytes(instruction.shapes)
-    if opcode == "custom-call":  # libraries' scratch space comes last, as plain bytes
-        last = instruction.shapes[-1] if len(instruction.shapes) > 1 else None
-        if last is not None and last.dtype in ("s8", "u8") and len(last.dims) == 1:
-            written -= last.num_bytes
-    return sum(map(_bytes, operands), 0.0) + written
-
-
-def _bytes(shapes: Iterable[Shape]) -> float:
-    """What of them lies in the chip's main memory."""
-    return sum((shape.num_bytes for shape in shapes if not shape.on_chip), 0.0)
-
-
-def _read(body: Computation, parameter: Instruction, shapes: tuple[Shape, ...]) -> float:
-    """What of a fusion's operand is read."""
-    whole, sliced = _bytes(shapes), 0.0
-    pending, seen = [parameter], set()
-    while pending:
-        source = pending.pop()
-        for user in body.users[source.name]:
-            if user.name in seen:
-                continue
-            seen.add(user.name)
-            if user.opcode == "bitcast":
-                pending.append(user)
-            elif user.opcode in _SLICES and user.operands[0] == source.name:
-                sliced += user.num_bytes
-            elif user.opcode == "dynamic-update-slice" and user.operands[0] == source.name:
-                continue  # in place
-            else:
-                return whole
-    return min(whole, sliced)
-
-
-def _written(body: Computation, root: Instruction) -> float:
-    """What a fusion writes: of a buffer updated in place, the update."""
-    if root.opcode == "tuple":
-        return sum((_written(body, body.instructions[name]) for name in root.operands), 0.0)
-    if root.opcode == "bitcast":
-        return _written(body, body.instructions[root.operands[0]])
-    if root.opcode == "dynamic-update-slice":
-        return _bytes(body.operand_shapes(root)[1])
-    return _bytes(root.shapes)
 
 
 # ------------------------------------------------------------------------------ counting
@@ -209,20 +178,29 @@ class _Counter:
         self.kernels: list[Kernel] = []
         self.collectives: list[Collective] = []
         self.uncounted: Counter[str] = Counter()
+        self._started: dict[_Key, list[int]] = {}  # indices of the collectives not awaited yet
 
-    def add(self, computation: Computation, instruction: Instruction, times: int) -> None:
+    def add(self, step: Step) -> None:
+        computation, instruction, times, done = step
+        if instruction.opcode in _DONE:
+            self._finish((computation.name, instruction.name))
+            return
         kind = instruction.opcode.removesuffix("-start")
         if kind in COLLECTIVES:
-            self.collectives.append(collective(self.module, kind, computation, instruction, times))
+            if done:
+                self._started.setdefault(done, []).append(len(self.collectives))
+            found = collective(self.module, kind, computation, instruction, times)
+            now = len(self.kernels)
+            self.collectives.append(dataclasses.replace(found, started=now, finished=now))
             return
         flops: Counter[str] = Counter()
         for parent, part in self._parts(computation, instruction):
-            found = product_flops(parent, part)
-            if found is None:
+            matmul = matmul_flops(parent, part)
+            if matmul is None:
                 target = part.attribute("custom_call_target") or part.name
                 self.uncounted[target.strip('"')] += times
-            elif found[1]:
-                flops[found[0]] += found[1]
+            elif matmul[1]:
+                flops[matmul[0]] += matmul[1]
         self.kernels.append(
             Kernel(
                 instruction.name,
@@ -234,8 +212,16 @@ class _Counter:
             )
         )
 
-    def _parts(self, computation: Computation, instruction: Instruction):
-        """The instruction, or all instructions inside it if it is a fusion."""
+    def _finish(self, done: _Key) -> None:
+        for i in self._started.pop(done, []):
+            self.collectives[i] = dataclasses.replace(
+                self.collectives[i], finished=len(self.kernels)
+            )
+
+    def _parts(
+        self, computation: Computation, instruction: Instruction
+    ) -> Iterator[tuple[Computation, Instruction]]:
+        """Yields the instruction or, if it is a fusion, all instructions inside it."""
         if instruction.opcode != "fusion" or "calls" not in instruction.called:
             yield computation, instruction
             return

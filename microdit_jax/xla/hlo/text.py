@@ -1,7 +1,7 @@
-"""Reads the text of optimised HLO into computations and instructions.
+"""Parses the text of optimised HLO into computations and instructions.
 
-The text is what `jax.stages.Compiled.as_text()` gives on every backend. Only what our counts need
-is kept: shapes, operands, called computations, and the raw attributes.
+The text is what `jax.stages.Compiled.as_text()` returns on every backend. The parser keeps only
+what the counts need: shapes, operands, called computations, and the raw attributes.
 """
 
 import dataclasses
@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Iterator
 
-# Bits of an element; types that are not here (token, opaque) take no memory.
+# Bits of one element. Types that are not listed (token, opaque) take no memory.
 BITS = {
     "pred": 8, "s2": 2, "u2": 2, "s4": 4, "u4": 4, "s8": 8, "u8": 8, "s16": 16, "u16": 16,
     "s32": 32, "u32": 32, "s64": 64, "u64": 64, "f16": 16, "bf16": 16, "f32": 32, "f64": 64,
@@ -23,8 +23,7 @@ _OPCODE = re.compile(r"\s*([a-z][\w\-]*)\(")
 _COMMENT = re.compile(r"/\*.*?\*/")
 _NAME = re.compile(r"%([\w.\-]+)")
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
-# Which attributes name computations that run when the instruction does; `to_apply` of a reduction
-# is no program of its own.
+# Attributes that name the computations an instruction runs.
 _CALLED = re.compile(
     r"\b(calls|to_apply|condition|body|true_computation|false_computation|"
     r"branch_computations|called_computations)=(\{[^}]*\}|%?[\w.\-]+)"
@@ -33,7 +32,7 @@ _CALLED = re.compile(
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """An array's element type and sizes; on_chip: it lies in a TPU's vector memory."""
+    """Element type and dimensions of an array; `on_chip` if it lies in a TPU's vector memory."""
 
     dtype: str
     dims: tuple[int, ...]
@@ -41,12 +40,12 @@ class Shape:
 
     @property
     def elements(self) -> int:
-        """How many."""
+        """Number of elements."""
         return math.prod(self.dims)
 
     @property
     def num_bytes(self) -> float:
-        """Of all elements; types smaller than a byte count as they are packed."""
+        """Size in bytes; types smaller than a byte count as packed."""
         return self.elements * BITS.get(self.dtype, 0) / 8
 
 
@@ -55,10 +54,10 @@ class Instruction:
     """One line of a computation.
 
     Attributes:
-      shapes: of its result; several for a tuple, nested ones flattened.
-      operands: names of instructions of the same computation.
-      arguments: the text between its parentheses; what a constant or parameter is.
-      attributes: the text after them.
+      shapes: shapes of the result; several for a tuple, nested tuples flattened.
+      operands: names of the instructions of the same computation whose results it takes.
+      arguments: text between the parentheses: a constant's value, a parameter's number.
+      attributes: text after the closing parenthesis.
     """
 
     name: str
@@ -71,51 +70,51 @@ class Instruction:
 
     @functools.cached_property
     def op_name(self) -> str:
-        """Where in the Python program it comes from, by JAX's name stack; "" if nobody says."""
+        """JAX's name stack at the operation it was compiled from; "" if there is none."""
         match = _OP_NAME.search(self.attributes)
         return match[1] if match else ""
 
     @functools.cached_property
     def called(self) -> dict[str, list[str]]:
-        """Names of computations by the attribute that names them."""
+        """Names of the computations it runs, by the attribute that lists them."""
         head = self.attributes.split("metadata={")[0].split("backend_config=")[0]
-        found = {}
+        found: dict[str, list[str]] = {}
         for kind, names in _CALLED.findall(head):
             found[kind] = re.findall(r"[\w.\-]+", names.replace("%", ""))
         return found
 
     @property
     def num_bytes(self) -> float:
-        """Of its result."""
+        """Size of the result in bytes."""
         return sum((shape.num_bytes for shape in self.shapes), 0.0)
 
     def attribute(self, name: str) -> str | None:
-        """The value of `name=`, up to the next comma or the end of its braces."""
+        """Value of the attribute `name=`, up to the next comma or the end of its braces."""
         match = re.search(rf"\b{name}=(\{{[^}}]*\}}|[^,\s]+)", self.attributes)
         return match[1] if match else None
 
 
 @dataclasses.dataclass(eq=False)
 class Computation:
-    """A function of the module: its instructions by name, in order."""
+    """A function of the module: its instructions by name, in the order they are scheduled."""
 
     name: str
     instructions: dict[str, Instruction]
 
     @functools.cached_property
     def root(self) -> Instruction:
-        """The instruction whose result is the computation's."""
+        """Instruction whose result is the computation's result."""
         return next(i for i in self.instructions.values() if i.is_root)
 
     @functools.cached_property
     def parameters(self) -> list[Instruction]:
-        """In the order of their numbers."""
+        """Parameters, sorted by their numbers."""
         found = [i for i in self.instructions.values() if i.opcode == "parameter"]
         return sorted(found, key=lambda i: int(i.arguments))
 
     @functools.cached_property
     def users(self) -> dict[str, list[Instruction]]:
-        """Who takes an instruction's result."""
+        """Instructions that take each instruction's result, by its name."""
         users: dict[str, list[Instruction]] = {name: [] for name in self.instructions}
         for instruction in self.instructions.values():
             for operand in dict.fromkeys(instruction.operands):
@@ -124,7 +123,7 @@ class Computation:
         return users
 
     def operand_shapes(self, instruction: Instruction) -> list[tuple[Shape, ...]]:
-        """The shapes of what an instruction of this computation takes."""
+        """Shapes of each operand of an instruction of this computation."""
         return [self.instructions[name].shapes for name in instruction.operands]
 
     def __iter__(self) -> Iterator[Instruction]:
@@ -133,25 +132,26 @@ class Computation:
 
 @dataclasses.dataclass(eq=False)
 class Module:
-    """All computations of a program; `entry` is where it starts."""
+    """All computations of a program; it starts in `entry`."""
 
     computations: dict[str, Computation]
     entry: Computation
 
 
 def parse(text: str) -> Module:
-    """A module from its text.
+    """Parses the text of a module.
 
     Raises:
       ValueError: the text has no entry computation.
     """
-    computations, entry, current = {}, None, None
+    computations: dict[str, Computation] = {}
+    entry: Computation | None = None
+    current: Computation | None = None
     for line in _whole_lines(text):
         if current is None:
             if line.endswith("{") and "->" in line:
-                head = line.removeprefix("ENTRY ").lstrip("%")
-                current = Computation(re.match(r"[\w.\-]+", head)[0], {})
-                computations[current.name] = current
+                name = re.split(r"[^\w.\-]", line.removeprefix("ENTRY ").lstrip("%"))[0]
+                current = computations[name] = Computation(name, {})
                 if line.startswith("ENTRY "):
                     entry = current
         elif _ends_computation(line):
@@ -164,11 +164,11 @@ def parse(text: str) -> Module:
 
 
 def _whole_lines(text: str) -> Iterator[str]:
-    """Lines, those of one instruction as one.
+    """Yields the lines of the text, all lines of one instruction joined.
 
-    A Pallas kernel's metadata goes on in the first column, and may start with a closing brace.
+    A Pallas kernel's metadata continues in the first column, and may start with a closing brace.
     """
-    pending = ""  # an instruction that may go on
+    pending = ""  # an instruction that may continue on the next line
     for line in text.splitlines():
         if pending and line[:1] not in ("", " ") and not _ends_computation(line):
             pending += f" {line}"
@@ -214,11 +214,11 @@ def _instruction(line: str) -> Instruction | None:
 
 
 def _size(text: str) -> int:
-    return int(text.removeprefix("<="))  # a size known only by its bound
+    return int(text.removeprefix("<="))  # a dynamic dimension: its upper bound
 
 
 def _closing(line: str, start: int) -> int:
-    """Just after the parenthesis that closes the one at `start`."""
+    """Returns the index after the parenthesis that closes the one at `start`."""
     depth = 0
     for match in re.finditer(r"[()]", line[start:]):
         depth += 1 if match[0] == "(" else -1
