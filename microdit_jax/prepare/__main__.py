@@ -19,7 +19,6 @@ if __name__ == "__main__":
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -32,13 +31,14 @@ from microdit_jax.prepare import job, job_folder
 from microdit_jax.prepare.encoding import make_towers
 from microdit_jax.prepare.options import PrepareOptions
 from microdit_jax.prepare.sources import registry
+from microdit_jax.towers import Codec
 
 DEFAULT_VAE = "stabilityai/stable-diffusion-xl-base-1.0"
 DEFAULT_TEXT_ENCODER = "openclip:hf-hub:apple/DFN5B-CLIP-ViT-H-14-378"
 _SHEET_IMAGES, _SHEET_COLUMNS = 24, 6
 
 
-def contact_sheet(output: Path, codec: Any, options: PrepareOptions) -> Path:
+def contact_sheet(output: Path, codec: Codec, options: PrepareOptions) -> Path:
     """Saves images decoded back from random latents of the output, with their captions."""
     source = open_latents(
         output,
