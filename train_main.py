@@ -8,15 +8,10 @@ Examples:
 With several processes (docs/scaling.md), start this on each of them.
 """
 
-if __name__ == "__main__":
-    from microdit_jax.commands.boundary import run_command
-
-    run_command(__file__)
-
-from absl import flags
+from absl import app, flags
 from ml_collections import config_flags
 
-from microdit_jax.commands.cli import absl_command
+from microdit_jax.commands.cli import read_config, run
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/, with its variants.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints, logs and samples go.")
@@ -31,11 +26,12 @@ HEARTBEAT = flags.DEFINE_integer(
 )
 
 
-@absl_command(required=("config", "workdir"))
-def main():
+def main(argv):
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments {argv[1:]}")
     from microdit_jax.machine import hosts  # after the flags: --help answers at once
 
-    config = CONFIG.value
+    config = read_config(CONFIG)
     with hosts.job(
         COORDINATOR.value,
         NUM_PROCESSES.value,
@@ -46,3 +42,8 @@ def main():
         from microdit_jax.train import train, train_stages
 
         (train_stages if "stages" in config else train)(config, WORKDIR.value)
+
+
+if __name__ == "__main__":
+    flags.mark_flags_as_required(["config", "workdir"])
+    run(main)

@@ -1,6 +1,6 @@
 """python -m convert: the converter of microdit_jax.convert, under the name it has in the docs."""
 
-if __name__ == "__main__":
-    from microdit_jax.commands.boundary import run_command
+from microdit_jax.convert.__main__ import main
 
-    run_command("microdit_jax.convert.__main__")
+if __name__ == "__main__":
+    main()

@@ -1,6 +1,7 @@
 """Puts pipelines together: a network by name, and the VAE and text encoder that belong to it."""
 
 import functools
+from typing import Any
 
 import jax
 import numpy as np
@@ -13,21 +14,21 @@ from microdit_jax.assets import load as assets
 from microdit_jax.checkpoints import run as run_checkpoint
 from microdit_jax.data import twemoji
 from microdit_jax.encoders import registry
+from microdit_jax.encoders.token_table import TokenTable
 from microdit_jax.errors import UserError
 from microdit_jax.machine import memory
 from microdit_jax.machine.placement import rows_sharding
-from microdit_jax.models import dit
-from microdit_jax.models.dit import DiT, DiTConfig
+from microdit_jax.models import ARCHES, arch_of
+from microdit_jax.models.dit import DiT
 from microdit_jax.sampling.pipeline import LatentDiffusion
-from microdit_jax.towers import TextEncoder
 
-ARCHES = ("MicroDiT_XL_2", "MicroDiT_Tiny_2")
+DEFAULT_ARCH = next(iter(ARCHES))
 
 
 def create_latent_diffusion(
     vae_name: str = hub.SDXL_VAE,
     text_encoder_name: str = hub.DFN5B_CLIP,
-    dit_arch: str = "MicroDiT_XL_2",
+    dit_arch: str = DEFAULT_ARCH,
     latent_res: int = 32,
     in_channels: int = 4,
     pos_interp_scale: float = 1.0,
@@ -67,8 +68,9 @@ def create_latent_diffusion(
                 "in_channels": (in_channels, model.config.in_channels),
                 "pos_interp_scale": (pos_interp_scale, model.config.pos_interp_scale),
             }
-            if dit_arch != ARCHES[0]:
-                asked["dit_arch"] = (dit_arch, _arch(model.config))
+            if dit_arch != DEFAULT_ARCH:
+                found = arch_of(model.config.dim, model.config.depth)
+                asked["dit_arch"] = (dit_arch, found or DEFAULT_ARCH)
             for name, (wanted, found) in asked.items():
                 if wanted != found:
                     raise UserError(
@@ -78,7 +80,7 @@ def create_latent_diffusion(
             model = model._replace(vae=vae_name, text_encoder=text_encoder_name)
         return from_model(model, dtype=dtype)
     text_encoder = assets.load_text_encoder(text_encoder_name, dtype=dtype)
-    config = getattr(dit, dit_arch)(
+    config = ARCHES[dit_arch](
         input_size=latent_res,
         in_channels=in_channels,
         pos_interp_scale=pos_interp_scale,
@@ -87,15 +89,6 @@ def create_latent_diffusion(
     )
     model = assets.untrained_model(config, mesh=mesh)._replace(vae=vae_name)
     return from_model(model, dtype=dtype, text_encoder=text_encoder)
-
-
-def _arch(config: DiTConfig) -> str:
-    """The one of ARCHES that has a network's width and depth, or the default for other sizes."""
-    for name in ARCHES:
-        known = getattr(dit, name)()
-        if (known.dim, known.depth) == (config.dim, config.depth):
-            return name
-    return ARCHES[0]
 
 
 def load(
@@ -134,7 +127,7 @@ def load(
 
 
 def from_model(
-    model: assets.Model, *, dtype: str | None = None, text_encoder: TextEncoder | None = None
+    model: assets.Model, *, dtype: str | None = None, text_encoder: Any = None
 ) -> LatentDiffusion:
     """The pipeline of a model, with the codec and the text encoder that it names.
 
@@ -165,8 +158,8 @@ def from_model(
 
 
 def draws_emoji(pipe: LatentDiffusion) -> bool:
-    """True for a network of the embedded emoji images, which alone have a random token table."""
-    return not pipe.text_encoder.pretrained
+    """Whether the network is of the embedded pictures, which alone have a token table."""
+    return isinstance(pipe.text_encoder, TokenTable)
 
 
 def usual_guidance(pipe: LatentDiffusion) -> float:

@@ -26,7 +26,13 @@ Denoiser = Callable[[Latents, Float[Array, " n"]], Latents]
 
 @dataclasses.dataclass(frozen=True)
 class EdmConfig:
-    """Noise levels. P_mean and P_std are -0.6 and 1.2 at 256 px, 0 and 0.6 at 512 px."""
+    """Noise levels of training and sampling; the defaults are those of 256 px.
+
+    Attributes:
+      sigma_data: standard deviation of the data.
+      P_mean, P_std: mean and deviation of ln(sigma) in training; 0 and 0.6 at 512 px.
+      sigma_min, sigma_max, rho: of the sampler's levels (equation 5).
+    """
 
     sigma_data: float = 0.9
     P_mean: float = -0.6
@@ -67,13 +73,13 @@ def _per_image(value: Float[Array, " n"]) -> Float[Array, "n 1 1 1"]:
     return value[:, None, None, None]
 
 
-def denoiser(network: Network, sigma_data: float = 0.9) -> Denoiser:
+def denoiser(network: Network, sigma_data: float) -> Denoiser:
     """D(x; sigma) = c_skip x + c_out F(c_in x; c_noise) (EDM, equation 7)."""
 
     def denoise(x: Latents, sigma: Float[Array, " n"]) -> Latents:
-        c = scalings(sigma, sigma_data)
-        F_x = network(_per_image(c.c_in) * x, c.c_noise)
-        return _per_image(c.c_skip) * x + _per_image(c.c_out) * F_x.astype(jnp.float32)
+        c_skip, c_out, c_in, c_noise = scalings(sigma, sigma_data)
+        F_x = network(_per_image(c_in) * x, c_noise)
+        return _per_image(c_skip) * x + _per_image(c_out) * F_x.astype(jnp.float32)
 
     return denoise
 
@@ -90,7 +96,7 @@ def guided(network: Network, guidance_scale: Float[Array, ""] | float) -> Networ
 
     def network_with_guidance(x: Latents, c_noise: Float[Array, " n"]) -> Latents:
         F_both = network(interleave(x, x), interleave(c_noise, c_noise)).astype(jnp.float32)
-        F_both = F_both.reshape(x.shape[0], 2, *x.shape[1:])
+        F_both = F_both.reshape(x.shape[0], 2, *x.shape[1:])  # (n, 2, height, width, channels)
         F_cond, F_uncond = F_both[:, 0], F_both[:, 1]
         return F_uncond + guidance_scale * (F_cond - F_uncond)
 
@@ -98,12 +104,12 @@ def guided(network: Network, guidance_scale: Float[Array, ""] | float) -> Networ
 
 
 def interleave(first: Float[Array, "n *s"], second: Float[Array, "n *s"]) -> Float[Array, "m *s"]:
-    """first[0], second[0], first[1], second[1], ...: (2n, ...)."""
+    """Alternates rows: first[0], second[0], first[1], second[1], ..., (2n, ...)."""
     return jnp.stack([first, second], axis=1).reshape(2 * first.shape[0], *first.shape[1:])
 
 
 def training_sigma(normal: Float[Array, " n"], config: EdmConfig) -> Float[Array, " n"]:
-    """ln(sigma) ~ N(P_mean, P_std^2) from standard normals (EDM, Table 1)."""
+    """Noise levels with ln(sigma) ~ N(P_mean, P_std^2), from standard normals (EDM, Table 1)."""
     return jnp.exp(normal.astype(jnp.float32) * config.P_std + config.P_mean)
 
 
@@ -113,10 +119,10 @@ def edm_loss(
     noise: Latents,
     sigma: Float[Array, " n"],
     *,
-    sigma_data: float = 0.9,
-    patch_size: int = 2,
+    sigma_data: float,
+    patch_size: int,
 ) -> Float[Array, " n"]:
-    """Weighted denoising error of each image (EDM, equation 8; masked: arXiv 2407.15811).
+    """Weighted denoising error of each image (EDM, equations 7 and 8; masked: arXiv 2407.15811).
 
     Args:
       network: F(x, c_noise) -> (F_x, mask); the mask (n, t) is 1 at patches that F did not see, or
@@ -128,16 +134,13 @@ def edm_loss(
       (n,) float32: mean over channels and over pixels, those of kept patches alone if masked.
     """
     latents, sigma = latents.astype(jnp.float32), sigma.astype(jnp.float32)
-    mask = None
-
-    def unmasked(x: Latents, c_noise: Float[Array, " n"]) -> Latents:
-        nonlocal mask
-        F_x, mask = network(x, c_noise)
-        return F_x
-
     x = latents + noise.astype(jnp.float32) * _per_image(sigma)
-    D_x = denoiser(unmasked, sigma_data)(x, sigma)
-    weight = (jnp.square(sigma) + sigma_data**2) / jnp.square(sigma * sigma_data)
+    # Equation 7: D(x; sigma) = c_skip x + c_out F(c_in x; c_noise)
+    c_skip, c_out, c_in, c_noise = scalings(sigma, sigma_data)
+    F_x, mask = network(_per_image(c_in) * x, c_noise)
+    D_x = _per_image(c_skip) * x + _per_image(c_out) * F_x.astype(jnp.float32)
+    # Equation 8: the mean of lambda(sigma) |D_x - latents|^2
+    weight = (jnp.square(sigma) + sigma_data**2) / jnp.square(sigma * sigma_data)  # lambda (n,)
     error = _per_image(weight) * jnp.square(D_x - latents)
     p = patch_size
     patches = reduce(error, "n (h p) (w q) c -> n (h w)", "mean", p=p, q=p)  # (n, t)
@@ -148,7 +151,7 @@ def edm_loss(
 
 
 def sigma_steps(num_steps: int, config: EdmConfig = EdmConfig()) -> Float64[np.ndarray, " steps"]:
-    """Noise levels of the sampler, from sigma_max to sigma_min, then 0 (EDM, equation 5).
+    """Noise levels of a sampling run, from sigma_max to sigma_min, then 0 (EDM, equation 5).
 
     Returns:
       (num_steps + 1,) float64.
@@ -163,10 +166,12 @@ def sigma_steps(num_steps: int, config: EdmConfig = EdmConfig()) -> Float64[np.n
 
 
 class HeunState(NamedTuple):
-    """Where the sampler stands between two network evaluations.
+    """The sampler's state between two network evaluations, all float32.
 
-    x: where D is to be evaluated; x_start: where the step began; slope_start: dx/dsigma there.
-    All (n, height, width, channels) float32.
+    Attributes:
+      x: input of the next evaluation.
+      x_start: x at the start of the step.
+      slope_start: dx/dsigma at the start of the step.
     """
 
     x: Latents
@@ -177,13 +182,13 @@ class HeunState(NamedTuple):
 def heun_start(noise: Latents, config: EdmConfig = EdmConfig()) -> HeunState:
     """The state before the first evaluation: standard normal noise times sigma_max."""
     x = noise.astype(jnp.float32) * np.float32(config.sigma_max)
-    # Three arrays, not one thrice: the state is donated from evaluation to evaluation. The zeros
-    # come from x, so that they lie where it lies on a mesh.
+    # Three buffers, since the state is donated from evaluation to evaluation. Zeros made from x are
+    # sharded like x.
     return HeunState(x, jnp.copy(x), 0 * x)
 
 
 def heun_evaluations(num_steps: int, config: EdmConfig = EdmConfig()) -> dict[str, np.ndarray]:
-    """What `heun_evaluate` needs at each of the 2 num_steps - 1 evaluations, in order.
+    """Tabulates the input `at` of `heun_evaluate` for each of the 2 num_steps - 1 evaluations.
 
     Row 2i evaluates D at sigma_i (a prediction, Euler), row 2i + 1 at sigma_{i+1} (its correction,
     Heun); both then step from x_i by `step`. The last step, to sigma 0, is Euler's alone.
@@ -201,7 +206,7 @@ def heun_evaluations(num_steps: int, config: EdmConfig = EdmConfig()) -> dict[st
 
 
 def heun_evaluate(denoise: Denoiser, state: HeunState, at: dict[str, Array]) -> HeunState:
-    """One evaluation of the network and the update it brings (EDM, Algorithm 1, no churn).
+    """Evaluates the network once and updates the state (EDM, Algorithm 1, no churn).
 
     Args:
       denoise: D(x, sigma) with sigma (n,).
@@ -217,10 +222,10 @@ def heun_evaluate(denoise: Denoiser, state: HeunState, at: dict[str, Array]) -> 
 
 
 def heun_denoised(state: HeunState, sigma: Float[Array, ""]) -> Latents:
-    """The D(x; sigma) that a prediction found, for a preview: x - sigma dx/dsigma.
+    """Recovers D(x; sigma) of a prediction, for a preview: x - sigma dx/dsigma.
 
     Args:
-      state: as `heun_evaluate` left it after an evaluation that does not correct.
+      state: result of a `heun_evaluate` that does not correct.
       sigma: the noise level of that evaluation.
     """
     return state.x_start - sigma * state.slope_start
@@ -229,13 +234,13 @@ def heun_denoised(state: HeunState, sigma: Float[Array, ""]) -> Latents:
 def heun_sampler(
     denoise: Denoiser, noise: Latents, num_steps: int, config: EdmConfig = EdmConfig()
 ) -> Latents:
-    """Deterministic second-order sampler (EDM, Algorithm 1, no churn), as one compiled loop.
+    """Runs the deterministic second-order sampler (EDM, Algorithm 1, no churn) as one loop.
 
     The reference keeps the trajectory in float64 and rounds to float32 at every network call. Here
-    the noise levels are computed in float64 and the state is float32: each update rounds x by
-    about 1e-7 of its size, no more than that rounding before the network, and adds no term that
-    cancels, since sigma only falls. Against the reference's 30-step float64 trajectory this stays
-    within 1e-5 relative (tests/test_diffusion.py), and needs no 64-bit mode, which TPUs lack.
+    the noise levels are computed in float64 and the state is float32. Each update rounds x by about
+    1e-7 of its size, no more than the reference's rounding does, and no two terms cancel, since
+    sigma only falls. The result stays within 1e-5 of the reference's 30-step float64 trajectory
+    (tests/test_diffusion.py) without 64-bit mode, which TPUs lack.
 
     Args:
       denoise: D(x, sigma) with sigma (n,).

@@ -1,21 +1,21 @@
-"""Where every array lives: the mesh, path rules for weights, and the exchanges between devices.
+"""Shardings of every array: the mesh, path rules for weights, collectives between devices.
 
 The mesh has three axes. `data` copies the weights, `fsdp` splits them, `expert` splits the experts;
-the batch is split over all three. One rule, `param_spec`, places weights, optimiser moments and
+the batch is split over all three. One rule, `param_spec`, shards weights, optimiser moments and
 moving average alike, since the path of each ends with the weight's own.
 
-The train step computes its gradients inside `jax.shard_map`, where each device sees its own images
-and its own shards and the exchanges are written out: `gather` before the network, `scatter_sum`
-after it, and two all-to-alls in each expert layer (models/moe.py). Left to the partitioner, weights
-split over their columns pull activations along, and each `split` of a fused projection costs an
-all-to-all that no sharding rule asked for (19 in a step of six small blocks on a 2x4x1 mesh); it
-cannot place Pallas kernels at all.
+Training, evaluation and sampling run the network through `on_each_device`, inside `jax.shard_map`:
+each device sees its own images and its own shards, and the collectives are written out. These are
+`gather` before the network, `scatter_sum` after it, and two all-to-alls in each expert layer
+(models/moe.py). Left to the partitioner, weights split over their columns pull activations along,
+and each `split` of a fused projection costs an all-to-all that no sharding rule asked for (19 in a
+step of six small blocks on a 2x4x1 mesh); it cannot partition Pallas kernels at all.
 """
 
 import functools
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -31,12 +31,15 @@ AXES = ("data", "fsdp", "expert")
 EXPERT_WEIGHTS = ("w1", "w2")  # (e, d, f) and (e, f, d); dense layers call theirs "kernel"
 
 # Weights of fewer elements, and vectors, are copied to every device: 0.04 % of XL/2, and each would
-# cost a gather of its own.
+# cost an all-gather of its own.
 REPLICATE_BELOW = 2**14
 
 
 def make_mesh(
-    data: int = -1, fsdp: int = 1, expert: int = 1, devices: Sequence[jax.Device] | None = None
+    data: int = -1,
+    fsdp: int = 1,
+    expert: int = 1,
+    devices: "Sequence[jax.Device] | np.ndarray | None" = None,
 ) -> Mesh:
     """The mesh (data, fsdp, expert) over `devices`, by default all of every process.
 
@@ -74,11 +77,11 @@ def param_spec(
     *,
     replicate_below: int = REPLICATE_BELOW,
 ) -> P:
-    """Where one weight, or an optimiser's copy of it, lives.
+    """Returns the sharding of one weight, or of an optimiser's copy of it.
 
-    Expert weights are split over `expert` by expert. Then each weight is split over `fsdp` along
-    its largest axis that divides, the last among equals; vectors and weights of fewer than
-    `replicate_below` elements are not.
+    Expert weights are split over `expert` by expert. Each weight is also split over `fsdp`, along
+    its largest axis that divides (the last of equal ones), except for vectors and weights of fewer
+    than `replicate_below` elements.
 
     Args:
       path: names from the tree's root to the weight; only the last one counts.
@@ -105,12 +108,12 @@ def param_spec(
 
 
 def names(path: Sequence[Any]) -> tuple[str, ...]:
-    """The keys of a JAX tree path as strings."""
+    """Returns the keys of a JAX tree path as strings."""
     return tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
 
 
 def specs(shapes: Any, mesh: Mesh | AbstractMesh, *, replicate_below: int = REPLICATE_BELOW) -> Any:
-    """A tree of PartitionSpecs by `param_spec`, for a tree of arrays or their shapes."""
+    """Returns the tree of `param_spec`s for a tree of arrays or their shapes."""
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf: param_spec(
             names(path), leaf.shape, mesh, replicate_below=replicate_below
@@ -122,11 +125,26 @@ def specs(shapes: Any, mesh: Mesh | AbstractMesh, *, replicate_below: int = REPL
 def shardings(
     shapes: Any, mesh: Mesh | AbstractMesh, *, replicate_below: int = REPLICATE_BELOW
 ) -> Any:
-    """A tree of NamedShardings by `param_spec`: of parameters, or of a whole TrainState."""
+    """Returns the tree of NamedShardings by `param_spec`, of parameters or a whole TrainState."""
     return jax.tree.map(
         lambda spec: NamedSharding(mesh, spec),
         specs(shapes, mesh, replicate_below=replicate_below),
         is_leaf=lambda leaf: isinstance(leaf, P),
+    )
+
+
+def with_shardings(
+    shapes: Any, mesh: Mesh | AbstractMesh, *, replicate_below: int = REPLICATE_BELOW
+) -> Any:
+    """Returns a tree of `jax.ShapeDtypeStruct`, sharded by `param_spec`, to restore or lower with.
+
+    Args:
+      shapes: arrays or their shapes: parameters, or a whole TrainState.
+    """
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        shapes,
+        shardings(shapes, mesh, replicate_below=replicate_below),
     )
 
 
@@ -135,19 +153,19 @@ BATCH = P(AXES)  # the batch axis over all three
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Of arrays whose first axis is the batch."""
+    """Returns the sharding of arrays whose first axis is the batch."""
     return NamedSharding(mesh, BATCH)
 
 
 def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """This process's share of a batch as part of the arrays that all processes make together.
+    """Makes global arrays of a batch, to which each process contributes its share.
 
     Args:
       batch: arrays (n / processes, ...), block p of the global batch on process p; scalars, equal
         on all processes, stay whole.
     Returns:
-      The same as global arrays (n, ...), and "position" (n,) int32: each image's place in the
-      batch, which its noise is drawn from, whatever device it lands on.
+      The batch as global arrays (n, ...), and "position" (n,) int32: each image's index in the
+      batch, which decides its noise, whatever device it lands on.
     Raises:
       UserError: the global batch does not divide over the devices.
     """
@@ -159,23 +177,64 @@ def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
             f"{processes} processes; change train.batch_size"
         )
     scalars = {name: value for name, value in batch.items() if name not in rows}
-    # All of a kind at once: one by one each takes a tenth of a millisecond more.
-    place = jax.make_array_from_process_local_data
-    split = place(batch_sharding(mesh), {name: batch[name] for name in rows})
-    whole = place(NamedSharding(mesh, P()), scalars)
+    # All arrays of one sharding in one call: one by one, each takes a tenth of a millisecond more.
+    make_global = jax.make_array_from_process_local_data
+    split = make_global(batch_sharding(mesh), {name: batch[name] for name in rows})
+    whole = make_global(NamedSharding(mesh, P()), scalars)
     return {"position": _positions(local, mesh), **split, **whole}
 
 
 @functools.lru_cache(maxsize=8)
 def _positions(local: int, mesh: Mesh) -> Int[jax.Array, " n"]:
-    """The same for every batch of a size."""
+    """Makes the array of positions once for each size of batch."""
     here = jax.process_index() * local + np.arange(local, dtype=np.int32)
     return jax.make_array_from_process_local_data(batch_sharding(mesh), here)
 
 
-# ------------------------------------------------- exchanges, inside shard_map over all three axes
+# --------------------------------------------------------- collectives, inside shard_map
+def on_each_device(
+    function: Callable[..., Any],
+    mesh: Mesh | AbstractMesh | None,
+    params: Any,
+    rows: tuple[Any, ...],
+    whole: tuple[Any, ...] = (),
+    *,
+    cast: Callable[[Any], Any] | None = None,
+    out_specs: Any = None,
+    replicate_below: int = REPLICATE_BELOW,
+) -> Any:
+    """Calls function(params, *rows, *whole) on each device, with its own rows and all weights.
+
+    Weights split over `fsdp` are all-gathered; experts split over `expert` stay where they are, and
+    tokens travel. Each device computes as if it were alone, so Pallas and cuDNN kernels work.
+
+    Args:
+      mesh: None to call the function on one device, with the parameters as they are.
+      rows: trees of arrays whose first axis is the batch.
+      whole: trees of arrays that every device needs.
+      cast: applied to the shards before they travel, to send fewer bytes.
+      out_specs: shardings of the function's results; None if their first axis is the batch.
+    """
+    if mesh is None:
+        return function(params, *rows, *whole)
+    param_specs = specs(params, mesh, replicate_below=replicate_below)
+
+    def on_this_device(shards, rows, whole):
+        shards = shards if cast is None else cast(shards)
+        return function(gather(shards, param_specs), *rows, *whole)
+
+    return jax.shard_map(
+        on_this_device,
+        mesh=mesh,
+        in_specs=(param_specs, BATCH, P()),
+        out_specs=BATCH if out_specs is None else out_specs,
+        # Sums over mesh axes are written out; checking them would refuse Pallas kernels.
+        check_vma=False,
+    )(params, rows, whole)
+
+
 def gather(shards: Any, specs: Any) -> Any:
-    """Whole weights (but for the expert axis) from their shards over `fsdp`."""
+    """All-gathers weights over `fsdp`; their expert axis stays split."""
 
     def whole(shard, spec):
         if "fsdp" not in spec:
@@ -186,7 +245,7 @@ def gather(shards: Any, specs: Any) -> Any:
 
 
 def scatter_sum(grads: Any, specs: Any) -> Any:
-    """Gradients of the gathered weights, in float32, summed over `fsdp` into shards."""
+    """Reduce-scatters the gathered weights' gradients over `fsdp`, in float32, into shards."""
 
     def shard(grad, spec):
         grad = grad.astype(jnp.float32)
@@ -199,10 +258,10 @@ def scatter_sum(grads: Any, specs: Any) -> Any:
 
 
 def sum_rest(grads: Any, specs: Any) -> Any:
-    """Sums shards over the axes that their weights are not split over: once each step.
+    """All-reduces shards over the axes that their weights are not split over, once each step.
 
-    Large ones each by itself, so that it can start while the backward pass still runs, the others
-    in one exchange for each set of axes.
+    Each large shard has an all-reduce of its own, which can start while the backward pass still
+    runs; the small ones share one for each set of axes.
     """
     leaves, tree = jax.tree.flatten(grads)
     groups = defaultdict(list)
@@ -218,9 +277,9 @@ def sum_rest(grads: Any, specs: Any) -> Any:
 
 
 def norm(shards: Any, specs: Any) -> Float[jax.Array, ""]:
-    """L2 norm of all weights together, float32 (), by one exchange of one number.
+    """L2 norm of all weights together, float32 (), with one all-reduce of one number.
 
-    Left to the partitioner, each weight's share would be an exchange of its own.
+    Left to the partitioner, each weight's share would be an all-reduce of its own.
     """
 
     def square(shard, spec):
@@ -247,7 +306,7 @@ def _group(path: Sequence[str]) -> str:
 def table(
     state_shapes: Any, mesh: Mesh | AbstractMesh, *, replicate_below: int = REPLICATE_BELOW
 ) -> str:
-    """What of a TrainState lies where, as text: parameters and MiB on each device by group.
+    """Text table of a TrainState's parameters and MiB on each device, by part of the network.
 
     Args:
       state_shapes: a TrainState of arrays or their shapes, with "params", "opt_state" and "ema".

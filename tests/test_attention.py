@@ -30,8 +30,9 @@ def written_out(q, k, v):
 @pytest.mark.parametrize("implementation", ["xla", "looped"])
 def test_exact_ones(t, l, implementation):  # noqa: E741
     args = qkv(t, l)
-    assert relative_l2(attention.attend(*args, implementation), written_out(*args)) < 2e-6
-    rounded = attention.attend(*qkv(t, l, jnp.bfloat16), implementation)
+    attend = attention.IMPLEMENTATIONS[implementation]
+    assert relative_l2(attend(*args), written_out(*args)) < 2e-6
+    rounded = attend(*qkv(t, l, jnp.bfloat16))
     assert rounded.dtype == jnp.bfloat16
     assert relative_l2(rounded.astype(jnp.float32), written_out(*args)) < 1e-2
 
@@ -41,13 +42,13 @@ def test_exact_ones(t, l, implementation):  # noqa: E741
 def test_splash_in_the_interpreter(t, l):  # noqa: E741
     """The TPU kernel's padding and masking; only a TPU runs the kernel itself."""
     args = qkv(t, l)
-    out = attention._splash(*args, interpret=True)
+    out = attention.splash(*args, interpret=True)
     assert relative_l2(out, written_out(*args)) < 2e-5
 
 
 def test_cudnn_needs_a_16_bit_type():
     with pytest.raises(UserError, match="set dtype='bfloat16' or attention='xla'"):
-        attention.attend(*qkv(4, 4), "cudnn")
+        attention.cudnn(*qkv(4, 4))
 
 
 def test_cudnn_pads_odd_captions(monkeypatch):
@@ -58,8 +59,8 @@ def test_cudnn_pads_odd_captions(monkeypatch):
         return q
 
     monkeypatch.setattr(jax.nn, "dot_product_attention", record)
-    attention.attend(*qkv(4, 77, jnp.bfloat16), "cudnn")
+    attention.cudnn(*qkv(4, 77, jnp.bfloat16))
     assert seen["length"] == 78 and seen["name"] == "cudnn"
     np.testing.assert_array_equal(seen["lengths"], [77, 77])
-    attention.attend(*qkv(4, 64, jnp.bfloat16), "cudnn")
+    attention.cudnn(*qkv(4, 64, jnp.bfloat16))
     assert seen["length"] == 64 and seen["lengths"] is None

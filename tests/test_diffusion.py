@@ -9,6 +9,8 @@ from conftest import relative_l2
 from microdit_jax import diffusion
 from microdit_jax.errors import UserError
 
+EDM = diffusion.EdmConfig()
+
 
 def network_for(golden, *, guidance=None, **options):
     y = golden["y"]
@@ -31,9 +33,10 @@ def test_scalings_at_sigma_data():
 
 @pytest.mark.parametrize("key, ratio", [("edm_loss", 0.0), ("edm_loss_masked", 0.75)])
 def test_loss_equals_the_reference(golden, key, ratio):
-    sigma = diffusion.training_sigma(golden["sigma_normal"], diffusion.EdmConfig())
+    sigma = diffusion.training_sigma(golden["sigma_normal"], EDM)
     network = network_for(golden, mask_noise=golden["mask_noise"], mask_ratio=ratio)
-    loss = jax.jit(lambda *args: diffusion.edm_loss(network, *args).mean())(
+    sizes = {"sigma_data": EDM.sigma_data, "patch_size": golden.config.patch_size}
+    loss = jax.jit(lambda *args: diffusion.edm_loss(network, *args, **sizes).mean())(
         golden["latents"], golden["noise"], sigma
     )
     np.testing.assert_allclose(loss, golden[key], rtol=1e-5)
@@ -56,7 +59,7 @@ def test_trajectory_equals_the_float64_reference(golden, steps, guidance):
     else:
         plain = network_for(golden)
         network = lambda x, t: plain(x, t)[0]  # noqa: E731
-    denoise = diffusion.denoiser(network)
+    denoise = diffusion.denoiser(network, EDM.sigma_data)
     sample = jax.jit(lambda x: diffusion.heun_sampler(denoise, x, steps))(golden["x_init"])
     found, expected = np.asarray(sample, np.float64), np.asarray(golden[key], np.float64)
     if relative_l2(found, expected) < 1e-5:
@@ -75,9 +78,8 @@ def test_sampler_traces_the_network_once():
         calls.append(1)
         return jnp.zeros_like(x)
 
-    jax.jit(lambda x: diffusion.heun_sampler(diffusion.denoiser(network), x, 30)).lower(
-        jnp.zeros((1, 4, 4, 1))
-    )
+    denoise = diffusion.denoiser(network, EDM.sigma_data)
+    jax.jit(lambda x: diffusion.heun_sampler(denoise, x, 30)).lower(jnp.zeros((1, 4, 4, 1)))
     assert len(calls) == 1
 
 

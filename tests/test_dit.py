@@ -82,7 +82,7 @@ def test_remat_changes_no_gradient():
     keys = jax.random.split(jax.random.key(0), 5)
     x = jax.random.normal(keys[0], (2, 8, 8, 4))
     t, y = jax.random.normal(keys[1], (2,)), jax.random.normal(keys[2], (2, 7, 24))
-    u = masking.draw_noise(keys[3], 2, 16)
+    u = masking.uniform_noise(keys[3], 2, 16)
     # Zero-initialised branches have no gradient to compare: move every parameter.
     params = jax.tree.map(
         lambda p: p + 0.1 * jax.random.normal(keys[4], p.shape),
@@ -263,7 +263,7 @@ def test_bad_inputs_are_refused(golden_small):
     for ratio in (1.0, -0.1, 1.5):
         with pytest.raises(UserError, match=r"mask_ratio must be in \[0, 1\)"):
             golden_small.model.apply(variables, x, t, y, mask_ratio=ratio)
-    with pytest.raises(UserError, match="draw_noise"):
+    with pytest.raises(UserError, match="uniform_noise"):
         golden_small.model.apply(variables, x, t, y, mask_ratio=0.75)
     with pytest.raises(UserError, match="keeps none of 16 tokens"):
         masking.num_kept(16, 0.99)

@@ -26,7 +26,7 @@ def test_the_four_stages(stage):
         assert train_flops(cfg, mask_ratio, 77) == 3 * forward_flops(cfg, mask_ratio, 77)
 
 
-def test_xla_counts_the_same_products():
+def test_xla_counts_the_same_matmuls():
     model = tiny_model()
     cfg, (n, l) = model.config, (4, 7)  # noqa: E741
     x = jnp.zeros((n, cfg.input_size, cfg.input_size, cfg.in_channels))

@@ -32,8 +32,8 @@ def test_num_kept(t, ratio, kept):
 
 
 def test_a_key_gives_one_mask():
-    a, b = (masking.draw_noise(jax.random.key(k), 4, 64) for k in (1, 1))
+    a, b = (masking.uniform_noise(jax.random.key(k), 4, 64) for k in (1, 1))
     np.testing.assert_array_equal(a, b)
-    assert (masking.draw_noise(jax.random.key(2), 4, 64) != a).any()
+    assert (masking.uniform_noise(jax.random.key(2), 4, 64) != a).any()
     share = masking.make_mask(a, 0.75).dropped.mean(axis=1)
     np.testing.assert_array_equal(share, np.full(4, 0.75, np.float32))

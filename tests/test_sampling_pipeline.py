@@ -81,7 +81,9 @@ def test_equals_the_sampler_in_one_program():
     network = diffusion.guided(
         lambda x, t: model.apply({"params": params}, x, t, both)[0], jnp.float32(2.0)
     )
-    sample = jax.jit(lambda x: diffusion.heun_sampler(diffusion.denoiser(network), x, 2))(noise)
+    sample = jax.jit(lambda x: diffusion.heun_sampler(diffusion.denoiser(network, 0.9), x, 2))(
+        noise
+    )
     latents = pipe.generate(PROMPTS, return_only_latents=True, **OPTIONS)
     assert relative_l2(latents, sample) < 1e-5
     np.testing.assert_allclose(pipe.decode(latents), expected(), atol=1e-6)

@@ -36,7 +36,14 @@ def recorded_loss():
             )
 
         sigma = diffusion.training_sigma(golden["sigma_normal"], EDM)
-        return diffusion.edm_loss(network, golden["latents"], golden["noise"], sigma).mean()
+        return diffusion.edm_loss(
+            network,
+            golden["latents"],
+            golden["noise"],
+            sigma,
+            sigma_data=EDM.sigma_data,
+            patch_size=golden.config.patch_size,
+        ).mean()
 
     return jax.jit(jax.value_and_grad(loss))
 
@@ -133,9 +140,9 @@ def test_dropped_caption_is_the_zero_caption():
         key = jax.random.key(3)
         return batch_loss(tiny_model(), state.params, batch, key, edm=EDM, mask_ratio=0.0)[0]
 
-    batch = tiny_batch()
+    batch = with_position(tiny_batch())
     dropped = loss(batch | {"keep_caption": jnp.zeros(4)})
-    zero = {"latents": batch["latents"], "caption_latents": 0 * batch["caption_latents"]}
+    zero = batch | {"caption_latents": 0 * batch["caption_latents"], "keep_caption": jnp.ones(4)}
     np.testing.assert_allclose(dropped, loss(zero), rtol=1e-6)
 
 
@@ -193,7 +200,7 @@ def test_noise_belongs_to_the_image_not_to_its_row():
 def test_casting_matrices_ahead_changes_no_bit():
     """In bfloat16 the network itself casts the same weights, and no others."""
     cfg = dataclasses.replace(tiny_model().config, dtype="bfloat16")
-    model, batch = dit.DiT(cfg), tiny_batch()
+    model, batch = dit.DiT(cfg), with_position(tiny_batch())
     params = jax.tree.map(  # no weight at zero, where nothing after it would count
         lambda p: p + 0.1 * jax.random.normal(jax.random.key(p.size), p.shape),
         tiny_step()[0].params,

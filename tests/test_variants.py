@@ -1,6 +1,7 @@
 """All ways to compute one network agree: outputs and gradients, in float32."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -8,8 +9,8 @@ import numpy as np
 import pytest
 from conftest import relative_l2, tiny_model
 
-from microdit_jax.models import attention, products
-from microdit_jax.models.dit import DiT
+from microdit_jax.models import attention, matmuls
+from microdit_jax.models.dit import DiT, abstract_params
 from microdit_jax.xla.bench import workloads
 
 CONFIG = tiny_model().config
@@ -29,7 +30,7 @@ def loss_and_gradients(config, params, data):
 
 @pytest.fixture(scope="module")
 def plain():
-    params = workloads.random_tree(workloads.abstract_params(CONFIG))
+    params = workloads.random_tree(abstract_params(CONFIG))
     params = jax.tree.map(lambda w: 5 * w if w.ndim > 1 else w, params)
     data = jax.tree.map(jnp.asarray, workloads.inputs(CONFIG, 2))
     return params, data, loss_and_gradients(CONFIG, params, data)
@@ -59,7 +60,7 @@ def test_looped_attention_in_parts(monkeypatch):
     )
 
     def gradients(implementation):
-        out, pull = jax.vjp(lambda *qkv: attention.attend(*qkv, implementation), q, k, v)
+        out, pull = jax.vjp(attention.IMPLEMENTATIONS[implementation], q, k, v)
         return out, *pull(g)
 
     assert "while" in jax.jit(lambda: gradients("looped")).lower().as_text()
@@ -75,8 +76,8 @@ def test_splash_gradients():
     def gradients(attend):
         return jax.grad(lambda *qkv: jnp.square(attend(*qkv)).sum(), argnums=(0, 1, 2))(q, k, v)
 
-    found = gradients(lambda *qkv: attention._splash(*qkv, interpret=True))
-    expected = gradients(lambda *qkv: attention.attend(*qkv, "xla"))
+    found = gradients(functools.partial(attention.splash, interpret=True))
+    expected = gradients(attention.plain)
     for a, b in zip(found, expected, strict=True):
         assert relative_l2(a, b) < TOLERANCE
 
@@ -87,7 +88,7 @@ def test_only_cpus_get_barriers(platform, barriers):
     x, w = jnp.ones((2, 3, 4)), jnp.ones((2, 4, 5))
 
     def loss(x, w):
-        return products.products(x, w).sum() + products.product(x, w[0]).sum()
+        return matmuls.batched_matmul(x, w).sum() + matmuls.matmul(x, w[0]).sum()
 
     lowered = jax.jit(jax.grad(loss, argnums=(0, 1))).trace(x, w)
     text = lowered.lower(lowering_platforms=(platform,)).as_text()

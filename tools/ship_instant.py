@@ -6,14 +6,8 @@
 The moving average of the weights in bfloat16, and beside it all that drawing needs.
 """
 
-if __name__ == "__main__":
-    from microdit_jax.commands.boundary import run_command
-
-    run_command(__file__)
-
 import json
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,14 +17,14 @@ import numpy as np
 from microdit_jax.assets import instant, load
 from microdit_jax.checkpoints import restore, weights
 from microdit_jax.checkpoints import run as run_checkpoint
-from microdit_jax.commands.parser import Parser
+from microdit_jax.commands.parser import Parser, exit_on_user_error
 from microdit_jax.convert.dit import config_from_dict
 from microdit_jax.convert.formats.safetensors_file import write_safetensors
 from microdit_jax.data import twemoji
 from microdit_jax.errors import UserError
 from microdit_jax.files import checksums, disk_errors, write_json
 from microdit_jax.training.metric_writer import read_metrics
-from microdit_jax.training.start import place
+from microdit_jax.training.start import source_path
 from microdit_jax.trees import flatten
 
 MOST_BYTES = 8_000_000  # of the whole folder
@@ -70,7 +64,7 @@ class Stage(NamedTuple):
     updates: int
 
 
-def main(arguments: Sequence[str]) -> None:
+def main() -> None:
     parser = Parser("tools.ship_instant", __doc__)
     parser.add_argument("--run", required=True, type=Path, help="the last stage's workdir")
     parser.add_argument("--out", type=Path, default=instant.FOLDER, help="folder to write")
@@ -80,9 +74,9 @@ def main(arguments: Sequence[str]) -> None:
         help="how it was trained, for the model card",
     )
     parser.add_argument("--notes", default="", help="what else the model card should say")
-    flags = parser.parse_args(arguments)
-    ship(flags.run, flags.out, command=flags.command, notes=flags.notes)
-    print(f"{flags.out}: {folder_bytes(flags.out) / 1e6:.2f} MB")
+    arguments = parser.parse_args()
+    ship(arguments.run, arguments.out, command=arguments.command, notes=arguments.notes)
+    print(f"{arguments.out}: {folder_bytes(arguments.out) / 1e6:.2f} MB")
 
 
 def folder_bytes(folder: Path) -> int:
@@ -167,7 +161,8 @@ def chain(run: Path) -> list[Stage]:
     stages, workdir = [], run
     while workdir is not None:
         config = run_checkpoint.read_run_metadata(workdir)["config"]
-        full, alone = (place(config[key], workdir) for key in ("init_from", "init_weights_from"))
+        keys = ("init_from", "init_weights_from")
+        full, alone = (source_path(config[key], workdir) for key in keys)
         # Steps count from where the weights began to train; of the full state they go on.
         before = restore.good_step(Path(full))[0] if full else 0
         train = config["train"]
@@ -184,3 +179,8 @@ def chain(run: Path) -> list[Stage]:
 def last_heldout(run: Path) -> dict:
     """The run's last held-out losses, of the raw weights and of their average."""
     return [line["heldout"] for line in read_metrics(run) if "heldout" in line][-1]
+
+
+if __name__ == "__main__":
+    with exit_on_user_error():
+        main()

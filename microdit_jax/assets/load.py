@@ -7,6 +7,7 @@ PyTorch files are converted into the user's cache folder, and the next run start
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -19,7 +20,6 @@ from typing import Any, NamedTuple
 
 import filelock
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from microdit_jax import sharding
@@ -36,8 +36,8 @@ from microdit_jax.diffusion import EdmConfig
 from microdit_jax.encoders import registry
 from microdit_jax.errors import UserError
 from microdit_jax.files import cache_folder, disk_errors
-from microdit_jax.models.dit import DiT, DiTConfig, for_this_machine
-from microdit_jax.towers import Codec, TextEncoder
+from microdit_jax.models import dit
+from microdit_jax.models.dit import DiTConfig, for_this_machine
 
 # A mesh; or what gives one (or None) for so many bytes of weights; None is the first local device.
 Place = Mesh | Callable[[int], Mesh | None] | None
@@ -108,34 +108,23 @@ def load_model(
 
 def untrained_model(config: DiTConfig, *, mesh: Place = None) -> Model:
     """A network as it is before training; it names no VAE and no text encoder."""
-    places = jax.tree.map(lambda leaf: leaf.sharding, abstract_params(config, mesh))
-
-    def init(key):
-        return DiT(config).init(key, *_inputs(config))["params"]
-
-    params = jax.jit(init, out_shardings=places)(jax.random.key(0))
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_params(config, mesh))
+    init = functools.partial(dit.init_params, config)
+    params = jax.jit(init, out_shardings=shardings)(jax.random.key(0))
     return Model(config, params, EdmConfig(), None, None, None, "untrained")
 
 
 def abstract_params(config: DiTConfig, mesh: Place = None) -> Any:
-    """Shapes, types and places of a network's parameters."""
-    init = DiT(config).init
-    shapes = jax.eval_shape(init, jax.random.key(0), *_inputs(config))["params"]
+    """Shapes, types and shardings of a network's parameters."""
+    shapes = dit.abstract_params(config)
     if not isinstance(mesh, Mesh | None):
         mesh = mesh(sum(math.prod(s.shape) * s.dtype.itemsize for s in jax.tree.leaves(shapes)))
-    if mesh is None:
-        first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        places = jax.tree.map(lambda _: first, shapes)
-    else:
-        places = sharding.shardings(shapes, mesh)
+    if mesh is not None:
+        return sharding.with_shardings(shapes, mesh)
+    first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     return jax.tree.map(
-        lambda s, place: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), shapes, places
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=first), shapes
     )
-
-
-def _inputs(config: DiTConfig) -> tuple[jax.Array, jax.Array, jax.Array]:
-    x = jnp.zeros((1, config.input_size, config.input_size, config.in_channels), jnp.float32)
-    return x, jnp.zeros(1, jnp.float32), jnp.zeros((1, 1, config.caption_channels), jnp.float32)
 
 
 def _from_folder(folder: Path, mesh: Place) -> Model:
@@ -187,10 +176,8 @@ def _of_run(metadata: dict, config: DiTConfig, params: Any, path: Path, descript
     )
 
 
-def load_text_encoder(
-    name: str, *, dtype: str | None = None, mesh: Mesh | None = None
-) -> TextEncoder:
-    """Loads a frozen text encoder.
+def load_text_encoder(name: str, *, dtype: str | None = None, mesh: Mesh | None = None) -> Any:
+    """A frozen text encoder, with `name`, `width`, `encode(ids)` and `encode_text(texts)`.
 
     Args:
       name: "table:width=W,tokens=L,seed=S"; or the path of a CLIP or T5, as a file, as a folder of
@@ -215,8 +202,8 @@ def load_text_encoder(
     )
 
 
-def load_codec(name: str, *, dtype: str | None = None, mesh: Mesh | None = None) -> Codec:
-    """Loads a frozen image codec.
+def load_codec(name: str, *, dtype: str | None = None, mesh: Mesh | None = None) -> Any:
+    """An image codec, with `name`, `channels`, `scaling_factor`, `encode` and `decode`.
 
     Args:
       name: the path of a VAE, as a file beside its config.json, as a folder, or converted, or of

@@ -12,11 +12,11 @@ from jaxtyping import Float
 
 from microdit_jax.convert.dit_table import rename_table
 from microdit_jax.errors import UserError
-from microdit_jax.models.dit import DiTConfig, MicroDiT_Tiny_2, MicroDiT_XL_2
+from microdit_jax.models import ARCHES, arch_of
+from microdit_jax.models.dit import DiTConfig
 from microdit_jax.models.layers import round_up, sincos_pos_embed
 
 NEEDED = ("x_embedder.proj.weight", "pos_embed", "y_embedder.y_proj.fc1.weight")
-PRESETS = {(1024, 28, 768): MicroDiT_XL_2, (512, 16, 512): MicroDiT_Tiny_2}
 LARGEST_HEAD = 128  # wider heads do not exist in practice, so a wider common divisor tells nothing
 
 
@@ -71,9 +71,9 @@ def infer_config(
         "expert_capacity": expert_capacity,
         "experts_every_n": _every(backbone, mixer),
     }
-    preset = PRESETS.get((dim, len(backbone), mixer[0]["dim"] if mixer else dim))
-    if preset and head_dim in (None, preset().head_dim):
-        config = preset(**common)
+    arch = arch_of(dim, len(backbone), mixer[0]["dim"] if mixer else dim)
+    if arch and head_dim in (None, ARCHES[arch]().head_dim):
+        config = ARCHES[arch](**common)
         if _share_that_fits(shapes, config) > 0.9:  # from_torch names the rest
             return config
     return _custom(shapes, dim, backbone, mixer, head_dim, common)

@@ -3,11 +3,8 @@
 import functools
 from collections.abc import Sequence
 
-import jax
-import jax.numpy as jnp
-
 from microdit_jax.convert.keymap import LINEAR, SAME, Entry, Rule, build_table, patch_conv
-from microdit_jax.models.dit import DiT, DiTConfig
+from microdit_jax.models.dit import DiTConfig, abstract_params
 
 
 def rules(config: DiTConfig) -> list[Rule]:
@@ -28,11 +25,7 @@ def rules(config: DiTConfig) -> list[Rule]:
 @functools.lru_cache(maxsize=32)
 def rename_table(config: DiTConfig) -> Sequence[Entry]:
     """Every parameter of the network with its torch name, both shapes and the transform."""
-    latent = (1, config.input_size, config.input_size, config.in_channels)
-    inputs = (latent, (1,), (1, 1, config.caption_channels))
-    shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in inputs]
-    variables = jax.eval_shape(DiT(config).init, jax.random.key(0), *shapes)
-    return tuple(build_table(rules(config), variables["params"]))
+    return tuple(build_table(rules(config), abstract_params(config)))
 
 
 def buffer_shapes(config: DiTConfig) -> dict[str, tuple[int, ...]]:

@@ -1,21 +1,25 @@
 """The network's sizes under the reference's names, and the two sizes of the paper."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
 
 from microdit_jax.errors import UserError
 from microdit_jax.models import attention, moe
+from microdit_jax.models.attention import AttentionOptions
+from microdit_jax.models.layers import Precision, round_up
 
-# What a block keeps for its backward pass: everything; nothing but its input; or the results of
-# its weight matrices.
+# A block keeps for its backward pass: everything; nothing but its input; or the results of its
+# weight matrices.
 REMAT_POLICIES = {
     "none": None,
     "block": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
+CAPTION_MLP_RATIO = 4.0  # of the caption block's feed-forward: fixed in the reference's code
 POSITIVE = (
     "input_size", "patch_size", "in_channels", "dim", "depth", "head_dim", "multiple_of",
     "caption_channels", "pos_interp_scale", "num_experts", "expert_capacity", "experts_every_n",
@@ -56,7 +60,7 @@ class DiTConfig:
       num_experts: experts of a mixture-of-experts feed-forward.
       expert_capacity: how many experts take a token, on average.
       experts_every_n: every n-th block has experts, never the backbone's last.
-      dtype: type of the matrix products and attention; the residual stream, norms, softmax and
+      dtype: type of the matmuls and attention; the residual stream, norms, softmax and
         routing stay float32.
       param_dtype: type the parameters are stored in.
       attention: kernel, one of "xla", "looped" (CPUs), "cudnn" (NVIDIA, 16-bit) and "splash" (TPU).
@@ -102,8 +106,8 @@ class DiTConfig:
         choices = {
             "dtype": ("float32", "bfloat16", "float16"),
             "param_dtype": ("float32", "bfloat16"),
-            "attention": attention.IMPLEMENTATIONS,
-            "moe_dispatch": moe.DISPATCHES,
+            "attention": tuple(attention.IMPLEMENTATIONS),
+            "moe_dispatch": tuple(moe.DISPATCHES),
             "remat": tuple(REMAT_POLICIES),
         }
         for name, allowed in choices.items():
@@ -139,8 +143,37 @@ class DiTConfig:
 
     @property
     def mixer_projects(self) -> bool:
-        """Whether tokens are projected into and out of the mixer's own width."""
+        """True if tokens are projected into and out of a width of the mixer's own."""
         return self.use_patch_mixer and self.patch_mixer_dim != self.dim
+
+    @property
+    def precision(self) -> Precision:
+        """Types of the token path."""
+        return Precision(self.dtype, self.param_dtype)
+
+    @property
+    def attention_options(self) -> AttentionOptions:
+        """Options that all attention layers share."""
+        return AttentionOptions(
+            head_dim=self.head_dim,
+            use_bias=self.use_bias,
+            eps=self.norm_eps,
+            implementation=self.attention,
+            init_std=self.init_std,
+            precision=self.precision,
+        )
+
+    def attention_width(self, d: int, qkv_ratio: float) -> int:
+        """Hidden width h * c of self-attention in a block of width d."""
+        return d if qkv_ratio == 1 else round_up(int(d * qkv_ratio), 2 * self.head_dim)
+
+    def ffn_width(self, d: int, mlp_ratio: float) -> int:
+        """Hidden width f of a dense feed-forward in a block of width d."""
+        return round_up(int(2 * int(d * mlp_ratio) / 3), self.multiple_of)
+
+    def expert_width(self, d: int, mlp_ratio: float) -> int:
+        """Hidden width f of an expert in a block of width d."""
+        return round_up(int(d * mlp_ratio), self.multiple_of)
 
     def mixer_blocks(self) -> list[BlockShape]:
         """The mixer's blocks: experts in every n-th, from the second on."""
@@ -167,26 +200,32 @@ class DiTConfig:
 
 
 def for_this_machine(config: DiTConfig) -> DiTConfig:
-    """The config with the quickest attention of equal results on the machine that runs this.
+    """The config with the fastest attention of equal results on the machine that runs this.
 
-    One that names a kernel other than "xla" keeps it, but for "looped", which CPUs alone should
-    run. Measured: docs/performance.md. Not for programs compiled for another machine.
+    A config that names a kernel other than "xla" keeps it, except for "looped", which only CPUs
+    should run. Measured: docs/performance.md. Not for programs compiled for another machine.
     """
     on_cpu = jax.default_backend() == "cpu"
-    quickest = {"xla": "looped"} if on_cpu else {"looped": "xla"}
-    kernel = quickest.get(config.attention, config.attention)
+    fastest = {"xla": "looped"} if on_cpu else {"looped": "xla"}
+    kernel = fastest.get(config.attention, config.attention)
     return dataclasses.replace(config, attention=kernel)
 
 
 def _micro_dit(
-    depth: int, sizes: dict, qkv_ratio: Sequence[float], mlp_ratio: Sequence[float], options: dict
+    depth: int,
+    sizes: dict[str, Any],
+    qkv_ratio: Sequence[float],
+    mlp_ratio: Sequence[float],
+    options: dict[str, Any],
 ) -> DiTConfig:
-    """What both released sizes share: ratios that grow linearly over the depth, no biases."""
+    """A published size: ratios that grow linearly over the depth, no biases."""
     depth = options.get("depth", depth)
+    first_qkv, last_qkv = qkv_ratio
+    first_mlp, last_mlp = mlp_ratio
     shared = {
         "depth": depth,
-        "qkv_multipliers": np.linspace(*qkv_ratio, num=max(depth, 0)).tolist(),
-        "ffn_multipliers": np.linspace(*mlp_ratio, num=max(depth, 0)).tolist(),
+        "qkv_multipliers": np.linspace(first_qkv, last_qkv, num=max(depth, 0)).tolist(),
+        "ffn_multipliers": np.linspace(first_mlp, last_mlp, num=max(depth, 0)).tolist(),
         "patch_mixer_mlp_ratio": 4.0,
         "use_bias": False,
         "expert_capacity": 2.0,
@@ -195,7 +234,9 @@ def _micro_dit(
 
 
 def MicroDiT_XL_2(  # noqa: N802  (the reference's name)
-    qkv_ratio: Sequence[float] = (0.5, 1.0), mlp_ratio: Sequence[float] = (0.5, 4.0), **options
+    qkv_ratio: Sequence[float] = (0.5, 1.0),
+    mlp_ratio: Sequence[float] = (0.5, 4.0),
+    **options: Any,
 ) -> DiTConfig:
     """The 1.16 B parameter network of the paper; options are DiTConfig's fields."""
     sizes = {"dim": 1024, "head_dim": 64, "patch_mixer_depth": 6, "patch_mixer_dim": 768}
@@ -203,8 +244,33 @@ def MicroDiT_XL_2(  # noqa: N802  (the reference's name)
 
 
 def MicroDiT_Tiny_2(  # noqa: N802
-    qkv_ratio: Sequence[float] = (0.5, 1.0), mlp_ratio: Sequence[float] = (0.5, 4.0), **options
+    qkv_ratio: Sequence[float] = (0.5, 1.0),
+    mlp_ratio: Sequence[float] = (0.5, 4.0),
+    **options: Any,
 ) -> DiTConfig:
     """The 201 M parameter network of the paper's ablations; options are DiTConfig's fields."""
     sizes = {"dim": 512, "head_dim": 32, "patch_mixer_depth": 4, "patch_mixer_dim": 512}
     return _micro_dit(16, sizes, qkv_ratio, mlp_ratio, options)
+
+
+# The published architectures, by the reference's names; the first is the default everywhere.
+ARCHES: dict[str, Callable[..., DiTConfig]] = {
+    "MicroDiT_XL_2": MicroDiT_XL_2,
+    "MicroDiT_Tiny_2": MicroDiT_Tiny_2,
+}
+# Short name, as commands and config variants take it -> the reference's name.
+SHORT_ARCHES = {name.removeprefix("MicroDiT_"): name for name in ARCHES}
+
+
+def arch_of(dim: int, depth: int, patch_mixer_dim: int | None = None) -> str | None:
+    """Name of the published architecture of these sizes, or None.
+
+    Args:
+      patch_mixer_dim: None for any.
+    """
+    for name, arch in ARCHES.items():
+        known = arch()
+        wanted = known.patch_mixer_dim if patch_mixer_dim is None else patch_mixer_dim
+        if (known.dim, known.depth, known.patch_mixer_dim) == (dim, depth, wanted):
+            return name
+    return None

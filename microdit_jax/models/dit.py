@@ -1,17 +1,19 @@
 """MicroDiT: the diffusion transformer with a patch mixer, deferred masking and experts."""
 
+import functools
 import math
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from microdit_jax.errors import UserError
 from microdit_jax.models import masking, moe
 from microdit_jax.models.attention import CrossAttention, KeysValues, SelfAttention
 from microdit_jax.models.config import (
+    CAPTION_MLP_RATIO,
     REMAT_POLICIES,
     BlockShape,
     DiTConfig,
@@ -25,13 +27,12 @@ from microdit_jax.models.layers import (
     FinalLayer,
     Initializer,
     LayerNorm,
-    Linear,
     Mlp,
     PatchEmbed,
     TimestepEmbedder,
     gelu_tanh,
+    linear,
     modulate,
-    round_up,
     sincos_pos_embed,
     small_normal,
     unpatchify,
@@ -45,18 +46,36 @@ __all__ = [
     "DiTConfig",
     "MicroDiT_Tiny_2",
     "MicroDiT_XL_2",
+    "abstract_params",
     "cast_matrices",
     "for_this_machine",
+    "init_params",
 ]
 
 # Modules that multiply in float32 whatever the config's type; `cast_matrices` spares them.
 FLOAT32_MODULES = ("t_embedder", "pooled_y_emb_process", "adaLN_modulation_1", "gate")
 
 
-def cast_matrices(params: Any, config: DiTConfig) -> Any:
-    """Matrices in the type that the network multiplies them in, as it would cast them itself.
+def init_params(config: DiTConfig, key: PRNGKeyArray) -> Any:
+    """The parameters before training, a nested dict of arrays. Pure: jit it."""
+    x = jnp.zeros((1, config.input_size, config.input_size, config.in_channels), jnp.float32)
+    y = jnp.zeros((1, 1, config.caption_channels), jnp.float32)
+    return DiT(config).init(key, x, jnp.zeros(1, jnp.float32), y)["params"]
 
-    Before weights travel between devices this halves the bytes and changes no result. Vectors stay.
+
+def abstract_params(config: DiTConfig) -> Any:
+    """Shapes and types of the parameters, a nested dict of `jax.ShapeDtypeStruct`.
+
+    `sharding.with_shardings` says on which devices they lie.
+    """
+    return jax.eval_shape(functools.partial(init_params, config), jax.random.key(0))
+
+
+def cast_matrices(params: Any, config: DiTConfig) -> Any:
+    """Casts matrices to the type that the network multiplies them in, and leaves vectors alone.
+
+    Before an all-gather of the weights this halves the bytes and changes no result: the network
+    would cast them itself.
     """
 
     def cast(path, leaf):
@@ -73,37 +92,30 @@ class CaptionBlock(nn.Module):
 
     @nn.compact
     def __call__(self, y: Float[Array, "n l d"]) -> Float[Array, "n l d"]:
-        cfg = self.config
-        kinds = {"dtype": cfg.dtype, "param_dtype": cfg.param_dtype}
-        attn = SelfAttention(
-            dim=cfg.dim,
-            hidden=cfg.dim,
-            head_dim=cfg.head_dim,
-            use_bias=cfg.use_bias,
-            eps=cfg.norm_eps,
-            implementation=cfg.attention,
-            init_std=cfg.init_std,
-            out_init=zeros,
-            name="attn",
-            **kinds,
-        )
-        hidden_init = small_normal(cfg.init_std)
+        cfg, d = self.config, self.config.dim
+        attn = SelfAttention(cfg.attention_options, hidden=d, dim=d, out_init=zeros, name="attn")
         mlp = FeedForward(
-            4.0,
-            cfg.multiple_of,
-            cfg.use_bias,
-            cfg.init_std,
-            hidden_init,
-            zeros,
+            hidden=cfg.ffn_width(d, CAPTION_MLP_RATIO),
+            use_bias=cfg.use_bias,
+            init_std=cfg.init_std,
+            hidden_init=small_normal(cfg.init_std),
+            out_init=zeros,
+            precision=cfg.precision,
             name="mlp",
-            **kinds,
         )
-        y = y + attn(LayerNorm(cfg.norm_eps, cfg.param_dtype, name="norm1")(y)).astype(y.dtype)
-        return y + mlp(LayerNorm(cfg.norm_eps, cfg.param_dtype, name="norm2")(y)).astype(y.dtype)
+        norm1 = LayerNorm(cfg.norm_eps, cfg.precision, name="norm1")
+        norm2 = LayerNorm(cfg.norm_eps, cfg.precision, name="norm2")
+        y = y + attn(norm1(y)).astype(y.dtype)
+        return y + mlp(norm2(y)).astype(y.dtype)
 
 
 class DiTBlock(nn.Module):
-    """Modulated self-attention, cross-attention, modulated feed-forward (dense or experts)."""
+    """Modulated self-attention, cross-attention, modulated feed-forward (dense or experts).
+
+    Attributes:
+      dim: width d of the block.
+      out_init: initialiser of the projections that end a branch.
+    """
 
     config: DiTConfig
     dim: int
@@ -112,47 +124,36 @@ class DiTBlock(nn.Module):
 
     def setup(self):
         cfg, d, shape = self.config, self.dim, self.shape
-        kinds = {"dtype": cfg.dtype, "param_dtype": cfg.param_dtype}
-        heads = {
-            "head_dim": cfg.head_dim,
-            "use_bias": cfg.use_bias,
-            "eps": cfg.norm_eps,
-            "implementation": cfg.attention,
-            "init_std": cfg.init_std,
-            "out_init": self.out_init,
-        } | kinds
-        hidden = d if shape.qkv_ratio == 1 else round_up(int(d * shape.qkv_ratio), 2 * cfg.head_dim)
-        self.norm1 = LayerNorm(cfg.norm_eps, cfg.param_dtype)
-        self.norm2 = LayerNorm(cfg.norm_eps, cfg.param_dtype)
-        self.norm3 = LayerNorm(cfg.norm_eps, cfg.param_dtype)
-        self.attn = SelfAttention(dim=d, hidden=hidden, **heads)
-        self.cross_attn = CrossAttention(hidden=d, **heads)
-        self.adaLN_modulation_1 = Linear(
-            6 * d, kernel_init=zeros, dtype=jnp.float32, param_dtype=cfg.param_dtype
-        )
+        self.norm1 = LayerNorm(cfg.norm_eps, cfg.precision)
+        self.norm2 = LayerNorm(cfg.norm_eps, cfg.precision)
+        self.norm3 = LayerNorm(cfg.norm_eps, cfg.precision)
+        hidden = cfg.attention_width(d, shape.qkv_ratio)
+        options = cfg.attention_options
+        self.attn = SelfAttention(options, hidden=hidden, dim=d, out_init=self.out_init)
+        self.cross_attn = CrossAttention(options, hidden=d, dim=d, out_init=self.out_init)
+        self.adaLN_modulation_1 = linear(6 * d, cfg.precision.in_float32(), kernel_init=zeros)
         if shape.is_moe:
             self.mlp = moe.ExpertChoiceFeedForward(
-                cfg.num_experts,
-                cfg.expert_capacity,
-                round_up(int(d * shape.mlp_ratio), cfg.multiple_of),
-                cfg.init_std,
-                self.out_init,
-                cfg.moe_dispatch,
-                **kinds,
+                num_experts=cfg.num_experts,
+                capacity=cfg.expert_capacity,
+                hidden=cfg.expert_width(d, shape.mlp_ratio),
+                init_std=cfg.init_std,
+                out_init=self.out_init,
+                dispatch=cfg.moe_dispatch,
+                precision=cfg.precision,
             )
         else:
             self.mlp = FeedForward(
-                shape.mlp_ratio,
-                cfg.multiple_of,
-                cfg.use_bias,
-                cfg.init_std,
-                self.out_init,
-                self.out_init,
-                **kinds,
+                hidden=cfg.ffn_width(d, shape.mlp_ratio),
+                use_bias=cfg.use_bias,
+                init_std=cfg.init_std,
+                hidden_init=self.out_init,
+                out_init=self.out_init,
+                precision=cfg.precision,
             )
 
     def keys_values(self, y: Float[Array, "n l d_y"]) -> KeysValues:
-        """What cross-attention needs of the caption; the same at every noise level."""
+        """The caption's keys and values for cross-attention; equal at every noise level."""
         return self.cross_attn.keys_values(y)
 
     def __call__(
@@ -162,11 +163,11 @@ class DiTBlock(nn.Module):
         c: Float[Array, "n d_c"],
         keys_values: KeysValues | None = None,
     ) -> Float[Array, "n t d"]:
-        modulation = jnp.split(self.adaLN_modulation_1(gelu_tanh(c)), 6, axis=-1)
+        modulation = jnp.split(self.adaLN_modulation_1(gelu_tanh(c)), 6, axis=-1)  # each (n, d)
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation
         if keys_values is None:
             keys_values = self.keys_values(y)
-        # Each branch is computed in the config's type; the sum, x, stays float32.
+        # Each branch is computed in the config's type; their sum x (n, t, d) stays float32.
         branch = self.attn(modulate(self.norm1(x), shift_msa, scale_msa))
         x = x + gate_msa[:, None, :] * branch.astype(x.dtype)
         x = x + self.cross_attn(self.norm2(x), keys_values).astype(x.dtype)
@@ -177,8 +178,11 @@ class DiTBlock(nn.Module):
 class Caption(NamedTuple):
     """All that the network needs of a caption; a function of the caption alone.
 
-    tokens (n, l, d) for the backbone; mixer_tokens (n, l, d_mixer) for the mixer; pooled (n, d);
-    keys_values for every block in turn, or None where each block computes its own.
+    Attributes:
+      tokens: for the backbone.
+      mixer_tokens: for the mixer.
+      pooled: their processed mean.
+      keys_values: for every block in turn, or None where each block computes its own.
     """
 
     tokens: Float[Array, "n l d"]
@@ -194,49 +198,41 @@ class DiT(nn.Module):
 
     def setup(self):
         cfg = self.config
-        kinds = {"dtype": cfg.dtype, "param_dtype": cfg.param_dtype}
-        norm = {"eps": cfg.norm_eps} | kinds
-        plain_norm = {"eps": cfg.norm_eps, "param_dtype": cfg.param_dtype}
-        self.x_embedder = PatchEmbed(cfg.dim, cfg.patch_size, **kinds)
+        eps, init_std, precision = cfg.norm_eps, cfg.init_std, cfg.precision
         # One vector per image steers every token: float32 costs nothing here and keeps the error of
         # 16-bit types to that of the token path.
-        self.t_embedder = TimestepEmbedder(cfg.dim, cfg.init_std, param_dtype=cfg.param_dtype)
-        self.y_embedder = CaptionProjection(cfg.dim, init_std=cfg.init_std, **norm)
+        in_float32 = precision.in_float32()
+        self.x_embedder = PatchEmbed(cfg.dim, cfg.patch_size, precision)
+        self.t_embedder = TimestepEmbedder(cfg.dim, init_std, in_float32)
+        self.y_embedder = CaptionProjection(cfg.dim, eps, init_std, precision)
         self.y_emb_preprocess = CaptionBlock(cfg)
-        self.pooled_y_emb_process = Mlp(cfg.dim, init_std=cfg.init_std, **plain_norm)
+        self.pooled_y_emb_process = Mlp(cfg.dim, eps, init_std, in_float32)
         block = DiTBlock
         if cfg.remat != "none":
             block = nn.remat(DiTBlock, policy=REMAT_POLICIES[cfg.remat], methods=["__call__"])
-        mixer_std = cfg.init_std / math.sqrt(2 * cfg.depth)
+        mixer_init = small_normal(init_std / math.sqrt(2 * cfg.depth))
         self.patch_mixer = [
-            block(cfg, cfg.patch_mixer_dim, shape, small_normal(mixer_std))
-            for shape in cfg.mixer_blocks()
+            block(cfg, cfg.patch_mixer_dim, shape, mixer_init) for shape in cfg.mixer_blocks()
         ]
+        depths = [i + 1 if cfg.depth_init else cfg.depth for i in range(cfg.depth)]
         self.blocks = [
-            block(
-                cfg,
-                cfg.dim,
-                shape,
-                small_normal(
-                    cfg.init_std / math.sqrt(2 * (i + 1 if cfg.depth_init else cfg.depth))
-                ),
-            )
-            for i, shape in enumerate(cfg.backbone_blocks())
+            block(cfg, cfg.dim, shape, small_normal(init_std / math.sqrt(2 * depth)))
+            for depth, shape in zip(depths, cfg.backbone_blocks(), strict=True)
         ]
         if cfg.mixer_projects:
-            into = {"features": cfg.patch_mixer_dim, "use_bias": cfg.use_bias} | kinds
-            self.patch_mixer_map_xin_0 = LayerNorm(**plain_norm)
-            self.patch_mixer_map_xin_1 = Linear(**into)
-            self.patch_mixer_map_y_0 = LayerNorm(**plain_norm)
-            self.patch_mixer_map_y_1 = Linear(**into)
-            self.patch_mixer_map_xout_0 = LayerNorm(**plain_norm)
-            self.patch_mixer_map_xout_1 = Linear(**into | {"features": cfg.dim})
-        self.final_layer = FinalLayer(cfg.patch_size**2 * cfg.in_channels, **norm)
+            d_mixer, use_bias = cfg.patch_mixer_dim, cfg.use_bias
+            self.patch_mixer_map_xin_0 = LayerNorm(eps, precision)
+            self.patch_mixer_map_xin_1 = linear(d_mixer, precision, use_bias=use_bias)
+            self.patch_mixer_map_y_0 = LayerNorm(eps, precision)
+            self.patch_mixer_map_y_1 = linear(d_mixer, precision, use_bias=use_bias)
+            self.patch_mixer_map_xout_0 = LayerNorm(eps, precision)
+            self.patch_mixer_map_xout_1 = linear(cfg.dim, precision, use_bias=use_bias)
+        self.final_layer = FinalLayer(cfg.patch_size**2 * cfg.in_channels, eps, precision)
 
     def encode_caption(
         self, y: Float[Array, "n l caption"], *, keys_values: bool = True
     ) -> Caption:
-        """What depends on the caption alone; to be computed once per prompt when sampling.
+        """Computes all that depends on the caption alone: once per prompt, when sampling.
 
         Args:
           y: caption embeddings; all zeros for a dropped caption.
@@ -249,13 +245,13 @@ class DiT(nn.Module):
                 f"caption embeddings must be (n, l, {cfg.caption_channels}), found {y.shape}; is "
                 "this the text encoder that the model was trained with?"
             )
-        y = self.y_embedder(jnp.asarray(y, cfg.dtype)).astype(jnp.float32)
+        y = self.y_embedder(jnp.asarray(y, cfg.dtype)).astype(jnp.float32)  # (n, l, d)
         y = self.y_emb_preprocess(y)
         # Padding tokens count in the mean: the reference has no padding mask anywhere.
-        pooled = self.pooled_y_emb_process(y.mean(axis=1))
+        pooled = self.pooled_y_emb_process(y.mean(axis=1))  # (n, d)
         y_mixer = y
         if cfg.mixer_projects:
-            y_mixer = self.patch_mixer_map_y_1(self.patch_mixer_map_y_0(y))
+            y_mixer = self.patch_mixer_map_y_1(self.patch_mixer_map_y_0(y))  # (n, l, d_mixer)
         ahead = None
         if keys_values:
             ahead = tuple(block.keys_values(y_mixer) for block in self.patch_mixer)
@@ -271,7 +267,7 @@ class DiT(nn.Module):
         mask_noise: Float[Array, "n t"] | None = None,
         mask_ratio: float = 0.0,
     ) -> tuple[Float[Array, "n height width channels"], Float[Array, "n t"] | None]:
-        """F(x; t, caption) for an encoded caption; otherwise as `__call__`."""
+        """F(x; t, caption) for an encoded caption; arguments and results as of `__call__`."""
         cfg = self.config
         expected = (cfg.input_size, cfg.input_size, cfg.in_channels)
         if x.ndim != 4 or x.shape[1:] != expected:
@@ -282,9 +278,9 @@ class DiT(nn.Module):
         keys_values = iter(caption.keys_values or ())
         x = self.x_embedder(jnp.asarray(x, cfg.dtype)).astype(jnp.float32)  # (n, t, d)
         x = x + sincos_pos_embed(cfg.dim, cfg.grid, cfg.pos_interp_scale)[None]
-        c = self.t_embedder(t) + caption.pooled
+        c = self.t_embedder(t) + caption.pooled  # (n, d)
 
-        if cfg.mixer_projects:
+        if cfg.mixer_projects:  # (n, t, d) -> (n, t, d_mixer)
             x = self.patch_mixer_map_xin_1(self.patch_mixer_map_xin_0(x)).astype(jnp.float32)
         for block in self.patch_mixer:
             x = block(x, caption.mixer_tokens, c, next(keys_values, None))
@@ -293,20 +289,21 @@ class DiT(nn.Module):
         if masking.num_kept(cfg.num_tokens, mask_ratio) < cfg.num_tokens:
             if mask_noise is None:
                 raise UserError(
-                    f"mask_ratio {mask_ratio} needs mask_noise (n, {cfg.num_tokens}); draw it with "
-                    "microdit_jax.models.masking.draw_noise(key, n, t)"
+                    f"mask_ratio {mask_ratio} needs mask_noise (n, {cfg.num_tokens}); make it with "
+                    "microdit_jax.models.masking.uniform_noise(key, n, t)"
                 )
             mask = masking.make_mask(mask_noise, mask_ratio)
-            x = masking.drop_tokens(x, mask)
+            x = masking.drop_tokens(x, mask)  # (n, t_kept, d_mixer)
 
-        if cfg.mixer_projects:  # after masking, where it costs least
+        # (n, t_kept, d_mixer) -> (n, t_kept, d): after masking, where it costs least.
+        if cfg.mixer_projects:
             x = self.patch_mixer_map_xout_1(self.patch_mixer_map_xout_0(x)).astype(jnp.float32)
         for block in self.blocks:
             x = block(x, caption.tokens, c, next(keys_values, None))
 
-        x = self.final_layer(x, c)
+        x = self.final_layer(x, c)  # (n, t_kept, p * p * channels)
         if mask is not None:
-            x = masking.restore_tokens(x, mask)
+            x = masking.restore_tokens(x, mask)  # (n, t, p * p * channels)
         sample = unpatchify(x, cfg.patch_size).astype(jnp.float32)
         return sample, None if mask is None else mask.dropped
 

@@ -1,19 +1,19 @@
 """Floating-point operations of the network, counted from its sizes alone.
 
-Counted are matrix products and attention, two operations for each multiply-add, as is usual for
-model FLOPs utilisation; norms, activations and gathers are left out, recomputation too.
+Matmuls and attention count, two operations for each multiply-add, as is usual for model FLOPs
+utilisation; norms, activations, gathers and recomputation do not.
 """
 
 from microdit_jax.models import masking
-from microdit_jax.models.config import BlockShape, DiTConfig
-from microdit_jax.models.layers import round_up
+from microdit_jax.models.config import CAPTION_MLP_RATIO, BlockShape, DiTConfig
+from microdit_jax.models.layers import TIMESTEP_FEATURES
 from microdit_jax.models.moe import slots_of
 
-TRAIN_OVER_FORWARD = 3  # the backward pass takes two products for each of the forward pass
+TRAIN_OVER_FORWARD = 3  # the backward pass takes two matmuls for each of the forward pass
 
 
 def forward_flops(cfg: DiTConfig, mask_ratio: float, caption_length: int) -> int:
-    """Operations of one image's forward pass.
+    """Operations of the forward pass on one image.
 
     Args:
       mask_ratio: share of the patches dropped after the mixer.
@@ -25,10 +25,9 @@ def forward_flops(cfg: DiTConfig, mask_ratio: float, caption_length: int) -> int
     kept = masking.num_kept(t, mask_ratio)
     patch = cfg.patch_size**2 * cfg.in_channels
 
-    total = _linear(t, patch, d) + _linear(kept, d, patch) + _linear(1, d, 2 * d)  # ends
-    total += _linear(1, 512, d) + _linear(1, d, d)  # noise level
-    total += _linear(l, cfg.caption_channels, d) + _linear(l, d, d) + 2 * _linear(1, d, d)
-    total += _self_attention(l, d, d) + _swiglu(l, d, 4.0, cfg.multiple_of)  # caption block
+    total = _linear(t, patch, d) + _linear(kept, d, patch) + _linear(1, d, 2 * d)  # both ends
+    total += _linear(1, TIMESTEP_FEATURES, d) + _linear(1, d, d)  # noise level
+    total += _caption_tower(cfg, l)
     if cfg.mixer_projects:
         total += _linear(t + l, d, d_mixer) + _linear(kept, d_mixer, d)
     total += sum(block_flops(cfg, shape, t, l, d_mixer) for shape in cfg.mixer_blocks())
@@ -37,14 +36,14 @@ def forward_flops(cfg: DiTConfig, mask_ratio: float, caption_length: int) -> int
 
 
 def train_flops(cfg: DiTConfig, mask_ratio: float, caption_length: int) -> int:
-    """Operations of one image's forward and backward pass, without any recomputation."""
+    """Operations of the forward and backward pass on one image, without any recomputation."""
     return TRAIN_OVER_FORWARD * forward_flops(cfg, mask_ratio, caption_length)
 
 
 def recomputed_share(cfg: DiTConfig, mask_ratio: float, caption_length: int) -> float:
-    """What the backward pass computes again by the config's remat, over one forward pass.
+    """Operations that the config's remat repeats in the backward pass, over one forward pass's.
 
-    "block" repeats all of every block; "dots" attention's and the experts' products, which have
+    "block" repeats all of every block; "dots" the matmuls of attention and experts, which have
     batch dimensions.
     """
     if cfg.remat == "none":
@@ -57,7 +56,7 @@ def recomputed_share(cfg: DiTConfig, mask_ratio: float, caption_length: int) -> 
             if cfg.remat == "block":
                 again += block_flops(cfg, shape, tokens, l, d)
                 continue
-            again += attention_flops(tokens, tokens, _hidden(cfg, shape, d))
+            again += attention_flops(tokens, tokens, cfg.attention_width(d, shape.qkv_ratio))
             again += attention_flops(tokens, l, d)
             if shape.is_moe:
                 again += expert_flops(cfg, tokens, d, shape.mlp_ratio) - _linear(
@@ -67,19 +66,13 @@ def recomputed_share(cfg: DiTConfig, mask_ratio: float, caption_length: int) -> 
 
 
 def caption_flops(cfg: DiTConfig, caption_length: int) -> int:
-    """Operations of one caption that are the same at every noise level: `DiT.encode_caption`."""
+    """Operations of `DiT.encode_caption` on one caption, once for all noise levels."""
     d, d_mixer, l = cfg.dim, cfg.patch_mixer_dim, caption_length  # noqa: E741
-    total = _linear(l, cfg.caption_channels, d) + _linear(l, d, d) + 2 * _linear(1, d, d)
-    total += _self_attention(l, d, d) + _swiglu(l, d, 4.0, cfg.multiple_of)
+    total = _caption_tower(cfg, l)
     if cfg.mixer_projects:
         total += _linear(l, d, d_mixer)
     total += len(cfg.mixer_blocks()) * _linear(l, d_mixer, 2 * d_mixer)
     return total + len(cfg.backbone_blocks()) * _linear(l, d, 2 * d)
-
-
-def _hidden(cfg: DiTConfig, shape: BlockShape, d: int) -> int:
-    """Width of self-attention."""
-    return d if shape.qkv_ratio == 1 else round_up(int(d * shape.qkv_ratio), 2 * cfg.head_dim)
 
 
 def _linear(rows: int, features_in: int, features_out: int) -> int:
@@ -87,7 +80,7 @@ def _linear(rows: int, features_in: int, features_out: int) -> int:
 
 
 def attention_flops(queries: int, keys: int, hidden: int) -> int:
-    """Scores and the weighted sum, over all heads."""
+    """Operations of the scores and of the weighted sum of the values, over all heads."""
     return 2 * _linear(queries, hidden, keys)
 
 
@@ -95,16 +88,21 @@ def _self_attention(t: int, d: int, hidden: int) -> int:
     return _linear(t, d, 3 * hidden) + attention_flops(t, t, hidden) + _linear(t, hidden, d)
 
 
-def _swiglu(t: int, d: int, mlp_ratio: float, multiple_of: int) -> int:
-    return 3 * _linear(t, d, round_up(int(2 * int(d * mlp_ratio) / 3), multiple_of))
+def _swiglu(t: int, d: int, hidden: int) -> int:
+    return 3 * _linear(t, d, hidden)
+
+
+def _caption_tower(cfg: DiTConfig, l: int) -> int:  # noqa: E741
+    """Projection, block and pooled vector of l caption tokens."""
+    d = cfg.dim
+    total = _linear(l, cfg.caption_channels, d) + _linear(l, d, d) + 2 * _linear(1, d, d)
+    return total + _self_attention(l, d, d) + _swiglu(l, d, cfg.ffn_width(d, CAPTION_MLP_RATIO))
 
 
 def expert_flops(cfg: DiTConfig, t: int, d: int, mlp_ratio: float) -> int:
-    """One image's forward pass of an expert layer: gate, experts, and one-hot dispatch if so."""
+    """Operations of an expert layer on one image: gate, experts, and dispatch if it is one-hot."""
     e, slots = cfg.num_experts, slots_of(cfg.expert_capacity, t, cfg.num_experts)
-    total = _linear(t, d, e) + 2 * _linear(
-        e * slots, d, round_up(int(d * mlp_ratio), cfg.multiple_of)
-    )
+    total = _linear(t, d, e) + 2 * _linear(e * slots, d, cfg.expert_width(d, mlp_ratio))
     if cfg.moe_dispatch == "onehot":  # tokens to slots and back
         total += 2 * _linear(e * slots, t, d)
     return total
@@ -112,8 +110,9 @@ def expert_flops(cfg: DiTConfig, t: int, d: int, mlp_ratio: float) -> int:
 
 def block_flops(cfg: DiTConfig, shape: BlockShape, t: int, l: int, d: int) -> int:  # noqa: E741
     """Operations of one block on t tokens of width d and l caption tokens."""
-    total = _linear(1, cfg.dim, 6 * d) + _self_attention(t, d, _hidden(cfg, shape, d))
+    hidden = cfg.attention_width(d, shape.qkv_ratio)
+    total = _linear(1, cfg.dim, 6 * d) + _self_attention(t, d, hidden)
     total += 2 * _linear(t, d, d) + _linear(l, d, 2 * d) + attention_flops(t, l, d)
     if shape.is_moe:
         return total + expert_flops(cfg, t, d, shape.mlp_ratio)
-    return total + _swiglu(t, d, shape.mlp_ratio, cfg.multiple_of)
+    return total + _swiglu(t, d, cfg.ffn_width(d, shape.mlp_ratio))

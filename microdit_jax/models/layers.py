@@ -1,9 +1,8 @@
 """Building blocks without attention: linear layers, norms, embeddings, dense feed-forwards."""
 
-import functools
+import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -12,9 +11,8 @@ import numpy as np
 from einops import rearrange
 from jaxtyping import Array, Float, Float32
 
-from microdit_jax.models import products
+from microdit_jax.models import matmuls
 
-Dtype = Any
 Initializer = Callable[..., Array]
 
 # The reference draws these from a normal cut at +-2 *absolute*, 100 standard deviations out:
@@ -22,6 +20,20 @@ Initializer = Callable[..., Array]
 small_normal = nn.initializers.normal
 xavier = nn.initializers.xavier_uniform()
 zeros = nn.initializers.zeros_init()
+
+TIMESTEP_FEATURES = 512  # sin-cos features of the noise level
+
+
+@dataclasses.dataclass(frozen=True)
+class Precision:
+    """Types of a layer: `dtype` of its matmuls and attention, `param_dtype` of its parameters."""
+
+    dtype: str
+    param_dtype: str
+
+    def in_float32(self) -> "Precision":
+        """The same parameters, multiplied in float32."""
+        return dataclasses.replace(self, dtype="float32")
 
 
 def round_up(value: int, multiple: int) -> int:
@@ -36,7 +48,7 @@ def gelu_tanh(x: Float[Array, "..."]) -> Float[Array, "..."]:
 
 def gelu_erf(x: Float[Array, "*b f"]) -> Float[Array, "*b f"]:
     """The exact GELU, x (1 + erf(x / sqrt 2)) / 2: the experts'."""
-    if x.dtype != jnp.float32:  # there, 1 + erf would lose what is small
+    if x.dtype != jnp.float32:  # jax.nn's erfc keeps the small tail that 1 + erf rounds away
         return jax.nn.gelu(x, approximate=False)
     return 0.5 * x * (1 + jax.lax.erf(x * np.float32(math.sqrt(0.5))))
 
@@ -48,26 +60,45 @@ def modulate(
     return x * (1 + scale[:, None, :]) + shift[:, None, :]
 
 
-# The reference's default initialisation: Xavier-uniform kernel (in, out), zero bias.
-Linear = functools.partial(nn.Dense, kernel_init=xavier, dot_general=products.dot_general)
+def linear(
+    features: int,
+    precision: Precision,
+    *,
+    use_bias: bool = True,
+    kernel_init: Initializer = xavier,
+    bias_init: Initializer = zeros,
+    name: str | None = None,
+) -> nn.Dense:
+    """A linear layer with the reference's default initialisation: Xavier-uniform, zero bias."""
+    return nn.Dense(
+        features,
+        use_bias=use_bias,
+        dtype=precision.dtype,
+        param_dtype=precision.param_dtype,
+        kernel_init=kernel_init,
+        bias_init=bias_init,
+        dot_general=matmuls.dot_general,
+        name=name,
+    )
 
 
 def normalise(x: Float[Array, "*b d"], eps: float) -> Float[Array, "*b d"]:
-    """Layer norm over the last axis without scale or bias, in and to float32."""
+    """Layer norm over the last axis without scale or bias; returns float32."""
     x = x.astype(jnp.float32)
-    centred = x - x.mean(axis=-1, keepdims=True)
+    centred = x - x.mean(axis=-1, keepdims=True)  # (*b, d)
     return centred * jax.lax.rsqrt(jnp.square(centred).mean(axis=-1, keepdims=True) + eps)
 
 
 class LayerNorm(nn.Module):
-    """Layer norm over the last axis, in and to float32, with a scale but never a bias."""
+    """Layer norm over the last axis with a scale and no bias; returns float32."""
 
     eps: float
-    param_dtype: Dtype = jnp.float32
+    precision: Precision
 
     @nn.compact
     def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
-        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), self.param_dtype)
+        param_dtype = self.precision.param_dtype
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), param_dtype)  # (d,)
         y = normalise(x, self.eps)
         return y * jnp.broadcast_to(scale.astype(jnp.float32), y.shape)
 
@@ -80,24 +111,19 @@ class PatchEmbed(nn.Module):
 
     dim: int
     patch_size: int
-    dtype: Dtype = jnp.float32
-    param_dtype: Dtype = jnp.float32
+    precision: Precision
 
     @nn.compact
     def __call__(self, x: Float[Array, "n height width channels"]) -> Float[Array, "n t d"]:
         p = self.patch_size
         bound = 1 / math.sqrt(p * p * x.shape[-1])
+
+        def uniform(key, shape, dtype):
+            return jax.random.uniform(key, shape, dtype, -bound, bound)
+
         # (n, height, width, channels) -> (n, t, channels * p * p)
         patches = rearrange(x, "n (h p) (w q) c -> n (h w) (c p q)", p=p, q=p)
-        return Linear(
-            self.dim,
-            bias_init=lambda key, shape, dtype: jax.random.uniform(
-                key, shape, dtype, -bound, bound
-            ),
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-            name="proj",
-        )(patches)
+        return linear(self.dim, self.precision, bias_init=uniform, name="proj")(patches)
 
 
 def unpatchify(
@@ -122,42 +148,41 @@ def sincos_pos_embed(
       (grid * grid, dim) float32; the first d/2 channels encode the column, the others the row, each
       as [sin, cos] of d/4 frequencies 10000^(-i / (d/4)).
     """
-    omega = 1.0 / 10000 ** (np.arange(dim // 4, dtype=np.float64) / (dim / 4))
+    omega = 1.0 / 10000 ** (np.arange(dim // 4, dtype=np.float64) / (dim / 4))  # (d / 4,)
     # float32 here, as the reference has it: it matters for scales that are not a power of two.
-    position = np.arange(grid, dtype=np.float32) / np.float32(pos_interp_scale)
-    angles = np.outer(position.astype(np.float64), omega)
-    axis = np.concatenate([np.sin(angles), np.cos(angles)], axis=1)  # (grid, dim / 2)
+    position = np.arange(grid, dtype=np.float32) / np.float32(pos_interp_scale)  # (grid,)
+    angles = np.outer(position.astype(np.float64), omega)  # (grid, d / 4)
+    axis = np.concatenate([np.sin(angles), np.cos(angles)], axis=1)  # (grid, d / 2)
     column = np.broadcast_to(axis[None, :, :], (grid, grid, dim // 2))
     row = np.broadcast_to(axis[:, None, :], (grid, grid, dim // 2))
-    return np.concatenate([column, row], axis=-1).reshape(grid * grid, dim).astype(np.float32)
+    table = np.concatenate([column, row], axis=-1)  # (grid, grid, d)
+    return table.reshape(grid * grid, dim).astype(np.float32)
 
 
 def timestep_embedding(
-    t: Float[Array, " n"], dim: int = 512, max_period: float = 10000.0
+    t: Float[Array, " n"], dim: int = TIMESTEP_FEATURES, max_period: float = 10000.0
 ) -> Float[Array, "n dim"]:
     """[cos, sin] features of t at dim/2 frequencies max_period^(-i / (dim/2)), in float32."""
     half = dim // 2
     steps = jnp.arange(half, dtype=jnp.float32)
-    frequencies = jnp.exp(-math.log(max_period) * steps / half)
-    angles = t.astype(jnp.float32)[:, None] * frequencies[None, :]
+    frequencies = jnp.exp(-math.log(max_period) * steps / half)  # (dim / 2,)
+    angles = t.astype(jnp.float32)[:, None] * frequencies[None, :]  # (n, dim / 2)
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
 class TimestepEmbedder(nn.Module):
-    """c_noise (n,) -> (n, d): sin-cos features, then a two-layer MLP."""
+    """Maps c_noise (n,) to (n, d): sin-cos features, then a two-layer MLP."""
 
     dim: int
     init_std: float
-    dtype: Dtype = jnp.float32
-    param_dtype: Dtype = jnp.float32
+    precision: Precision
 
     @nn.compact
     def __call__(self, t: Float[Array, " n"]) -> Float[Array, "n d"]:
-        kinds = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        init = small_normal(self.init_std)
-        x = timestep_embedding(t).astype(self.dtype)
-        x = gelu_tanh(Linear(self.dim, kernel_init=init, name="mlp_0", **kinds)(x))
-        return Linear(self.dim, kernel_init=init, name="mlp_2", **kinds)(x)
+        init, precision = small_normal(self.init_std), self.precision
+        features = timestep_embedding(t).astype(precision.dtype)  # (n, 512)
+        x = gelu_tanh(linear(self.dim, precision, kernel_init=init, name="mlp_0")(features))
+        return linear(self.dim, precision, kernel_init=init, name="mlp_2")(x)
 
 
 class Mlp(nn.Module):
@@ -166,58 +191,49 @@ class Mlp(nn.Module):
     dim: int
     eps: float
     init_std: float
-    dtype: Dtype = jnp.float32
-    param_dtype: Dtype = jnp.float32
+    precision: Precision
 
     @nn.compact
     def __call__(self, x: Float[Array, "*b f"]) -> Float[Array, "*b d"]:
-        kinds = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        init = small_normal(self.init_std)
-        x = gelu_tanh(Linear(self.dim, kernel_init=init, name="fc1", **kinds)(x))
-        x = LayerNorm(self.eps, self.param_dtype, name="norm")(x)
-        return Linear(self.dim, kernel_init=init, name="fc2", **kinds)(x)
+        init, precision = small_normal(self.init_std), self.precision
+        x = gelu_tanh(linear(self.dim, precision, kernel_init=init, name="fc1")(x))  # (*b, d)
+        x = LayerNorm(self.eps, precision, name="norm")(x)
+        return linear(self.dim, precision, kernel_init=init, name="fc2")(x)
 
 
 class CaptionProjection(nn.Module):
-    """Caption embeddings (n, l, caption_channels) -> (n, l, d)."""
+    """Maps caption embeddings (n, l, caption_channels) to (n, l, d)."""
 
     dim: int
     eps: float
     init_std: float
-    dtype: Dtype = jnp.float32
-    param_dtype: Dtype = jnp.float32
+    precision: Precision
 
     @nn.compact
     def __call__(self, y: Float[Array, "n l f"]) -> Float[Array, "n l d"]:
-        kinds = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        return Mlp(self.dim, self.eps, self.init_std, name="y_proj", **kinds)(y)
+        return Mlp(self.dim, self.eps, self.init_std, self.precision, name="y_proj")(y)
 
 
 class FeedForward(nn.Module):
-    """SwiGLU (Shazeer 2020): w3(silu(w1 x) * w2 x).
+    """SwiGLU (Shazeer 2020): w3(silu(w1 x) * w2 x), with hidden width f."""
 
-    The hidden width f is round_up(int(2 * int(d * mlp_ratio) / 3), multiple_of).
-    """
-
-    mlp_ratio: float
-    multiple_of: int
+    hidden: int
     use_bias: bool
     init_std: float
     hidden_init: Initializer
     out_init: Initializer
-    dtype: Dtype = jnp.float32
-    param_dtype: Dtype = jnp.float32
+    precision: Precision
 
     @nn.compact
     def __call__(self, x: Float[Array, "n t d"]) -> Float[Array, "n t d"]:
-        d = x.shape[-1]
-        f = round_up(int(2 * int(d * self.mlp_ratio) / 3), self.multiple_of)
+        def layer(name: str, features: int, init: Initializer) -> nn.Dense:
+            return linear(
+                features, self.precision, use_bias=self.use_bias, kernel_init=init, name=name
+            )
 
-        kinds = {"use_bias": self.use_bias, "dtype": self.dtype, "param_dtype": self.param_dtype}
-        init = small_normal(self.init_std)
-        gate = nn.silu(Linear(f, kernel_init=init, name="w1", **kinds)(x))  # (n, t, f)
-        value = Linear(f, kernel_init=self.hidden_init, name="w2", **kinds)(x)
-        return Linear(d, kernel_init=self.out_init, name="w3", **kinds)(gate * value)
+        gate = nn.silu(layer("w1", self.hidden, small_normal(self.init_std))(x))  # (n, t, f)
+        value = layer("w2", self.hidden, self.hidden_init)(x)  # (n, t, f)
+        return layer("w3", x.shape[-1], self.out_init)(gate * value)
 
 
 class FinalLayer(nn.Module):
@@ -225,20 +241,16 @@ class FinalLayer(nn.Module):
 
     out_features: int
     eps: float
-    dtype: Dtype = jnp.float32
-    param_dtype: Dtype = jnp.float32
+    precision: Precision
 
     @nn.compact
     def __call__(self, x: Float[Array, "n t d"], c: Float[Array, "n d"]) -> Float[Array, "n t f"]:
-        kinds = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        d = x.shape[-1]
-        modulation = Linear(
-            2 * d,
+        modulation = linear(
+            2 * x.shape[-1],
+            self.precision.in_float32(),
             kernel_init=zeros,
-            dtype=jnp.float32,
-            param_dtype=self.param_dtype,
             name="adaLN_modulation_1",
         )
-        shift, scale = jnp.split(modulation(gelu_tanh(c)), 2, axis=-1)
-        x = modulate(LayerNorm(self.eps, self.param_dtype, name="norm_final")(x), shift, scale)
-        return Linear(self.out_features, kernel_init=zeros, name="linear", **kinds)(x)
+        shift, scale = jnp.split(modulation(gelu_tanh(c)), 2, axis=-1)  # each (n, d)
+        x = modulate(LayerNorm(self.eps, self.precision, name="norm_final")(x), shift, scale)
+        return linear(self.out_features, self.precision, kernel_init=zeros, name="linear")(x)

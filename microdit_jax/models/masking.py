@@ -1,4 +1,4 @@
-"""Deferred patch masking: which tokens go on, as a pure function of uniform noise."""
+"""Deferred patch masking, as a pure function of uniform noise."""
 
 from typing import NamedTuple
 
@@ -10,10 +10,12 @@ from microdit_jax.errors import UserError
 
 
 class Mask(NamedTuple):
-    """Which tokens are kept, in which order, and how to put them back.
+    """The tokens that are kept, their order, and the way back.
 
-    ids_keep (n, t_kept) int32: kept tokens in shuffled order. ids_restore (n, t) int32: for each
-    place, its position in the shuffled order. dropped (n, t) float32: 1 where the token is dropped.
+    Attributes:
+      ids_keep: kept tokens in shuffled order, int32.
+      ids_restore: each token's position in the shuffled order, int32.
+      dropped: 1 where the token is dropped, float32.
     """
 
     ids_keep: Int[Array, "n t_kept"]
@@ -22,7 +24,7 @@ class Mask(NamedTuple):
 
 
 def num_kept(t: int, mask_ratio: float) -> int:
-    """Tokens kept of t: int(t (1 - mask_ratio)).
+    """Number of tokens kept of t: int(t (1 - mask_ratio)).
 
     Raises:
       UserError: the ratio is outside [0, 1), or no token would be left.
@@ -35,8 +37,8 @@ def num_kept(t: int, mask_ratio: float) -> int:
     return kept
 
 
-def draw_noise(key: PRNGKeyArray, n: int, t: int) -> Float[Array, "n t"]:
-    """The uniform noise that decides a mask, from a PRNG key."""
+def uniform_noise(key: PRNGKeyArray, n: int, t: int) -> Float[Array, "n t"]:
+    """Samples the uniform noise in [0, 1) that decides a mask, float32."""
     return jax.random.uniform(key, (n, t), jnp.float32)
 
 
@@ -48,20 +50,20 @@ def make_mask(noise: Float[Array, "n t"], mask_ratio: float) -> Mask:
       mask_ratio: the share dropped, in [0, 1); static.
     """
     kept = num_kept(noise.shape[1], mask_ratio)
-    shuffled = jnp.argsort(noise, axis=1)
-    ids_restore = jnp.argsort(shuffled, axis=1)
+    shuffled = jnp.argsort(noise, axis=1)  # (n, t)
+    ids_restore = jnp.argsort(shuffled, axis=1)  # (n, t)
     dropped = (ids_restore >= kept).astype(jnp.float32)
     return Mask(shuffled[:, :kept], ids_restore, dropped)
 
 
 def drop_tokens(x: Float[Array, "n t d"], mask: Mask) -> Float[Array, "n t_kept d"]:
-    """The kept tokens, in shuffled order."""
+    """Gathers the kept tokens, in shuffled order."""
     return jnp.take_along_axis(x, mask.ids_keep[:, :, None], axis=1)
 
 
 def restore_tokens(x: Float[Array, "n t_kept d"], mask: Mask) -> Float[Array, "n t d"]:
-    """Puts kept tokens back in place; dropped ones become zero (the reference's `mask_token`)."""
+    """Undoes `drop_tokens`; dropped tokens become zero (the reference's `mask_token`)."""
     n, kept, d = x.shape
     t = mask.ids_restore.shape[1]
-    padded = jnp.concatenate([x, jnp.zeros((n, t - kept, d), x.dtype)], axis=1)
+    padded = jnp.concatenate([x, jnp.zeros((n, t - kept, d), x.dtype)], axis=1)  # (n, t, d)
     return jnp.take_along_axis(padded, mask.ids_restore[:, :, None], axis=1)

@@ -1,13 +1,11 @@
 """The sampler's compiled programs: captions encoded once, then one network evaluation at a time."""
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
-from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 from microdit_jax import diffusion, sharding
@@ -15,31 +13,6 @@ from microdit_jax.diffusion import EdmConfig, HeunState
 from microdit_jax.machine import memory
 from microdit_jax.machine.placement import rows_sharding
 from microdit_jax.models.dit import Caption, DiT
-
-
-def _on_each_device(
-    function: Callable, mesh: Mesh | None, params: Any, rows: tuple, whole: tuple = ()
-) -> Any:
-    """function(params, *rows, *whole), each device with its own rows and all weights.
-
-    So pictures are computed as on one device, whatever the partitioner might think of, and Pallas
-    and cuDNN kernels work. Weights that are split over `fsdp` are gathered; experts split over
-    `expert` stay where they are and tokens travel.
-    """
-    if mesh is None:
-        return function(params, *rows, *whole)
-    specs = sharding.specs(params, mesh)
-
-    def local(shards, rows, whole):
-        return function(sharding.gather(shards, specs), *rows, *whole)
-
-    return jax.shard_map(
-        local,
-        mesh=mesh,
-        in_specs=(specs, sharding.BATCH, P()),
-        out_specs=sharding.BATCH,
-        check_vma=False,  # it would refuse Pallas kernels
-    )(params, rows, whole)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "guide", "mesh"))
@@ -64,7 +37,7 @@ def encode_captions(
             y = diffusion.interleave(y, jnp.zeros_like(y))
         return model.apply({"params": params}, y, method="encode_caption")
 
-    return _on_each_device(encode, mesh, params, (caption_latents,))
+    return sharding.on_each_device(encode, mesh, params, (caption_latents,))
 
 
 @functools.partial(
@@ -97,7 +70,7 @@ def evaluate_network(
             network = diffusion.guided(network, guidance_scale)
         return diffusion.heun_evaluate(diffusion.denoiser(network, sigma_data), state, at)
 
-    return _on_each_device(evaluate, mesh, params, (caption, state), (at, guidance_scale))
+    return sharding.on_each_device(evaluate, mesh, params, (caption, state), (at, guidance_scale))
 
 
 def compile_programs(

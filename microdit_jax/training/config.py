@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from microdit_jax.diffusion import EdmConfig
 from microdit_jax.errors import UserError
 from microdit_jax.machine import compile_options
-from microdit_jax.models import dit
+from microdit_jax.models import ARCHES
 from microdit_jax.models.dit import DiT, DiTConfig
 from microdit_jax.training import optim
 from microdit_jax.training import step as train_step
@@ -22,11 +22,7 @@ from microdit_jax.training.step import Metrics, TrainState
 
 def model_config(config: ConfigDict) -> DiTConfig:
     """The network of a run configuration."""
-    arches = {
-        "MicroDiT_XL_2": dit.MicroDiT_XL_2,
-        "MicroDiT_Tiny_2": dit.MicroDiT_Tiny_2,
-        "DiT": DiTConfig,
-    }
+    arches = ARCHES | {"DiT": DiTConfig}  # "DiT": every size by hand
     arch, options = config.model.arch, config.model.options.to_dict()
     if arch not in arches:
         raise UserError(f"model.arch must be one of {', '.join(arches)}, found {arch!r}")

@@ -19,8 +19,6 @@ from ml_collections import ConfigDict
 
 from microdit_jax.errors import UserError
 
-ARCHES = {"XL_2": "MicroDiT_XL_2", "Tiny_2": "MicroDiT_Tiny_2"}
-
 # One of each kind of difficulty: counts, colours, places, writing, styles, things nobody has seen.
 PROMPTS = (
     "a red bicycle leaning against a yellow wall",
@@ -44,6 +42,8 @@ PROMPTS = (
 
 def base() -> ConfigDict:
     """The full, locked configuration."""
+    from microdit_jax.diffusion import EdmConfig  # here, so that --help answers at once
+
     return ConfigDict(
         {
             "seed": 18,
@@ -72,7 +72,7 @@ def base() -> ConfigDict:
                     type_safe=False,
                 ),
             },
-            "edm": {"P_mean": -0.6, "P_std": 1.2, "sigma_data": 0.9},
+            "edm": {"P_mean": -0.6, "P_std": 1.2, "sigma_data": EdmConfig().sigma_data},
             "data": {
                 # Each {"source", "folder", "weight"}. Sources: "latents", precomputed, in MDS or
                 # ArrayRecord files; "twemoji", the embedded pictures; "twemoji_untoned", those of
@@ -165,9 +165,12 @@ def apply_variants(config: ConfigDict, variants: str) -> ConfigDict:
             f"{', '.join(unknown)}"
         )
     if "arch" in chosen:
-        if chosen["arch"] not in ARCHES:
-            raise UserError(f"arch must be one of {', '.join(ARCHES)}, found {chosen['arch']!r}")
-        config.model.arch = ARCHES[chosen["arch"]]
+        from microdit_jax.models import SHORT_ARCHES  # here, so that --help answers at once
+
+        if chosen["arch"] not in SHORT_ARCHES:
+            known = ", ".join(SHORT_ARCHES)
+            raise UserError(f"arch must be one of {known}, found {chosen['arch']!r}")
+        config.model.arch = SHORT_ARCHES[chosen["arch"]]
     if "mesh" in chosen:
         try:
             data, fsdp, expert = map(int, chosen["mesh"].split("x"))

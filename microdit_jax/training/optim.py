@@ -9,12 +9,11 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from microdit_jax.errors import UserError
-
-EXPERT_WEIGHTS = ("w1", "w2")  # dense layers call theirs "kernel"
+from microdit_jax.sharding import EXPERT_WEIGHTS
 
 
 def lenient_promotion() -> AbstractContextManager[None]:
-    """For Optax's own code, which mixes integers with floats: strict promotion forbids that."""
+    """Allows Optax's code to mix integers with floats, which strict promotion forbids."""
     return jax.numpy_dtype_promotion("standard")
 
 
@@ -58,11 +57,13 @@ def adamw(
     eps: float = 1e-8,
     expert_multiplier: float = 1.0,
 ) -> optax.GradientTransformation:
-    """Global-norm clipping, then AdamW; the decay acts on every parameter, norms and biases too.
+    """Clips by the global norm, then AdamW; the decay acts on norms and biases too.
 
     Args:
-      expert_multiplier: learning rate of the experts' weights over that of all others; their decay,
-        being a part of the update, is multiplied too. The state is the same for every value.
+      schedule: learning rate by step.
+      clip_norm: largest L2 norm of all gradients together.
+      expert_multiplier: learning rate of the experts' weights over that of all others; it scales
+        their decay too, as a part of the update. The state is the same for every value.
     """
     update = optax.adamw(schedule, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)
     if expert_multiplier != 1:
@@ -71,7 +72,7 @@ def adamw(
 
 
 def _clip_by_norm(limit: float) -> optax.GradientTransformationExtraArgs:
-    """`optax.clip_by_global_norm`, which takes the gradients' norm where it is known already."""
+    """`optax.clip_by_global_norm`, which also accepts the gradients' norm as an argument."""
 
     def update_fn(updates, state, params=None, *, norm=None, **_):
         norm = optax.tree.norm(updates) if norm is None else norm
@@ -80,7 +81,11 @@ def _clip_by_norm(limit: float) -> optax.GradientTransformationExtraArgs:
         )
         return clipped, state
 
-    return optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), update_fn)
+    def init_fn(params):
+        del params
+        return optax.EmptyState()
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
 def _scale_experts(
@@ -105,10 +110,10 @@ def apply_gradients(
     *,
     norm: Float[Array, ""] | None = None,
 ) -> tuple[Any, optax.OptState]:
-    """One update: the new parameters and the new optimiser state.
+    """Applies one update; returns the new parameters and the new optimiser state.
 
     Args:
-      norm: of all gradients together, for clipping, if it is known already.
+      norm: L2 norm of all gradients together, for clipping; None to compute it here.
     """
     with lenient_promotion():
         update = optax.with_extra_args_support(optimizer).update
@@ -117,22 +122,22 @@ def apply_gradients(
 
 
 def advance_schedule(opt_state: optax.OptState) -> optax.OptState:
-    """The state after a step without an update: only the learning rate's clock moves on."""
+    """Returns the state after a step without an update: only the schedule's count moves on."""
 
-    def is_clock(node):
+    def has_count(node):
         return isinstance(node, optax.ScaleByScheduleState)
 
     return jax.tree.map(
-        lambda node: node._replace(count=node.count + 1) if is_clock(node) else node,
+        lambda node: node._replace(count=node.count + 1) if has_count(node) else node,
         opt_state,
-        is_leaf=is_clock,
+        is_leaf=has_count,
     )
 
 
 def update_ema(
     ema: Any, params: Any, step: Int[Array, ""], *, smoothing: float, start_step: int
 ) -> Any:
-    """smoothing * ema + (1 - smoothing) * params; a copy of the parameters before `start_step`.
+    """Returns smoothing * ema + (1 - smoothing) * params, or params up to `start_step`.
 
     Args:
       ema, params: trees of the same shapes.

@@ -1,5 +1,6 @@
-"""The state that a stage starts from."""
+"""The train state that a stage starts from."""
 
+import functools
 import os
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,7 +24,12 @@ INIT_STREAM = 0x1217  # keeps the initialisation's key apart from those of the s
 
 
 class Start(NamedTuple):
-    """A state; what was saved beside it where the run resumes, else None; where it comes from."""
+    """The first state of a run.
+
+    Attributes:
+      resumed: what the checkpoint holds beside the state, if the run resumes, else None.
+      description: the state's origin, in words.
+    """
 
     state: TrainState
     resumed: dict[str, Any] | None
@@ -39,7 +45,7 @@ def starting_state(
     mesh: Mesh,
     made_by: dict[str, str],
 ) -> Start:
-    """The state from the first of these places that there is:
+    """Returns the state from the first of these sources that there is:
 
     1. the newest good checkpoint of this workdir: the same command resumes;
     2. config.init_from: the full state of another run (weights, optimiser, average, step), from
@@ -57,7 +63,7 @@ def starting_state(
     """
     with_ema = config.ema.enabled
     abstract = train_step.abstract_state(model, optimizer, mesh, with_ema=with_ema)
-    full, alone = (place(config[key], workdir) for key in ("init_from", "init_weights_from"))
+    full, alone = (source_path(config[key], workdir) for key in ("init_from", "init_weights_from"))
     if full and alone:
         raise UserError(
             f"give one of config.init_from and config.init_weights_from, found {full} and {alone}"
@@ -81,14 +87,9 @@ def starting_state(
     if alone:
         _check_source("init_weights_from", alone, made_by)
         params, description = weights.load_weights(alone, abstract.params)
-
-        def begin(params):
-            zero = jnp.zeros((), jnp.int32)
-            ema = jax.tree.map(jnp.copy, params) if with_ema else None
-            return TrainState(zero, params, optimizer.init(params), ema, jnp.copy(zero))
-
-        places = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-        state = jax.jit(begin, out_shardings=places, donate_argnums=0)(params)
+        create = functools.partial(TrainState.create, optimizer=optimizer, with_ema=with_ema)
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+        state = jax.jit(create, out_shardings=shardings, donate_argnums=0)(params)
         return Start(state, None, f"weights of {description}")
     # ---------------------------------------------------------------- 4. scratch
     key = jax.random.fold_in(jax.random.key(config.seed), INIT_STREAM)
@@ -96,14 +97,14 @@ def starting_state(
     return Start(state, None, "scratch")
 
 
-def place(name: str, workdir: str | Path) -> str:
-    """The path that a config's `init_from` names, or "" for none."""
-    # Without ".." after a folder that may not exist yet
+def source_path(name: str, workdir: str | Path) -> str:
+    """Returns the path that a config's `init_from` names, or "" for none."""
+    # Normalised: "folder/../other" cannot be opened before the folder exists.
     return os.path.normpath(name.replace("{workdir}", str(workdir))) if name else ""
 
 
 def _full_state(source: str, abstract: TrainState) -> TrainState:
-    """Another run's newest state; its average begins, or is left out, as this run wants it."""
+    """Restores another run's newest state; adds or drops the average, as this run's config says."""
     has_ema = run_checkpoint.read_run_metadata(source)["has_ema"]
     with RunCheckpoints(source) as earlier:
         state, _ = earlier.restore(abstract.replace(ema=abstract.params if has_ema else None))
@@ -111,13 +112,13 @@ def _full_state(source: str, abstract: TrainState) -> TrainState:
         return state.replace(ema=None)
     if has_ema:
         return state
-    places = jax.tree.map(lambda leaf: leaf.sharding, abstract.params)
-    copy = jax.jit(lambda params: jax.tree.map(jnp.copy, params), out_shardings=places)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract.params)
+    copy = jax.jit(lambda params: jax.tree.map(jnp.copy, params), out_shardings=shardings)
     return state.replace(ema=copy(state.params))
 
 
 def _check_source(key: str, source: str, made_by: dict[str, str]) -> None:
-    """Raises UserError where nothing is, or a run that saw latents or captions of other towers."""
+    """Raises UserError if there is nothing, or a run trained with another VAE or text encoder."""
 
     def names() -> dict[str, str]:
         if run_checkpoint.is_run(source):

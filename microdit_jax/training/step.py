@@ -1,12 +1,13 @@
-"""TrainState and the pure functions that move it, for training, compilation and benchmarks.
+"""TrainState and the pure functions that update it, for training, compilation and benchmarks.
 
   mesh = sharding.make_mesh(data=-1, fsdp=8, expert=1)
   state = sharded_init(model, optimizer, key, mesh, with_ema=True)
   step = jax.jit(make_train_step(model, optimizer, schedule, ..., mesh=mesh), donate_argnums=0)
   state, metrics = step(state, sharding.put_batch(batch, mesh))
 
-Without a mesh everything is the same on one device. All randomness of an image is drawn from (seed,
-step, its place in the batch), so neither the mesh nor the number of micro-batches changes it.
+Without a mesh the same functions run on one device. All randomness of an image is a function of
+(seed, step, its position in the batch), so neither the mesh nor the number of micro-batches changes
+it.
 """
 
 import functools
@@ -35,9 +36,14 @@ Metrics = dict[str, Any]
 class TrainState(flax.struct.PyTreeNode):
     """All that training carries from step to step.
 
-    step: steps done, int32 (). params, ema: float32 trees; ema is None where none is kept.
-    skipped: updates skipped in a row, for a loss or gradient that was not finite, int32 ().
     Trees of shapes, shardings and names take the same form, hence Any.
+
+    Attributes:
+      step: steps done, int32 ().
+      params: the weights.
+      opt_state: the optimiser's state.
+      ema: moving average of the weights, or None where none is kept.
+      skipped: updates skipped in a row because loss or gradient was not finite, int32 ().
     """
 
     step: Any
@@ -46,20 +52,23 @@ class TrainState(flax.struct.PyTreeNode):
     ema: Any | None
     skipped: Any
 
+    @classmethod
+    def create(
+        cls, params: Any, optimizer: optax.GradientTransformation, *, with_ema: bool
+    ) -> "TrainState":
+        """The state at step 0, for these weights."""
+        # Copies, so that donating the state never donates one buffer twice.
+        ema = jax.tree.map(jnp.copy, params) if with_ema else None
+        zero = jnp.zeros((), jnp.int32)
+        return cls(zero, params, optimizer.init(params), ema, jnp.copy(zero))
+
 
 # ------------------------------------------------------------------------------ initialisation
 def init_state(
     model: DiT, optimizer: optax.GradientTransformation, key: PRNGKeyArray, *, with_ema: bool
 ) -> TrainState:
     """The state before the first step. Pure: jit it, or take its shapes with `jax.eval_shape`."""
-    cfg = model.config
-    x = jnp.zeros((1, cfg.input_size, cfg.input_size, cfg.in_channels), jnp.float32)
-    y = jnp.zeros((1, 1, cfg.caption_channels), jnp.float32)
-    params = model.init(key, x, jnp.zeros(1, jnp.float32), y)["params"]
-    # A copy, so that donating the state never donates one buffer twice.
-    ema = jax.tree.map(jnp.copy, params) if with_ema else None
-    zero = jnp.zeros((), jnp.int32)
-    return TrainState(zero, params, optimizer.init(params), ema, jnp.copy(zero))
+    return TrainState.create(dit.init_params(model.config, key), optimizer, with_ema=with_ema)
 
 
 def abstract_state(
@@ -73,11 +82,7 @@ def abstract_state(
     """Shapes, types and shardings of the state, without any array: to restore or compile into."""
     init = functools.partial(init_state, model, optimizer, with_ema=with_ema)
     shapes = jax.eval_shape(init, jax.random.key(0))
-    return jax.tree.map(
-        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
-        shapes,
-        sharding.shardings(shapes, mesh, replicate_below=replicate_below),
-    )
+    return sharding.with_shardings(shapes, mesh, replicate_below=replicate_below)
 
 
 def sharded_init(
@@ -89,7 +94,7 @@ def sharded_init(
     with_ema: bool,
     replicate_below: int = sharding.REPLICATE_BELOW,
 ) -> TrainState:
-    """`init_state`, each device computing its own shards: no device ever holds a whole copy."""
+    """`init_state`, with each device computing its own shards: none ever holds a whole copy."""
     target = abstract_state(
         model, optimizer, mesh, with_ema=with_ema, replicate_below=replicate_below
     )
@@ -99,19 +104,24 @@ def sharded_init(
 
 # ------------------------------------------------------------------------------ gradients
 class Gradients(NamedTuple):
-    """Of the batch's mean loss: float32, sharded like the parameters. loss, sigma (n,).
+    """Gradients of the batch's mean loss, float32, sharded like the parameters.
 
-    norm: of all gradients together.
+    Trees of PartitionSpecs take the same form, hence Any.
+
+    Attributes:
+      grads: the tree of gradients.
+      norm: of all gradients together, ().
+      loss, sigma: of each image, (n,).
     """
 
     grads: Any
-    norm: Float[Array, ""]
-    loss: Float[Array, " n"]
-    sigma: Float[Array, " n"]
+    norm: Any
+    loss: Any
+    sigma: Any
 
 
 class PartGradients(NamedTuple):
-    """Of one micro-batch, or the sum of several: what is not summed over the devices yet."""
+    """Gradients of one micro-batch, or the sum of several, before the sum over all devices."""
 
     grads: Any
     loss: Float[Array, " n"]
@@ -127,22 +137,20 @@ def make_gradients(
     micro_batches: int = 1,
     replicate_below: int = sharding.REPLICATE_BELOW,
 ) -> Callable[[Any, Batch, PRNGKeyArray], Gradients]:
-    """(params, batch, key) -> Gradients, over the mesh and micro-batch by micro-batch.
+    """Makes the function (params, batch, key) -> Gradients, over the mesh and micro-batches.
 
-    Weights are gathered once a step, matrices in the type that the network computes in (XL/2 in
+    Weights are all-gathered once a step, matrices in the type that the network computes in (XL/2 in
     bfloat16: 2.7 GB), and stay for all micro-batches. Each micro-batch's gradients are summed into
-    float32 shards at once, so that no more of them than one backward pass makes is ever whole. Sums
-    over axes that a weight is not split over wait for the last micro-batch.
+    float32 shards at once, so that only one backward pass's gradients are ever whole. Sums over
+    axes that a weight is not split over wait for the last micro-batch.
 
     Raises:
       UserError: at the first call, a batch that does not divide.
     """
+    devices = 1 if mesh is None else mesh.size
 
-    def shard_gradients(specs, params, batch, key):
-        """On one device: its images, its shards. specs is None where there is no mesh."""
-        if specs is not None:
-            params = sharding.gather(dit.cast_matrices(params, model.config), specs)
-        devices = 1 if mesh is None else mesh.size
+    def device_gradients(specs, params, batch, key):
+        """Gradients on one device, of its own images; specs is None without a mesh."""
         num_images = batch["latents"].shape[0] * devices
 
         def scaled_loss(params, part):
@@ -158,6 +166,7 @@ def make_gradients(
         if micro_batches == 1:
             total = part_gradients(batch)
         else:
+            # (n, ...) -> (micro_batches, n / micro_batches, ...)
             parts = jax.tree.map(lambda a: a.reshape(micro_batches, -1, *a.shape[1:]), batch)
             total = _accumulate(part_gradients, parts)
         grads = total.grads
@@ -167,32 +176,27 @@ def make_gradients(
         return Gradients(grads, sharding.norm(grads, specs), total.loss, total.sigma)
 
     def gradients(params: Any, batch: Batch, key: PRNGKeyArray) -> Gradients:
-        devices, n = 1 if mesh is None else mesh.size, batch["latents"].shape[0]
+        n = batch["latents"].shape[0]
         if n % (devices * micro_batches):
             raise UserError(
                 f"the batch must be a multiple of {devices} devices x {micro_batches} "
                 f"micro-batches, found {n} images; change train.batch_size or micro_batches"
             )
-        batch = with_position(batch)
-        if mesh is None:
-            return shard_gradients(None, params, batch, key)
-        specs = sharding.specs(params, mesh, replicate_below=replicate_below)
-        out_specs = Gradients(specs, P(), sharding.BATCH, sharding.BATCH)
-        return _on_each_device(shard_gradients, mesh, specs, out_specs)(params, batch, key)
+        specs = None
+        if mesh is not None:
+            specs = sharding.specs(params, mesh, replicate_below=replicate_below)
+        return sharding.on_each_device(
+            functools.partial(device_gradients, specs),
+            mesh,
+            params,
+            (with_position(batch),),
+            (key,),
+            cast=lambda shards: dit.cast_matrices(shards, model.config),
+            out_specs=Gradients(specs, P(), sharding.BATCH, sharding.BATCH),
+            replicate_below=replicate_below,
+        )
 
     return gradients
-
-
-def _on_each_device(function, mesh: Mesh | AbstractMesh, specs: Any, out_specs: Any):
-    """function(specs, params, batch, key) of a device's own shards and images, on all devices."""
-    return jax.shard_map(
-        functools.partial(function, specs),
-        mesh=mesh,
-        in_specs=(specs, sharding.BATCH, P()),
-        out_specs=out_specs,
-        # The sums over axes are written out; checking them would refuse Pallas kernels.
-        check_vma=False,
-    )
 
 
 def _accumulate(part_gradients: Callable[[Batch], PartGradients], parts: Batch) -> PartGradients:
@@ -206,6 +210,7 @@ def _accumulate(part_gradients: Callable[[Batch], PartGradients], parts: Batch) 
         total = jax.tree.map(lambda a, g: a + g.astype(jnp.float32), total, found.grads)
         return total, (found.loss, found.sigma)
 
+    # loss and sigma (micro_batches, n / micro_batches)
     grads, (loss, sigma) = jax.lax.scan(add, zeros, parts)
     return PartGradients(grads, loss.reshape(-1), sigma.reshape(-1))
 
@@ -226,15 +231,15 @@ def make_train_step(
     module_grad_norms: bool = False,
     replicate_below: int = sharding.REPLICATE_BELOW,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """One update, as a pure function of state and batch; its randomness is f(seed, step).
+    """Makes one update, a pure function of state and batch whose randomness is f(seed, step).
 
     If the loss or the gradient's norm is not finite, weights, optimiser and average stay as they
-    were, and only the step (with it the schedule) moves on. That decision is made from sums over
-    all devices, so all hosts make the same.
+    were, and only the step (with it the schedule) moves on. Both are sums over all devices, so all
+    hosts decide alike.
 
     Args:
-      mesh: where state and batch live; None for one device.
-      micro_batches: parts the batch is computed in, one after the other; the result is the same.
+      mesh: devices of state and batch; None for one device.
+      micro_batches: parts into which a device's batch is split; the result does not depend on it.
       module_grad_norms: also report the gradient's norm of each part of the network.
     Returns:
       A function to jit, with the state donated. Its metrics: "loss", "grad_norm" (before clipping),
@@ -278,9 +283,9 @@ def make_train_step(
         skipped = jnp.where(finite, 0, state.skipped + 1)
         state = TrainState(step, params, opt_state, ema, skipped)
         if mesh is not None:
-            places = sharding.shardings(state, mesh, replicate_below=replicate_below)
-            state = jax.lax.with_sharding_constraint(state, places)
-        metrics = {
+            shardings = sharding.shardings(state, mesh, replicate_below=replicate_below)
+            state = jax.lax.with_sharding_constraint(state, shardings)
+        metrics: Metrics = {
             "loss": loss,
             "grad_norm": grad_norm,
             "learning_rate": jnp.asarray(schedule(step - 1), jnp.float32),
@@ -304,19 +309,25 @@ def make_eval_step(
     mesh: Mesh | AbstractMesh | None = None,
     replicate_below: int = sharding.REPLICATE_BELOW,
 ) -> Callable[[Any, Batch], tuple[Float[Array, " n"], Float[Array, " n"]]]:
-    """Unmasked loss and sigma of each image; noise is a function of seed and the batch's "draw"."""
+    """Makes the unmasked loss: (params, batch) -> loss and sigma of each image, each (n,).
 
-    def shard_loss(specs, params, batch, key):
-        if specs is not None:
-            params = sharding.gather(dit.cast_matrices(params, model.config), specs)
+    The noise is a function of the seed, the batch's "draw" and each image's position.
+    """
+
+    def device_loss(params, batch, key):
         return batch_loss(model, params, batch, key, edm=edm, mask_ratio=0.0)
 
     def eval_step(params: Any, batch: Batch) -> tuple[Float[Array, " n"], Float[Array, " n"]]:
         key = jax.random.fold_in(jax.random.key(seed), batch["draw"])
-        batch = with_position({k: v for k, v in batch.items() if k != "draw"})
-        if mesh is None:
-            return shard_loss(None, params, batch, key)
-        specs = sharding.specs(params, mesh, replicate_below=replicate_below)
-        return _on_each_device(shard_loss, mesh, specs, sharding.BATCH)(params, batch, key)
+        rows = with_position({name: value for name, value in batch.items() if name != "draw"})
+        return sharding.on_each_device(
+            device_loss,
+            mesh,
+            params,
+            (rows,),
+            (key,),
+            cast=lambda shards: dit.cast_matrices(shards, model.config),
+            replicate_below=replicate_below,
+        )
 
     return eval_step

@@ -109,7 +109,7 @@ def sampling(
         )
     model = DiT(run_config.model_config(config))
     cfg = model.config
-    params = _abstract_params(model, mesh)
+    params = sharding.with_shardings(dit.abstract_params(cfg), mesh)
     static = {"model": model, "guide": guide, "mesh": mesh}
     x = _rows(mesh, images, cfg.input_size, cfg.input_size, cfg.in_channels)
     at = {
@@ -176,18 +176,6 @@ def needed_communication(
 
 def _rows(mesh: Mesh, *shape: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.batch_sharding(mesh))
-
-
-def _abstract_params(model: DiT, mesh: Mesh) -> Any:
-    cfg = model.config
-    x = jnp.zeros((1, cfg.input_size, cfg.input_size, cfg.in_channels), jnp.float32)
-    y = jnp.zeros((1, 1, cfg.caption_channels), jnp.float32)
-    shapes = jax.eval_shape(model.init, jax.random.key(0), x, jnp.zeros(1, jnp.float32), y)
-    return jax.tree.map(
-        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
-        shapes["params"],
-        sharding.shardings(shapes["params"], mesh),
-    )
 
 
 def _count(params: Any) -> int:

@@ -16,7 +16,6 @@ from ml_collections import ConfigDict
 from microdit_jax.errors import UserError
 from microdit_jax.models import flops, masking
 from microdit_jax.models.config import BlockShape, DiTConfig
-from microdit_jax.models.layers import round_up
 
 
 class Term(NamedTuple):
@@ -97,8 +96,8 @@ def with_network(config: ConfigDict, cfg: DiTConfig) -> ConfigDict:
 
 def _mean(cfg: DiTConfig, blocks: Sequence[BlockShape]) -> tuple[float, float]:
     """Returns the mean ratios of attention's and the feed-forward's widths, after rounding up."""
-    d, multiple = cfg.dim, 2 * cfg.head_dim
-    hidden = [d if b.qkv_ratio == 1 else round_up(int(d * b.qkv_ratio), multiple) for b in blocks]
+    d = cfg.dim
+    hidden = [cfg.attention_width(d, block.qkv_ratio) for block in blocks]
     return sum(hidden) / len(blocks) / d, sum(b.mlp_ratio for b in blocks) / len(blocks)
 
 

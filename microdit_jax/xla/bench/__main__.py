@@ -14,21 +14,16 @@ of the PyTorch reference in the same turns. Experts have no ragged form: in expe
 the same number of tokens.
 """
 
-if __name__ == "__main__":
-    from microdit_jax.commands.boundary import run_command
-
-    run_command("microdit_jax.xla.bench.__main__")
-
 import math
 from pathlib import Path
 
-from absl import flags
+from absl import app, flags
 
-from microdit_jax.commands.cli import absl_command
+from microdit_jax.commands.cli import run
 from microdit_jax.errors import UserError
 
 WHAT = flags.DEFINE_list("what", ["train_step"], "Workloads to time; see above.")
-ARCH = flags.DEFINE_enum("arch", "Tiny_2", ["Tiny_2", "XL_2"], "The network.")
+ARCH = flags.DEFINE_string("arch", "Tiny_2", "The network: Tiny_2 or XL_2.")
 SIDE = flags.DEFINE_integer("input_size", 32, "Side of its latents: 32 for 256 px, 64 for 512.")
 BATCH = flags.DEFINE_integer(
     "batch_size", 8, "Images of a training step, and of moe, attention.", lower_bound=1
@@ -92,28 +87,27 @@ def _loader() -> dict:
     )
 
 
-@absl_command()
-def main():
-    measure_all()
-
-
-def measure_all(reference: "rows.Reference | None" = None) -> None:
-    """Runs the benchmark that the flags ask for.
+def main(argv, reference=None):
+    """Runs the benchmark.
 
     Args:
       reference: a `rows.Reference` to time in the same turns.
     """
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments {argv[1:]}")
     import jax
 
-    from microdit_jax.models import config as models
-    from microdit_jax.models import dit, moe
+    from microdit_jax.models import ARCHES, SHORT_ARCHES, dit, moe
+    from microdit_jax.models.config import REMAT_POLICIES
     from microdit_jax.xla.bench import rows, workloads
 
     names = (*workloads.NAMES, "loader")
     what = _choices({"what": names}, "what", WHAT.value)
-    allowed = {"moe": moe.DISPATCHES, "remat": tuple(models.REMAT_POLICIES)}
+    allowed = {"moe": tuple(moe.DISPATCHES), "remat": tuple(REMAT_POLICIES)}
     allowed["dtype"] = ("float32", "bfloat16")
-    config = {"Tiny_2": dit.MicroDiT_Tiny_2, "XL_2": dit.MicroDiT_XL_2}[ARCH.value](
+    if ARCH.value not in SHORT_ARCHES:
+        raise UserError(f"--arch takes one of {', '.join(SHORT_ARCHES)}, found {ARCH.value!r}")
+    config = ARCHES[SHORT_ARCHES[ARCH.value]](
         input_size=SIDE.value, pos_interp_scale=SIDE.value / 32
     )
     choices = {
@@ -151,3 +145,7 @@ def measure_all(reference: "rows.Reference | None" = None) -> None:
         report["loader"] = _loader()
     if REPORT.value:
         rows.write(report, Path(REPORT.value))
+
+
+if __name__ == "__main__":
+    run(main)

@@ -15,6 +15,7 @@ from microdit_jax import diffusion, sharding
 from microdit_jax.errors import UserError
 from microdit_jax.models import attention, dit, flops, moe
 from microdit_jax.models.dit import DiT, DiTConfig
+from microdit_jax.models.layers import small_normal
 from microdit_jax.sampling import programs as sampler
 from microdit_jax.training import optim
 from microdit_jax.training import step as train_step
@@ -128,15 +129,6 @@ def random_tree(shapes: Any, shardings: Any = None) -> Any:
     return jax.tree.map(lambda leaf, to: jax.device_put(fill(leaf), to), shapes, shardings)
 
 
-def abstract_params(config: DiTConfig) -> Any:
-    """Returns the shapes of a network's parameters."""
-    model = DiT(config)
-    optimizer = optim.adamw(lambda step: 0.0)
-    return jax.eval_shape(
-        lambda key: train_step.init_state(model, optimizer, key, with_ema=False), jax.random.key(0)
-    ).params
-
-
 def inputs(config: DiTConfig, n: int) -> dict[str, np.ndarray]:
     """Returns random x (n, h, w, channels), noise levels t (n,), captions y (n, l, caption)."""
     rng = np.random.default_rng(1)
@@ -212,7 +204,7 @@ def train_step_workload(config: DiTConfig, size: Size, variant: Variant) -> Work
 def forward_workload(config: DiTConfig, size: Size, variant: Variant) -> Workload:
     """Compiles one evaluation of the network without masking, its captions included."""
     model = DiT(variant.apply(config))
-    params = random_tree(abstract_params(config))
+    params = random_tree(dit.abstract_params(config))
     data = jax.tree.map(jnp.asarray, inputs(config, size.images))
 
     def forward(params, x, t, y):
@@ -227,7 +219,7 @@ def forward_workload(config: DiTConfig, size: Size, variant: Variant) -> Workloa
 def sampler_workload(config: DiTConfig, size: Size, variant: Variant) -> Workload:
     """Compiles sampling with guidance, captions to latents, by the programs `generate` runs."""
     model, mesh = DiT(variant.apply(config)), _mesh(variant)
-    shapes = abstract_params(config)
+    shapes = dit.abstract_params(config)
     params = random_tree(shapes, None if mesh is None else sharding.shardings(shapes, mesh))
     data, edm = inputs(config, size.images), diffusion.EdmConfig()
     static = {"model": model, "guide": True, "mesh": mesh}
@@ -263,11 +255,15 @@ def moe_workload(config: DiTConfig, size: Size, variant: Variant) -> Workload:
     """Compiles the forward and backward pass of the mixer's expert layer."""
     cfg = variant.apply(config)
     d, t = cfg.patch_mixer_dim, cfg.num_tokens
-    hidden = dit.round_up(int(d * cfg.patch_mixer_mlp_ratio), cfg.multiple_of)
     layer = moe.ExpertChoiceFeedForward(
-        cfg.num_experts, cfg.expert_capacity, hidden, 0.02, dit.small_normal(0.02),
-        cfg.moe_dispatch, dtype=cfg.dtype,
-    )  # fmt: skip
+        num_experts=cfg.num_experts,
+        capacity=cfg.expert_capacity,
+        hidden=cfg.expert_width(d, cfg.patch_mixer_mlp_ratio),
+        init_std=0.02,
+        out_init=small_normal(0.02),
+        dispatch=cfg.moe_dispatch,
+        precision=cfg.precision,
+    )
     x = jax.random.normal(jax.random.key(0), (size.batch, t, d), jnp.float32)
     params = random_tree(jax.eval_shape(layer.init, jax.random.key(0), x)["params"])
     operations = 3 * size.batch * flops.expert_flops(cfg, t, d, cfg.patch_mixer_mlp_ratio)
@@ -280,9 +276,7 @@ def attention_workload(config: DiTConfig, size: Size, variant: Variant) -> Workl
     shape, keys = (size.batch, t, d // c, c), jax.random.split(jax.random.key(0), 3)
     q, k, v = (jax.random.normal(key, shape, variant.dtype) for key in keys)
     operations = 3 * size.batch * flops.attention_flops(t, t, d)
-    return _gradient_workload(
-        lambda q, k, v: attention.attend(q, k, v, variant.attention), operations, q, k, v
-    )
+    return _gradient_workload(attention.IMPLEMENTATIONS[variant.attention], operations, q, k, v)
 
 
 def _gradient_workload(function: Callable, operations: int, *args) -> Workload:
