@@ -10,6 +10,11 @@ Examples:
   python sample_main.py --again=out/images/0000_a-red-apple.png
 """
 
+if __name__ == "__main__":
+    from microdit_jax.commands.boundary import run_command
+
+    run_command(__file__)
+
 import collections
 import functools
 import math
@@ -18,11 +23,11 @@ from pathlib import Path
 
 import numpy as np
 import tqdm
-from absl import app, flags
+from absl import flags
 
 from microdit_jax import model_flags
 from microdit_jax.assets import hub
-from microdit_jax.commands.cli import compiled_programs, run
+from microdit_jax.commands.cli import absl_command, compiled_programs
 from microdit_jax.errors import UserError
 
 MODEL = flags.DEFINE_string(
@@ -61,9 +66,8 @@ GRID = 60  # pictures in samples.png, at most
 SETTINGS = (MODEL, *model_flags.OF_A_PICTURE, STEPS, GUIDANCE, SEED, NOISE)
 
 
-def main(argv):
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments {argv[1:]}; a prompt goes into --prompt")
+@absl_command(words="a prompt goes into --prompt")
+def main():
     # After the flags: --help answers at once.
     from microdit_jax import create
     from microdit_jax import images as pictures
@@ -167,7 +171,3 @@ def _sample(pipe, wanted: dict[Path, dict], total: int) -> None:
     print(", ".join(f"{part} {value:.1f} s" for part, value in seconds.items()))
     whole = sum(seconds.values())
     print(f"{len(missing)} images in {whole:.1f} s, {len(missing) / whole:.3g} images/s")
-
-
-if __name__ == "__main__":
-    run(main)

@@ -8,10 +8,15 @@ Examples:
 With several processes (docs/scaling.md), start this on each of them.
 """
 
-from absl import app, flags
+if __name__ == "__main__":
+    from microdit_jax.commands.boundary import run_command
+
+    run_command(__file__)
+
+from absl import flags
 from ml_collections import config_flags
 
-from microdit_jax.commands.cli import read_config, run
+from microdit_jax.commands.cli import absl_command
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/, with its variants.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints, logs and samples go.")
@@ -26,12 +31,11 @@ HEARTBEAT = flags.DEFINE_integer(
 )
 
 
-def main(argv):
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments {argv[1:]}")
+@absl_command(required=("config", "workdir"))
+def main():
     from microdit_jax.machine import hosts  # after the flags: --help answers at once
 
-    config = read_config(CONFIG)
+    config = CONFIG.value
     with hosts.job(
         COORDINATOR.value,
         NUM_PROCESSES.value,
@@ -42,8 +46,3 @@ def main(argv):
         from microdit_jax.train import train, train_stages
 
         (train_stages if "stages" in config else train)(config, WORKDIR.value)
-
-
-if __name__ == "__main__":
-    flags.mark_flags_as_required(["config", "workdir"])
-    run(main)

@@ -6,6 +6,11 @@ FOLDER is a checkout of the reference, which holds micro_diffusion/. All other f
 `python -m microdit_jax.xla.bench`. Both networks have the same weights, data and threads.
 """
 
+if __name__ == "__main__":
+    from microdit_jax.commands.boundary import run_command
+
+    run_command("benchmarks.against_reference")
+
 import functools
 import os
 from collections.abc import Callable
@@ -18,7 +23,7 @@ from absl import flags
 
 from convert import reference
 from microdit_jax import diffusion
-from microdit_jax.commands.cli import run
+from microdit_jax.commands.cli import absl_command
 from microdit_jax.convert.dit import to_torch
 from microdit_jax.errors import UserError
 from microdit_jax.models import dit
@@ -27,6 +32,8 @@ from microdit_jax.xla.bench import __main__ as bench
 from microdit_jax.xla.bench import workloads
 from microdit_jax.xla.bench.workloads import Size
 
+REFERENCE = flags.DEFINE_string("reference", None, "Folder of a checkout of the reference.")
+flags.adopt_module_key_flags(bench)
 GUIDANCE_SCALE = 5.0
 
 
@@ -60,11 +67,6 @@ def reference_work(
     return lambda: theirs.sampler(data["x"], data["y"], sigmas, GUIDANCE_SCALE)
 
 
-if __name__ == "__main__":
-    REFERENCE = flags.DEFINE_string("reference", None, "Folder of a checkout of the reference.")
-    flags.mark_flag_as_required("reference")
-    run(
-        lambda argv: bench.main(
-            argv, reference=functools.partial(reference_work, Path(REFERENCE.value))
-        )
-    )
+@absl_command(required=("reference",))
+def main():
+    bench.measure_all(functools.partial(reference_work, Path(REFERENCE.value)))

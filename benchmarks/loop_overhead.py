@@ -12,6 +12,11 @@ Two states of one process, at their different places in memory, differ by 5 % in
 as the process lives: so this repeats in several, and takes the median of theirs.
 """
 
+if __name__ == "__main__":
+    from microdit_jax.commands.boundary import run_command
+
+    run_command("benchmarks.loop_overhead")
+
 import json
 import subprocess
 import sys
@@ -22,13 +27,13 @@ from pathlib import Path
 import jax
 import numpy as np
 import tqdm
-from absl import app, flags
+from absl import flags
 from ml_collections import ConfigDict
 
 from configs import demo
 from microdit_jax import sharding
 from microdit_jax import train as train_module
-from microdit_jax.commands.cli import run
+from microdit_jax.commands.cli import absl_command
 from microdit_jax.training import step as train_step
 from microdit_jax.training.config import make_optimizer, make_step
 from microdit_jax.training.metric_writer import read_metrics
@@ -79,9 +84,8 @@ class BareSteps:
         pass
 
 
-def main(argv):
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments {argv[1:]}")
+@absl_command()
+def main():
     if PROCESSES.value == 1:
         print(json.dumps(measure(demo.get_config(STAGE.value))))
         return
@@ -123,7 +127,3 @@ def measure(config: ConfigDict) -> dict:
     result["data_wait"] = np.median([line["speed"]["data_wait"] for line in lines[1:]])
     device = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
     return result | {"device": device, "windows": len(loop), "jax": jax.__version__}
-
-
-if __name__ == "__main__":
-    run(main)

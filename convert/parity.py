@@ -1,9 +1,13 @@
 """Compares our network with the PyTorch reference on one checkpoint, sub-module by sub-module."""
 
+if __name__ == "__main__":
+    from microdit_jax.commands.boundary import run_command
+
+    run_command("convert.parity")
+
 import argparse
 import dataclasses
 import json
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,7 +20,7 @@ from jaxtyping import Float, Int
 
 from convert.reference import reference_arguments, run_reference
 from microdit_jax.checkpoints.model_folder import load_model
-from microdit_jax.commands.parser import Parser, exit_on_user_error
+from microdit_jax.commands.parser import Parser
 from microdit_jax.convert import dit
 from microdit_jax.convert.keymap import torch_name
 from microdit_jax.convert.state_dict import read_state_dict
@@ -250,52 +254,47 @@ def read_recording(path: Path, config: DiTConfig) -> Recording:
     return Recording(inputs, mask_ratio, outputs)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """The command; `argv` without the program's name."""
-    with exit_on_user_error():
-        flags = parse_arguments(sys.argv[1:] if argv is None else argv)
-        config, tensors = load(flags.input, flags.head_dim)
-        if flags.latent_res:
-            config, tensors = at_resolution(config, tensors, flags.latent_res)
-        params = dit.from_torch(tensors, config)  # before the reference runs: it names bad input
-        seconds = {}
+def main(arguments: Sequence[str]) -> None:
+    """The command; `arguments` without the program's name."""
+    flags = parse_arguments(arguments)
+    config, tensors = load(flags.input, flags.head_dim)
+    if flags.latent_res:
+        config, tensors = at_resolution(config, tensors, flags.latent_res)
+    params = dit.from_torch(tensors, config)  # before the reference runs: it names bad input
+    seconds = {}
+    start = time.monotonic()
+    if flags.activations:
+        recording = read_recording(flags.activations, config)
+    else:
+        inputs = draw_inputs(config, flags.batch or 1, flags.seed or 0)
+        mask_ratio = flags.mask_ratio or 0.0
+        outputs = run_reference(flags.reference, config, tensors, inputs, mask_ratio)
+        recording = Recording(inputs, mask_ratio, outputs)
+        seconds["reference"] = time.monotonic() - start
+    if flags.record:
+        with atomic_file(flags.record) as file:
+            arguments = json.dumps(reference_arguments(config))
+            extra = {"config": arguments, "mask_ratio": recording.mask_ratio}
+            np.savez(file, **recording.inputs, **recording.outputs, **extra)
+    params = jax.tree.map(jnp.asarray, params)
+    ours = {}
+    for dtype in DTYPES:
         start = time.monotonic()
-        if flags.activations:
-            recording = read_recording(flags.activations, config)
-        else:
-            inputs = draw_inputs(config, flags.batch or 1, flags.seed or 0)
-            mask_ratio = flags.mask_ratio or 0.0
-            outputs = run_reference(flags.reference, config, tensors, inputs, mask_ratio)
-            recording = Recording(inputs, mask_ratio, outputs)
-            seconds["reference"] = time.monotonic() - start
-        if flags.record:
-            with atomic_file(flags.record) as file:
-                arguments = json.dumps(reference_arguments(config))
-                extra = {"config": arguments, "mask_ratio": recording.mask_ratio}
-                np.savez(file, **recording.inputs, **recording.outputs, **extra)
-        params = jax.tree.map(jnp.asarray, params)
-        ours = {}
-        for dtype in DTYPES:
-            start = time.monotonic()
-            ours[dtype] = run_ours(config, params, recording.inputs, recording.mask_ratio, dtype)
-            seconds[dtype] = time.monotonic() - start
-        table = rows(ours, recording.outputs)
-        print_table(table)
-        print(", ".join(f"{what} {spent:.1f} s" for what, spent in seconds.items()))
-        if flags.json:
-            report = {
-                "input": flags.input.name,
-                "against": (flags.activations or flags.reference).name,
-                "device": jax.devices()[0].device_kind,
-                "mask_ratio": recording.mask_ratio,
-                "seed": flags.seed or 0,
-                "seconds": seconds,
-                "config": dataclasses.asdict(config),
-                "rows": table,
-            }
-            with atomic_file(flags.json) as file:
-                file.write(json.dumps(report, indent=1).encode() + b"\n")
-
-
-if __name__ == "__main__":
-    main()
+        ours[dtype] = run_ours(config, params, recording.inputs, recording.mask_ratio, dtype)
+        seconds[dtype] = time.monotonic() - start
+    table = rows(ours, recording.outputs)
+    print_table(table)
+    print(", ".join(f"{what} {spent:.1f} s" for what, spent in seconds.items()))
+    if flags.json:
+        report = {
+            "input": flags.input.name,
+            "against": (flags.activations or flags.reference).name,
+            "device": jax.devices()[0].device_kind,
+            "mask_ratio": recording.mask_ratio,
+            "seed": flags.seed or 0,
+            "seconds": seconds,
+            "config": dataclasses.asdict(config),
+            "rows": table,
+        }
+        with atomic_file(flags.json) as file:
+            file.write(json.dumps(report, indent=1).encode() + b"\n")

@@ -1,14 +1,17 @@
 """MicroDiT (arXiv 2407.15811) in JAX and Flax Linen."""
 
-from importlib.metadata import version
 from typing import Any
 
-__version__ = version("microdit_jax")
 __all__ = ["create_latent_diffusion"]
 
 
 def __getattr__(name: str) -> Any:
-    # On first use: importing the network alone shall not import the whole pipeline.
+    # On first use: neither shall importing the network alone import the whole pipeline, nor a
+    # command take a quarter of a second before it answers to Ctrl-C.
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("microdit_jax")
     if name == "create_latent_diffusion":
         from microdit_jax.create import create_latent_diffusion
 

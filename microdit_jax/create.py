@@ -1,7 +1,6 @@
 """Puts pipelines together: a network by name, and the VAE and text encoder that belong to it."""
 
 import functools
-from typing import Any
 
 import jax
 import numpy as np
@@ -14,13 +13,13 @@ from microdit_jax.assets import load as assets
 from microdit_jax.checkpoints import run as run_checkpoint
 from microdit_jax.data import twemoji
 from microdit_jax.encoders import registry
-from microdit_jax.encoders.token_table import TokenTable
 from microdit_jax.errors import UserError
 from microdit_jax.machine import memory
 from microdit_jax.machine.placement import rows_sharding
 from microdit_jax.models import ARCHES, arch_of
 from microdit_jax.models.dit import DiT
 from microdit_jax.sampling.pipeline import LatentDiffusion
+from microdit_jax.towers import TextEncoder
 
 DEFAULT_ARCH = next(iter(ARCHES))
 
@@ -127,7 +126,7 @@ def load(
 
 
 def from_model(
-    model: assets.Model, *, dtype: str | None = None, text_encoder: Any = None
+    model: assets.Model, *, dtype: str | None = None, text_encoder: TextEncoder | None = None
 ) -> LatentDiffusion:
     """The pipeline of a model, with the codec and the text encoder that it names.
 
@@ -158,8 +157,8 @@ def from_model(
 
 
 def draws_emoji(pipe: LatentDiffusion) -> bool:
-    """Whether the network is of the embedded pictures, which alone have a token table."""
-    return isinstance(pipe.text_encoder, TokenTable)
+    """True for a network of the embedded emoji images, which alone have a random token table."""
+    return not pipe.text_encoder.pretrained
 
 
 def usual_guidance(pipe: LatentDiffusion) -> float:

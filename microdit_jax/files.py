@@ -11,6 +11,8 @@ import json
 import os
 import secrets
 import shutil
+import stat
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -59,6 +61,34 @@ def disk_errors(path: str | os.PathLike, num_bytes: int = 0) -> Iterator[None]:
         )
         reason = error.strerror or f"{type(error).__name__}: {error}"
         raise UserError(f"could not write {path}: {reason}; {fix}") from error
+
+
+def check_writable(path: str | os.PathLike, *, folder: bool = False) -> None:
+    """Tries whether `path` can be written, and leaves nothing behind: call it before the work.
+
+    Args:
+      folder: True for a folder that files will be put into, False for a file.
+    Raises:
+      UserError: a file where a folder is needed or the reverse, a loop of links, a place that may
+        not be written.
+    """
+    with disk_errors(path):
+        place = Path(path).absolute()
+        if not folder:
+            with contextlib.suppress(FileNotFoundError):
+                if stat.S_ISDIR(place.stat().st_mode):
+                    raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+            place = place.parent  # a link is replaced by the file, wherever it led
+        while True:
+            try:
+                place.stat()
+                break
+            except FileNotFoundError:
+                if place.is_symlink():
+                    raise  # a link to nothing
+                place = place.parent
+        with tempfile.TemporaryFile(dir=place):
+            pass
 
 
 def _partial_of(path: Path) -> Path:

@@ -8,7 +8,6 @@ pipe, model = model_flags.load(MODEL.value)
 import time
 from typing import TYPE_CHECKING, Any
 
-import jax
 from absl import flags
 
 if TYPE_CHECKING:  # loading these takes a second, and --help should not
@@ -39,6 +38,8 @@ def load(name: str) -> "tuple[LatentDiffusion, Model]":
     Raises:
       UserError: something is not there, is damaged, or does not fit the rest.
     """
+    import jax
+
     from microdit_jax import create
 
     start = time.perf_counter()

@@ -102,9 +102,8 @@ def test_the_loader_says_what_a_step_waits():
     ],
 )
 def test_bad_flags(arguments, message):
-    flags.FLAGS(["bench", *arguments])
     with pytest.raises(UserError, match=message):
-        bench.main(["bench"])
+        bench.main(arguments)
     flags.FLAGS.unparse_flags()
     for name in ("what", "moe", "micro_batches", "batch_size", "images", "input", "library_python"):
         flags.FLAGS[name].unparse()

@@ -6,7 +6,8 @@ import sys
 
 import pytest
 
-from microdit_jax.commands import cli
+from microdit_jax.commands import config_file
+from microdit_jax.errors import UserError
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -61,9 +62,40 @@ def test_a_configuration_that_ends_the_process_is_no_success(tmp_path):
 
 def test_configs_of_an_installed_package(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    given = ["x", "--config=configs/demo.py:pretrain", "--config=configs/nope.py", "--workdir=a"]
-    installed = f"--config={ROOT}/configs/demo.py:pretrain"
-    assert cli._with_installed_configs(given) == ["x", installed, *given[2:]]
+    assert config_file.installed("configs/demo.py") == f"{ROOT}/configs/demo.py"
+    assert config_file.installed("configs/nope.py") == "configs/nope.py"
+    assert "stages" in config_file.read_config("configs/demo.py")
     (tmp_path / "configs").mkdir()
     (tmp_path / "configs" / "demo.py").touch()  # one's own comes first
-    assert cli._with_installed_configs(given) == given
+    assert config_file.installed("configs/demo.py") == "configs/demo.py"
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("# MicroDiT\n\nIt's a network.\n", ", line 3: unterminated string literal"),
+        ("", "found none in .*config.py; define it there"),
+        ("import nothing_of_that_name\n", "line 1: ModuleNotFoundError: No module named 'nothing"),
+        ("def get_config():\n    x = 1\n    return x / 0\n", "line 3: ZeroDivisionError: division"),
+        (
+            "def get_config():\n    return {}\n",
+            "ConfigDict, found dict from .*; return one",
+        ),
+        ("def get_config():\n    pass\n", "ConfigDict, found NoneType"),
+        ("def get_config(a, b):\n    pass\n", "config.py: TypeError: get_config.. missing 2"),
+        ("open('nowhere')\n", "line 1: FileNotFoundError: .*nowhere"),
+        ("\0", "source code string cannot contain null bytes"),
+        ("(" * 100_000, "config.py.*; correct the file"),
+    ],
+)
+def test_a_config_file_that_cannot_be_used(tmp_path, text, words):
+    (tmp_path / "config.py").write_text(text)
+    with pytest.raises(UserError, match=f"^--config must be .*{words}"):
+        config_file.read_config(str(tmp_path / "config.py"))
+    assert [path.name for path in tmp_path.iterdir()] == ["config.py"]  # no __pycache__
+
+
+@pytest.mark.parametrize("path", ["nowhere.py", ".", "", "/dev/zero", "configs/demo.py/x"])
+def test_a_config_file_that_is_none(path):
+    with pytest.raises(UserError, match="^--config must be a Python file with get_config, such as"):
+        config_file.read_config(path)

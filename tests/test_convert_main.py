@@ -6,6 +6,7 @@ import pytest
 from conftest import load_golden
 
 from microdit_jax.checkpoints.model_folder import load_model, read_metadata
+from microdit_jax.commands.boundary import outcome
 from microdit_jax.convert.__main__ import main
 from microdit_jax.convert.formats.safetensors_file import read_safetensors, write_safetensors
 from microdit_jax.convert.formats.torch_file import read_torch, write_torch
@@ -32,9 +33,7 @@ def run(*arguments) -> None:
 
 def fails(capsys, *arguments) -> str:
     """The one line on stderr of a command that ends with status 2."""
-    with pytest.raises(SystemExit) as caught:
-        run(*arguments)
-    assert caught.value.code == 2
+    assert outcome(lambda: run(*arguments)) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1
     return error

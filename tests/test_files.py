@@ -118,3 +118,33 @@ def test_checksums_name_what_changed(tmp_path):
         "gone (missing)",
         "longer (18 bytes instead of 6)",
     ]
+
+
+def test_places_are_tried_before_the_work(tmp_path):
+    file, loop, nowhere = tmp_path / "file", tmp_path / "loop", tmp_path / "nowhere"
+    file.write_text("old")
+    loop.symlink_to(loop)
+    nowhere.symlink_to(tmp_path / "missing")
+    (tmp_path / "link").symlink_to(file)
+    here = sorted(os.listdir(tmp_path))
+    for path, folder in [
+        (file, False), (tmp_path / "link", False), (nowhere, False),
+        (tmp_path / "new", False), (tmp_path / "a" / "b" / "new", False),
+        (tmp_path, True), (tmp_path / "a" / "b", True),
+    ]:  # fmt: skip
+        files.check_writable(path, folder=folder)
+    for path, folder, reason in [
+        (tmp_path, False, "Is a directory"),
+        (file, True, "Not a directory"),
+        (file / "below", True, "Not a directory"),
+        (file / "below", False, "Not a directory"),
+        (loop / "new", True, "Too many levels of symbolic links"),
+        (loop, True, "Too many levels of symbolic links"),
+        (nowhere / "new", False, "No such file or directory"),
+        ("/proc/new", True, "No such file or directory"),
+        (loop, False, "Too many levels of symbolic links"),
+        (tmp_path / ("x" * 300), True, "File name too long"),
+    ]:
+        with pytest.raises(UserError, match=f"could not write .*{reason}"):
+            files.check_writable(path, folder=folder)
+    assert sorted(os.listdir(tmp_path)) == here and file.read_text() == "old"

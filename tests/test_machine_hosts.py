@@ -20,7 +20,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 PROLOGUE = """
 import os, signal, sys, time
 import jax, numpy as np
-from microdit_jax.commands.parser import exit_on_user_error
+from microdit_jax.commands import boundary
 from microdit_jax.errors import UserError
 from microdit_jax.machine import hosts, signals
 """
@@ -199,12 +199,14 @@ def test_two_processes_as_slurm_starts_them():
 
 def test_a_late_process_is_named_and_not_waited_for():
     program = """
-    number = int(sys.argv[2])
-    with exit_on_user_error(), hosts.job(sys.argv[1], 3, number, timeout_seconds=60.0):
-        assert jax.device_count() == 3
-        if number == 2:
-            time.sleep(300)
-        hosts.barrier("save", timeout_seconds=2.0)
+    def main(arguments):
+        number = int(arguments[1])
+        with hosts.job(arguments[0], 3, number, timeout_seconds=60.0):
+            assert jax.device_count() == 3
+            if number == 2:
+                time.sleep(300)
+            hosts.barrier("save", timeout_seconds=2.0)
+    boundary.run_command("__main__")
     """
     address = f"localhost:{free_port()}"
     processes = [start(program, address, number, devices=1) for number in range(3)]
@@ -234,8 +236,10 @@ def test_names_in_the_error_of_a_barrier():
 def test_a_missing_process_ends_the_others():
     """The preflight of the real command: process 1 of 2 never comes."""
     program = """
-    with exit_on_user_error(), hosts.job(sys.argv[1], 2, 0, timeout_seconds=2.0):
-        raise AssertionError("not to be reached")
+    def main(arguments):
+        with hosts.job(arguments[0], 2, 0, timeout_seconds=2.0):
+            raise AssertionError("not to be reached")
+    boundary.run_command("__main__")
     """
     ((status, _, text),) = finish([start(program, f"localhost:{free_port()}")])
     assert status == 2

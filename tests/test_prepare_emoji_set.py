@@ -1,5 +1,6 @@
 """Prepared data: made once, whole or not at all, and tied to what made them."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -122,17 +123,15 @@ def test_an_interrupted_run_leaves_nothing_that_looks_finished(counted, tmp_path
     class Interrupted(Exception):
         pass
 
-    class Stops:
-        name = "stops"
-
+    class Stops(TokenTable):
         def encode_text(self, texts):
             raise Interrupted
 
     with pytest.raises(Interrupted):
-        prepare(folder, text_encoder=Stops())
+        prepare(folder, text_encoder=Stops(8, 6, seed=1))
     assert data.load_prepared(folder, PatchPCA.load).meta["text_encoder"] == TEXT_ENCODER.name
     with pytest.raises(Interrupted):
-        prepare(tmp_path / "new", text_encoder=Stops())
+        prepare(tmp_path / "new", text_encoder=Stops(8, 6, seed=1))
     with pytest.raises(UserError, match="found no such folder"):
         data.load_prepared(tmp_path / "new", PatchPCA.load)
     prepare(tmp_path / "new")
@@ -142,17 +141,15 @@ def test_an_interrupted_run_leaves_nothing_that_looks_finished(counted, tmp_path
 def test_a_run_beside_another_one_leaves_its_work_alone(counted, tmp_path):
     folder = tmp_path / "data"
 
-    class Slow:
+    class Slow(TokenTable):
         """A tower during whose work another process prepares the same, from start to end."""
-
-        name = TEXT_ENCODER.name
 
         def encode_text(self, texts):
             prepare(folder)
             (folder / "first").touch()
             return TEXT_ENCODER.encode_text(texts)
 
-    assert prepare(folder, text_encoder=Slow()) == folder
+    assert prepare(folder, text_encoder=Slow(**dataclasses.asdict(TEXT_ENCODER))) == folder
     assert (folder / "first").exists() and len(counted) == 2
     assert [path.name for path in tmp_path.iterdir()] == ["data"]
 

@@ -101,14 +101,15 @@ def test_batches_do_not_matter_and_compile_once(tiny):
 def test_tokenizer(tokenizer_folder):
     tokenizer = T5Tokenizer(tokenizer_folder, max_tokens=6)
     texts = ["a cat", "", "cat " * 9]
-    ids, mask = tokenizer(texts)
+    ids, mask = tokenizer.with_mask(texts)
+    np.testing.assert_array_equal(tokenizer(texts), ids)
     a, cat = 14, 13
     expected = [[a, cat, 1, 0, 0, 0], [1, 0, 0, 0, 0, 0], [cat] * 5 + [1]]
     np.testing.assert_array_equal(ids, expected)
     assert ids.dtype == np.int32
     np.testing.assert_array_equal(mask, ids != 0)
     np.testing.assert_array_equal(tokenizer.dropped(texts), [0, 0, 4])
-    assert tokenizer([])[0].shape == (0, 6) and tokenizer.dropped([]).shape == (0,)
+    assert tokenizer([]).shape == (0, 6) and tokenizer.dropped([]).shape == (0,)
 
 
 def test_a_sentencepiece_vocabulary(tmp_path):
@@ -122,7 +123,7 @@ def test_a_sentencepiece_vocabulary(tmp_path):
     about = {"tokenizer_class": "T5Tokenizer", "eos_token": "</s>", "pad_token": "<pad>"}
     about |= {"unk_token": "<unk>", "extra_ids": 0, "additional_special_tokens": []}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(about))
-    ids, mask = T5Tokenizer(str(tmp_path), max_tokens=40)(texts[:2])
+    ids, mask = T5Tokenizer(str(tmp_path), max_tokens=40).with_mask(texts[:2])
     pieces = sentencepiece.SentencePieceProcessor(str(tmp_path / "spiece.model"))
     for row, kept, expected in zip(ids, mask, pieces.encode(texts[:2]), strict=True):
         np.testing.assert_array_equal(row[kept], [*expected, 1])
@@ -133,7 +134,7 @@ def test_text_to_vectors(tiny, tokenizer_folder):
     encoder = T5Encoder("tower", TINY, tiny, tokenizer)
     vectors = encoder.encode_text(["a cat", "cat"])
     assert vectors.shape == (2, encoder.max_tokens, encoder.width) == (2, 9, 8)
-    np.testing.assert_array_equal(vectors, encoder.encode(*tokenizer(["a cat", "cat"])))
+    np.testing.assert_array_equal(vectors, encoder.encode(*tokenizer.with_mask(["a cat", "cat"])))
     with pytest.raises(UserError, match="tokenizer with tower, found none; put spiece.model"):
         T5Encoder("tower", TINY, tiny).encode_text(["cat"])
 

@@ -3,9 +3,15 @@
 python -m tools.api_pages     (make docs runs it; the pages are not kept)
 """
 
+if __name__ == "__main__":
+    from microdit_jax.commands.boundary import run_command
+
+    run_command(__file__)
+
+from collections.abc import Sequence
 from pathlib import Path
 
-from microdit_jax.commands.parser import Parser, exit_on_user_error
+from microdit_jax.commands.parser import Parser
 
 ROOT = Path(__file__).parent.parent
 
@@ -77,7 +83,8 @@ def grouped() -> dict[str, list[str]]:
     return pages
 
 
-def main() -> None:
+def main(arguments: Sequence[str]) -> None:
+    Parser("tools.api_pages", __doc__).parse_args(arguments)
     folder = ROOT / "docs" / "api"
     folder.mkdir(exist_ok=True)
     pages = grouped()
@@ -85,9 +92,3 @@ def main() -> None:
         parts = [f"# {title}", *(f"::: {name}" for name in pages[page])]
         (folder / f"{page}.md").write_text("\n\n".join(parts) + "\n")
     print(f"{sum(map(len, pages.values()))} modules on {len(pages)} pages")
-
-
-if __name__ == "__main__":
-    with exit_on_user_error():
-        Parser("tools.api_pages", __doc__).parse_args()
-        main()

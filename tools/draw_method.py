@@ -5,6 +5,12 @@
 Run it again after a change of the network's sizes, its masking or its routing. Needs matplotlib.
 """
 
+if __name__ == "__main__":
+    from microdit_jax.commands.boundary import run_command
+
+    run_command(__file__)
+
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -15,7 +21,7 @@ from matplotlib.patches import FancyArrowPatch
 from PIL import Image
 
 from microdit_jax.assets import load
-from microdit_jax.commands.parser import Parser, exit_on_user_error
+from microdit_jax.commands.parser import Parser
 from microdit_jax.data import twemoji
 from microdit_jax.models import dit, flops, masking, moe
 
@@ -215,15 +221,10 @@ def _save(figure: Figure, out: Path) -> None:
     print(f"{out.name}: {out.stat().st_size / 1024:.0f} kB")
 
 
-def main() -> None:
+def main(arguments: Sequence[str]) -> None:
+    Parser("tools.draw_method", __doc__).parse_args(arguments)
     matplotlib.rcParams["svg.hashsalt"] = "microdit_jax"  # the same code draws the same bytes
     matplotlib.rcParams["font.family"] = "DejaVu Sans"
     draw_method(DOCS / "method.svg")
     draw_experts(DOCS / "experts.svg")
     draw_flops(DOCS / "flops.svg")
-
-
-if __name__ == "__main__":
-    with exit_on_user_error():
-        Parser("tools.draw_method", __doc__).parse_args()
-        main()

@@ -5,7 +5,13 @@
 Run it again when the weights change.
 """
 
+if __name__ == "__main__":
+    from microdit_jax.commands.boundary import run_command
+
+    run_command(__file__)
+
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +19,7 @@ from jaxtyping import Float
 from PIL import Image
 
 from microdit_jax import create
-from microdit_jax.commands.parser import Parser, exit_on_user_error
+from microdit_jax.commands.parser import Parser
 from microdit_jax.images import captioned_grid, to_uint8
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -26,7 +32,8 @@ CAPTIONS = (
 HELDOUT = 64
 
 
-def main() -> None:
+def main(arguments: Sequence[str]) -> None:
+    Parser("tools.instant_sheets", __doc__).parse_args(arguments)
     pipe, model = create.load(os.environ.get("MODEL", "instant"))
     before, _ = create.load(BEFORE)
     options = {"guidance_scale": create.usual_guidance(pipe), "seed": 2024}
@@ -46,9 +53,3 @@ def save(path: Path, sheet: Float[np.ndarray, "H W 3"]) -> None:
     image = Image.fromarray(to_uint8(sheet)).quantize(256, dither=Image.Dither.NONE)
     image.save(path, optimize=True)
     print(f"{path}: {path.stat().st_size / 1e3:.0f} kB")
-
-
-if __name__ == "__main__":
-    with exit_on_user_error():
-        Parser("tools.instant_sheets", __doc__).parse_args()
-        main()

@@ -5,16 +5,22 @@
 The notebook itself is kept without outputs. Run this again when it changes: a test compares.
 """
 
+if __name__ == "__main__":
+    from microdit_jax.commands.boundary import run_command
+
+    run_command(__file__)
+
 import ast
 import contextlib
 import io
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from PIL import Image
 
-from microdit_jax.commands.parser import Parser, exit_on_user_error
+from microdit_jax.commands.parser import Parser
 
 DOCS = Path(__file__).parent.parent / "docs"
 NOTEBOOK = DOCS / "generate.ipynb"
@@ -73,7 +79,6 @@ def make_page(path: Path) -> None:
     print(f"wrote {path.with_suffix('.md').name} and {shown} pictures")
 
 
-if __name__ == "__main__":
-    with exit_on_user_error():
-        Parser("tools.notebook_page", __doc__).parse_args()
-        make_page(NOTEBOOK)
+def main(arguments: Sequence[str]) -> None:
+    Parser("tools.notebook_page", __doc__).parse_args(arguments)
+    make_page(NOTEBOOK)

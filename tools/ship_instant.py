@@ -6,8 +6,14 @@
 The moving average of the weights in bfloat16, and beside it all that drawing needs.
 """
 
+if __name__ == "__main__":
+    from microdit_jax.commands.boundary import run_command
+
+    run_command(__file__)
+
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +23,7 @@ import numpy as np
 from microdit_jax.assets import instant, load
 from microdit_jax.checkpoints import restore, weights
 from microdit_jax.checkpoints import run as run_checkpoint
-from microdit_jax.commands.parser import Parser, exit_on_user_error
+from microdit_jax.commands.parser import Parser
 from microdit_jax.convert.dit import config_from_dict
 from microdit_jax.convert.formats.safetensors_file import write_safetensors
 from microdit_jax.data import twemoji
@@ -64,7 +70,7 @@ class Stage(NamedTuple):
     updates: int
 
 
-def main() -> None:
+def main(arguments: Sequence[str]) -> None:
     parser = Parser("tools.ship_instant", __doc__)
     parser.add_argument("--run", required=True, type=Path, help="the last stage's workdir")
     parser.add_argument("--out", type=Path, default=instant.FOLDER, help="folder to write")
@@ -74,9 +80,9 @@ def main() -> None:
         help="how it was trained, for the model card",
     )
     parser.add_argument("--notes", default="", help="what else the model card should say")
-    arguments = parser.parse_args()
-    ship(arguments.run, arguments.out, command=arguments.command, notes=arguments.notes)
-    print(f"{arguments.out}: {folder_bytes(arguments.out) / 1e6:.2f} MB")
+    flags = parser.parse_args(arguments)
+    ship(flags.run, flags.out, command=flags.command, notes=flags.notes)
+    print(f"{flags.out}: {folder_bytes(flags.out) / 1e6:.2f} MB")
 
 
 def folder_bytes(folder: Path) -> int:
@@ -179,8 +185,3 @@ def chain(run: Path) -> list[Stage]:
 def last_heldout(run: Path) -> dict:
     """The run's last held-out losses, of the raw weights and of their average."""
     return [line["heldout"] for line in read_metrics(run) if "heldout" in line][-1]
-
-
-if __name__ == "__main__":
-    with exit_on_user_error():
-        main()

@@ -9,16 +9,21 @@ Examples:
 Then open the address it prints. Needs `pip install microdit_jax[ui]`.
 """
 
+if __name__ == "__main__":
+    from microdit_jax.commands.boundary import run_command
+
+    run_command("microdit_jax.app.__main__")
+
 import dataclasses
 import socket
 import time
 from pathlib import Path
 
-from absl import app, flags
+from absl import flags
 
 from microdit_jax import model_flags
 from microdit_jax.assets import hub
-from microdit_jax.commands.cli import compiled_programs, run
+from microdit_jax.commands.cli import absl_command, compiled_programs
 from microdit_jax.errors import UserError
 
 MODEL = flags.DEFINE_multi_string(
@@ -48,9 +53,8 @@ PHOTOS = [
 ]
 
 
-def main(argv):
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments {argv[1:]}; a model goes into --model")
+@absl_command(words="a model goes into --model")
+def main():
     try:
         import uvicorn
 
@@ -97,8 +101,6 @@ def main(argv):
     studio.start()
     try:
         uvicorn.Server(config).run(sockets=[listening])
-    except KeyboardInterrupt:
-        pass
     finally:
         studio.close()
 
@@ -139,7 +141,3 @@ def _suggested(pipe) -> dict:
         "examples": EMOJI if create.draws_emoji(pipe) else PHOTOS,
         "guidance_scale": create.usual_guidance(pipe),
     }
-
-
-if __name__ == "__main__":
-    run(main)

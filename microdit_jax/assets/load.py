@@ -38,6 +38,7 @@ from microdit_jax.errors import UserError
 from microdit_jax.files import cache_folder, disk_errors
 from microdit_jax.models import dit
 from microdit_jax.models.dit import DiTConfig, for_this_machine
+from microdit_jax.towers import Codec, TextEncoder
 
 # A mesh; or what gives one (or None) for so many bytes of weights; None is the first local device.
 Place = Mesh | Callable[[int], Mesh | None] | None
@@ -176,8 +177,10 @@ def _of_run(metadata: dict, config: DiTConfig, params: Any, path: Path, descript
     )
 
 
-def load_text_encoder(name: str, *, dtype: str | None = None, mesh: Mesh | None = None) -> Any:
-    """A frozen text encoder, with `name`, `width`, `encode(ids)` and `encode_text(texts)`.
+def load_text_encoder(
+    name: str, *, dtype: str | None = None, mesh: Mesh | None = None
+) -> TextEncoder:
+    """Loads a frozen text encoder.
 
     Args:
       name: "table:width=W,tokens=L,seed=S"; or the path of a CLIP or T5, as a file, as a folder of
@@ -202,8 +205,8 @@ def load_text_encoder(name: str, *, dtype: str | None = None, mesh: Mesh | None 
     )
 
 
-def load_codec(name: str, *, dtype: str | None = None, mesh: Mesh | None = None) -> Any:
-    """An image codec, with `name`, `channels`, `scaling_factor`, `encode` and `decode`.
+def load_codec(name: str, *, dtype: str | None = None, mesh: Mesh | None = None) -> Codec:
+    """Loads a frozen image codec.
 
     Args:
       name: the path of a VAE, as a file beside its config.json, as a folder, or converted, or of

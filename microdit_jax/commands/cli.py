@@ -1,23 +1,138 @@
-"""What every command shares: one line and exit status 2 for bad input, the compilation cache."""
+"""What commands with absl's flags share: reading them, help, the compilation cache."""
 
 import collections
+import functools
 import re
-from collections.abc import Callable
-from pathlib import Path
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
 
-import jax
 from absl import app, flags, logging
-from ml_collections import ConfigDict
 
-from microdit_jax.commands.parser import exit_on_user_error
+from microdit_jax.commands import boundary
+from microdit_jax.commands.config_file import as_config_file
 from microdit_jax.errors import UserError
-from microdit_jax.files import cache_folder, shipped
-
-HELP = frozenset({"?", "h", "help", "helpshort", "helpfull", "helpxml"})  # absl's flags
+from microdit_jax.files import cache_folder
 
 
+def absl_command(
+    *, required: Sequence[str] = (), words: str = "all values go into flags"
+) -> Callable[[Callable[[], None]], Callable[[Sequence[str]], None]]:
+    """Turns a function that reads absl's flags into a command's `main` (commands.boundary).
+
+    The command prints the docstring of its module and its key flags for --help, and keeps compiled
+    programs between runs.
+
+    Args:
+      required: names of the flags that must be given.
+      words: where an argument that is no flag belongs, for the error.
+    """
+
+    def decorate(main: Callable[[], None]) -> Callable[[Sequence[str]], None]:
+        module = sys.modules[main.__module__]
+
+        def work(rest: list[str]) -> None:
+            if len(rest) > 1:
+                raise _bad_arguments(f"unexpected arguments {rest[1:]}; {words}")
+            for name in required:
+                if flags.FLAGS[name].value is None:
+                    raise _bad_arguments(f"--{name} must be given, found none")
+            logging.set_verbosity(logging.WARNING)  # Orbax tells every rename
+            use_compilation_cache()
+            main()
+
+        @functools.wraps(main)
+        def command(arguments: Sequence[str]) -> None:
+            sys.argv[1:] = arguments  # where ml_collections looks for what overrides a config
+            _define_help(module)
+            app.run(work, [sys.argv[0], *arguments], flags_parser=parse_flags)
+
+        return command
+
+    return decorate
+
+
+def parse_flags(argv: list[str]) -> list[str]:
+    """Reads absl's flags and returns the arguments that are none.
+
+    Args:
+      argv: the program's name first.
+    Raises:
+      UserError: an unknown flag or key of a config, or a value that it cannot take.
+    """
+    if "config" in flags.FLAGS:
+        as_config_file(flags.FLAGS["config"])
+    try:
+        return flags.FLAGS(argv)
+    except Exception as error:
+        # absl and ml_collections raise all kinds, for flags, files, keys and values alike.
+        for cause in _chain(error):
+            if isinstance(cause, UserError):
+                raise cause from None
+        raise _bad_arguments(_last_words(error, argv)) from error
+
+
+def _bad_arguments(message: str) -> UserError:
+    return UserError(f"{message}; see {boundary.program(sys.argv[0])} --help")
+
+
+def _chain(error: BaseException | None) -> list[BaseException]:
+    found = []
+    while error is not None and error not in found:
+        found.append(error)
+        error = error.__cause__ or error.__context__
+    return found
+
+
+def _last_words(error: Exception, argv: list[str]) -> str:
+    """Returns the reason in the message of absl or ml_collections, of which it is the end."""
+    text = str(error)
+    unknown_key = re.search(r"'(\w+)[\\\\']", text) if "flag" not in text else None
+    if not unknown_key:
+        return (text.strip().splitlines() or [type(error).__name__])[-1].strip()
+    key, given = unknown_key[1], "\0".join(argv)
+    file = re.search(r"-config[=\0]([^\0]+)", given)
+    if file and re.search(rf"-config\.{key}\b", given):
+        config = flags.FLAGS["config"].parser.parse(file[1])  # as it is without the flags after it
+        if "stages" in config:
+            return (
+                f"unknown config key {key!r}, {file[1]} is a chain of stages; give "
+                f"--config.STAGE.{key}, with STAGE one of {', '.join(config.stages)}"
+            )
+    return f"unknown config key {key!r}, microdit_jax/training/defaults.py has all"
+
+
+# ------------------------------------------------------------------ --help
+class _Help(flags.BooleanFlag):
+    """A flag that prints the help when it is read, and ends the command well."""
+
+    def __init__(self, name: str, module: Any, every_flag: bool, short_name: str | None = None):
+        super().__init__(name, False, "Show this help.", short_name, allow_override=True)
+        self._module, self._every_flag = module, every_flag
+
+    def parse(self, argument: Any) -> None:
+        """Prints the help unless the flag is given as false."""
+        if not self._parse(argument):
+            return
+        every = flags.FLAGS.get_help()
+        print(f"{(self._module.__doc__ or '').strip()}\n")
+        print(every if self._every_flag else flags.FLAGS.module_help(self._module))
+        raise SystemExit(0)
+
+
+def _define_help(module: Any) -> None:
+    """Replaces absl's own help, which looks for the flags of `__main__` and ends with status 1."""
+    app.define_help_flags()
+    for name, every_flag in (("help", False), ("helpshort", False), ("helpfull", True)):
+        short = "?" if name == "help" else None
+        flags.DEFINE_flag(_Help(name, module, every_flag, short))
+
+
+# ------------------------------------------------------------------ the compilation cache
 def use_compilation_cache() -> None:
     """Keeps compiled programs between runs, unless JAX was told where already."""
+    import jax  # half a second, which --help need not wait for
+
     if not jax.config.jax_compilation_cache_dir:
         jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "xla"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
@@ -33,85 +148,7 @@ def _count_event(event: str, **_) -> None:
 
 
 def compiled_programs() -> str:
-    """What XLA had to do since this process started, to end a line of a report."""
+    """Returns how many programs XLA compiled in this process, to end a line of a report."""
     compiled = _EVENTS["/jax/compilation_cache/cache_misses"]
     found = _EVENTS["/jax/compilation_cache/cache_hits"]
     return f"; {compiled} programs compiled, {found} from the cache"
-
-
-def run(main: Callable[[list[str]], None]) -> None:
-    """absl's app.run, with one line instead of a traceback for what a person can mend."""
-
-    def parse(argv: list[str]) -> list[str]:
-        argv = _with_installed_configs(argv)
-        try:
-            return flags.FLAGS(argv)
-        except SystemExit:
-            if HELP.isdisjoint(argument.lstrip("-") for argument in argv):
-                raise  # a configuration's own
-            raise SystemExit(0) from None  # absl ends these with 1
-        # What absl and ml_collections raise for flags, files, keys and values they cannot take
-        except (flags.Error, LookupError, AttributeError, TypeError, ValueError, OSError) as error:
-            raise UserError(f"{_last_words(error, argv)}; see {argv[0]} --help") from error
-
-    def guarded(argv: list[str]) -> None:
-        logging.set_verbosity(logging.WARNING)  # Orbax tells every rename
-        use_compilation_cache()
-        with exit_on_user_error():
-            try:
-                main(argv)
-            except app.UsageError as error:  # absl would print all of --help
-                raise UserError(f"{error}; see {argv[0]} --help") from error
-
-    with exit_on_user_error():
-        app.run(guarded, flags_parser=parse)
-
-
-def read_config(holder: flags.FlagHolder) -> ConfigDict:
-    """The configuration of a --config flag.
-
-    Raises:
-      UserError: there is no such file (ml_collections says so only when the flag is read).
-    """
-    config = holder.value
-    try:
-        config.keys()
-    except OSError as error:
-        raise UserError(
-            "--config must be a Python file with get_config, such as configs/demo.py, found none "
-            "there; ls configs/"
-        ) from error
-    return config
-
-
-def _with_installed_configs(argv: list[str]) -> list[str]:
-    """--config=configs/NAME.py is the file of the package where the current folder has none."""
-    found = []
-    for argument in argv:
-        flag, divider, value = argument.rpartition("=configs/")
-        name = value.split(":")[0]
-        if divider and flag.lstrip("-") == "config" and not Path("configs", name).exists():
-            if (shipped("configs") / name).is_file():
-                argument = f"{flag}={shipped('configs')}/{value}"
-        found.append(argument)
-    return found
-
-
-def _last_words(error: Exception, argv: list[str]) -> str:
-    """The reason at the end of ml_collections' message, which may be a whole traceback."""
-    missing = re.search(r"flag --(\w+)=None", str(error))
-    if missing:
-        return f"--{missing[1]} must be given, found none"
-    unknown_key = re.search(r"'(\w+)[\\\\']", str(error)) if "flag" not in str(error) else None
-    if not unknown_key:
-        return str(error).strip().splitlines()[-1].split("UserError: ")[-1].strip()
-    key, given = unknown_key[1], "\0".join(argv)
-    file = re.search(r"-config[=\0]([^\0]+)", given)
-    if file and re.search(rf"-config\.{key}\b", given):
-        config = flags.FLAGS["config"].parser.parse(file[1])  # as it is without the flags after it
-        if "stages" in config:
-            return (
-                f"unknown config key {key!r}, {file[1]} is a chain of stages; give "
-                f"--config.STAGE.{key}, with STAGE one of {', '.join(config.stages)}"
-            )
-    return f"unknown config key {key!r}, microdit_jax/training/defaults.py has all"

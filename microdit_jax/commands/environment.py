@@ -1,9 +1,15 @@
 """Prints the environment variables that suit a platform, as lines for a shell."""
 
+if __name__ == "__main__":
+    from microdit_jax.commands.boundary import run_command
+
+    run_command("microdit_jax.commands.environment")
+
 import shlex
 import sys
+from collections.abc import Sequence
 
-from microdit_jax.commands.parser import Parser, exit_on_user_error
+from microdit_jax.commands.parser import Parser
 from microdit_jax.machine import compile_options
 
 EXAMPLE = """example:
@@ -11,7 +17,7 @@ EXAMPLE = """example:
 """
 
 
-def main(arguments: list[str]) -> None:
+def main(arguments: Sequence[str]) -> None:
     """Prints lines for a shell that set the environment."""
     parser = Parser("microdit_jax.commands.environment", __doc__, EXAMPLE)
     parser.add_argument("platform", help=", ".join(compile_options.PLATFORMS))
@@ -21,8 +27,3 @@ def main(arguments: list[str]) -> None:
         print(compile_options.WITHOUT_TCMALLOC, file=sys.stderr)
     for name, value in found.items():
         print(f"export {name}={shlex.quote(value)}")
-
-
-if __name__ == "__main__":
-    with exit_on_user_error():
-        main(sys.argv[1:])

@@ -3,61 +3,50 @@
 So `microdit-evaluate --help` and `python -m microdit_jax.evaluate --help` are one and the same.
 """
 
-import runpy
-import sys
-
+from microdit_jax.commands.boundary import run_command
 from microdit_jax.files import shipped
-
-
-def _run_file(name: str) -> None:
-    sys.argv[0] = str(shipped(name))
-    runpy.run_path(sys.argv[0], run_name="__main__")
-
-
-def _run_module(name: str) -> None:
-    runpy.run_module(name, run_name="__main__", alter_sys=True)
 
 
 def train() -> None:
     """microdit-train: train_main.py."""
-    _run_file("train_main.py")
+    run_command(str(shipped("train_main.py")))
 
 
 def sample() -> None:
     """microdit-sample: sample_main.py."""
-    _run_file("sample_main.py")
+    run_command(str(shipped("sample_main.py")))
 
 
 def convert() -> None:
     """microdit-convert: python -m convert."""
-    _run_module("microdit_jax.convert")
+    run_command("microdit_jax.convert.__main__")
 
 
 def prepare() -> None:
     """microdit-prepare: python -m microdit_jax.prepare."""
-    _run_module("microdit_jax.prepare")
+    run_command("microdit_jax.prepare.__main__")
 
 
 def evaluate() -> None:
     """microdit-evaluate: python -m microdit_jax.evaluate."""
-    _run_module("microdit_jax.evaluate")
+    run_command("microdit_jax.evaluate.__main__")
 
 
 def aot() -> None:
     """microdit-aot: python -m microdit_jax.xla.aot."""
-    _run_module("microdit_jax.xla.aot")
+    run_command("microdit_jax.xla.aot.__main__")
 
 
 def bench() -> None:
     """microdit-bench: python -m microdit_jax.xla.bench."""
-    _run_module("microdit_jax.xla.bench")
+    run_command("microdit_jax.xla.bench.__main__")
 
 
 def app() -> None:
     """microdit-app: python -m microdit_jax.app."""
-    _run_module("microdit_jax.app")
+    run_command("microdit_jax.app.__main__")
 
 
 def report() -> None:
     """microdit-report: python -m microdit_jax.training.report."""
-    _run_module("microdit_jax.training.report")
+    run_command("microdit_jax.training.report")

@@ -1,8 +1,12 @@
 """Converts checkpoints: a PyTorch file into a model folder, and a model folder back into a file."""
 
+if __name__ == "__main__":
+    from microdit_jax.commands.boundary import run_command
+
+    run_command("microdit_jax.convert.__main__")
+
 import argparse
 import json
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +14,7 @@ from pathlib import Path
 import jax
 
 from microdit_jax.checkpoints.model_folder import load_model, read_metadata
-from microdit_jax.commands.parser import Parser, exit_on_user_error
+from microdit_jax.commands.parser import Parser
 from microdit_jax.convert.formats.safetensors_file import write_safetensors
 from microdit_jax.convert.formats.torch_file import write_torch
 from microdit_jax.convert.inputs import CONFIG, read_note
@@ -117,13 +121,8 @@ def _read_config(path: Path, kind: str) -> dict:
     return contents.get(kind, contents)  # a model folder's config.json serves too
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """The command; `argv` without the program's name."""
-    with exit_on_user_error():
-        flags = parse_arguments(sys.argv[1:] if argv is None else argv)
-        jax.config.update("jax_platforms", "cpu")  # a file on its way to a file needs no device
-        {"orbax": to_orbax, "torch": to_torch}[flags.to](flags)
-
-
-if __name__ == "__main__":
-    main()
+def main(arguments: Sequence[str]) -> None:
+    """The command; `arguments` without the program's name."""
+    flags = parse_arguments(arguments)
+    jax.config.update("jax_platforms", "cpu")  # a file on its way to a file needs no device
+    {"orbax": to_orbax, "torch": to_torch}[flags.to](flags)

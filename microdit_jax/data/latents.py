@@ -7,46 +7,16 @@ import json
 import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
 
 from microdit_jax.data.records import check_made_by
 from microdit_jax.errors import UserError
+from microdit_jax.towers import Codec
 
 FORMAT, FORMAT_VERSION = "microdit_jax prepared latents", 2
-
-
-@runtime_checkable
-class Codec(Protocol):
-    """A VAE: raw latents, which the diffusion model sees multiplied by `scaling_factor`."""
-
-    name: str
-    scaling_factor: float
-
-    def encode(self, images: Float[np.ndarray, "n H W colours"]) -> Float[np.ndarray, "n h w c"]:
-        """Encodes images in [-1, 1] to raw latents."""
-        ...
-
-    def decode(self, latents: Float[np.ndarray, "n h w c"]) -> Float[np.ndarray, "n H W colours"]:
-        """Decodes raw latents to images in [-1, 1]."""
-        ...
-
-    def save(self, folder: Path) -> None:
-        """Writes the files that `registry.image_codec` reads."""
-        ...
-
-
-@runtime_checkable
-class TextEncoder(Protocol):
-    """A frozen text encoder: texts -> embeddings (n, l, width) of all tokens."""
-
-    name: str
-
-    def encode_text(self, texts: Sequence[str]) -> Float[np.ndarray, "n l d"]:
-        """Embeds all tokens of each text."""
-        ...
 
 
 class LatentSource:
@@ -122,11 +92,11 @@ class Prepared(NamedTuple):
 
     train: LatentSource
     heldout: LatentSource
-    codec: Any
+    codec: Codec
     meta: dict[str, Any]
 
 
-def load_prepared(folder: Path, load_codec: Callable[[Path], Any]) -> Prepared:
+def load_prepared(folder: Path, load_codec: Callable[[Path], Codec]) -> Prepared:
     """Reads a prepared folder: (train, heldout, codec, meta).
 
     Args:

@@ -14,13 +14,13 @@ On disk a sample has the columns latents_256 and/or latents_512 (c, h, w), capti
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Int
 
 from microdit_jax.errors import UserError
+from microdit_jax.towers import Tokenizer
 
 SIDECAR = "latents.json"
 _FORMAT, _VERSION = "microdit_jax latents", 1
@@ -135,13 +135,13 @@ class StoredLatents:
         *,
         resolution: int,
         captions: str = "embeddings",
-        tokenizer: Callable[[list[str]], Any] | None = None,
+        tokenizer: Tokenizer | None = None,
     ):
         """
         Args:
           resolution: pixels of a side of the images whose latents are read.
           captions: "embeddings" as stored, or "tokens" for a run that embeds captions itself.
-          tokenizer: makes the ids of a caption where none are stored; see `token_ids`.
+          tokenizer: makes the ids of a caption where none are stored.
         Raises:
           UserError: the dataset has no such latents or captions.
         """
@@ -189,7 +189,7 @@ class StoredLatents:
         latents = self._array(raw, self._latents, index)  # c h w
         caption = str(raw["caption"], "utf-8", "replace") if "caption" in raw else ""
         if self._tokenizer is not None:
-            embedded = {"tokens": token_ids(self._tokenizer, [caption])[0]}
+            embedded = {"tokens": self._tokenizer([caption])[0]}
         else:
             array = self._array(raw, self._captions or "", index)
             name = "tokens" if self._captions == "caption_tokens" else "caption_latents"
@@ -223,19 +223,6 @@ class StoredLatents:
                 "prepare the dataset again"
             )
         return array
-
-
-def token_ids(
-    tokenizer: Callable[[list[str]], Any], texts: Sequence[str]
-) -> Int[np.ndarray, "n l"]:
-    """Returns the token ids of texts, padded with 0.
-
-    Args:
-      tokenizer: returns ids, as CLIP's does, or (ids, mask), as T5's does; the mask is dropped,
-        since it is 1 exactly where an id is not 0.
-    """
-    found = tokenizer(list(texts))
-    return found[0] if isinstance(found, tuple) else found
 
 
 def check_made_by(expected: tuple[str, str], found: tuple[str, str]) -> None:

@@ -1,7 +1,6 @@
 """Opens stored latents in either format: an MDS dataset, or a TFDS one in ArrayRecord files."""
 
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ from microdit_jax.data.mds import MdsReader
 from microdit_jax.data.records import SIDECAR, LatentInfo, Store, StoredLatents, infer_info
 from microdit_jax.data.shard_files import ShardFiles
 from microdit_jax.errors import UserError
+from microdit_jax.towers import Tokenizer
 
 ARRAY_RECORD = "dataset_info.json"  # TFDS's own name for its description
 
@@ -22,7 +22,7 @@ def open_latents(
     text_encoder: str | None = None,
     caption_tokens: int = 77,
     captions: str = "embeddings",
-    tokenizer: Callable[[list[str]], Any] | None = None,
+    tokenizer: Tokenizer | None = None,
     **options: Any,
 ) -> StoredLatents:
     """Opens the records of a dataset of latents; a source for `pipeline.make_dataset`.

@@ -3,6 +3,7 @@
 Alphabet as in microdit_jax.models: n batch, l tokens, d width.
 """
 
+import copy
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
@@ -11,11 +12,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float32, Int, Int32
+from jax.sharding import Sharding
+from jaxtyping import Array, Float32, Int, Int32, Shaped
 
 from microdit_jax.encoders.clip_block import Block, TowerConfig, norm
 from microdit_jax.encoders.tokenizers import PADDING, VOCABULARY_SIZE, ClipTokenizer
 from microdit_jax.encoders.transformer import BATCH, check_ids, in_batches
+from microdit_jax.towers import TextNetwork
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,9 +94,31 @@ class ClipTextEncoder:
         """Length to which `encode_text` pads and cuts."""
         return self.config.context_length
 
-    def encode(self, ids: Int32[np.ndarray, "n l"]) -> Float32[np.ndarray, "n l d"]:
-        """Vectors (n, l, width) float32 of token ids.
+    @property
+    def pretrained(self) -> bool:
+        """True."""
+        return True
 
+    @property
+    def network(self) -> TextNetwork:
+        """The tower as a pure function of its weights and token ids."""
+        return TextNetwork(self.forward, self.params, self.config.vocab_size)
+
+    def with_sharding(self, sharding: Sharding) -> "ClipTextEncoder":
+        """Returns the encoder with its weights laid out by `sharding`."""
+        copied = copy.copy(self)  # the compiled program comes along
+        copied.params = jax.device_put(self.params, sharding)
+        return copied
+
+    def encode(
+        self,
+        ids: Int32[np.ndarray, "n l"],
+        attention_mask: Shaped[np.ndarray, "..."] | None = None,
+    ) -> Float32[np.ndarray, "n l d"]:
+        """Embeds token ids: (n, l, width) float32.
+
+        Args:
+          attention_mask: makes no difference: CLIP attends to padding, as it did in training.
         Raises:
           UserError: more tokens than positions, or an id outside the vocabulary.
         """

@@ -11,6 +11,7 @@ import zipfile
 from pathlib import Path
 
 import numpy as np
+from jax.sharding import Sharding
 from jaxtyping import Float
 
 from microdit_jax.diffusion import EdmConfig
@@ -43,6 +44,20 @@ class PatchPCA:
     def channels(self) -> int:
         """Channels c of the latents."""
         return self.basis.shape[1]
+
+    @property
+    def pixels_per_latent(self) -> int:
+        """Pixels along a side of the image for one latent: the patch's side."""
+        return self.patch
+
+    @property
+    def on_device(self) -> bool:
+        """False: NumPy computes it on the host."""
+        return False
+
+    def with_sharding(self, sharding: Sharding) -> "PatchPCA":
+        """Returns itself: it computes on the host."""
+        return self
 
     @classmethod
     def fit(
@@ -90,8 +105,17 @@ class PatchPCA:
         name = f"patch_pca:patch={patch},channels={channels},images={size}"
         return cls(name, patch, *arrays, float(scaling_factor))
 
-    def encode(self, images: Float[np.ndarray, "n H W 3"]) -> Float[np.ndarray, "n h w c"]:
-        """Images (n, H, W, 3) in [-1, 1] -> raw latents (n, H/p, W/p, channels), float32."""
+    def encode(
+        self,
+        images: Float[np.ndarray, "n H W 3"],
+        *,
+        noise: Float[np.ndarray, "n h w c"] | None = None,
+    ) -> Float[np.ndarray, "n h w c"]:
+        """Encodes images (n, H, W, 3) in [-1, 1] as raw latents (n, H/p, W/p, channels), float32.
+
+        Args:
+          noise: makes no difference: a projection has no distribution to sample from.
+        """
         patches = _to_patches(images, self.patch)  # n h w p*p*3
         return ((patches - self.mean) @ self.basis) * self.gain
 

@@ -8,7 +8,7 @@ from microdit_jax.errors import UserError
 
 
 def text_encoder(name: str) -> TokenTable:
-    """The frozen text encoder of that name, with `.name`, `.encode(ids)` and `.encode_text(texts)`.
+    """Returns the frozen text encoder of that name.
 
     Raises:
       UserError: no such encoder.
@@ -22,5 +22,5 @@ def text_encoder(name: str) -> TokenTable:
 
 
 def image_codec(folder: str | Path) -> PatchPCA:
-    """The codec stored in a folder, with `.name`, `.scaling_factor`, `.encode` and `.decode`."""
+    """Reads the codec stored in a folder."""
     return PatchPCA.load(Path(folder))

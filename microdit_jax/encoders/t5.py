@@ -3,6 +3,7 @@
 Alphabet as in microdit_jax.models: n batch, l tokens, d width, h heads, c head dim, f ffn hidden.
 """
 
+import copy
 import dataclasses
 import math
 import os
@@ -13,6 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Sharding
 from jaxtyping import Array, Bool, Float32, Int, Int32, Shaped
 
 from microdit_jax.encoders.transformer import (
@@ -24,6 +26,7 @@ from microdit_jax.encoders.transformer import (
     in_batches,
 )
 from microdit_jax.errors import UserError
+from microdit_jax.towers import TextNetwork, no_tokenizer
 
 PADDING = 0
 _MARKERS = ("<pad>", "</s>", "<unk>", "▁")
@@ -197,10 +200,16 @@ class T5Tokenizer:
             )
         self.max_tokens = max_tokens
 
-    def __call__(
+    def __call__(self, texts: Any) -> Int32[np.ndarray, "n {self.max_tokens}"]:
+        """Returns the ids (n, max_tokens) int32 of a list of texts; raises as `with_mask`."""
+        return self.with_mask(texts)[0]
+
+    def with_mask(
         self, texts: Any
     ) -> tuple[Int32[np.ndarray, "n {self.max_tokens}"], Bool[np.ndarray, "n {self.max_tokens}"]]:
-        """Ids (n, max_tokens) int32, and which are text; too long texts are cut, the marker last.
+        """Returns ids (n, max_tokens) int32, and which of them are text rather than padding.
+
+        A text that is too long is cut, with the end marker last.
 
         Raises:
           UserError: `texts` is one string, not a list, or holds something that is no string.
@@ -267,6 +276,22 @@ class T5Encoder:
         """Length to which `encode_text` pads and cuts."""
         return self.config.max_tokens
 
+    @property
+    def pretrained(self) -> bool:
+        """True."""
+        return True
+
+    @property
+    def network(self) -> TextNetwork:
+        """The encoder as a pure function of its weights and token ids; padding is not seen."""
+        return TextNetwork(self.forward, self.params, self.config.vocab_size)
+
+    def with_sharding(self, sharding: Sharding) -> "T5Encoder":
+        """Returns the encoder with its weights laid out by `sharding`."""
+        copied = copy.copy(self)  # the compiled program comes along
+        copied.params = jax.device_put(self.params, sharding)
+        return copied
+
     def encode(
         self,
         ids: Int32[np.ndarray, "n l"],
@@ -290,9 +315,5 @@ class T5Encoder:
     def encode_text(self, texts: Any) -> Float32[np.ndarray, "n l d"]:
         """Vectors (n, max_tokens, width) float32 of a list of texts; raises as T5Tokenizer."""
         if self.tokenizer is None:
-            raise UserError(
-                f"expected a tokenizer with {self.name}, found none; put spiece.model and "
-                "tokenizer_config.json into the folder tokenizer/ of the model's, or give "
-                "T5Tokenizer(FOLDER)"
-            )
-        return self.encode(*self.tokenizer(texts))
+            raise no_tokenizer(self.name)
+        return self.encode(*self.tokenizer.with_mask(texts))

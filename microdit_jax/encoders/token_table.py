@@ -9,7 +9,8 @@ import re
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float32, Int32, UInt64
+from jax.sharding import Sharding
+from jaxtyping import Float32, Int32, Shaped, UInt64
 
 from microdit_jax.encoders.tokenizers import PADDING, VOCABULARY_SIZE, ClipTokenizer
 from microdit_jax.errors import UserError
@@ -59,18 +60,38 @@ class TokenTable:
         return cls(*map(int, match.groups()))
 
     @property
+    def pretrained(self) -> bool:
+        """False: its vectors are random."""
+        return False
+
+    @property
+    def network(self) -> None:
+        """None: embeddings are looked up on the host."""
+        return None
+
+    def with_sharding(self, sharding: Sharding) -> "TokenTable":
+        """Returns itself: it computes on the host."""
+        return self
+
+    @property
     def tokenizer(self) -> ClipTokenizer:
         """Its tokenizer; `tokenizer.dropped(texts)` tells what `encode_text` cuts off."""
         return ClipTokenizer(self.max_tokens)
 
-    def encode(self, ids: Int32[np.ndarray, "n l"]) -> Float32[np.ndarray, "n l {self.width}"]:
-        """Token vectors (n, l, width) float32, of rms 1 in expectation at each token.
+    def encode(
+        self,
+        ids: Int32[np.ndarray, "n l"],
+        attention_mask: Shaped[np.ndarray, "..."] | None = None,
+    ) -> Float32[np.ndarray, "n l {self.width}"]:
+        """Embeds tokens: (n, l, width) float32, of rms 1 in expectation at each token.
 
         Padding, which is the zeros after a row's last token, gives zero vectors without position:
         the network has no padding mask, so all padding is one vector that says nothing, as in a
         dropped caption, and the mean over tokens is the sum over the real ones. A zero amid the
         text is a real token ("!" glued to what follows).
 
+        Args:
+          attention_mask: makes no difference: the ids say which of them are padding.
         Raises:
           UserError: an id outside the vocabulary.
         """

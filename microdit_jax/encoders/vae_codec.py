@@ -7,7 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, PRNGKeyArray
+from jax.sharding import Sharding
+from jaxtyping import Array, Float
 
 from microdit_jax.encoders.vae import AutoencoderKL, VaeConfig, sample_latents
 from microdit_jax.errors import UserError
@@ -50,26 +51,34 @@ class VaeCodec:
         """Channels c of the latents."""
         return self.config.latent_channels
 
+    @property
+    def pixels_per_latent(self) -> int:
+        """Pixels along a side of the image for one latent."""
+        return self.config.factor
+
+    @property
+    def on_device(self) -> bool:
+        """True: JAX computes it where its weights are."""
+        return True
+
+    def with_sharding(self, sharding: Sharding) -> "VaeCodec":
+        """Returns the codec with its weights laid out by `sharding`."""
+        return dataclasses.replace(self, params=jax.device_put(self.params, sharding))
+
     def encode(
         self,
         images: Float[np.ndarray, "n H W colours"],
         *,
         noise: Float[np.ndarray, "n h w c"] | None = None,
-        key: PRNGKeyArray | None = None,
     ) -> Float[np.ndarray, "n h w c"]:
-        """Pictures (n, H, W, 3) in [-1, 1] -> raw latents (n, h, w, channels), float32.
+        """Encodes images (n, H, W, 3) in [-1, 1] as raw latents (n, h, w, channels), float32.
 
         Args:
-          noise: standard normal numbers to draw the latents with, or
-          key: a PRNG key to draw those with; with neither, the distribution's mode.
+          noise: standard normal numbers to sample the latents with; None: the distribution's mode.
         Raises:
-          UserError: sides that do not fit, both noise and key, or latents that are not finite.
+          UserError: sides that do not fit, or latents that are not finite.
         """
-        if noise is not None and key is not None:
-            raise UserError("give either noise or key to encode with, found both")
         mean, logvar = self._in_slices(images, "encode_moments")
-        if key is not None:
-            noise = jax.random.normal(key, mean.shape, jnp.float32)
         latents = mean
         if noise is not None:
             latents = np.asarray(sample_latents(*map(jnp.asarray, (mean, logvar, noise))))

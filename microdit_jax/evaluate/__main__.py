@@ -12,12 +12,17 @@ Examples:
 The same command again goes on where it was stopped. docs/evaluation.md is the protocol.
 """
 
+if __name__ == "__main__":
+    from microdit_jax.commands.boundary import run_command
+
+    run_command("microdit_jax.evaluate.__main__")
+
 from pathlib import Path
 
-from absl import app, flags
+from absl import flags
 
 from microdit_jax import model_flags
-from microdit_jax.commands.cli import run
+from microdit_jax.commands.cli import absl_command
 from microdit_jax.errors import UserError
 
 MODEL = flags.DEFINE_string("model", None, "A network, as for sample_main.py.")
@@ -71,13 +76,8 @@ PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, fr
 flags.adopt_module_key_flags(model_flags)
 
 
-def main(argv):
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments {argv[1:]}")
-    if not MODEL.value:
-        raise UserError(
-            "flag --model must have a value; see python -m microdit_jax.evaluate --help"
-        )
+@absl_command(required=("model",))
+def main():
     # After the flags: --help answers at once.
     from microdit_jax.machine import hosts
 
@@ -124,7 +124,3 @@ def _numbers(flag: str, texts: list[str], kind: type) -> tuple:
         return tuple(dict.fromkeys(kind(text) for text in texts))
     except ValueError as error:
         raise UserError(f"--{flag} takes numbers divided by commas, found {texts}") from error
-
-
-if __name__ == "__main__":
-    run(main)

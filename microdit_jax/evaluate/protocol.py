@@ -17,7 +17,7 @@ from microdit_jax.errors import UserError
 from microdit_jax.evaluate import report
 from microdit_jax.evaluate.generation import Settings, draw_set, weights_digest
 from microdit_jax.evaluate.prompts import RUN_SPLITS, PromptSet, read_prompts
-from microdit_jax.evaluate.reference import crop_to, get_reference, pixels_per_latent
+from microdit_jax.evaluate.reference import crop_to, get_reference
 from microdit_jax.evaluate.scores import (
     FEATURE_METRICS,
     INCEPTION_METRICS,
@@ -122,6 +122,7 @@ def evaluate(subject: Subject, asked: Request, out: Path) -> tuple[dict[str, Any
     """
     pipe, notes = subject.pipe, []
     # What the pictures are a function of, beside prompts, noise and sampler
+    assert pipe.codec is not None
     made_by = {
         "weights": weights_digest(pipe.params),
         "dit": repr(pipe.model.config),
@@ -261,7 +262,8 @@ def _reference(
     if network is None:
         return None, None
     source, pipe = asked.reference or _default_reference(subject, asked), subject.pipe
-    resolution = pipe.model.config.input_size * pixels_per_latent(pipe.codec)
+    assert pipe.codec is not None
+    resolution = pipe.model.config.input_size * pipe.codec.pixels_per_latent
 
     def get() -> Reference:
         return get_reference(

@@ -4,7 +4,6 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import tqdm
@@ -29,12 +28,6 @@ def crop_to(image: UInt8[np.ndarray, "_ _ 3"], side: int) -> UInt8[np.ndarray, "
     top, left = (height - short) // 2, (width - short) // 2
     square = Image.fromarray(image[top : top + short, left : left + short])
     return np.asarray(square.resize((side, side), Image.Resampling.BICUBIC))
-
-
-def pixels_per_latent(codec: Any) -> int:
-    """Pixels of a side to one latent: 4 or 8 as a rule."""
-    patch = getattr(codec, "patch", None)
-    return codec.config.factor if patch is None else patch
 
 
 def get_reference(

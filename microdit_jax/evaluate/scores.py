@@ -6,13 +6,13 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from microdit_jax.encoders.clip import ClipEncoder
 from microdit_jax.errors import UserError
 from microdit_jax.evaluate.generation import Measure
 from microdit_jax.metrics.clip_score import cosines
 from microdit_jax.metrics.feature_sets import kernel_distance, precision_recall
 from microdit_jax.metrics.frechet import Statistics, frechet_distance
 from microdit_jax.metrics.statistics import Reference
+from microdit_jax.towers import ImageEncoder
 
 # What --metrics takes, with what a table calls it.
 TITLES = {
@@ -71,7 +71,7 @@ def over_seeds(values: Mapping[int, float]) -> dict[str, Any]:
     }
 
 
-def measure_cosines(clip: ClipEncoder) -> Measure:
+def measure_cosines(clip: ImageEncoder) -> Measure:
     """What draw_set takes: the cosine (n, 1) of each picture with its text."""
 
     def measure(images, texts):

@@ -10,9 +10,7 @@ import json
 import os
 import re
 import socket
-import sys
 import time
-import traceback
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -89,10 +87,11 @@ def job(
     timeout_seconds: float = 300.0,
     heartbeat_seconds: int = 100,
 ) -> Iterator[None]:
-    """`initialize`, for a command's whole run: its error ends this process at once.
+    """Joins a job (`initialize`) for a command's whole run; errors name the process they are of.
 
-    A Python program that ends otherwise waits for the others first, for minutes, and they for the
-    next collective. Ended, it is missed within `heartbeat_seconds`, and all others stop.
+    A Python program that ends normally waits for the others first, for minutes, and they wait for
+    its next collective. So the boundary of commands ends a process that failed at once; within
+    `heartbeat_seconds` the others notice its silence and stop.
     """
     if not initialize(
         coordinator_address,
@@ -105,16 +104,8 @@ def job(
         return
     try:
         yield
-    except BaseException as error:
-        if isinstance(error, SystemExit) and not error.code:
-            raise
-        if isinstance(error, UserError):
-            print(f"error: process {jax.process_index()}: {error}", file=sys.stderr)
-        else:
-            traceback.print_exception(error)
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(2 if isinstance(error, UserError) else 1)
+    except UserError as error:
+        raise UserError(f"process {jax.process_index()}: {error}") from error
 
 
 def find_job(

@@ -11,29 +11,34 @@ datasets of images; the emoji set; the paper's datasets (docs/datasets.md). On s
 the same command on each with --process_index and --process_count, writing to one shared folder.
 """
 
+if __name__ == "__main__":
+    from microdit_jax.commands.boundary import run_command
+
+    run_command("microdit_jax.prepare.__main__")
+
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from microdit_jax import images
 from microdit_jax.assets import load
 from microdit_jax.commands.cli import use_compilation_cache
-from microdit_jax.commands.parser import Parser, exit_on_user_error
+from microdit_jax.commands.parser import Parser
 from microdit_jax.data.stores import open_latents
 from microdit_jax.prepare import job, job_folder
 from microdit_jax.prepare.encoding import make_towers
 from microdit_jax.prepare.options import PrepareOptions
 from microdit_jax.prepare.sources import registry
+from microdit_jax.towers import Codec
 
 DEFAULT_VAE = "stabilityai/stable-diffusion-xl-base-1.0"
 DEFAULT_TEXT_ENCODER = "openclip:hf-hub:apple/DFN5B-CLIP-ViT-H-14-378"
 _SHEET_IMAGES, _SHEET_COLUMNS = 24, 6
 
 
-def contact_sheet(output: Path, codec: Any, options: PrepareOptions) -> Path:
+def contact_sheet(output: Path, codec: Codec, options: PrepareOptions) -> Path:
     """Saves images decoded back from random latents of the output, with their captions."""
     source = open_latents(
         output,
@@ -81,9 +86,9 @@ def _parser() -> Parser:
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(arguments: Sequence[str]) -> None:
     parser = _parser()
-    args = parser.parse_args(argv)
+    args = parser.parse_args(arguments)
     try:
         resolutions = tuple(int(side) for side in args.resolutions.split(","))
     except ValueError:
@@ -129,8 +134,3 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"{(output / job.REPORT).read_text().rstrip()}\nlook at {sheet}")
     else:
         print(f"{output}: other processes still work")
-
-
-if __name__ == "__main__":
-    with exit_on_user_error():
-        main()

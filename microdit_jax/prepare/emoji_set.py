@@ -8,21 +8,31 @@ import json
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
 from microdit_jax.data import twemoji
-from microdit_jax.data.latents import FORMAT, FORMAT_VERSION, Codec, TextEncoder, read_meta
+from microdit_jax.data.latents import FORMAT, FORMAT_VERSION, read_meta
 from microdit_jax.errors import UserError
 from microdit_jax.files import atomic_folder
+from microdit_jax.towers import Codec, TextEncoder
+
+
+@runtime_checkable
+class SavedCodec(Codec, Protocol):
+    """A codec that can be stored beside the latents that it made."""
+
+    def save(self, folder: Path) -> None:
+        """Writes the files that `registry.image_codec` reads."""
+        ...
 
 
 def prepare_emoji_set(
     folder: Path,
     *,
     resolution: int,
-    fit_codec: Callable[..., Codec],
+    fit_codec: Callable[..., SavedCodec],
     codec_settings: Mapping[str, int | float | str],
     text_encoder: TextEncoder,
     codec_resolution: int | None = None,
@@ -73,7 +83,7 @@ def prepare_emoji_set(
 def _write(
     folder: Path,
     request: Mapping[str, Any],
-    fit_codec: Callable[..., Codec],
+    fit_codec: Callable[..., SavedCodec],
     text_encoder: TextEncoder,
     progress: bool,
 ) -> None:

@@ -5,7 +5,6 @@ noise that a latent is sampled with is a function of the seed and the image's id
 """
 
 import collections
-import copy
 import dataclasses
 import hashlib
 from collections.abc import Iterator, Sequence
@@ -14,14 +13,14 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import SingleDeviceSharding
 from jaxtyping import Float, Float32, Int
 
-from microdit_jax.data.records import token_ids
-from microdit_jax.encoders.vae_codec import VaeCodec
 from microdit_jax.errors import UserError
 from microdit_jax.machine.placement import full_batches
 from microdit_jax.prepare.decoding import DecodedImage, to_float
 from microdit_jax.prepare.options import PrepareOptions
+from microdit_jax.towers import Codec, TextEncoder, tokenizer_of
 
 Record = dict[str, Any]  # column -> text or array
 
@@ -39,13 +38,12 @@ class DeviceTowers:
     """A VAE and a text encoder with their weights on one device.
 
     Attributes:
-      codec, text_encoder: as `assets.load_codec` and `assets.load_text_encoder` give them.
-      device: where they compute; None for towers without weights.
+      device: the jax.Device that computes.
       seed: of the noise that latents are sampled with.
     """
 
-    codec: Any
-    text_encoder: Any
+    codec: Codec
+    text_encoder: TextEncoder
     device: Any
     seed: int
 
@@ -59,13 +57,10 @@ class DeviceTowers:
     ) -> Float[np.ndarray, "n h w c"]:
         """Samples the latents of images in [-1, 1], multiplied by `scaling_factor`."""
         with jax.default_device(self.device):
-            if isinstance(self.codec, VaeCodec):
-                reduction = 2 ** (len(self.codec.config.block_out_channels) - 1)
-                shape = (*(side // reduction for side in images.shape[1:3]), self.codec.channels)
-                noise = np.stack([image_noise(self.seed, id, shape) for id in ids])
-                latents = self.codec.encode(images, noise=noise)
-            else:  # a codec without a distribution to sample from
-                latents = self.codec.encode(images)
+            sides = (side // self.codec.pixels_per_latent for side in images.shape[1:3])
+            shape = (*sides, self.codec.channels)
+            noise = np.stack([image_noise(self.seed, id, shape) for id in ids])
+            latents = self.codec.encode(images, noise=noise)
         return latents * np.float32(self.codec.scaling_factor)
 
     def embeddings(self, texts: Sequence[str]) -> Float[np.ndarray, "n l width"]:
@@ -75,28 +70,17 @@ class DeviceTowers:
 
     def tokens(self, texts: Sequence[str]) -> Int[np.ndarray, "n l"]:
         """Returns the token ids of each text."""
-        return token_ids(self.text_encoder.tokenizer, texts)
+        return tokenizer_of(self.text_encoder)(list(texts))
 
 
-def make_towers(codec: Any, text_encoder: Any, seed: int) -> list[DeviceTowers]:
-    """Copies both towers to each of this process's devices."""
-    devices = jax.local_devices() if hasattr(codec, "params") else [None]
-    return [
-        DeviceTowers(_copy_to(codec, device), _copy_to(text_encoder, device), device, seed)
-        for device in devices
-    ]
-
-
-def _copy_to(tower: Any, device: Any) -> Any:
-    """Returns the tower with its weights on a device; one without weights as it is."""
-    if not hasattr(tower, "params"):
-        return tower
-    params = jax.device_put(tower.params, device)
-    if dataclasses.is_dataclass(tower):
-        return dataclasses.replace(tower, params=params)
-    copied = copy.copy(tower)
-    copied.params = params
-    return copied
+def make_towers(codec: Codec, text_encoder: TextEncoder, seed: int) -> list[DeviceTowers]:
+    """Copies both towers to each of this process's devices; to one if NumPy computes the codec."""
+    towers = []
+    for device in jax.local_devices() if codec.on_device else jax.local_devices()[:1]:
+        here = SingleDeviceSharding(device)
+        copies = codec.with_sharding(here), text_encoder.with_sharding(here)
+        towers.append(DeviceTowers(*copies, device, seed))
+    return towers
 
 
 def image_noise(seed: int, id: str, shape: tuple[int, ...]) -> Float32[np.ndarray, "..."]:

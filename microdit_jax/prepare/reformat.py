@@ -9,6 +9,11 @@ The reference's datasets do not say what made them: add --vae and --text_encoder
 share the work, each with its --process_index of --process_count, writing to one folder.
 """
 
+if __name__ == "__main__":
+    from microdit_jax.commands.boundary import run_command
+
+    run_command("microdit_jax.prepare.reformat")
+
 import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,7 +21,7 @@ from typing import Any
 
 import tqdm
 
-from microdit_jax.commands.parser import Parser, exit_on_user_error
+from microdit_jax.commands.parser import Parser
 from microdit_jax.data.compression import split
 from microdit_jax.data.records import SIDECAR, LatentInfo, Store, infer_info
 from microdit_jax.data.stores import open_store
@@ -179,13 +184,8 @@ def _parser() -> Parser:
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    arguments = vars(_parser().parse_args(argv))
-    complete = reformat(**arguments)
+def main(arguments: Sequence[str]) -> None:
+    asked = vars(_parser().parse_args(arguments))
+    complete = reformat(**asked)
     state = "complete" if complete else "other processes still write"
-    print(f"{arguments['output']}: {state}")
-
-
-if __name__ == "__main__":
-    with exit_on_user_error():
-        main()
+    print(f"{asked['output']}: {state}")

@@ -19,6 +19,7 @@ from microdit_jax.machine.placement import fetch, full_batches, put_rows, round_
 from microdit_jax.models.dit import DiT
 from microdit_jax.noise import initial_noise
 from microdit_jax.sampling import programs
+from microdit_jax.towers import Codec, TextEncoder
 
 # Wraps the sequence of network evaluations, as tqdm does.
 Progress = Callable[[Sequence[Any]], Iterable[Any]]
@@ -53,8 +54,8 @@ class LatentDiffusion:
     model: DiT
     params: Any
     edm: EdmConfig
-    text_encoder: Any
-    codec: Any
+    text_encoder: TextEncoder
+    codec: Codec | None  # None on a process that needs latents alone
     description: str = ""
     _programs: dict = dataclasses.field(default_factory=dict, repr=False)
 
@@ -182,8 +183,7 @@ class LatentDiffusion:
             raise UserError("give either prompt or tokenized_prompts, found both or neither")
         if tokenized_prompts is not None:
             ids = np.asarray(tokenized_prompts, np.int32)
-            masks = {} if attention_mask is None else {"attention_mask": attention_mask}
-            return self.text_encoder.encode(ids, **masks)
+            return self.text_encoder.encode(ids, attention_mask)
         if attention_mask is not None:
             raise UserError("attention_mask belongs to tokenized_prompts, found it with texts")
         texts = [prompt] if isinstance(prompt, str) else list(prompt)
@@ -284,6 +284,7 @@ class LatentDiffusion:
 
     def decode(self, latents: Float[np.ndarray, "n h w c"]) -> Float[np.ndarray, "n H W 3"]:
         """Pictures in [0, 1] from scaled latents."""
+        assert self.codec is not None, "this process has no codec"
         images = self.codec.decode(latents / np.float32(self.codec.scaling_factor))
         return np.clip(images / 2 + 0.5, 0, 1).astype(np.float32)
 

@@ -37,18 +37,18 @@ class CaptionTower:
 
     def __init__(self, name: str, dtype: str, mesh: Mesh):
         encoder = load.load_text_encoder(name, dtype=dtype, mesh=mesh)
-        if not hasattr(encoder, "forward"):
+        if encoder.network is None:
             raise UserError(
                 f"data.captions=tokens takes a CLIP or T5 as data.text_encoder, found {name}, "
                 "whose embeddings are looked up; use data.captions=embeddings"
             )
-        self._encoder, self.params = encoder, encoder.params
+        self._network, self._max_tokens = encoder.network, encoder.max_tokens
+        self.params = encoder.network.params
         self.name, self.tokenizer, self.width = encoder.name, encoder.tokenizer, encoder.width
 
     def check(self, ids: Int32[np.ndarray, "n l"]) -> None:
         """Raises UserError for ids that are not the tower's; on devices they would be clipped."""
-        config = self._encoder.config
-        check_ids(ids, self._encoder.max_tokens, config.vocab_size, self._encoder.name)
+        check_ids(ids, self._max_tokens, self._network.vocab_size, self.name)
 
     def embed(self, params: Any, batch: Batch) -> Batch:
         """The batch with "caption_latents" (n, l, width) in place of "tokens" (n, l).
@@ -56,5 +56,5 @@ class CaptionTower:
         Rounded to float16, as embeddings are stored: a run sees the same numbers either way.
         """
         rest = {name: value for name, value in batch.items() if name != "tokens"}
-        captions = self._encoder.forward(params, batch["tokens"])
+        captions = self._network.apply(params, batch["tokens"])
         return rest | {"caption_latents": jax.lax.stop_gradient(captions.astype(jnp.float16))}

@@ -16,10 +16,10 @@ from microdit_jax import sharding
 from microdit_jax.assets import load
 from microdit_jax.data.pipeline import Source
 from microdit_jax.diffusion import EdmConfig
+from microdit_jax.encoders.known_texts import KnownTexts
 from microdit_jax.errors import UserError
 from microdit_jax.evaluate.in_training import TrainingScores
 from microdit_jax.evaluate.prompts import read_prompts
-from microdit_jax.evaluate.reference import pixels_per_latent
 from microdit_jax.images import captioned_grid, save_png
 from microdit_jax.machine import hosts
 from microdit_jax.models.dit import DiT
@@ -225,21 +225,9 @@ class Evaluation:
             self._writer.image(step, "samples", image)
 
 
-class _Embedded:
-    """Stands in for a text encoder whose few texts are embedded already, and which is not kept."""
-
-    def __init__(self, encoder: Any, texts: list[str]):
-        different = sorted(set(texts))
-        self.name, self.width = encoder.name, encoder.width
-        self._known = dict(zip(different, encoder.encode_text(different), strict=True))
-
-    def encode_text(self, texts: list[str]) -> np.ndarray:
-        return np.stack([self._known[text] for text in texts])
-
-
 def _with_texts(pipe: LatentDiffusion, texts: list[str]) -> LatentDiffusion:
     """The same pipeline, compiled programs included, for these texts alone."""
-    return dataclasses.replace(pipe, text_encoder=_Embedded(pipe.text_encoder, texts))
+    return dataclasses.replace(pipe, text_encoder=KnownTexts(pipe.text_encoder, texts))
 
 
 class Grid:
@@ -295,7 +283,7 @@ class SampleScores:
         prompts = read_prompts(settings.score_prompts, settings.score_images).texts
         self._pipe, resolution = _with_texts(pipe, prompts), 0
         if pipe.codec is not None:
-            resolution = pipe.model.config.input_size * pixels_per_latent(pipe.codec)
+            resolution = pipe.model.config.input_size * pipe.codec.pixels_per_latent
         self._scores = TrainingScores(
             prompts,
             settings.score_reference if pipe.codec is not None else "",

@@ -6,6 +6,11 @@ their folders shows all. By hand, or as a picture of the curves alone:
       --runs=runs/all/res_256_pretrain --runs=runs/all/res_256_finetune
 """
 
+if __name__ == "__main__":
+    from microdit_jax.commands.boundary import run_command
+
+    run_command("microdit_jax.training.report")
+
 import base64
 import html
 import io
@@ -15,13 +20,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import matplotlib
-from absl import app, flags
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from microdit_jax.checkpoints.run import read_run_metadata
-from microdit_jax.commands.cli import run
+from microdit_jax.commands.parser import Parser
 from microdit_jax.errors import UserError
 from microdit_jax.files import write_bytes
 from microdit_jax.training.metric_writer import read_metrics
@@ -211,16 +215,12 @@ def _sheets(run: Run, base: Path) -> str:
     return "\n".join([*parts, f"</div>{note}"])
 
 
-def main(argv):
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments {argv[1:]}; a run goes into --runs")
-    runs, out = flags.FLAGS.runs, flags.FLAGS.out
-    write(runs, out)
-    print(f"{len(runs)} runs shown in {out}")
-
-
-if __name__ == "__main__":
-    # Here, not above: training imports this module, and other commands have an --out of their own.
-    flags.DEFINE_multi_string("runs", [], "Workdirs of training runs, one column each.")
-    flags.DEFINE_string("out", "report.html", "The page (.html) or picture (.png) to write.")
-    run(main)
+def main(arguments: Sequence[str]) -> None:
+    parser = Parser("microdit_jax.training.report", __doc__)
+    parser.add_argument(
+        "--runs", action="append", required=True, help="a training run's workdir; each a column"
+    )
+    parser.add_argument("--out", default="report.html", help="the page (.html) or image (.png)")
+    flags = parser.parse_args(arguments)
+    write(flags.runs, flags.out)
+    print(f"{len(flags.runs)} runs shown in {flags.out}")

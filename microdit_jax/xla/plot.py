@@ -4,6 +4,11 @@ Example:
   python -m microdit_jax.xla.plot --reports=stage1.json --reports=stage2.json --out=aot.png
 """
 
+if __name__ == "__main__":
+    from microdit_jax.commands.boundary import run_command
+
+    run_command("microdit_jax.xla.plot")
+
 import collections
 import json
 from collections.abc import Sequence
@@ -12,7 +17,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from microdit_jax.commands.parser import Parser, exit_on_user_error
+from microdit_jax.commands.parser import Parser
 from microdit_jax.errors import UserError
 from microdit_jax.files import atomic_file
 
@@ -81,17 +86,12 @@ def draw(reports: Sequence[dict[str, Any]], out: str | Path) -> None:
         figure.savefig(file, format=ending)
 
 
-def main() -> None:
+def main(arguments: Sequence[str]) -> None:
     parser = Parser("microdit_jax.xla.plot", __doc__)
     parser.add_argument(
         "--reports", action="append", required=True, help="JSON of aot --report; each a bar"
     )
     parser.add_argument("--out", default="aot.png", help="the image to write")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     draw(read(args.reports), args.out)
     print(f"{len(args.reports)} reports drawn in {args.out}")
-
-
-if __name__ == "__main__":
-    with exit_on_user_error():
-        main()

@@ -3,6 +3,11 @@
 A fault that no test notices survives; the command ends with status 1 if more than one in twenty do.
 """
 
+if __name__ == "__main__":
+    from microdit_jax.commands.boundary import run_command
+
+    run_command("tools.mutants.__main__")
+
 import os
 import shutil
 import subprocess
@@ -15,7 +20,7 @@ from queue import Queue
 
 import tqdm
 
-from microdit_jax.commands.parser import Parser, exit_on_user_error
+from microdit_jax.commands.parser import Parser
 from microdit_jax.errors import UserError
 from tools.mutants import ROOT, Mutant, all_mutants
 
@@ -64,11 +69,11 @@ def verdict(folder: Path, mutant: Mutant) -> str:
     return {0: "survived", 1: "killed", 2: "killed"}.get(status, f"cannot run: {words}")
 
 
-def main() -> None:
+def main(arguments: Sequence[str]) -> None:
     parser = Parser("tools.mutants", __doc__, EXAMPLE)
     parser.add_argument("--only", help="a room, or a part of a fault's name")
     parser.add_argument("--jobs", type=int, default=2, help="copies at work at once (default: 2)")
-    flags = parser.parse_args()
+    flags = parser.parse_args(arguments)
     if flags.jobs < 1:
         raise UserError(f"--jobs must be at least 1, found {flags.jobs}")
     mutants = [m for m in all_mutants() if (flags.only or "") in f"{m.room}: {m.name}"]
@@ -107,8 +112,3 @@ def main() -> None:
     print(f"{killed} of {len(mutants)} faults noticed ({killed / len(mutants):.0%})")
     if killed < LEAST_SHARE * len(mutants):
         sys.exit(1)
-
-
-if __name__ == "__main__":
-    with exit_on_user_error():
-        main()

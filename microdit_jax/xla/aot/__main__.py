@@ -13,12 +13,17 @@ Needs no accelerator, only its compiler: pip install 'microdit_jax[aot]'. No wei
 Compiling takes minutes; programs that were compiled before come from a cache.
 """
 
+if __name__ == "__main__":
+    from microdit_jax.commands.boundary import run_command
+
+    run_command("microdit_jax.xla.aot.__main__")
+
 from pathlib import Path
 
-from absl import app, flags
+from absl import flags
 from ml_collections import config_flags
 
-from microdit_jax.commands.cli import read_config, run
+from microdit_jax.commands.cli import absl_command
 from microdit_jax.errors import UserError
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/, with its variants.")
@@ -34,10 +39,9 @@ REDUCED = flags.DEFINE_boolean(
 DUMP = flags.DEFINE_string("dump", None, "Folder for the optimised HLO.")
 
 
-def main(argv):
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments {argv[1:]}")
-    config = read_config(CONFIG)
+@absl_command(required=("config", "topology"))
+def main():
+    config = CONFIG.value
     if "stages" in config:
         raise UserError(
             f"--config must be one stage, found {', '.join(config.stages)}; give the file of one"
@@ -63,8 +67,3 @@ def main(argv):
     print(table.render(found))
     if REPORT.value:
         table.write(found, Path(REPORT.value))
-
-
-if __name__ == "__main__":
-    flags.mark_flags_as_required(["config", "topology"])
-    run(main)

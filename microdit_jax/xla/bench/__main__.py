@@ -14,12 +14,17 @@ of the PyTorch reference in the same turns. Experts have no ragged form: in expe
 the same number of tokens.
 """
 
+if __name__ == "__main__":
+    from microdit_jax.commands.boundary import run_command
+
+    run_command("microdit_jax.xla.bench.__main__")
+
 import math
 from pathlib import Path
 
-from absl import app, flags
+from absl import flags
 
-from microdit_jax.commands.cli import run
+from microdit_jax.commands.cli import absl_command
 from microdit_jax.errors import UserError
 
 WHAT = flags.DEFINE_list("what", ["train_step"], "Workloads to time; see above.")
@@ -87,14 +92,17 @@ def _loader() -> dict:
     )
 
 
-def main(argv, reference=None):
-    """Runs the benchmark.
+@absl_command()
+def main():
+    measure_all()
+
+
+def measure_all(reference: "rows.Reference | None" = None) -> None:
+    """Runs the benchmark that the flags ask for.
 
     Args:
       reference: a `rows.Reference` to time in the same turns.
     """
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments {argv[1:]}")
     import jax
 
     from microdit_jax.models import ARCHES, SHORT_ARCHES, dit, moe
@@ -145,7 +153,3 @@ def main(argv, reference=None):
         report["loader"] = _loader()
     if REPORT.value:
         rows.write(report, Path(REPORT.value))
-
-
-if __name__ == "__main__":
-    run(main)
