@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 from absl import flags
@@ -31,9 +32,10 @@ def test_a_grid_has_only_what_matters():
 
 
 def test_turns_are_compared_pair_by_pair():
-    ours, theirs = timing.Timed(np.array([1.0, 2.0, 8.0])), timing.Timed(np.full(3, 4))
+    """The ratio of the medians would be 1: the machine was busy in both works' second turn."""
+    ours, theirs = timing.Timed(np.array([1.0, 8.0, 2.0])), timing.Timed(np.array([4.0, 16.0, 2.0]))
     over = ours.over(theirs)
-    assert over == {"median": 0.5, "lowest": 0.25, "highest": 2.0, "of_lowest": 0.25}
+    assert over == {"median": 0.5, "lowest": 0.25, "highest": 1.0, "of_lowest": 0.5}
     assert ours.summary() == {"median": 2.0, "lowest": 1.0, "spread": 1.75}
     calls = []
     found = timing.take_turns([lambda: calls.append(0), lambda: calls.append(1)], repeats=2)
@@ -57,6 +59,26 @@ def test_each_work_is_measured(what, tmp_path):
         folder = tmp_path / "dump" / "moe_gather_float32"
         assert "ENTRY" in (folder / "optimised_hlo.txt").read_text()
         assert list(folder.rglob("*.xplane.pb"))
+
+
+def test_rates_are_compared_on_one_device(monkeypatch):
+    """Eight devices at work for 2 s against one matmul of 1 s."""
+    config, size = tiny_model().config, Size(batch=8)
+
+    def take_turns(works, *, repeats, warm_up):
+        assert (len(works), repeats, warm_up) == (3, 5, 2)
+        return [timing.Timed(np.full(5, seconds)) for seconds in (2.0, 1.0, 4.0)]
+
+    monkeypatch.setattr(timing, "take_turns", take_turns)
+    monkeypatch.setattr(timing, "matmul", lambda dtype: (lambda: None, 1000))
+    work = workloads.Workload(lambda: None, 8000, jax.jit(abs).lower(1.0).compile(), 3.0)
+    monkeypatch.setitem(workloads.COMPILE, "attention", lambda *_: work)
+    options = rows.TimingOptions(5, 2, reference=lambda *_: lambda: None)
+    row = rows.measure("attention", config, size, Variant(), options)
+    assert row["matmul_operations_per_second"] == 1000
+    assert row["share_of_matmul"] == 0.5  # 8000 operations in 2 s on 8 devices
+    assert row["seconds"]["median"] == 2 and row["reference_seconds"]["median"] == 4
+    assert row["over_reference"]["median"] == 0.5
 
 
 def test_the_reference_needs_a_checkout(tmp_path):

@@ -1,9 +1,11 @@
-"""Names of topologies, the roofline, extrapolation over depth, the search, reports."""
+"""Names of topologies, extrapolation over depth, the search, reports."""
 
 import dataclasses
 import json
 import pathlib
 
+import jax
+import jax.numpy as jnp
 import pytest
 from jax.sharding import AbstractMesh
 
@@ -101,7 +103,7 @@ def test_the_preset_for_cpus_takes_tcmalloc_where_it_is(monkeypatch, capsys):
     assert out.startswith(f"export LD_PRELOAD='{name} libother.so'\n") and not err
 
 
-# ------------------------------------------------------------------------------ roofline
+# ------------------------------------------------------------------------------ counts
 COUNTS = Counts(
     kernels=(
         Kernel("matmul", "dot", "", 2, {"bf16": 989e9}, 335e6),  # 1 ms of matmul, 0.1 of memory
@@ -113,13 +115,6 @@ COUNTS = Counts(
     ),
     uncounted={},
 )
-
-
-def test_roofline():
-    time = roofline.step_time(COUNTS, H100)
-    assert time.matmuls == pytest.approx(2e-3) and time.memory == pytest.approx(3.2e-3)
-    assert time.kernels == pytest.approx(5e-3) and time.communication == pytest.approx(2e-3)
-    assert time.lower_bound == time.kernels and time.without_overlap == pytest.approx(7e-3)
 
 
 # ------------------------------------------------------------------------------ extrapolation
@@ -205,8 +200,96 @@ def test_what_follows_from_the_counts():
     assert found["forward_passes_expected"] == 3.5
     assert found["weight_communication"]["ratio"] == pytest.approx(1.125)
     assert found["images_per_second"] == pytest.approx(2048 / 5e-3)
+    # Recomputation is no useful work: 3 passes count, not 3.5.
+    assert found["mfu_bound"] == pytest.approx(3 * 10**11 * 128 / 5e-3 / 989e12)
+    assert found["seconds"]["kernels"] == pytest.approx(5e-3)
+    assert found["seconds"]["exposed"] == pytest.approx(2e-3)
+    assert found["bytes_moved"] == pytest.approx(2 * 335e6 + 3 * 3.35e9)
     assert found["days"] == pytest.approx(5e-3)
     assert found["dollars"] == pytest.approx(5e-3 * 24 * 16 * 3.79)
+
+
+@pytest.mark.parametrize("peak, fits", [(78.1e9, True), (78.2e9, False)])
+def test_the_runtime_keeps_its_share_of_the_memory(peak, fits):
+    """An H100 has 84.9 GB, and XLA is given 92 % of it."""
+    program = Program(lambda: None, 16, 1, 10**11, 3, 0.0, {}, 10**9)
+    memory = {"arguments": 0, "outputs": 0, "aliased": 0, "temporaries": peak}
+    found = figures.complete(figures.measure(memory, {}, COUNTS), program, H100, None, steps=None)
+    assert found["memory"]["fits"] is fits
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+    """Stands in for the compiler: every program is COUNTS; the labels it was asked for."""
+    labels = []
+
+    def compile_and_count(program, topology, label, dump):
+        labels.append(label)
+        memory = {"arguments": 1, "outputs": 1, "aliased": 1, "temporaries": 1}
+        found = figures.measure(memory, {}, COUNTS)
+        found |= {"trace_seconds": 1.0, "compile_seconds": 10.0}
+        return compile.Compiled(found, roofline.step_time(COUNTS, H100), [])
+
+    monkeypatch.setattr(analysis, "compile_and_count", compile_and_count)
+    return labels
+
+
+def test_a_stage_is_charged_with_its_own_steps(compiled):
+    config = res_256_pretrain.get_config("mesh=1x8x1")
+    topology = dataclasses.replace(H100, devices=tuple(jax.devices()))
+    request = analysis.CompileRequest(config, topology, "stage1", start_step=100_000)
+    found = analysis.analyse(request)
+    assert compiled == ["train_step"]
+    assert found["steps"] == 150_000
+    assert found["days"] == pytest.approx(150_000 * 5e-3 / 86_400)
+
+
+def test_extrapolated_reports_say_what_was_spent(compiled):
+    """Equal programs of all depths: a block costs nothing, and the figures are those of one."""
+    config = res_256_pretrain.get_config("mesh=1x8x1")
+    topology = dataclasses.replace(H100, devices=tuple(jax.devices()))
+    request = analysis.CompileRequest(config, topology, "stage1", reduced_depth=True)
+    found = analysis.analyse(request)
+    assert len(compiled) == 4 and "mixer 4, backbone 3" in compiled
+    assert found["flops"] == COUNTS.flops and found["compile_seconds"] == 40.0
+    assert found["seconds"]["exposed"] == pytest.approx(2e-3)
+    assert found["extrapolated"]["from"].startswith("1.00 x base")
+
+
+def test_the_cache_knows_what_a_program_depends_on(monkeypatch, tmp_path):
+    """Another compiler, option or flag makes another program of the same text."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("XLA_FLAGS", "")
+    lowered = jax.jit(lambda x: x + 1).lower(1.0)
+    monkeypatch.setattr(topologies, "_version", lambda wheel: "1.0")
+    paths = [compile._cache_path(lowered, H100)]
+    monkeypatch.setattr(topologies, "_version", lambda wheel: "1.1")
+    paths.append(compile._cache_path(lowered, H100))
+    paths.append(compile._cache_path(lowered, dataclasses.replace(H100, name="h100:32")))
+    monkeypatch.setitem(compile_options.COMPILE, "cuda", {"an_option": 1})
+    paths.append(compile._cache_path(lowered, H100))
+    monkeypatch.setenv("XLA_FLAGS", "--a_flag")
+    paths.append(compile._cache_path(lowered, H100))
+    paths.append(compile._cache_path(jax.jit(lambda x: x + 2).lower(1.0), H100))
+    assert len(set(paths)) == 6
+    assert paths[-2] == compile._cache_path(lowered, H100)
+
+
+def test_what_sharding_needs_to_communicate():
+    """By hand: half of a matrix and of half of the experts; gradients in each micro-batch."""
+    mesh = sharding.make_mesh(data=2, fsdp=2, expert=2)
+    params = {
+        "proj": {"kernel": jax.ShapeDtypeStruct((512, 1024), jnp.float32)},
+        "experts": {"w1": jax.ShapeDtypeStruct((8, 256, 512), jnp.float32)},
+        "norm": {"scale": jax.ShapeDtypeStruct((64,), jnp.float32)},
+    }
+    specs = sharding.specs(params, mesh)
+    assert "fsdp" in specs["proj"]["kernel"] and "expert" in specs["experts"]["w1"]
+    received = (512 * 1024 + 8 * 256 * 512 / 2) * 1 / 2 * 4
+    assert programs.needed_communication(params, None, mesh, 3) == {
+        "all-gather": received,
+        "reduce-scatter": 3 * received,
+    }
 
 
 def test_written_read_and_drawn(tmp_path):

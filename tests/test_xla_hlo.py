@@ -143,6 +143,87 @@ def test_collectives():
     assert count(module(by_axes)).collectives[0].devices == (0, 1, 2, 3, 12, 13, 14, 15)
 
 
+def test_all_reduces_receive_twice():
+    """Summing the parts takes as much as handing out the sums."""
+    text = """\
+  %a = f32[128,64]{1,0} parameter(0)
+  %r = f32[128,64]{1,0} all-reduce(%a), replica_groups={{0,1,2,3}}, to_apply=%add
+  ROOT %p = f32[128,64]{1,0} collective-permute(%r), source_target_pairs={{0,1},{1,0}}"""
+    reduce, permute = count(module(text)).collectives
+    assert reduce.num_bytes == 2 * 128 * 64 * 4 * 3 / 4
+    assert permute.num_bytes == 128 * 64 * 4 and permute.devices == (0, 1)
+
+
+SCHEDULE = """\
+  %a = f32[128,64]{1,0} parameter(0)
+  %g = (f32[128,64]{1,0}, f32[256,64]{1,0}) all-gather-start(%a), replica_groups={{0,1}}, \
+dimensions={0}
+  %k = f32[128,64]{1,0} add(%a, %a)
+  %s = ((f32[128,64]{1,0}), f32[64,64]{1,0}, u32[]) async-start(%k), calls=%scatter
+  %l = f32[128,64]{1,0} multiply(%k, %a)
+  %u = ((f32[128,64]{1,0}), f32[64,64]{1,0}, u32[]) async-update(%s)
+  %d = f32[256,64]{1,0} all-gather-done(%g)
+  %m = f32[256,64]{1,0} negate(%d)
+  %e = f32[64,64]{1,0} async-done(%u)
+  ROOT %w = f32[64,64]{1,0} all-reduce(%e), replica_groups={{0,1}}, to_apply=%add"""
+SCATTER = """\
+%scatter (p: f32[128,64]) -> f32[64,64] {
+  %p = f32[128,64]{1,0} parameter(0)
+  ROOT %r = f32[64,64]{1,0} reduce-scatter(%p), replica_groups={{0,1}}, dimensions={0}
+}
+"""
+
+
+def test_kernels_between_start_and_done():
+    """Of what is awaited at once none: it has its start and its end before the same kernel."""
+    counts = count(module(SCHEDULE, SCATTER))
+    assert [kernel.name for kernel in counts.kernels] == ["k", "l", "m"]
+    assert [(c.kind, c.started, c.finished) for c in counts.collectives] == [
+        ("all-gather", 0, 2),
+        ("reduce-scatter", 1, 3),
+        ("all-reduce", 3, 3),
+    ]
+
+
+def test_collectives_in_a_loop_run_as_often_as_it():
+    loop = """\
+  %a = f32[128,64]{1,0} parameter(0)
+  ROOT %w = f32[128,64]{1,0} while(%a), condition=%test, body=%body, \
+backend_config={"known_trip_count":{"n":"5"}}"""
+    body = """\
+%body (p: f32[128,64]) -> f32[128,64] {
+  %p = f32[128,64]{1,0} parameter(0)
+  ROOT %r = f32[128,64]{1,0} all-reduce(%p), replica_groups={{0,1}}, to_apply=%add
+}
+%test (p: f32[128,64]) -> pred[] {
+  ROOT %p = f32[128,64]{1,0} parameter(0)
+}
+"""
+    (reduce,) = count(module(loop, body)).collectives
+    assert reduce.times == 5
+
+
+def test_matmuls_inside_of_fusions_count():
+    call = """\
+  %a = f32[8,16]{1,0} parameter(0)
+  %b = f32[16,4]{1,0} parameter(1)
+  ROOT %f = f32[8,4]{1,0} fusion(%a, %b), kind=kOutput, calls=%outer"""
+    inside = """\
+%inner (x: f32[8,16], y: f32[16,4]) -> f32[8,4] {
+  %x = f32[8,16]{1,0} parameter(0)
+  %y = f32[16,4]{1,0} parameter(1)
+  ROOT %d = f32[8,4]{1,0} dot(%x, %y), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+%outer (x: f32[8,16], y: f32[16,4]) -> f32[8,4] {
+  %x = f32[8,16]{1,0} parameter(0)
+  %y = f32[16,4]{1,0} parameter(1)
+  ROOT %g = f32[8,4]{1,0} fusion(%x, %y), kind=kLoop, calls=%inner
+}
+"""
+    counts = count(module(call, inside))
+    assert counts.flops_by_type == {"f32": 2 * 8 * 16 * 4} and len(counts.kernels) == 1
+
+
 def test_module_path():
     for op_name, expected in {
         "jit(train_step)/shard_map/while/body/closed_call/jvp(DiT)/DiT.predict/blocks_1/mlp/dot":
@@ -180,6 +261,28 @@ def test_memory_traffic():
     assert count(module(fetched)).num_bytes == 8 * 1024 * 4
     add = "  %a = f32[64,1024]{1,0} parameter(0)\n  ROOT %s = f32[64,1024]{1,0} add(%a, %a)"
     assert count(module(add)).num_bytes == 3 * 64 * 1024 * 4
+
+
+def test_buffers_updated_in_place():
+    """Only the update is read and written, in a fusion or not."""
+    update = """\
+  %a = f32[64,1024]{1,0} parameter(0)
+  %u = f32[1,1024]{1,0} parameter(1)
+  %i = s32[] parameter(2)
+  %z = s32[] constant(0)
+  ROOT %d = f32[64,1024]{1,0} dynamic-update-slice(%a, %u, %i, %z)"""
+    assert count(module(update)).num_bytes == 2 * 4096
+    call = """\
+  %a = f32[64,1024]{1,0} parameter(0)
+  %u = f32[1,1024]{1,0} parameter(1)
+  %i = s32[] parameter(2)
+  ROOT %f = f32[64,1024]{1,0} fusion(%a, %u, %i), kind=kLoop, calls=%update"""
+    body = f"%update (a: f32[64,1024]) -> f32[64,1024] {{\n{update}\n}}\n"
+    assert count(module(call, body)).num_bytes == 2 * 4096 + 4
+
+
+def test_scratch_space_is_no_traffic():
+    assert count(module(CUBLAS)).num_bytes == 2 * (4096 * 1024 + 1024 * 512 + 4096 * 512)
 
 
 def test_parse():

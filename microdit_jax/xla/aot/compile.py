@@ -63,10 +63,7 @@ def compile_and_count(
     path = _cache_path(lowered, topology)
     found = _read_cache(path)
     if found is None:
-        with (
-            progress(f"{label}: compiling for {topology.name}"),
-            _memory_refusals(program),
-        ):
+        with progress(f"{label}: compiling for {topology.name}"), _memory_refusals(program):
             found = _compile(lowered, topology)
         _write_cache(path, found)
     else:
@@ -90,6 +87,7 @@ def _compile(lowered: jax.stages.Lowered, topology: Topology) -> dict[str, Any]:
     start = time.monotonic()
     compiled = lowered.compile(compiler_options=topology.compiler_options)
     memory, cost = compiled.memory_analysis(), compiled.cost_analysis() or {}
+    assert memory is not None, f"no memory analysis for {topology.platform}"
     return {
         "text": compiled.as_text(),
         "memory": {
@@ -121,7 +119,8 @@ def _memory_refusals(program: Program) -> Iterator[None]:
 # JAX's own cache keeps no programs for devices that are not there.
 def _cache_path(lowered: jax.stages.Lowered, topology: Topology) -> Path | None:
     """Names a program's file in the cache, by a hash of all it depends on; None without caches."""
-    if not jax.config.jax_enable_compilation_cache:
+    # JAX makes this attribute at run time.
+    if not jax.config.jax_enable_compilation_cache:  # pyright: ignore[reportAttributeAccessIssue]
         return None
     parts = (
         lowered.as_text(),

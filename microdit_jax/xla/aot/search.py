@@ -1,6 +1,7 @@
 """Searches the largest micro-batch that fits."""
 
 import bisect
+import contextlib
 import dataclasses
 from typing import Any
 
@@ -30,13 +31,10 @@ def find(request: CompileRequest) -> dict[str, Any]:
         i = _promising(sizes, memory) if memory or not tried else (fitting + too_large) // 2
         i = min(max(i, fitting + 1), too_large - 1)
         config.train.micro_batch_size = sizes[i]
-        try:
+        found, fits, tried[sizes[i]] = None, False, None
+        with contextlib.suppress(DoesNotFit):
             found = analysis.analyse(request)
-        except DoesNotFit:
-            found = None
-        fits, tried[sizes[i]] = False, None
-        if found is not None:
-            memory = found["memory"] | {"size": sizes[i]}
+            memory = dict(found["memory"], size=sizes[i])
             fits, tried[sizes[i]] = memory.get("fits", True), memory["peak"]
         say(f"micro-batch {sizes[i]}: {'fits' if fits else 'does not fit'}")
         if fits:

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import re
-from collections import Counter
+from collections import defaultdict
 
 import numpy as np
 
@@ -61,7 +61,7 @@ def collective(
         "collective-permute": 1.0,
         "collective-broadcast": 1.0,
     }.get(kind, (group - 1) / group)
-    by_type: Counter[str] = Counter()
+    by_type: defaultdict[str, float] = defaultdict(float)
     for shapes in computation.operand_shapes(instruction):
         for shape in shapes:
             by_type[shape.dtype] += shape.num_bytes * share

@@ -10,7 +10,7 @@ most bytes counts.
 import dataclasses
 import functools
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -63,11 +63,11 @@ class Counts:
     @property
     def flops_by_type(self) -> dict[str, float]:
         """Matmul operations by the operands' element type."""
-        total: dict[str, float] = Counter()
+        total: defaultdict[str, float] = defaultdict(float)
         for kernel in self.kernels:
             for dtype, flops in kernel.flops.items():
                 total[dtype] += kernel.times * flops
-        return total
+        return dict(total)
 
     @property
     def flops(self) -> float:
@@ -193,7 +193,7 @@ class _Counter:
             now = len(self.kernels)
             self.collectives.append(dataclasses.replace(found, started=now, finished=now))
             return
-        flops: Counter[str] = Counter()
+        flops: defaultdict[str, float] = defaultdict(float)
         for parent, part in self._parts(computation, instruction):
             matmul = matmul_flops(parent, part)
             if matmul is None:
