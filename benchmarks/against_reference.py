@@ -69,4 +69,4 @@ def reference_work(
 
 @absl_command(required=("reference",))
 def main():
-    bench.measure_all(functools.partial(reference_work, Path(REFERENCE.value)))
+    bench.benchmark(functools.partial(reference_work, Path(str(REFERENCE.value))))

@@ -25,6 +25,7 @@ from ml_collections import config_flags
 
 from microdit_jax.commands.cli import absl_command
 from microdit_jax.errors import UserError
+from microdit_jax.files import check_writable
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/, with its variants.")
 TOPOLOGY = flags.DEFINE_string("topology", None, "h100:8, v5e:4x4, v5p:2x2x4, v6e:4x4, cpu:8, ...")
@@ -48,15 +49,20 @@ def main():
         )
     if (FIND.value or REDUCED.value) and WHAT.value != "train_step":
         raise UserError("--find and --reduced_depth take --what=train_step, found sampler")
+    if REPORT.value:
+        check_writable(REPORT.value)
+    if DUMP.value:
+        check_writable(DUMP.value, folder=True)
     from microdit_jax.xla import topologies  # after the flags, so that --help is quick
 
-    topologies.prepare(TOPOLOGY.value)
+    name = str(TOPOLOGY.value)
+    topologies.prepare(name)
     from microdit_jax.xla.aot import analysis, search, table
 
     request = analysis.CompileRequest(
         config,
-        topologies.get(TOPOLOGY.value),
-        Path(flags.FLAGS["config"].config_filename).stem,
+        topologies.get(name),
+        Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem,
         what=WHAT.value,
         images=IMAGES.value,
         start_step=START.value,

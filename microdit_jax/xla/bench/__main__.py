@@ -26,6 +26,7 @@ from absl import flags
 
 from microdit_jax.commands.cli import absl_command
 from microdit_jax.errors import UserError
+from microdit_jax.files import check_writable
 
 WHAT = flags.DEFINE_list("what", ["train_step"], "Workloads to time; see above.")
 ARCH = flags.DEFINE_string("arch", "Tiny_2", "The network: Tiny_2 or XL_2.")
@@ -94,15 +95,19 @@ def _loader() -> dict:
 
 @absl_command()
 def main():
-    measure_all()
+    benchmark()
 
 
-def measure_all(reference: "rows.Reference | None" = None) -> None:
+def benchmark(reference: "rows.Reference | None" = None) -> None:
     """Runs the benchmark that the flags ask for.
 
     Args:
       reference: a `rows.Reference` to time in the same turns.
     """
+    if REPORT.value:
+        check_writable(REPORT.value)
+    if DUMP.value:
+        check_writable(DUMP.value, folder=True)
     import jax
 
     from microdit_jax.models import ARCHES, SHORT_ARCHES, dit, moe

@@ -143,7 +143,8 @@ def inputs(config: DiTConfig, n: int) -> dict[str, np.ndarray]:
 
 def _compile(function: Callable, *args, **kwargs) -> tuple[jax.stages.Compiled, float]:
     """Compiles a function without the compilation cache; returns the seconds that took."""
-    kept = jax.config.jax_enable_compilation_cache
+    # JAX makes this attribute at run time.
+    kept = jax.config.jax_enable_compilation_cache  # pyright: ignore[reportAttributeAccessIssue]
     jax.config.update("jax_enable_compilation_cache", False)
     compilation_cache.reset_cache()  # or JAX does not look at the setting again
     try:
