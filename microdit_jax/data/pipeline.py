@@ -14,7 +14,7 @@ import contextlib
 import functools
 import itertools
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import grain
@@ -102,7 +102,7 @@ def make_dataset(
 
 def batches(
     dataset: grain.MapDataset, start_step: int, *, threads: int = 1, ahead: int = 4
-) -> Iterator[dict[str, np.ndarray]]:
+) -> Generator[dict[str, np.ndarray], None, None]:
     """Batches of steps start_step, start_step + 1, ... read ahead by threads (no processes).
 
     Args:

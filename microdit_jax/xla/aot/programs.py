@@ -125,7 +125,7 @@ def sampling(
         return sampler.evaluate_network.lower(
             params,
             caption,
-            HeunState(x, x, x),
+            HeunState(x, x, x),  # pyright: ignore[reportArgumentType]  (abstract arrays)
             at,
             scale,
             sigma_data=config.edm.sigma_data,

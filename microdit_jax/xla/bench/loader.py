@@ -62,15 +62,13 @@ class LoaderOptions(NamedTuple):
 
 def make(folder: Path, records: int) -> None:
     """Writes random records of the size that the reference's have."""
-    columns = dict.fromkeys(("caption_latents", "latents_256", "latents_512"), "bytes")
+    columns = dict.fromkeys(INFO.arrays, "bytes")
     rng = np.random.default_rng(0)
     with MdsWriter(folder, columns | {"caption": "str"}, size_limit=1 << 26) as writer:
         for i in range(records):
-            arrays = {f"latents_{side}": shape for side, shape in INFO.latents.items()}
-            arrays["caption_latents"] = INFO.captions
             record = {
-                name: rng.standard_normal(shape, np.float32).astype(np.float16).tobytes()
-                for name, shape in arrays.items()
+                name: rng.standard_normal(column.shape, np.float32).astype(column.dtype).tobytes()
+                for name, column in INFO.arrays.items()
             }
             writer.write(record | {"caption": f"a caption of a usual length, number {i}"})
     (folder / SIDECAR).write_text(INFO.to_json())
