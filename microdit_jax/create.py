@@ -199,13 +199,13 @@ def heldout_pictures(
     """
     if model.folder is None:
         raise UserError(
-            f"held-out captions need a training run, found {model.description}; give --prompt"
+            f"held-out captions need a training run, found {model.description}; give prompts"
         )
     data = run_checkpoint.read_run_metadata(model.folder)["config"]["data"]
     if data["heldout"]["source"] != "twemoji":
         raise UserError(
-            f"--heldout draws captions of the embedded pictures, found a run with held-out data "
-            f"from {data['heldout']['source'] or 'nowhere'}; give --prompt"
+            f"held-out captions are those of the embedded pictures, found a run with held-out data "
+            f"from {data['heldout']['source'] or 'nowhere'}; give prompts"
         )
     pictures = twemoji.images_of("heldout")
     if not 1 <= count <= len(pictures):

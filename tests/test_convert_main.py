@@ -86,7 +86,7 @@ def test_another_output_in_the_way(tmp_path, file, tensors, capsys):
     changed = tensors | {"final_layer.linear.bias": tensors["final_layer.linear.bias"] + 1}
     write_torch(tmp_path / "other.pt", changed)
     error = fails(capsys, "--input", tmp_path / "other.pt", "--output", tmp_path / "model")
-    assert "expected" in error and "choose another --output or remove it" in error
+    assert "expected" in error and "choose another folder or remove it" in error
     (tmp_path / "folder").mkdir()
     error = fails(capsys, "--input", file, "--output", tmp_path / "folder")
     assert "found another folder" in error

@@ -291,5 +291,5 @@ def write_run_metadata(workdir: str | os.PathLike, metadata: dict) -> None:
 def read_run_metadata(workdir: str | os.PathLike) -> dict:
     """config.json of a training run."""
     if not is_run(workdir):
-        raise UserError(f"expected a training run (a --workdir) at {workdir}, found none")
+        raise UserError(f"expected the workdir of a training run at {workdir}, found none")
     return read_json(Path(workdir) / "config.json")

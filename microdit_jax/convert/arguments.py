@@ -21,6 +21,8 @@ __all__ = [
 ]
 
 Config = TypeVar("Config")
+# The fix where tensors are those of another kind of model.
+OTHER_KIND = "give such a file, or name its kind: python -m convert --kind=..."
 
 
 def config_from_fields(cls: type[Config], fields: Mapping[str, Any]) -> Config:
@@ -83,7 +85,7 @@ def matrix_shapes(
         found = ", ".join(list(tensors)[:5]) or "no tensor"
         raise UserError(
             f"expected {what}'s matrices, which tell its sizes, found {pairs} among {len(tensors)} "
-            f"tensors ({found}, ...); is --kind right, and are all shards there?"
+            f"tensors ({found}, ...); are all shards there? Else {OTHER_KIND}"
         )
     return shapes
 

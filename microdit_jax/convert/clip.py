@@ -16,6 +16,7 @@ import numpy as np
 
 from microdit_jax.convert import clip_text
 from microdit_jax.convert.arguments import (
+    OTHER_KIND,
     config_from_fields,
     count_blocks,
     open_folder,
@@ -277,7 +278,7 @@ def _image_sizes(tensors: Mapping[str, Any], layout: str) -> dict[str, int]:
         names = ", ".join(list(tensors)[:5]) or "no tensor"
         raise UserError(
             f"expected a CLIP with both towers ({' or '.join(_CONV.values())}), found neither among"
-            f" {len(tensors)} tensors ({names}, ...); is --kind right?"
+            f" {len(tensors)} tensors ({names}, ...); {OTHER_KIND}"
         )
     (width, _, patch, _), (ffn, _) = found
     layers = count_blocks(tensors, _IMAGE_BLOCKS[layout])

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from microdit_jax.convert.arguments import (
+    OTHER_KIND,
     config_from_fields,
     count_blocks,
     matrix_shapes,
@@ -168,13 +169,14 @@ def infer_config(
     if "activation" not in given:
         raise UserError(
             "expected the activation of the text tower in open_clip_config.json or config.json "
-            "beside its weights, found neither; add that file, or give --activation (quick_gelu "
-            "for OpenAI's and DFN's CLIP and for SD 1.x, gelu for LAION's and SD 2.x; the weights "
-            "do not tell)"
+            "beside its weights, found neither; add that file, or convert it first: "
+            "python -m convert --kind=clip_text --activation=quick_gelu (OpenAI's and DFN's CLIP "
+            "and SD 1.x; gelu for LAION's and SD 2.x; the weights do not tell)"
         )
     if "heads" not in given and sizes["width"] % _HEAD_DIM:
         raise UserError(
-            f"expected a width in a multiple of {_HEAD_DIM}, found {sizes['width']}; give --heads"
+            f"expected a width in a multiple of {_HEAD_DIM}, found {sizes['width']}; "
+            "convert it first: python -m convert --kind=clip_text --heads=..."
         )
     hf_openai = layout == "transformers" and given["activation"] == "quick_gelu"
     computed = {
@@ -289,7 +291,7 @@ def _layout(tensors: Mapping[str, Any]) -> str:
     found = ", ".join(list(tensors)[:5]) or "no tensor"
     raise UserError(
         f"expected a CLIP text tower with {' or '.join(_TOKENS.values())}, found neither among "
-        f"{len(tensors)} tensors ({found}, ...); is --kind right?"
+        f"{len(tensors)} tensors ({found}, ...); {OTHER_KIND}"
     )
 
 

@@ -10,6 +10,7 @@ import ml_dtypes
 import numpy as np
 from jaxtyping import Float
 
+from microdit_jax.convert.arguments import OTHER_KIND
 from microdit_jax.convert.dit_table import rename_table
 from microdit_jax.errors import UserError
 from microdit_jax.models import ARCHES, arch_of
@@ -44,13 +45,13 @@ def infer_config(
         found = ", ".join(list(state_dict)[:5]) or "no tensor"
         raise UserError(
             f"expected a MicroDiT state dict, found none of {', '.join(missing)} among its "
-            f"{len(state_dict)} tensors ({found}, ...); is --kind right?"
+            f"{len(state_dict)} tensors ({found}, ...); {OTHER_KIND}"
         )
     shapes = {name: tuple(tensor.shape) for name, tensor in state_dict.items()}
     if len(shapes["x_embedder.proj.weight"]) != 4 or len(shapes["pos_embed"]) != 3:
         raise UserError(
             "expected x_embedder.proj.weight (d, channels, p, p) and pos_embed (1, t, d), found "
-            f"{shapes['x_embedder.proj.weight']} and {shapes['pos_embed']}; is --kind right?"
+            f"{shapes['x_embedder.proj.weight']} and {shapes['pos_embed']}; {OTHER_KIND}"
         )
     dim, channels, patch, _ = shapes["x_embedder.proj.weight"]
     t = shapes["pos_embed"][1]
@@ -163,7 +164,7 @@ def _custom(shapes, dim, backbone, mixer, head_dim, common) -> DiTConfig:
     if head_dim is None and largest > LARGEST_HEAD:
         raise UserError(
             f"expected widths that tell the head's, found only that it divides {largest}; "
-            "give --head_dim"
+            "convert it first: python -m convert --head_dim=..."
         )
     if head_dim is not None and largest % head_dim:
         raise UserError(f"expected a head_dim that divides {largest}, found {head_dim}; correct it")
@@ -178,7 +179,8 @@ def _custom(shapes, dim, backbone, mixer, head_dim, common) -> DiTConfig:
         widths = sorted({b["ffn"] for b in backbone + mixer})
         raise UserError(
             f"expected feed-forward widths that one config gives, found {caption_ffn} in "
-            f"y_emb_preprocess, {widths} in the blocks; give --config"
+            f"y_emb_preprocess, {widths} in the blocks; convert it first: "
+            "python -m convert --config=FILE.json"
         )
     mixer_attn = {b["attn"] for b in mixer} or {mixer_dim}
     if len(mixer_attn) > 1:

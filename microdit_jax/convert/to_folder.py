@@ -104,7 +104,7 @@ def _check_same(source: Input, options: dict[str, Any], output: Path) -> None:
         made = made_from.get("source", {}).get("file", "another file")
         raise UserError(
             f"expected {output} not to exist, found a {made_from['kind']} made from {made}, maybe "
-            "with other options; choose another --output or remove it"
+            "with other options; choose another folder or remove it"
         )
     say("nothing to do", f"{output} is complete, from the same file")
 

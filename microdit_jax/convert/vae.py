@@ -10,7 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from microdit_jax.convert.arguments import config_from_fields, open_folder, refuse_other_config
+from microdit_jax.convert.arguments import (
+    OTHER_KIND,
+    config_from_fields,
+    open_folder,
+    refuse_other_config,
+)
 from microdit_jax.convert.keymap import (
     CONV,
     LINEAR,
@@ -88,12 +93,13 @@ def infer_config(
     if found is None and scaling_factor is None:
         raise UserError(
             "expected the VAE's scaling_factor in a config.json beside its weights, found none; "
-            "add that file, or give --scaling_factor (SDXL: 0.13025; the weights do not tell)"
+            "add that file, or convert it first: python -m convert --kind=vae "
+            "--scaling_factor=0.13025 (SDXL's; the weights do not tell)"
         )
     if None not in (found, scaling_factor) and found != scaling_factor:
         raise UserError(
-            f"config.json has scaling_factor {found}, found {scaling_factor} asked for; leave "
-            "--scaling_factor out, or correct the config.json"
+            f"config.json has scaling_factor {found}, found {scaling_factor} asked for; leave it "
+            "out, or correct the config.json"
         )
     return VaeConfig(
         **sizes,
@@ -237,7 +243,7 @@ def _sizes(state_dict: Mapping[str, Any]) -> dict[str, Any]:
         raise UserError(
             "expected the state dict of a diffusers AutoencoderKL, found none of "
             f"{', '.join(missing) or 'encoder.down_blocks'} among {len(shapes)} tensors ({found}, "
-            "...); is --kind right?"
+            f"...); {OTHER_KIND}"
         )
     widths = [shapes[f"encoder.down_blocks.{i}.resnets.0.conv1.weight"][0] for i in range(levels)]
     return {

@@ -159,7 +159,8 @@ class StoredLatents:
             if info.captions is None:
                 raise UserError(
                     f"expected caption embeddings, found token ids alone in {where}; train with "
-                    "captions=tokens, or prepare with --captions_as=embeddings"
+                    "captions=tokens, or prepare them by python -m microdit_jax.prepare "
+                    "--captions_as=embeddings"
                 )
             self._captions = "caption_latents"
         elif info.tokens is not None:
@@ -167,7 +168,8 @@ class StoredLatents:
         elif tokenizer is None:
             raise UserError(
                 f"expected token ids of captions, found none in {where}, nor a tokenizer to make "
-                "them; prepare with --captions_as=tokens, or train with captions=embeddings"
+                "them; prepare them by python -m microdit_jax.prepare --captions_as=tokens, or "
+                "train with captions=embeddings"
             )
         else:
             self._tokenizer = tokenizer

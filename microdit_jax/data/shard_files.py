@@ -50,7 +50,8 @@ class ShardFiles:
             if cache is None:
                 raise UserError(
                     f"{self.root} is read through a cache on a local disk, found no folder for it; "
-                    "give one, such as --cache=/tmp/latents"
+                    "give one (train_main.py --config.data.cache=/tmp/latents; python -m "
+                    "microdit_jax.prepare.reformat --cache=/tmp/latents)"
                 )
             try:
                 self._filesystem, self._path = fsspec.core.url_to_fs(self.root)

@@ -188,7 +188,7 @@ class LatentDiffusion:
             raise UserError("attention_mask belongs to tokenized_prompts, found it with texts")
         texts = [prompt] if isinstance(prompt, str) else list(prompt)
         if not texts or not all(text.strip() for text in texts):
-            raise UserError('expected prompts, found none or an empty one; give --prompt="..."')
+            raise UserError("expected prompts, found none or an empty one; say what to sample")
         different = sorted(set(texts))
         return self.text_encoder.encode_text(different)[[different.index(text) for text in texts]]
 

@@ -35,7 +35,7 @@ def read(paths: Sequence[str | Path]) -> list[dict[str, Any]]:
             chip = found["chip"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(
-                f"expected a report written by --report, found none in {path}; run python -m "
+                f"expected a report of the lab's compiler, found none in {path}; run python -m "
                 f"microdit_jax.xla.aot --report={path} first"
             ) from error
         if chip is None:
