@@ -7,7 +7,6 @@ import time
 import numpy as np
 import pytest
 
-from microdit_jax.data import pipeline
 from microdit_jax.data.pipeline import batches, make_dataset
 from microdit_jax.errors import UserError
 
@@ -89,27 +88,26 @@ def test_resume_at_any_step_equals_the_uninterrupted_run():
 
 
 @pytest.fixture(params=["in memory", "by Grain"])
-def order(request, monkeypatch):
-    if request.param == "by Grain":
-        monkeypatch.setattr(pipeline, "SMALL", 0)
+def order(request):
+    """Arguments of `make_dataset`."""
+    return {"max_in_memory": 0} if request.param == "by Grain" else {}
 
 
-@pytest.mark.usefixtures("order")
-def test_every_epoch_covers_each_record_once_in_a_new_order():
-    found = take(batches(dataset(batch_size=10), 0), 20)["index"].reshape(4, 50)
+def test_every_epoch_covers_each_record_once_in_a_new_order(order):
+    found = take(batches(dataset(batch_size=10, **order), 0), 20)["index"].reshape(4, 50)
     for epoch in found:
         np.testing.assert_array_equal(np.sort(epoch), np.arange(50))
     assert len({tuple(epoch) for epoch in found}) == 4
     assert not any(np.array_equal(epoch, np.arange(50)) for epoch in found)
     for size in (8, 64, 120):  # batches of parts of epochs, and of more than one
-        other = take(batches(dataset(batch_size=size), 0), 200 // size)["index"].ravel()
+        other = take(batches(dataset(batch_size=size, **order), 0), 200 // size)["index"].ravel()
         np.testing.assert_array_equal(other, found.ravel()[: len(other)])
 
 
-@pytest.mark.usefixtures("order")
-def test_seeds_give_different_orders_and_the_same_seed_the_same():
+def test_seeds_give_different_orders_and_the_same_seed_the_same(order):
     orders = [
-        take(batches(dataset(seed=seed), 0), 12)["index"].ravel() for seed in (18, 18, 19, 20)
+        take(batches(dataset(seed=seed, **order), 0), 12)["index"].ravel()
+        for seed in (18, 18, 19, 20)
     ]
     np.testing.assert_array_equal(orders[0], orders[1])
     # Grain numbers epochs seed, seed + 1, ...: epochs of neighbouring seeds must not be the same

@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import tensorflow_datasets as tfds
 from google.protobuf.message import DecodeError
@@ -11,6 +12,17 @@ from tensorflow_datasets.proto import tf_example_pb2
 from microdit_jax.errors import UserError
 
 SPLIT = "train"
+# Protobuf makes the class when the module is imported, so type checkers do not see it
+Example = tf_example_pb2.Example  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def open_builder(folder: str) -> Any:
+    """Opens a TFDS dataset by its folder; raises whatever TFDS raises.
+
+    Returns:
+      `tfds.core.DatasetBuilder`; decorators hide its methods' arguments from type checkers.
+    """
+    return tfds.builder_from_directory(folder)  # pyright: ignore[reportCallIssue]
 
 
 class ArrayRecordStore:
@@ -24,7 +36,7 @@ class ArrayRecordStore:
         """Raises UserError if TFDS finds no such dataset, or arrays not stored as raw bytes."""
         self._folder = str(folder)
         try:
-            builder = tfds.builder_from_directory(self._folder)
+            builder = open_builder(self._folder)
             self._check_files(builder, split)
             self._records = builder.as_data_source(
                 split, deserialize_method=DeserializeMethod.RAW_BYTES
@@ -54,7 +66,7 @@ class ArrayRecordStore:
         if not 0 <= index < len(self):
             raise IndexError(f"record {index} of {len(self)}")
         try:
-            example = tf_example_pb2.Example.FromString(self._records[index])
+            example = Example.FromString(self._records[index])
             return {
                 name: feature.bytes_list.value[0]
                 for name, feature in example.features.feature.items()

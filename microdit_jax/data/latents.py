@@ -118,8 +118,9 @@ def load_prepared(folder: Path, load_codec: Callable[[Path], Codec]) -> Prepared
         sources = {}
         for split in ("train", "heldout"):
             with np.load(folder / f"{split}.npz") as file:
-                arrays = file["latents"], file["caption_latents"]
-            sources[split] = LatentSource(*arrays, captions[split], **names)
+                sources[split] = LatentSource(
+                    file["latents"], file["caption_latents"], captions[split], **names
+                )
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(
             f"expected whole prepared data in {folder}, could not read them ({error}): "

@@ -1,13 +1,14 @@
 """The order in which training sees records: a pure function of (seed, step).
 
-Every source is shuffled anew each epoch and repeated, the sources are mixed by weight, and the
-batches are dealt out to processes. So the global batch of a step is the same on one host and on
-many, and the step number is the whole state: a run resumes on any number of hosts. (Grain's own
-iterator checkpoint pins the number of processes, so it is not used.)
+Every source is shuffled anew each epoch and repeated, the sources are mixed by weight, and each
+batch is split over the processes. The global batch of a step is therefore the same on any number
+of hosts, and the step number is the whole state: a run resumes on any number of hosts. (Grain's own
+iterator checkpoint is tied to the number of processes, so it is not used.)
 
-Grain puts numbers in order; records are read once a batch of numbers is there. Carried through
-Grain's layers one by one, each record costs three times as much (160 and 50 microseconds). A single
-source of few records has its order made in memory, a batch at a time.
+The pipeline orders record numbers, and reads the records of a whole batch of numbers at once:
+records that pass through Grain's layers one by one cost three times as much (160 against 50
+microseconds each). A single source of up to a million records has its order made in memory
+(`python -m microdit_jax.xla.bench --what=loader` compares both); mixed and larger ones use Grain.
 """
 
 import contextlib
@@ -23,14 +24,14 @@ from jaxtyping import Int
 
 from microdit_jax.errors import UserError
 
-SMALL = 2**20  # records, whose order takes 8 MB
+MAX_IN_MEMORY = 2**20  # records of a source whose order, 8 MB, is made in memory
 
 Record = dict[str, Any]
 
 
 @runtime_checkable
 class Source(Protocol):
-    """Random access to records, dictionaries of numpy arrays and numbers."""
+    """Random access to records: dictionaries of NumPy arrays, numbers and texts."""
 
     def __len__(self) -> int: ...
 
@@ -42,14 +43,14 @@ class RowSource(Source, Protocol):
     """A source that reads many records at once in less time than one by one."""
 
     def rows(self, indices: Int[np.ndarray, " n"], /) -> dict[str, np.ndarray]:
-        """The arrays and numbers of these records, each name's stacked."""
+        """Reads these records; each array and number is stacked over the records."""
         ...
 
 
 def rows(
     source: Source, indices: Int[np.ndarray, " n"], names: Sequence[str] | None = None
 ) -> dict[str, np.ndarray]:
-    """The records of these indices, each of `names` (by default all) stacked."""
+    """Reads records; each of `names` (by default all) is stacked over the records."""
     if isinstance(source, RowSource):
         found = source.rows(indices)
         return {name: found[name] for name in names or found}
@@ -66,29 +67,32 @@ def make_dataset(
     caption_drop: float | int,
     process_index: int = 0,
     process_count: int = 1,
+    max_in_memory: int = MAX_IN_MEMORY,
 ) -> grain.MapDataset:
-    """The endless dataset of this process's batches: `dataset[step]` is its part of that step.
+    """Makes the endless dataset of one process's batches; `dataset[step]` is its part of a step.
 
-    Process i holds the i-th of `process_count` equal, consecutive parts of each global batch, so
-    the parts put together in process order are the batch that a single process would have seen.
+    Process i reads the i-th of `process_count` equal, consecutive parts of each global batch. Put
+    together in process order, they are the batch that a single process would have read.
 
     Args:
-      sources: where records come from; to each record is added "keep_caption", float32 0 or 1.
+      sources: hold the records; "keep_caption", float32 0 or 1, is added to each record.
       weights: expected share of each source, in any unit; by default their sizes.
       seed: decides order and dropped captions, 0 to 2**32 - 1.
-      batch_size: of all processes together.
-      caption_drop: probability that a record's caption is to be replaced by the empty one.
+      batch_size: records of a step, of all processes together.
+      caption_drop: probability that "keep_caption" is 0, so that the empty caption is trained on.
+      max_in_memory: records up to which a single source has its order made in memory; the order
+        differs from Grain's, so a run must keep it.
     Raises:
-      UserError: if a value is out of range or the batch does not divide by the processes.
+      UserError: a value is out of range, or the batch does not divide by the processes.
     """
     weights = [len(source) for source in sources] if weights is None else list(weights)
     _check(sources, weights, seed, batch_size, caption_drop, process_index, process_count)
-    # One independent seed each; Grain's shuffle takes seed + epoch, so neighbours would overlap.
+    # Independent seeds: Grain shuffles with seed + epoch, so seeds n and n + 1 would share epochs.
     *shuffle_seeds, drop_seed = np.random.SeedSequence(seed).generate_state(len(sources) + 1)
     ends = np.cumsum([0, *map(len, sources)]).tolist()
     part = batch_size // process_count
-    if len(sources) == 1 and ends[-1] <= SMALL:
-        numbers = grain.MapDataset.source(_SmallOrder(ends[-1], int(shuffle_seeds[0]), part))
+    if len(sources) == 1 and ends[-1] <= max_in_memory:
+        numbers = grain.MapDataset.source(_OrderInMemory(ends[-1], int(shuffle_seeds[0]), part))
     else:
         streams = [
             grain.MapDataset.range(*between).seed(int(shuffle_seed)).shuffle().repeat()
@@ -103,12 +107,12 @@ def make_dataset(
 def batches(
     dataset: grain.MapDataset, start_step: int, *, threads: int = 1, ahead: int = 4
 ) -> Generator[dict[str, np.ndarray], None, None]:
-    """Batches of steps start_step, start_step + 1, ... read ahead by threads (no processes).
+    """Yields the batches of steps start_step, start_step + 1, ..., read ahead by threads.
 
     Args:
       dataset: from `make_dataset`.
-      start_step: the step whose batch comes first; resuming needs nothing else.
-      threads: that read; batches arrive in order whatever their number. With 0 the caller reads,
+      start_step: the step of the first batch; resuming needs nothing else.
+      threads: how many read; batches arrive in order for any number. With 0 the caller reads,
         which is quickest where records are in memory.
       ahead: batches that threads keep ready.
     """
@@ -121,35 +125,39 @@ def batches(
         yield from iterator
 
 
-class _SmallOrder(Sequence[np.ndarray]):
-    """The numbers of each batch, 0 to size - 1 in a new order each epoch, whole epochs in memory.
+class _OrderInMemory(Sequence[np.ndarray]):
+    """Record numbers of each batch: 0 to size - 1, permuted anew each epoch.
 
-    What Grain's shuffle, repeat and batch give without memory, one number at a time through several
-    calls each: 1.3 ms for a batch of 64, a per cent of a small network's step on a CPU.
+    Grain's shuffle, repeat and batch give the same kind of order without memory, but one number at
+    a time through several calls each: 2.6 ms for a batch of 64 against 0.2 ms, a per cent or two of
+    a small network's step on a CPU.
     """
 
     def __init__(self, size: int, seed: int, batch_size: int):
         self._size, self._seed, self._batch_size = size, seed, batch_size
-        self._order = functools.lru_cache(maxsize=2)(self._epoch)  # a batch may be of two
+        self._permutation = functools.lru_cache(maxsize=2)(self._permute)  # a batch may span two
 
     def __len__(self) -> int:
-        return sys.maxsize // self._batch_size  # as of Grain's endless datasets
+        return sys.maxsize // self._batch_size  # as long as Grain's endless datasets
 
     def __getitem__(self, batch: int) -> np.ndarray:
         first = batch * self._batch_size
-        epochs, places = np.divmod(np.arange(first, first + self._batch_size), self._size)
+        epochs, positions = np.divmod(np.arange(first, first + self._batch_size), self._size)
         return np.concatenate(
-            [self._order(epoch)[places[epochs == epoch]] for epoch in np.unique(epochs).tolist()]
+            [
+                self._permutation(epoch)[positions[epochs == epoch]]
+                for epoch in np.unique(epochs).tolist()
+            ]
         )
 
-    def _epoch(self, epoch: int) -> Int[np.ndarray, " size"]:
-        # Raw numbers: these NumPy keeps from version to version, permutations it may change.
-        drawn = np.random.Philox(key=self._seed, counter=[0, epoch, 0, 0]).random_raw(self._size)
-        return np.argsort(drawn, kind="stable")
+    def _permute(self, epoch: int) -> Int[np.ndarray, " size"]:
+        # NumPy promises the same raw numbers in every version, but not the same permutations.
+        noise = np.random.Philox(key=self._seed, counter=[0, epoch, 0, 0]).random_raw(self._size)
+        return np.argsort(noise, kind="stable")
 
 
 class _Reader:
-    """Reads the records of a batch from their numbers, counted through all sources."""
+    """Reads the records of a batch by their numbers, which count through all sources."""
 
     def __init__(
         self, sources: Sequence[Source], ends: list[int], drop_seed: int, caption_drop: float | int
@@ -161,15 +169,17 @@ class _Reader:
         owners = np.searchsorted(self._ends, numbers, side="right") - 1
         parts, order = [], []
         for owner in np.unique(owners).tolist():
-            (places,) = np.nonzero(owners == owner)
-            parts.append(rows(self._sources[owner], numbers[places] - self._ends[owner]))
-            order.append(places)
+            (positions,) = np.nonzero(owners == owner)
+            parts.append(rows(self._sources[owner], numbers[positions] - self._ends[owner]))
+            order.append(positions)
         found = parts[0]
         if len(parts) > 1:
-            back = np.argsort(np.concatenate(order))
-            found = {name: np.concatenate([part[name] for part in parts])[back] for name in found}
-        # By the record's place in the run, one block of four numbers each, of which one is used:
-        # so the size of the parts that processes read does not matter.
+            inverse = np.argsort(np.concatenate(order))
+            found = {
+                name: np.concatenate([part[name] for part in parts])[inverse] for name in found
+            }
+        # The n-th record of the run uses the n-th Philox block (of its four numbers, one), so the
+        # dropped captions do not depend on how a batch is split over processes.
         stream = np.random.Philox(key=self._drop_seed, counter=batch * len(numbers))
         chance = np.random.Generator(stream).random((len(numbers), 4))[:, 0]
         return found | {"keep_caption": (chance >= self._caption_drop).astype(np.float32)}

@@ -4,7 +4,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 from microdit_jax.machine.background import give_way
@@ -89,5 +89,5 @@ class Prefetch:
         except BaseException as error:  # reaches the caller of next()
             self._ready.put(("error", error))
         finally:
-            if hasattr(self._batches, "close"):
+            if isinstance(self._batches, Generator):
                 self._batches.close()

@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
 import fsspec
 
@@ -90,7 +90,7 @@ class ShardFiles:
         try:
             if self._filesystem is None:
                 return Path(self.root, name).read_bytes()
-            return self._filesystem.cat_file(f"{self._path}/{name}")
+            return _bytes_of(self._filesystem, f"{self._path}/{name}")
         except Exception as error:  # filesystems of URLs have exceptions of their own
             raise UserError(
                 f"expected the file {self.location(name)}, could not read it "
@@ -140,7 +140,7 @@ class ShardFiles:
         data = b""
         for attempt in range(1, _ATTEMPTS + 1):
             try:
-                data = filesystem.cat_file(f"{self._path}/{name}")
+                data = _bytes_of(filesystem, f"{self._path}/{name}")
                 break
             except Exception as error:  # filesystems have exceptions of their own
                 missing = isinstance(error, FileNotFoundError)
@@ -178,6 +178,10 @@ def _left_by_earlier_runs(cache: Path) -> Iterator[tuple[str, int]]:
                 path.unlink()
     for _, name, size in sorted(found):
         yield name, size
+
+
+def _bytes_of(filesystem: fsspec.AbstractFileSystem, path: str) -> bytes:
+    return cast(bytes, filesystem.cat_file(path))  # str is for filesystems opened as text
 
 
 def _open_sized(path: Path, size: int) -> BinaryIO | None:

@@ -7,9 +7,8 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordWriter
-from tensorflow_datasets.proto import tf_example_pb2
 
-from microdit_jax.data.arrayrecord import SPLIT
+from microdit_jax.data.arrayrecord import SPLIT, Example
 from microdit_jax.data.records import SIDECAR, LatentInfo
 from microdit_jax.data.stores import ARRAY_RECORD
 from microdit_jax.files import atomic_path, disk_errors, write_text
@@ -46,7 +45,7 @@ def write_shard(path: Path, samples: Iterable[Mapping[str, bytes]]) -> None:
         writer = ArrayRecordWriter(str(partial), _OPTIONS)
         try:
             for sample in samples:
-                example = tf_example_pb2.Example()
+                example = Example()
                 for name, value in sample.items():
                     example.features.feature[name].bytes_list.value.append(value)
                 writer.write(example.SerializeToString(deterministic=True))
@@ -61,7 +60,10 @@ def write_metadata(folder: Path, info: LatentInfo, shard_lengths: list[int]) -> 
       shard_lengths: records of each shard.
     """
     template = tfds.core.ShardedFileTemplate(
-        data_dir=folder, dataset_name=NAME, split=SPLIT, filetype_suffix="array_record"
+        data_dir=tfds.core.Path(folder),
+        dataset_name=NAME,
+        split=SPLIT,
+        filetype_suffix="array_record",
     )
     count = len(shard_lengths)
     split = tfds.core.SplitInfo(

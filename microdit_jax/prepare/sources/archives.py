@@ -57,7 +57,8 @@ def _tar(path: Path) -> Iterator[Member]:
             data = archive.extractfile(info) if info.isfile() else None
             if data is not None:
                 yield _bounded(info.name, info.size, data.read)
-                archive.members = []  # otherwise tarfile keeps a record of every member
+                # Otherwise tarfile keeps a record of every member; its stub lacks the attribute
+                archive.members = []  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _bounded(name: str, size: int, read: Callable[[], bytes]) -> Member:

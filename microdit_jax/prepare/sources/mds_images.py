@@ -21,21 +21,19 @@ class MdsImages:
         """Raises UserError where the dataset has no column of images or none of captions."""
         self._reader = MdsReader(root, cache=cache)
         columns = self._reader.columns
-        self._image = next(
-            (name for name, kind in columns.items() if kind in _IMAGES),
-            next((name for name in _IMAGE_NAMES if columns.get(name) == "bytes"), None),
-        )
+        images = [name for name, kind in columns.items() if kind in _IMAGES]
+        images += [name for name in _IMAGE_NAMES if columns.get(name) == "bytes"]
         captions = [
             name
             for name, kind in columns.items()
             if name.startswith("caption") and kind in ("str", "json")
         ]
-        if columns and (self._image is None or not captions):
+        if columns and not (images and captions):
             raise UserError(
                 f"expected a column of images ({', '.join(_IMAGES)}) and one of captions in "
                 f"{root}, found {columns}"
             )
-        self._caption = captions[0] if captions else ""
+        self._image, self._caption = (*images, "")[0], (*captions, "")[0]
         self.parts = [shard.raw.name for shard in self._reader.shards]
 
     def read(self, part: int) -> Iterator[SourceImage]:

@@ -17,7 +17,7 @@ SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 
 
 def rows(path: Path, columns: Sequence[str] | None = None) -> Iterator[dict[str, Any]]:
-    """The rows of a table; a .json file holds a list of them, a .tgz one .jsonl file.
+    """Yields the rows of a table; a .json file holds a list of them, a .tgz one .jsonl file.
 
     Args:
       columns: the names of a .csv or .tsv file without a header line; of a .parquet file, those
@@ -51,13 +51,14 @@ def _rows(path: Path, columns: Sequence[str] | None) -> Iterator[Any]:
     elif path.suffix == ".tgz":
         with tarfile.open(path) as archive:
             for info in archive:
-                if info.name.endswith(".jsonl"):
-                    lines = io.TextIOWrapper(archive.extractfile(info), encoding="utf-8")
+                file = archive.extractfile(info) if info.name.endswith(".jsonl") else None
+                if file is not None:
+                    lines = io.TextIOWrapper(file, encoding="utf-8")
                     yield from (json.loads(line) for line in lines if line.strip())
     else:
         csv.field_size_limit(10**7)
         with open(path, encoding="utf-8", newline="") as file:
-            if path.suffix == ".tsv":  # quotes are text there
+            if path.suffix == ".tsv":  # where quotes are plain text
                 reader = csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
             else:
                 reader = csv.reader(file)
@@ -69,7 +70,7 @@ def _rows(path: Path, columns: Sequence[str] | None) -> Iterator[Any]:
 
 
 def column(row: dict[str, Any], names: Sequence[str], path: Path) -> Any:
-    """The value of the first of `names` that a row has; raises UserError where it has none."""
+    """Returns the value of the first of `names` that a row has; raises UserError for none."""
     for name in names:
         if name in row:
             return row[name]

@@ -3,9 +3,9 @@
 from collections.abc import Iterator
 
 import numpy as np
-import tensorflow_datasets as tfds
 from PIL import Image
 
+from microdit_jax.data.arrayrecord import open_builder
 from microdit_jax.errors import UserError
 from microdit_jax.prepare.sources.listed_images import SourceImage, skipped_image
 
@@ -26,7 +26,7 @@ class TfdsImages:
           UserError: no such dataset or split, or none with an image and a caption.
         """
         try:
-            builder = tfds.builder_from_directory(folder)
+            builder = open_builder(folder)
             self._records = builder.as_data_source(split)
         except Exception as error:  # TFDS has no error class of its own
             raise UserError(
@@ -56,7 +56,7 @@ class TfdsImages:
 
 
 def _text(value: object) -> str:
-    """Text, or the first of several: bytes, a list, or a dictionary with a list "text"."""
+    """Returns a text, or the first of several: bytes, a list, or a dictionary of a "text" list."""
     if isinstance(value, dict):
         value = value["text"]
     if isinstance(value, list | np.ndarray) and len(np.shape(value)):

@@ -63,8 +63,8 @@ class ArchivedImages:
 
 
 def _grouped(found: Iterator[Member]) -> Iterator[tuple[str, dict[str, Member]]]:
-    """Members that follow each other with one key, the path up to the first dot of the name."""
-    last, files = None, {}
+    """Groups consecutive members of one key, which is the path up to the name's first dot."""
+    last, files = "", {}
     for member in found:
         path = PurePosixPath(member.name)
         stem, _, suffix = path.name.partition(".")
@@ -79,7 +79,7 @@ def _grouped(found: Iterator[Member]) -> Iterator[tuple[str, dict[str, Member]]]
 
 
 def text_or_json(name: str, files: dict[str, bytes]) -> str | None:
-    """img2dataset's captions: in .txt, else in the .json's "caption"."""
+    """Finds img2dataset's caption of an image: in .txt, else in the .json's "caption"."""
     if ".txt" in files:
         return files[".txt"].decode("utf-8", "replace")
     try:
@@ -90,7 +90,7 @@ def text_or_json(name: str, files: dict[str, bytes]) -> str | None:
 
 
 def find_archives(root: Path, *patterns: str) -> list[Path]:
-    """Archives (or folders) below `root` that match, sorted.
+    """Finds the archives (or folders) below `root` that match, sorted.
 
     Raises:
       UserError: there are none.
@@ -105,5 +105,5 @@ def find_archives(root: Path, *patterns: str) -> list[Path]:
 
 
 def open_webdataset(root: Path) -> ArchivedImages:
-    """The tar shards in a folder, with captions in .txt or .json files beside the images."""
+    """Opens the tar shards in a folder, with captions in .txt or .json files beside the images."""
     return ArchivedImages(find_archives(root, "*.tar"), lambda archive: text_or_json)

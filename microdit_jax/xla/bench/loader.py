@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 
 from microdit_jax.data.mds import MdsReader
-from microdit_jax.data.pipeline import batches, make_dataset
+from microdit_jax.data.pipeline import MAX_IN_MEMORY, batches, make_dataset
 from microdit_jax.data.records import SIDECAR, LatentInfo
 from microdit_jax.data.stores import open_latents, open_store
 from microdit_jax.errors import UserError
@@ -136,6 +136,30 @@ def measure(folder: Path, args: LoaderOptions) -> Iterator[tuple[str, float]]:
                 yield f"data wait at {args.images_per_second:.0f} images/s, percent", 100 * share
 
 
+class _Numbers:
+    """A source that costs nothing to read, as large as the embedded emoji set."""
+
+    def __len__(self) -> int:
+        return 3563
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        return {"index": np.asarray(index)}
+
+    def rows(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+        return {"index": indices}
+
+
+def measure_order(batch_size: int, seconds: float) -> Iterator[tuple[str, float]]:
+    """Yields (what, figure) of ordering the records alone, in memory and by Grain."""
+    for name, most in (("in memory", MAX_IN_MEMORY), ("by Grain", 0)):
+        dataset = make_dataset(
+            [_Numbers()], seed=0, batch_size=batch_size, caption_drop=0.1, max_in_memory=most
+        )
+        with contextlib.closing(batches(dataset, 0, threads=0)) as found:
+            speed = rate(lambda found=found: bool(next(found)), seconds)
+        yield f"3,563 records {name}, batches of {batch_size}/s", speed
+
+
 def measure_all(args: LoaderOptions) -> dict[str, dict[str, float]]:
     """Prints every figure and returns them by dataset.
 
@@ -164,6 +188,8 @@ def measure_all(args: LoaderOptions) -> dict[str, dict[str, float]]:
         for name, folder in folders.items():
             for what, figure in measure(folder, args):
                 say(name, what, figure)
+        for what, figure in measure_order(args.batch_size, args.seconds):
+            say("order alone", what, figure)
         if args.library_python:
             found = _library_rate(args.library_python, folders["MDS"], args.seconds)
             say("library", "random records, records/s", found)
