@@ -1,4 +1,4 @@
-"""Names of topologies, extrapolation over depth, the search, reports."""
+"""Reports of compiled programs: figures, extrapolation over depth, the search, files."""
 
 import dataclasses
 import json
@@ -11,7 +11,6 @@ from jax.sharding import AbstractMesh
 
 from configs import res_256_pretrain
 from microdit_jax import sharding
-from microdit_jax.commands import environment
 from microdit_jax.errors import UserError
 from microdit_jax.machine import compile_options
 from microdit_jax.machine.chips import chip_of
@@ -25,82 +24,6 @@ from microdit_jax.xla.hlo.count import Counts, Kernel
 from microdit_jax.xla.topologies import Topology
 
 H100 = Topology("h100:16", "cuda", tuple(range(16)), chip_of("NVIDIA H100 80GB HBM3"), 2)
-
-
-# ------------------------------------------------------------------------------ topologies
-@pytest.mark.parametrize(
-    "name, fix",
-    [
-        ("a100:8", "named like h100:8, v5e:4x4"),
-        ("v5e", "named like"),
-        ("v5e:4x4x4", "v5e:AxB"),
-        ("v5p:2x2", "v5p:AxBxC"),
-        ("h100:12", "multiple"),
-        ("h100:0", "h100:A"),
-    ],
-)
-def test_wrong_names_say_what_was_expected(name, fix):
-    with pytest.raises(UserError, match=fix):
-        topologies.prepare(name)
-
-
-@pytest.mark.parametrize("name", ["h100:8", "v5e:4x4"])
-def test_absent_compilers_say_what_to_install(name, monkeypatch):
-    monkeypatch.setattr(topologies, "_installed", lambda module: False)
-    with pytest.raises(UserError, match=r"found none; pip install 'microdit_jax\[aot\]'"):
-        topologies.prepare(name)
-
-
-def test_a_name_the_compiler_does_not_know(monkeypatch):
-    def refuse(**options):
-        assert options == {"platform": "tpu", "topology_name": "v5e:3x5"}
-        raise RuntimeError("INVALID_ARGUMENT: no such slice")
-
-    monkeypatch.setattr(topologies.jax_topologies, "get_topology_desc", refuse)
-    with pytest.raises(UserError, match="knows no topology 'v5e:3x5'.*no such slice"):
-        topologies.get("v5e:3x5")
-
-
-def test_another_libtpu_is_told():
-    """A newer one compiled for half an hour what jaxlib could not read."""
-    wanted = ["jaxlib==0.10.2", 'libtpu==0.0.42.*; extra == "tpu"']
-    assert topologies.other_libtpu(wanted, "0.0.42") == ""
-    assert topologies.other_libtpu(wanted, "0.0.42.1") == ""
-    assert topologies.other_libtpu(None, "0.0.52") == ""
-    for version in ("0.0.52", "0.0.420", "0.0.4"):
-        warning = topologies.other_libtpu(wanted, version)
-        assert f"expects libtpu 0.0.42.*, found {version}" in warning and "pip install" in warning
-
-
-def test_simulated_devices():
-    assert len(topologies.get("cpu:4").devices) == 4
-    with pytest.raises(UserError, match="device_count=99"):
-        topologies.get("cpu:99")
-
-
-def test_presets():
-    assert "xla_gpu_autotune_level" not in compile_options.compiler_options("gpu")
-    assert "xla_gpu_autotune_level" in compile_options.compiler_options(
-        "cuda", without_a_device=True
-    )
-    assert list(compile_options.environment("cuda")) == ["XLA_PYTHON_CLIENT_MEM_FRACTION"]
-    with pytest.raises(UserError, match="cuda, tpu, cpu, found 'rocm'"):
-        compile_options.environment("rocm")
-
-
-def test_the_preset_for_cpus_takes_tcmalloc_where_it_is(monkeypatch, capsys):
-    name = "libtcmalloc_minimal.so.4"
-    monkeypatch.setattr("ctypes.util.find_library", lambda wanted: None)
-    environment.main(["cpu"])
-    out, err = capsys.readouterr()
-    assert out == "export GLIBC_TUNABLES=glibc.malloc.hugetlb=1\n"
-    assert "apt install libtcmalloc-minimal4" in err
-
-    monkeypatch.setattr("ctypes.util.find_library", lambda wanted: name)
-    monkeypatch.setenv("LD_PRELOAD", f"libother.so {name}")
-    environment.main(["cpu"])
-    out, err = capsys.readouterr()
-    assert out.startswith(f"export LD_PRELOAD='{name} libother.so'\n") and not err
 
 
 # ------------------------------------------------------------------------------ counts

@@ -1,24 +1,25 @@
-"""What accelerators can do at best, to measure ourselves against, and what they cost."""
+"""Peak rates, bandwidths and prices of accelerators, with the source of each figure."""
 
 import dataclasses
 
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """An accelerator as JAX sees it: one device.
+    """An accelerator, one device to JAX.
 
     Attributes:
-      device_kinds: what `jax.Device.device_kind` starts with.
-      bfloat16_flops: dense bfloat16 matrix products with float32 sums, operations per second.
-      source: where the figures stand. NVIDIA prints twice as many operations, for matrices with
-        structured zeros; here are the dense figures.
-      memory_bytes, memory_bandwidth: of the chip's own memory, and bytes per second to it; 0 where
-        nobody asked yet, as below.
-      link_bandwidth: bytes per second that it can receive from its neighbours, all links together;
-        half of the figure that is printed for both directions.
-      network_bandwidth: the same from another host's chips; that of the links where they join all.
-      dollars_per_hour: one chip's price, without commitment; None where there is none to quote.
-      price_source: whose price, and when.
+      device_kinds: prefixes of `jax.Device.device_kind`.
+      bfloat16_flops: operations per second of dense bfloat16 matmuls with float32 accumulation.
+      source: where the figures are published. NVIDIA prints twice as many operations, for matrices
+        with structured sparsity; these are the dense figures.
+      memory_bytes: size of the chip's own memory; 0 if not looked up.
+      memory_bandwidth: bytes per second to the chip's own memory; 0 if not looked up.
+      link_bandwidth: bytes per second received from neighbours over all links together, half of the
+        figure that is printed for both directions; 0 if not looked up.
+      network_bandwidth: bytes per second received from another host's chips; equal to
+        link_bandwidth where links join all chips.
+      dollars_per_hour: price of one chip without commitment; None if there is none to quote.
+      price_source: whose price it is, and when.
     """
 
     name: str
@@ -38,7 +39,8 @@ _H200 = "NVIDIA H200 datasheet, BFLOAT16 Tensor Core, half of the figure with sp
 _TPU = "docs.cloud.google.com/tpu/docs/{}, peak compute, HBM and ICI per chip"
 _TPU_PRICE = "cloud.google.com/tpu/pricing, on demand in US regions; look it up, it changes"
 
-# Longer names first: "TPU v5 lite" before "TPU v5". On TPU v4 and v5p one JAX device is one chip.
+# A prefix of another name comes after it: "TPU v5" after "TPU v5 lite". On TPU v4 and v5p one JAX
+# device is one chip.
 CHIPS = (
     Chip("H100 PCIe", ("NVIDIA H100 PCIe",), 756e12, _H100),
     Chip("H100 NVL", ("NVIDIA H100 NVL",), 835e12, _H100),
@@ -47,7 +49,7 @@ CHIPS = (
         ("NVIDIA H100 80GB HBM3", "NVIDIA H100"),
         989e12,
         _H100 + "; HBM3 and NVLink there; hosts joined by one 400 Gb/s adapter for each GPU",
-        memory_bytes=84_929_347_584.0,  # what a device reports
+        memory_bytes=84_929_347_584.0,  # as a device reports it
         memory_bandwidth=3.35e12,
         link_bandwidth=450e9,
         network_bandwidth=50e9,
@@ -107,7 +109,7 @@ CHIPS = (
 
 
 def chip_of(device_kind: str) -> Chip | None:
-    """The chip of a `device_kind`; None for any other, CPUs included."""
+    """Returns the chip of a `device_kind`; None for CPUs, parts of a GPU (MIG), and others."""
     for chip in CHIPS:
         if device_kind.startswith(chip.device_kinds) and "MIG" not in device_kind:
             return chip

@@ -1,7 +1,7 @@
-"""XLA's options by platform, each with the reason; the evidence is in docs/performance.md.
+"""XLA's options by platform, each with the reason; docs/performance.md has the evidence.
 
-The training step is compiled with COMPILE. What only a process's environment can set,
-`python -m microdit_jax.commands.environment` prints.
+The training step is compiled with COMPILE. Options that only a process's environment can set are in
+ENVIRONMENT; `python -m microdit_jax.commands.environment` prints them.
 """
 
 import ctypes.util
@@ -12,38 +12,39 @@ from microdit_jax.errors import UserError
 
 PLATFORMS = ("cuda", "tpu", "cpu")
 
-# Per program, by jax.jit(..., compiler_options=...).
+# For each program, by jax.jit(..., compiler_options=...).
 COMPILE: dict[str, dict[str, Any]] = {
     "cuda": {
-        # Products that share an operand are not merged into one: all blocks' modulations and
-        # captions' keys and values do, and each step would copy their weights next to each other.
+        # Matmuls that share an operand are not merged into one. The modulations of all blocks share
+        # one, and so do the keys and values of the captions: to merge them, each step would copy
+        # their weights next to each other.
         "xla_gpu_dot_merger_threshold_mb": 0,
     },
     "tpu": {},
     "cpu": {},
 }
 
-# Per program, only where no device is there to time kernels on.
+# For each program that is compiled where no device is there to time kernels on.
 WITHOUT_A_DEVICE: dict[str, dict[str, Any]] = {
     "cuda": {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False},
     "tpu": {},
     "cpu": {},
 }
 
-# Per process.
+# For each process.
 ENVIRONMENT: dict[str, dict[str, str]] = {
     # XLA takes 75 % of the memory by default; stage 1 with the paper's micro-batch needs 76 %.
     "cuda": {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92"},
     "tpu": {},
-    # A program takes its temporaries from malloc at each call, and glibc's gives them back to the
-    # system, which clears each page anew: with huge pages in a fraction of the time.
+    # A program takes its temporaries from malloc in each call. glibc returns them to the system
+    # after it, which clears every page again; huge pages take a fraction of that time.
     "cpu": {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"},
 }
 
-# Where this allocator is installed it is taken for CPUs: it keeps large blocks for the next call,
-# apart from small ones, so that the process does not grow.
+# Allocator for CPUs, if it is installed. It keeps large blocks for the next call, apart from small
+# ones, so that the process does not grow.
 TCMALLOC = "tcmalloc_minimal"
-WITH_TCMALLOC = {"TCMALLOC_LARGE_ALLOC_REPORT_THRESHOLD": str(2**40)}  # it would tell of each GB
+WITH_TCMALLOC = {"TCMALLOC_LARGE_ALLOC_REPORT_THRESHOLD": str(2**40)}  # no line for each GB
 WITHOUT_TCMALLOC = (
     f"lib{TCMALLOC} is not installed, with which training on CPUs is quicker still (Debian, "
     "Ubuntu: apt install libtcmalloc-minimal4); taking huge pages alone"
@@ -51,10 +52,11 @@ WITHOUT_TCMALLOC = (
 
 
 def compiler_options(platform: str, *, without_a_device: bool = False) -> dict[str, Any]:
-    """What a program is compiled with.
+    """Returns the options that a program is compiled with.
 
     Args:
-      platform: one of PLATFORMS; "gpu" is "cuda". Others get nothing.
+      platform: one of PLATFORMS; "gpu" is "cuda". Others have no options.
+      without_a_device: True where the compiler has no device to time kernels on.
     """
     platform = "cuda" if platform == "gpu" else platform
     return COMPILE.get(platform, {}) | (
@@ -63,7 +65,7 @@ def compiler_options(platform: str, *, without_a_device: bool = False) -> dict[s
 
 
 def environment(platform: str) -> dict[str, str]:
-    """What a process must know from its start, on this machine.
+    """Returns the environment variables for a process on this machine.
 
     Args:
       platform: one of PLATFORMS.
