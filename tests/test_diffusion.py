@@ -107,3 +107,77 @@ def test_sigma_steps():
     np.testing.assert_allclose(steps[[0, -2]], [80, 0.002], rtol=1e-12)
     with pytest.raises(UserError, match="at least 1"):
         diffusion.sigma_steps(0)
+
+
+# ------------------------------------------------------------------------------ by hand
+OTHER = diffusion.EdmConfig(
+    sigma_data=0.5, P_mean=0.4, P_std=0.7, sigma_min=0.05, sigma_max=9.0, rho=5.0
+)
+
+
+def affine_denoiser(x, sigma):
+    """Not the exact denoiser of anything: slopes differ at every level."""
+    if isinstance(sigma, float):
+        return x / (1 + sigma) + 0.1 * sigma
+    return x / (1 + sigma)[:, None, None, None] + (0.1 * sigma)[:, None, None, None]
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5])
+def test_sampler_is_algorithm_1(steps):
+    """Float64 NumPy, step by step, with every level off its default."""
+    noise = np.random.default_rng(0).normal(size=(2, 3, 3, 1))
+    found = diffusion.heun_sampler(affine_denoiser, jnp.float32(noise), steps, OTHER)
+
+    i = np.arange(steps) / max(steps - 1, 1)
+    levels = (9.0 ** (1 / 5) + i * (0.05 ** (1 / 5) - 9.0 ** (1 / 5))) ** 5
+    levels = [float(level) for level in (*levels, 0.0)]
+    x = noise * 9.0
+    for now, following in zip(levels[:-1], levels[1:], strict=True):
+        slope = (x - affine_denoiser(x, now)) / now
+        x_next = x + (following - now) * slope
+        if following > 0:
+            slope_next = (x_next - affine_denoiser(x_next, following)) / following
+            x_next = x + (following - now) * (slope + slope_next) / 2
+        x = x_next
+    assert relative_l2(found, x) < 1e-5
+
+
+def test_start_and_evaluations_follow_the_config():
+    state = diffusion.heun_start(jnp.ones((1, 2, 2, 1)), OTHER)
+    np.testing.assert_array_equal(state.x, np.full((1, 2, 2, 1), 9, np.float32))
+    np.testing.assert_array_equal(state.x_start, state.x)
+    assert not state.slope_start.any()
+    table = diffusion.heun_evaluations(3, OTHER)
+    assert [len(column) for column in table.values()] == [5, 5, 5]
+    np.testing.assert_allclose(table["sigma"][[0, 3, 4]], [9, 0.05, 0.05], rtol=1e-6)
+    np.testing.assert_array_equal(table["corrects"], [0, 1, 0, 1, 0])
+    np.testing.assert_allclose(table["step"].sum() - table["step"][[1, 3]].sum(), -9, rtol=1e-6)
+
+
+def test_preview_is_the_denoised_image():
+    noise = jnp.asarray(np.random.default_rng(1).normal(size=(2, 3, 3, 1)), jnp.float32)
+    start = diffusion.heun_start(noise, OTHER)
+    row = jax.tree.map(lambda column: jnp.asarray(column[0]), diffusion.heun_evaluations(4, OTHER))
+    state = diffusion.heun_evaluate(affine_denoiser, start, row)
+    found = diffusion.heun_denoised(state, jnp.float32(9))
+    np.testing.assert_allclose(found, affine_denoiser(start.x, jnp.full(2, 9.0)), rtol=2e-5)
+
+
+def test_guidance_by_hand():
+    """Rows alternate: with caption, without; scale 3 goes three times the way between them."""
+    caption = diffusion.interleave(jnp.array([5.0, 7.0]), jnp.zeros(2))
+
+    def network(x, c_noise):
+        return x * c_noise[:, None, None, None] + caption[:, None, None, None]
+
+    x = jnp.arange(8.0).reshape(2, 2, 2, 1)
+    found = diffusion.guided(network, 3.0)(x, jnp.array([1.0, 2.0]))
+    expected = np.asarray(x) * np.array([1, 2]).reshape(2, 1, 1, 1)
+    expected = expected + 3 * np.array([5, 7]).reshape(2, 1, 1, 1)
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+def test_training_sigma_follows_the_config():
+    normal = np.random.default_rng(2).normal(size=9)
+    found = diffusion.training_sigma(jnp.float32(normal), OTHER)
+    np.testing.assert_allclose(found, np.exp(0.4 + 0.7 * normal), rtol=1e-6)

@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 from conftest import relative_l2, tiny_model
 
+from microdit_jax import models
 from microdit_jax.errors import UserError
 from microdit_jax.models import dit, masking
 from microdit_jax.models.layers import sincos_pos_embed, timestep_embedding
+from microdit_jax.trees import flatten
 
 
 def forward(golden, params=None, *, mask_ratio=0.0, jit=True, **changes):
@@ -130,14 +132,8 @@ def test_encoding_captions_ahead_changes_nothing(golden_small):
     ],
 )
 def test_parameter_counts_of_the_paper(config, parameters):
-    shapes = jax.eval_shape(lambda: init(config))
+    shapes = dit.abstract_params(config)
     assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == parameters
-
-
-def init(config: dit.DiTConfig):
-    x = jnp.zeros((1, config.input_size, config.input_size, config.in_channels))
-    y = jnp.zeros((1, 4, config.caption_channels))
-    return dit.DiT(config).init(jax.random.key(0), x, jnp.zeros(1), y)["params"]
 
 
 def test_initialisation_statistics():
@@ -146,7 +142,7 @@ def test_initialisation_statistics():
         patch_mixer_depth=2, patch_mixer_dim=96, patch_mixer_mlp_ratio=4.0, use_bias=False,
         qkv_multipliers=(1.0,) * 4, ffn_multipliers=(4.0,) * 4, expert_capacity=2.0,
     )  # fmt: skip
-    params = jax.jit(lambda: init(config))()
+    params = jax.jit(lambda key: dit.init_params(config, key))(jax.random.key(0))
 
     def std(*path):
         leaf = params
@@ -192,11 +188,49 @@ def test_initialisation_statistics():
 
 def test_init_std_is_followed():
     config = dataclasses.replace(tiny_model().config, init_std=0.1)
-    params = jax.jit(lambda: init(config))()
+    params = jax.jit(lambda key: dit.init_params(config, key))(jax.random.key(0))
     qkv = params["blocks_0"]["attn"]["qkv"]["kernel"]
     assert abs(float(jnp.std(qkv)) / 0.1 - 1) < 0.06
     proj = params["blocks_0"]["cross_attn"]["proj"]["kernel"]
     assert abs(float(jnp.std(proj)) / (0.1 / 2**0.5) - 1) < 0.1
+
+
+@pytest.mark.parametrize(("depth_init", "depths"), [(True, (1, 2, 3)), (False, (3, 3, 3))])
+def test_depth_init_decides_how_blocks_start(depth_init, depths):
+    """Output projections of block i have deviation init_std / sqrt(2 (i + 1)), or all are equal."""
+    config = dataclasses.replace(
+        tiny_model().config, depth=3, init_std=0.1, depth_init=depth_init,
+        qkv_multipliers=(1.0,), ffn_multipliers=(1.0,),
+    )  # fmt: skip
+    model = dit.DiT(config).bind({})
+    found = [
+        float(block.out_init(jax.random.key(0), (100, 100), jnp.float32).std())
+        for block in model.blocks
+    ]
+    np.testing.assert_allclose(found, [0.1 / (2 * depth) ** 0.5 for depth in depths], rtol=0.03)
+    mixer = model.patch_mixer[0].out_init(jax.random.key(0), (100, 100), jnp.float32).std()
+    np.testing.assert_allclose(mixer, 0.1 / 6**0.5, rtol=0.03)
+
+
+def test_matrices_that_multiply_in_float32_are_not_cast():
+    config = dataclasses.replace(tiny_model().config, dtype="bfloat16")
+    params = dit.abstract_params(config)
+    cast = flatten(jax.eval_shape(lambda p: dit.cast_matrices(p, config), params))
+    kept = {path for path, leaf in cast.items() if leaf.dtype == jnp.float32 and leaf.ndim > 1}
+    spared = ("t_embedder/", "pooled_y_emb_process/", "adaLN_modulation_1/", "mlp/gate/")
+    assert kept == {path for path in cast if any(s in path for s in spared)
+                    and cast[path].ndim > 1}  # fmt: skip
+    assert len(kept) == 2 + 2 + 5 + 1
+
+
+def test_the_table_of_architectures():
+    assert models.ARCHES == {
+        "MicroDiT_XL_2": dit.MicroDiT_XL_2, "MicroDiT_Tiny_2": dit.MicroDiT_Tiny_2
+    }  # fmt: skip
+    assert models.SHORT_ARCHES == {"XL_2": "MicroDiT_XL_2", "Tiny_2": "MicroDiT_Tiny_2"}
+    assert models.arch_of(1024, 28) == models.arch_of(1024, 28, 768) == "MicroDiT_XL_2"
+    assert models.arch_of(512, 16) == "MicroDiT_Tiny_2"
+    assert models.arch_of(512, 28) is models.arch_of(1024, 28, 512) is None
 
 
 @pytest.mark.parametrize("case", ["xl2_256", "xl2_512", "odd"])

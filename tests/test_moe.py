@@ -2,14 +2,17 @@
 
 import math
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import relative_l2
 
+from microdit_jax import sharding
 from microdit_jax.errors import UserError
 from microdit_jax.models import moe
+from microdit_jax.models.layers import Precision
 
 
 def loops(x, logits, w1, w2, k):
@@ -57,3 +60,54 @@ def test_routing_is_recorded(golden_small):
     (routing,) = state["intermediates"]["blocks_1"]["mlp"]["routing"]
     assert routing.shape == (2, 4, 8)  # n, e, k = int(2.0 * 16 / 4)
     assert all(len(set(np.asarray(row))) == 8 for row in routing.reshape(-1, 8))
+
+
+def layer(dtype: str, capacity: float):
+    return moe.ExpertChoiceFeedForward(
+        num_experts=2,
+        capacity=capacity,
+        hidden=2,
+        init_std=0.02,
+        out_init=nn.initializers.ones,
+        dispatch="gather",
+        precision=Precision(dtype, "float32"),
+    )
+
+
+def test_the_gate_is_float32_whatever_the_type():
+    """Logits that differ by 1e-3 are equal in bfloat16; then the first token would be taken."""
+    tokens = 2 + 1e-3 * jnp.arange(4.0)
+    x = jnp.stack([tokens, jnp.zeros(4)], axis=1)[None]  # (1, t, d)
+    params = {
+        "w1": jnp.ones((2, 2, 2)),
+        "w2": jnp.ones((2, 2, 2)),
+        "gate": {"kernel": jnp.array([[1.0, -1.0], [0.0, 0.0]])},
+    }
+    out, state = layer("bfloat16", 0.5).apply({"params": params}, x, mutable=["intermediates"])
+    (routing,) = state["intermediates"]["routing"]
+    np.testing.assert_array_equal(routing, [[[3], [0]]])
+    assert out.dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("dispatch", list(moe.DISPATCHES.values()))
+def test_the_gate_learns_by_the_weights_of_the_chosen(dispatch):
+    """The gradient by a choice's weight is the sum of its expert's output."""
+    keys = jax.random.split(jax.random.key(1), 4)
+    x, w1 = jax.random.normal(keys[0], (2, 6, 4)), jax.random.normal(keys[1], (3, 4, 5))
+    w2, logits = jax.random.normal(keys[2], (3, 5, 4)), jax.random.normal(keys[3], (2, 6, 3))
+    weight, index = moe.choose_tokens(logits, 2)
+    found = jax.grad(lambda weight: dispatch(x, weight, index, w1, w2).sum())(weight)
+    for n, e, k in np.ndindex(2, 3, 2):
+        token = np.asarray(x[n, index[n, e, k]], np.float64)
+        hidden = token @ np.asarray(w1[e], np.float64)
+        hidden = hidden * 0.5 * (1 + np.vectorize(math.erf)(hidden / np.sqrt(2)))
+        expected = (hidden @ np.asarray(w2[e], np.float64)).sum()
+        np.testing.assert_allclose(found[n, e, k], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_tables_of_names_and_functions():
+    assert tuple(moe.DISPATCHES) == ("gather", "onehot")
+    assert moe.slots_of(2.0, 15, 8) == 3  # 3.75
+    weights = {p for p in jax.eval_shape(layer("float32", 1.0).init, jax.random.key(0),
+                                         jnp.zeros((1, 4, 2)))["params"]}  # fmt: skip
+    assert weights == {*sharding.EXPERT_WEIGHTS, "gate"}

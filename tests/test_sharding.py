@@ -172,6 +172,51 @@ def test_gathered_and_summed_inside_shard_map():
     np.testing.assert_allclose(out["w1"][1], weights["w1"][1] * (1 + 3 + 5 + 7), rtol=1e-6)
 
 
+def test_gradients_are_summed_in_float32():
+    """256 and seven ones are 263; in bfloat16, whose numbers are 2 apart there, they stay 256."""
+    mesh, specs = sharding.make_mesh(1, 8, 1), {"w": P("fsdp")}
+    grads = jnp.ones((8, 8, 2), jnp.bfloat16).at[0].set(256)  # (device, 8, 2)
+
+    def add(grads):
+        summed = sharding.scatter_sum({"w": grads[0]}, specs)
+        return sharding.sum_rest(summed, specs), sharding.norm(summed, specs)
+
+    found, norm = jax.jit(
+        jax.shard_map(
+            add, mesh=mesh, in_specs=sharding.BATCH, out_specs=(specs, P()), check_vma=False
+        )
+    )(grads)
+    assert found["w"].dtype == jnp.float32
+    np.testing.assert_array_equal(found["w"], np.full((8, 2), 263, np.float32))
+    np.testing.assert_allclose(norm, 263 * 4, rtol=1e-6)
+
+
+def test_on_each_device_gathers_weights_and_splits_rows():
+    """The result on a mesh is that of one device, and `cast` acts before the all-gather."""
+    params = {"w": jnp.arange(64.0).reshape(8, 8), "w1": jnp.ones((2, 4, 8))}
+    rows, scale = {"x": jnp.arange(16.0)}, jnp.float32(3)
+
+    def function(params, rows, scale):
+        kernel = params["w"].astype(jnp.float32)
+        assert kernel.shape == (8, 8)
+        return rows["x"] * kernel.sum() * scale
+
+    def on(mesh, cast=None):
+        return sharding.on_each_device(
+            function, mesh, params, (rows,), (scale,), cast=cast, replicate_below=1
+        )
+
+    expected = on(None)
+    np.testing.assert_array_equal(expected, np.arange(16) * 2016 * 3)
+    mesh = sharding.make_mesh(2, 2, 2)
+    np.testing.assert_array_equal(jax.jit(lambda: on(mesh))(), expected)
+    lowered = jax.jit(
+        lambda: on(mesh, lambda shards: jax.tree.map(lambda w: w.astype(jnp.bfloat16), shards))
+    ).lower()
+    gathers = [line for line in lowered.as_text().splitlines() if "all_gather" in line]
+    assert gathers and all("bf16" in line for line in gathers)
+
+
 if __name__ == "__main__":
     lines = (f"{json.dumps(k)}: {json.dumps(v)}" for k, v in xl2_specs().items())
     SPECS.write_text("{\n" + ",\n".join(lines) + "\n}\n")

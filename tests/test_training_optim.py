@@ -38,6 +38,55 @@ def test_decay_acts_on_every_parameter():
     np.testing.assert_allclose(after["kernel"], 0.95, rtol=1e-6)
 
 
+def test_adamw_by_hand():
+    """Three steps in NumPy float64: clipping by the norm of all, moments, decay, schedule."""
+    options = {"weight_decay": 0.3, "clip_norm": 0.5, "b1": 0.8, "b2": 0.95, "eps": 0.01}
+    schedule = optim.learning_rate(0.1, warmup_steps=4)
+    optimizer = optim.adamw(schedule, **options)
+    rng = np.random.default_rng(0)
+    params = {"kernel": rng.normal(size=(2, 3)), "norm": rng.normal(size=3)}
+    found = jax.tree.map(jnp.float32, params)
+    opt_state = optimizer.init(found)
+    first = {name: np.zeros_like(value) for name, value in params.items()}
+    second = {name: np.zeros_like(value) for name, value in params.items()}
+    for step in range(3):
+        grads = {name: (step + 0.2) * np.cos(value) for name, value in params.items()}
+        norm = np.sqrt(sum((g**2).sum() for g in grads.values()))
+        assert (norm > 0.5) == (step > 0)  # the first gradient is not clipped
+        rate = 0.1 * step / 4
+        for name, grad in grads.items():
+            grad = grad * min(1, 0.5 / norm)
+            first[name] = 0.8 * first[name] + 0.2 * grad
+            second[name] = 0.95 * second[name] + 0.05 * grad**2
+            mean = first[name] / (1 - 0.8 ** (step + 1))
+            square = second[name] / (1 - 0.95 ** (step + 1))
+            update = mean / (np.sqrt(square) + 0.01) + 0.3 * params[name]
+            params[name] = params[name] - rate * update
+        found, opt_state = optim.apply_gradients(
+            optimizer, jax.tree.map(jnp.float32, grads), opt_state, found
+        )
+    for name, value in params.items():
+        np.testing.assert_allclose(found[name], value, rtol=1e-5)
+
+
+def test_a_known_norm_is_used_for_clipping():
+    """On a mesh each device has its shards' gradients alone, so their own norm would be wrong."""
+    params = {"kernel": jnp.ones((2, 2))}
+    optimizer = optim.adamw(optim.learning_rate(0.1), clip_norm=1.0)
+    _, state = optim.apply_gradients(
+        optimizer, params, optimizer.init(params), params, norm=jnp.float32(10)
+    )
+    np.testing.assert_allclose(state[1][0].mu["kernel"], 0.1 * 0.1, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("step", "expected"), [(4, 2.0), (5, 2.0), (6, 1.25)])
+def test_average_by_hand(step, expected):
+    """Up to its start the average is a copy of the weights, then three quarters of it stay."""
+    ema, params = {"w": jnp.ones(2)}, {"w": jnp.full(2, 2.0)}
+    found = optim.update_ema(ema, params, jnp.int32(step), smoothing=0.75, start_step=5)
+    np.testing.assert_allclose(found["w"], expected, rtol=1e-6)
+
+
 def test_expert_multiplier_scales_the_experts_alone():
     params = {
         "mlp": {"w1": jnp.ones((2, 3, 4)), "w2": jnp.ones((2, 4, 3))},
