@@ -1,7 +1,7 @@
-"""Initial noise of the sampler: JAX's own, and `torch.randn` as a CPU or a CUDA device draws it.
+"""Initial noise of the sampler: JAX's own, and that of `torch.randn` on a CPU or a CUDA device.
 
-The torch kinds let a seed published with a torch picture start the same trajectory here. Both are
-numpy: the noise of a batch is drawn once, on the host.
+The torch kinds let a seed published with an image made by torch start the same trajectory here.
+Both are NumPy code: the noise of a batch is made once, on the host.
 """
 
 import functools
@@ -28,14 +28,14 @@ def initial_noise(
     *,
     first: int = 0,
 ) -> Float32[np.ndarray, "{num_images} {height} {width} {channels}"]:
-    """Standard normal noise for `num_images` latents, channels-last.
+    """Samples standard normal noise for `num_images` latents, channels-last.
 
     Args:
-      kind: "jax": image i is `jax.random.normal(fold_in(key, i))`, so it depends on (seed, i) alone
-        and not on the batch; the key is threefry's, of all 64 bits of the seed. "torch_cpu" and
-        "torch_cuda": `torch.randn(num_images, channels, height, width)` from a generator with this
-        seed, transposed; there image i depends on the batch, and for "torch_cuda" on the GPU
-        (see `torch_cuda_randn`; its default GPU is taken).
+      kind: "jax": image i is `jax.random.normal(fold_in(key, i))`, a function of (seed, i) that
+        does not depend on the batch; the key is threefry's, of all 64 bits of the seed. "torch_cpu"
+        and "torch_cuda": `torch.randn(num_images, channels, height, width)` from a generator with
+        this seed, transposed. Then image i depends on the batch, and for "torch_cuda" on the GPU,
+        which is the default one of `torch_cuda_randn`.
       seed: an int in [0, 2**64).
       first: index of the first image, for a part of a larger set; "jax" only.
     Returns:
@@ -52,9 +52,8 @@ def initial_noise(
     if first and kind != "jax":
         raise UserError(f"noise {kind} depends on the whole batch, found images from {first} on")
     if kind == "jax":
-        # One program per image, not a batched one: the compiler cannot round it differently in
-        # another batch. The key is made from its two words because `jax.random.key` drops the upper
-        # 32 bits of a Python int.
+        # The program is compiled for one image, so that no batch size changes its rounding. The key
+        # is made from its two words: `jax.random.key` drops the upper 32 bits of a Python int.
         words = np.array([seed >> 32, seed & 0xFFFFFFFF], np.uint32)
         shape = (height, width, channels)
         images = [
@@ -85,19 +84,19 @@ def _normal_image(
 
 
 def torch_cpu_randn(seed: Any, shape: tuple[int, ...]) -> Float32[np.ndarray, "..."]:
-    """`torch.randn(shape)` on an x86 CPU from a fresh generator with this seed, to the bit.
+    """Equals `torch.randn(shape)` on an x86 CPU, from a fresh generator with this seed, to the bit.
 
     MT19937, seeded with the low 32 bits of `seed`. From 16 values on, a block of 16 uniforms u of
     24 bits gives 8 pairs (Box-Muller):
       z[j], z[j+8] = sqrt(-2 ln(1 - u[j])) * (cos, sin)(2 pi u[j+8]),  j < 8,
-    and where the size is no multiple of 16 the last 16 values are drawn anew. Below 16 values:
-    pairs in double precision from uniforms of 53 bits.
+    and if the size is no multiple of 16, the last 16 values are made from 16 further uniforms.
+    Below 16 values, pairs are computed in double precision from uniforms of 53 bits.
 
     Bit for bit equal to torch 2.13 with AVX2 (which AVX-512 machines use here too): 0 of 19 million
     values differ, sizes 1 to 1,000,003, seeds over all of [0, 2**64). That takes torch's own
-    float32 ln, sin and cos (Cephes polynomials, fused multiply-adds); correctly rounded ones differ
-    in 17 % of the values, by up to 3 ulp. torch itself is not as exact between processors: without
-    AVX2 it rounds 38 % of the values differently, by up to 2.4e-6.
+    float32 ln, sin and cos (Cephes polynomials, fused multiply-adds); correctly rounded functions
+    would differ in 17 % of the values, by up to 3 ulp. torch's own results vary between processors:
+    without AVX2 it rounds 38 % of the values differently, by up to 2.4e-6.
 
     Args:
       seed: an int in [0, 2**64).
@@ -115,16 +114,16 @@ def torch_cpu_randn(seed: Any, shape: tuple[int, ...]) -> Float32[np.ndarray, ".
         radius, theta = np.sqrt(-2 * np.log1p(-u2)), 2 * np.pi * u1
         pairs = np.stack([radius * np.cos(theta), radius * np.sin(theta)], axis=-1)
         return pairs.reshape(-1)[:size].astype(np.float32).reshape(shape)
-    redrawn = 16 if size % 16 else 0
-    words = mt19937.randint(0, 2**32, size + redrawn, np.uint32)
+    extra = 16 if size % 16 else 0
+    words = mt19937.randint(0, 2**32, size + extra, np.uint32)
     uniform = (words & np.uint32(2**24 - 1)).astype(np.float32) * np.float32(2**-24)
     out = np.empty(size, np.float32)
     whole = size - size % 16
-    chunk = 2**16  # of a size that stays in the cache
+    chunk = 2**16  # values whose intermediate arrays fit in the cache
     for start in range(0, whole, chunk):
         stop = min(start + chunk, whole)
         out[start:stop] = _box_muller_16(uniform[start:stop])
-    if redrawn:
+    if extra:
         out[-16:] = _box_muller_16(uniform[size:])
     return out.reshape(shape)
 
@@ -138,7 +137,7 @@ def _box_muller_16(uniform: Float32[np.ndarray, " s"]) -> Float32[np.ndarray, " 
 
 
 def _fma(a: Any, b: Any, c: Any) -> Float32[np.ndarray, "..."]:
-    """a b + c of float32 values, rounded once: the product is exact in float64."""
+    """Returns a b + c of float32 values, rounded once: float64 holds a b exactly."""
     return (np.multiply(a, b, dtype=np.float64) + c).astype(np.float32)
 
 
@@ -149,7 +148,7 @@ def _horner(x: Float32[np.ndarray, "..."], *coefficients: float) -> Float32[np.n
     return y
 
 
-# Order of rounding below as compiled in torch: every fused step is an _fma, every other is not.
+# Below, the order of rounding is that of torch's machine code: each fused multiply-add is an _fma.
 
 
 def _cephes_log(x: Float32[np.ndarray, "..."]) -> Float32[np.ndarray, "..."]:
@@ -197,19 +196,19 @@ def torch_cuda_randn(
     multiprocessors: int = 132,
     threads_per_multiprocessor: int = 2048,
 ) -> Float32[np.ndarray, "..."]:
-    """`torch.randn(shape, device="cuda")` from a fresh generator with this seed.
+    """Equals `torch.randn(shape, device="cuda")` from a fresh generator with this seed, to 6e-7.
 
     Thread t of T, at its step s, turns the four words of philox(counter=(s, 0, t, 0), key=seed)
     into four normals, which go to the elements (4 s + k) T + t, k < 4. T is 256 times the number of
-    blocks, as many as cover the size and at most what the GPU runs at once:
+    blocks: enough to cover the size, but no more than the GPU runs at once,
     `multiprocessors * (threads_per_multiprocessor // 256)`. So the GPU matters only when there are
     more values than its threads: 270,336 on an H100 SXM (132 multiprocessors, the default), 221,184
     on an A100 (108); a 512-pixel latent of 4 channels has 16,384.
 
     ln, sin and cos are exact here; the GPU's fast sine and cosine err by 2^-21 of the radius or a
-    little more. The GPU values known to us (seed 0 to 8 decimals, seed 42 to 4) agree to 6e-7; none
-    of them lies beyond the thread count. (ATen/native/cuda/DistributionTemplates.h;
-    `curand_normal4` of cuRAND's device library.)
+    little more. Values recorded on a GPU (seed 0 to 8 decimals, seed 42 to 4) agree to 6e-7; none
+    of them lies beyond the thread count. Sources: ATen/native/cuda/DistributionTemplates.h;
+    `curand_normal4` of cuRAND's device library.
 
     Args:
       seed: an int in [0, 2**64).
@@ -237,7 +236,7 @@ def torch_cuda_randn(
 def philox4x32(
     counter: tuple[UInt32[np.ndarray, "..."], ...], key: tuple[int, int], rounds: int = 10
 ) -> tuple[UInt32[np.ndarray, "..."], ...]:
-    """Philox4x32 (Salmon et al. 2011, section 3.3): the words of each counter under one key."""
+    """Encrypts counters under one key by Philox4x32 (Salmon et al. 2011, section 3.3)."""
     x0, x1, x2, x3 = counter
     k0, k1 = key
     for _ in range(rounds):

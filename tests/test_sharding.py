@@ -79,13 +79,13 @@ def test_experts_must_divide():
         sharding.param_spec(["a", "w1"], (8, 64, 64), abstract_mesh(1, 1, 16))
 
 
-def test_optimiser_and_average_lie_where_the_weights_lie():
+def test_optimiser_and_average_are_sharded_like_the_weights():
     state = xl2_state(abstract_mesh())
-    places = [leaf.sharding for leaf in jax.tree.leaves(state.params)]
+    shardings = [leaf.sharding for leaf in jax.tree.leaves(state.params)]
     adam = state.opt_state[1][0]
     for tree in (adam.mu, adam.nu, state.ema):
-        assert [leaf.sharding for leaf in jax.tree.leaves(tree)] == places
-    assert {place.spec for place in places} == {
+        assert [leaf.sharding for leaf in jax.tree.leaves(tree)] == shardings
+    assert {sharding.spec for sharding in shardings} == {
         P(), P("fsdp"), P(None, "fsdp"), P("expert", "fsdp"), P("expert", None, "fsdp")
     }  # fmt: skip
 
@@ -149,7 +149,7 @@ def test_gathered_and_summed_inside_shard_map():
     specs = sharding.specs(weights, mesh, replicate_below=0)
     assert specs == {"w": P(None, "fsdp"), "v": P(), "w1": P("expert", "fsdp")}
 
-    def exchange(shards, row):
+    def gather_and_sum(shards, row):
         whole = sharding.gather(shards, specs)
         grads = jax.tree.map(lambda w: w * row[0], whole)
         return sharding.sum_rest(sharding.scatter_sum(grads, specs), specs)
@@ -157,7 +157,7 @@ def test_gathered_and_summed_inside_shard_map():
     rows = jnp.arange(8.0)
     out = jax.jit(
         jax.shard_map(
-            exchange,
+            gather_and_sum,
             mesh=mesh,
             in_specs=(specs, sharding.BATCH),
             out_specs=specs,
@@ -166,8 +166,8 @@ def test_gathered_and_summed_inside_shard_map():
     )(weights, rows)
     for name in ("w", "v"):
         np.testing.assert_allclose(out[name], weights[name] * 28, rtol=1e-6)
-    # An expert's gradient comes from the devices that share its place on the expert axis alone:
-    # tokens have travelled there already.
+    # An expert's gradient is the sum over the devices that hold the expert: tokens have travelled
+    # there already.
     np.testing.assert_allclose(out["w1"][0], weights["w1"][0] * (0 + 2 + 4 + 6), rtol=1e-6)
     np.testing.assert_allclose(out["w1"][1], weights["w1"][1] * (1 + 3 + 5 + 7), rtol=1e-6)
 

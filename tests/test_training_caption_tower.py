@@ -51,9 +51,9 @@ def stored(tmp_path_factory):
 
 def config_of(folder, name, captions, text_encoder, **train_changes):
     config = tiny_config.get_config("")
-    place = {"source": "latents", "folder": str(folder / name)}
-    config.data.datasets = (place | {"weight": 1.0},)
-    config.data.heldout.update(place)
+    dataset = {"source": "latents", "folder": str(folder / name)}
+    config.data.datasets = (dataset | {"weight": 1.0},)
+    config.data.heldout.update(dataset)
     config.data.update(vae="vae", text_encoder=text_encoder, captions=captions, resolution=32)
     config.model.options.caption_channels = WIDTH
     config.train.update(steps=3, eval_every=3, checkpoint_every=3, **train_changes)
@@ -61,7 +61,7 @@ def config_of(folder, name, captions, text_encoder, **train_changes):
 
 
 def records(folder):
-    """What a run recorded, without the clock."""
+    """Reads a run's metrics, without the clock."""
     return [{k: v for k, v in line.items() if k != "speed"} for line in read_metrics(folder)]
 
 

@@ -1,7 +1,7 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_training_step_mesh import CONFIG, EDM, mesh_of
+from support.one_of_each import CONFIG, EDM, mesh_of
 
 from microdit_jax.models.dit import DiT
 from microdit_jax.training import step as train_step

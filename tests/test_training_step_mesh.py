@@ -1,4 +1,4 @@
-"""One train step on many meshes: equal results, and no exchange between devices but the meant ones.
+"""One train step on many meshes: equal results, and no collectives but the intended ones.
 
 Compiling is most of the time here, so the network has one block of each kind.
 """
@@ -19,20 +19,14 @@ import pytest
 from conftest import relative_l2
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from support.one_of_each import CONFIG, EDM, mesh_of
 
 from microdit_jax import sharding
-from microdit_jax.diffusion import EdmConfig
 from microdit_jax.errors import UserError
-from microdit_jax.models.dit import DiT, DiTConfig
+from microdit_jax.models.dit import DiT
 from microdit_jax.training import optim
 from microdit_jax.training import step as train_step
 
-CONFIG = DiTConfig(
-    input_size=8, in_channels=4, dim=32, depth=2, head_dim=8, multiple_of=16, caption_channels=24,
-    patch_mixer_depth=1, patch_mixer_dim=16, patch_mixer_mlp_ratio=2.0, use_bias=False,
-    num_experts=8, expert_capacity=2.0, experts_every_n=1,
-)  # fmt: skip
-EDM = EdmConfig()
 SCHEDULE = optim.learning_rate(2e-3, warmup_steps=5)
 # Adam divides a gradient by its own size: where it is zero but for rounding (here in t_embedder),
 # the usual eps of 1e-8 would make a whole step of the rounding, another one on every mesh.
@@ -66,7 +60,7 @@ def make_batch() -> dict[str, np.ndarray]:
 
 
 def shaken(state: train_step.TrainState) -> train_step.TrainState:
-    """With noise on all weights: those that start at zero would hide most others for a while."""
+    """Adds noise to all weights: those that start at zero would hide most others for a while."""
 
     def shake(weight):
         noise = 0.1 * np.random.default_rng(weight.size).normal(size=weight.shape)
@@ -74,10 +68,6 @@ def shaken(state: train_step.TrainState) -> train_step.TrainState:
 
     params = jax.tree.map(shake, state.params)
     return state.replace(params=params, ema=jax.tree.map(jnp.copy, params))
-
-
-def mesh_of(sizes: tuple[int, int, int]):
-    return sharding.make_mesh(*sizes, devices=jax.devices()[: int(np.prod(sizes))])
 
 
 @functools.cache
@@ -175,8 +165,8 @@ COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "coll
 
 
 def compile_report(sizes: tuple[int, int, int]) -> dict:
-    """Of the compiled step: collectives, weights in shards, bytes of the state on a device, and
-    how many of its bytes are updated in place."""
+    """Counts the compiled step's collectives, split weights, the state's bytes on a device, and how
+    many of them are updated in place."""
     mesh = mesh_of(sizes)
     state = train_step.abstract_state(DiT(CONFIG), OPTIMIZER, mesh, with_ema=True, **SHARD_ALL)
     batch = {
@@ -224,7 +214,7 @@ def run_here(expression: str) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.slow
-def test_exchanges_are_the_meant_ones():
+def test_collectives_are_the_intended_ones():
     done = run_here("[compile_report(s) for s in ((2, 4, 1), (2, 2, 2))]")
     assert "rematerialization" not in done.stderr
     fsdp, experts = json.loads(done.stdout.splitlines()[-1])

@@ -51,7 +51,7 @@ def test_outputs_and_gradients_agree(plain, option):
 
 
 def test_looped_attention_in_parts(monkeypatch):
-    """So few scores at a time that heads are computed in several turns."""
+    """Heads are computed in several chunks when few scores may be computed at a time."""
     monkeypatch.setattr(attention, "LOOPED_SCORES", 100)
     keys = jax.random.split(jax.random.key(0), 4)
     q, k, v, g = (
@@ -84,7 +84,7 @@ def test_splash_gradients():
 
 @pytest.mark.parametrize("platform, barriers", [("cpu", True), ("cuda", False), ("tpu", False)])
 def test_only_cpus_get_barriers(platform, barriers):
-    """What a program is compiled for decides, not the machine that compiles it."""
+    """The platform that a program is compiled for decides, not the machine that compiles it."""
     x, w = jnp.ones((2, 3, 4)), jnp.ones((2, 4, 5))
 
     def loss(x, w):

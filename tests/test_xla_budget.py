@@ -1,4 +1,4 @@
-"""What a small training step costs by its HLO must not grow by 5 % unnoticed.
+"""The cost of a small training step, by its HLO, must not grow by 5 % unnoticed.
 
 After a meant change: python tests/test_xla_budget.py
 """

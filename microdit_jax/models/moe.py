@@ -83,7 +83,7 @@ def dispatch_gather(
     w1: Float[Array, "e_here d f"],
     w2: Float[Array, "e_here f d"],
 ) -> Float[Array, "n t d"]:
-    """Gathers the chosen tokens and scatter-adds the experts' outputs back into place."""
+    """Gathers the chosen tokens and scatter-adds the experts' outputs to their tokens."""
     n, t, d = x.shape
     e, k = index.shape[1:]
     flat = index.reshape(n, e * k)  # slots of all experts in a row

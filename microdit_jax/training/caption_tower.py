@@ -15,7 +15,7 @@ from microdit_jax.training.loss import Batch
 
 
 def batch_key(tower: "CaptionTower | None") -> str:
-    """What a batch's captions are called: token ids for a tower, else stored embeddings."""
+    """Returns the batch's key for captions: token ids for a tower, else stored embeddings."""
     return "caption_latents" if tower is None else "tokens"
 
 
@@ -25,12 +25,14 @@ class CaptionTower:
     All devices hold a copy, and each embeds the captions of its own images.
 
     Args:
-      name: as `assets.load_text_encoder` takes it.
+      name: of the tower, in a form that `assets.load_text_encoder` accepts.
       dtype: type of the computation.
-      mesh: the devices.
+      mesh: devices that hold a copy.
     Attributes:
-      params: the weights on the devices, to be handed to the program that calls `embed`.
-      name, tokenizer, width: of the tower.
+      params: the weights on the devices, an argument of the program that calls `embed`.
+      name: of the tower.
+      tokenizer: turns captions into token ids.
+      width: of an embedding.
     Raises:
       UserError: no such tower, or one that is no network.
     """
@@ -47,13 +49,13 @@ class CaptionTower:
         self.name, self.tokenizer, self.width = encoder.name, encoder.tokenizer, encoder.width
 
     def check(self, ids: Int32[np.ndarray, "n l"]) -> None:
-        """Raises UserError for ids that are not the tower's; on devices they would be clipped."""
+        """Raises UserError for ids outside the vocabulary, which devices would clip unseen."""
         check_ids(ids, self._max_tokens, self._network.vocab_size, self.name)
 
     def embed(self, params: Any, batch: Batch) -> Batch:
-        """The batch with "caption_latents" (n, l, width) in place of "tokens" (n, l).
+        """Replaces "tokens" (n, l) in a batch by "caption_latents" (n, l, width), float16.
 
-        Rounded to float16, as embeddings are stored: a run sees the same numbers either way.
+        Stored embeddings are float16 too, so a run sees the same numbers either way.
         """
         rest = {name: value for name, value in batch.items() if name != "tokens"}
         captions = self._network.apply(params, batch["tokens"])
