@@ -142,7 +142,7 @@ def _fma(a: Any, b: Any, c: Any) -> Float32[np.ndarray, "..."]:
 
 
 def _horner(x: Float32[np.ndarray, "..."], *coefficients: float) -> Float32[np.ndarray, "..."]:
-    y = np.float32(coefficients[0])
+    y = np.full_like(x, coefficients[0])
     for coefficient in coefficients[1:]:
         y = _fma(y, x, np.float32(coefficient))
     return y

@@ -39,7 +39,7 @@ def make_mesh(
     data: int = -1,
     fsdp: int = 1,
     expert: int = 1,
-    devices: "Sequence[jax.Device] | np.ndarray | None" = None,
+    devices: Sequence[jax.Device] | None = None,  # pyright: ignore[reportInvalidTypeForm]
 ) -> Mesh:
     """The mesh (data, fsdp, expert) over `devices`, by default all of every process.
 

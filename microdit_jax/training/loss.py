@@ -85,7 +85,7 @@ def batch_loss(
         )
 
     loss = diffusion.edm_loss(
-        network,
+        network,  # pyright: ignore[reportArgumentType]  (Flax: with state, which there is none of)
         batch["latents"],
         random.noise,
         sigma,

@@ -1,0 +1,153 @@
+"""Faults in the sampler, the network and the shardings."""
+
+DIFFUSION, SHARDING = "microdit_jax/diffusion.py", "microdit_jax/sharding.py"
+MOE, DIT = "microdit_jax/models/moe.py", "microdit_jax/models/dit.py"
+MASKING = "microdit_jax/models/masking.py"
+
+UPDATE = "tests/test_training_update.py"
+
+MUTANTS = [
+    # ------------------------------------------------------------------ the sampler
+    {
+        "name": "the sampler starts at the default sigma_max",
+        "file": DIFFUSION,
+        "old": "np.float32(config.sigma_max)",
+        "new": "np.float32(80)",
+        "tests": ["tests/test_diffusion.py::test_start_and_evaluations_follow_the_config"],
+    },
+    {
+        "name": "the sampler's levels ignore the config",
+        "file": DIFFUSION,
+        "old": "sigma = sigma_steps(num_steps, config)",
+        "new": "sigma = sigma_steps(num_steps)",
+        "tests": ["tests/test_diffusion.py::test_start_and_evaluations_follow_the_config"],
+    },
+    {
+        "name": "the sampler's levels ignore rho",
+        "file": DIFFUSION,
+        "old": "** config.rho, 0.0)",
+        "new": "** 7, 0.0)",
+        "tests": ["tests/test_diffusion.py::test_sampler_is_algorithm_1"],
+    },
+    {
+        "name": "the sampler never corrects",
+        "file": DIFFUSION,
+        "old": "(np.arange(2 * num_steps - 1) % 2)",
+        "new": "np.zeros(2 * num_steps - 1)",
+        "tests": ["tests/test_diffusion.py::test_sampler_is_algorithm_1"],
+    },
+    {
+        "name": "a correction forgets the first slope",
+        "file": DIFFUSION,
+        "old": "0.5 * (slope_start + slope)",
+        "new": "slope",
+        "tests": ["tests/test_diffusion.py::test_sampler_is_algorithm_1"],
+    },
+    {
+        "name": "guidance takes the zero caption for the prompt",
+        "file": DIFFUSION,
+        "old": "F_cond, F_uncond = F_both[:, 0], F_both[:, 1]",
+        "new": "F_uncond, F_cond = F_both[:, 0], F_both[:, 1]",
+        "tests": ["tests/test_diffusion.py::test_guidance_by_hand"],
+    },
+    {
+        "name": "captions of a guided batch do not alternate",
+        "file": DIFFUSION,
+        "old": "jnp.stack([first, second], axis=1)",
+        "new": "jnp.stack([first, second], axis=0)",
+        "tests": ["tests/test_diffusion.py::test_guidance_by_hand"],
+    },
+    # ------------------------------------------------------------------ the network
+    {
+        "name": "the gate is computed in bfloat16",
+        "file": MOE,
+        "old": "self.precision.in_float32(),  # rounded logits",
+        "new": "self.precision,  # rounded logits",
+        "tests": ["tests/test_moe.py"],
+    },
+    {
+        "name": "the gate gets no gradient",
+        "file": MOE,
+        "old": "out = (out * weight[..., None]",
+        "new": "out = (out * jax.lax.stop_gradient(weight)[..., None]",
+        "tests": ["tests/test_moe.py"],
+    },
+    {
+        "name": "experts take one token too many",
+        "file": MOE,
+        "old": "return int(capacity * t / e)",
+        "new": "return round(capacity * t / e)",
+        "tests": ["tests/test_moe.py"],
+    },
+    {
+        "name": "depth_init is ignored",
+        "file": DIT,
+        "old": "i + 1 if cfg.depth_init else cfg.depth",
+        "new": "i + 1",
+        "tests": ["tests/test_dit.py::test_depth_init_decides_how_blocks_start"],
+    },
+    {
+        "name": "the gate's weights are cast before they travel",
+        "file": DIT,
+        "old": ', "adaLN_modulation_1", "gate")',
+        "new": ', "adaLN_modulation_1")',
+        "tests": ["tests/test_dit.py::test_matrices_that_multiply_in_float32_are_not_cast"],
+    },
+    {
+        "name": "the number of kept tokens is rounded to the nearest",
+        "file": MASKING,
+        "old": "kept = int(t * (1 - mask_ratio))",
+        "new": "kept = round(t * (1 - mask_ratio))",
+        "tests": ["tests/test_masking.py"],
+    },
+    {
+        "name": "the tokens with the largest noise are kept",
+        "file": MASKING,
+        "old": "jnp.argsort(noise, axis=1)",
+        "new": "jnp.argsort(-noise, axis=1)",
+        "tests": ["tests/test_masking.py"],
+    },
+    {
+        "name": "restored tokens stay in shuffled order",
+        "file": MASKING,
+        "old": "jnp.take_along_axis(padded, mask.ids_restore[:, :, None], axis=1)",
+        "new": "padded",
+        "tests": ["tests/test_masking.py"],
+    },
+    # ------------------------------------------------------------------ the shardings
+    {
+        "name": "gradients are summed in bfloat16",
+        "file": SHARDING,
+        "old": "        grad = grad.astype(jnp.float32)\n",
+        "new": "",
+        "tests": ["tests/test_sharding.py::test_gradients_are_summed_in_float32"],
+    },
+    {
+        "name": "gradients of experts are summed over the expert axis too",
+        "file": SHARDING,
+        "old": "a for a in AXES if a not in spec and",
+        "new": 'a for a in AXES if a != "fsdp" and',
+        "tests": ["tests/test_sharding.py::test_gathered_and_summed_inside_shard_map"],
+    },
+    {
+        "name": "the norm counts every copy of a weight",
+        "file": SHARDING,
+        "old": ".sum() / copies",
+        "new": ".sum()",
+        "tests": [UPDATE],
+    },
+    {
+        "name": "weights travel before they are cast",
+        "file": SHARDING,
+        "old": "shards = shards if cast is None else cast(shards)",
+        "new": "",
+        "tests": ["tests/test_sharding.py::test_on_each_device_gathers_weights_and_splits_rows"],
+    },
+    {
+        "name": "each device counts its images from 0",
+        "file": SHARDING,
+        "old": "np.arange(local, dtype=np.int32)",
+        "new": "np.zeros(local, dtype=np.int32)",
+        "tests": ["tests/test_sharding.py::test_put_batch"],
+    },
+]
