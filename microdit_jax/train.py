@@ -3,10 +3,7 @@
 import contextlib
 import dataclasses
 import gc
-import json
-import shutil
 from pathlib import Path
-from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -15,28 +12,32 @@ from ml_collections import ConfigDict
 from microdit_jax import sharding
 from microdit_jax.checkpoints import run as run_checkpoint
 from microdit_jax.checkpoints.run import RunCheckpoints
+from microdit_jax.data.pipeline import Record
 from microdit_jax.data.prefetch import Prefetch
 from microdit_jax.diffusion import EdmConfig
-from microdit_jax.files import disk_errors
 from microdit_jax.machine import hosts, memory
 from microdit_jax.machine.chips import chip_of
 from microdit_jax.machine.signals import StopRequest
-from microdit_jax.models import flops, masking, moe
+from microdit_jax.models import flops
 from microdit_jax.models.dit import DiT, for_this_machine
 from microdit_jax.training import report
 from microdit_jax.training.config import (
-    check_counts,
+    check,
     make_optimizer,
     make_step,
+    missing_folders,
     model_config,
     num_micro_batches,
 )
 from microdit_jax.training.data import RunData, check_data, load_data
-from microdit_jax.training.evaluation import Evaluation
-from microdit_jax.training.metric_writer import MetricWriter, import_wandb
+from microdit_jax.training.evaluation import make_evaluators
+from microdit_jax.training.evaluators.base import EvaluationContext
+from microdit_jax.training.loss import Batch
+from microdit_jax.training.metric_writer import MetricWriter
 from microdit_jax.training.progress import Progress, StepTrace
 from microdit_jax.training.start import starting_state
 from microdit_jax.training.step import TrainState
+from microdit_jax.training.workdir import begin_workdir
 
 OUT_OF_MEMORY = (
     "a smaller train.micro_batch_size, model.options.remat=block, or more devices over mesh.fsdp"
@@ -49,11 +50,11 @@ def train(config: ConfigDict, workdir: str | Path, stop: StopRequest | None = No
     All processes call it. On SIGTERM or SIGINT it saves and returns early.
 
     Leaves in the workdir: config.json, checkpoints/, metrics.jsonl (a line each `log_every` steps
-    and each evaluation), tensorboard/, samples/, nonfinite/ where updates were skipped, profile/
-    where asked for, and vae/ where the data made their codec.
+    and each evaluation), tensorboard/, samples/, report.html, nonfinite/ where updates were
+    skipped, profile/ where asked for, and vae/ where the data made their codec.
 
     Args:
-      stop: of a chain of stages, so that no signal is lost between two of them.
+      stop: shared by all stages of a chain, so that no signal is lost between two of them.
     Returns:
       The last state; its step is below config.train.steps after a signal.
     Raises:
@@ -64,13 +65,8 @@ def train(config: ConfigDict, workdir: str | Path, stop: StopRequest | None = No
     first_process = jax.process_index() == 0
     # ---------------------------------------------------------------- mesh, network, data
     mesh = sharding.make_mesh(**config.mesh)
-    num_micro_batches(config, mesh)  # raises here what does not divide
+    check(config, mesh)
     cfg, edm = model_config(config), EdmConfig(**config.edm)
-    kept = masking.num_kept(cfg.num_tokens, run.mask_ratio)
-    moe.check_slots(cfg.expert_capacity, kept, cfg.num_experts)
-    check_counts(config)
-    if config.log.wandb:
-        import_wandb()
     model = DiT(for_this_machine(cfg))
     optimizer, schedule = make_optimizer(config)
     data = load_data(config, mesh)
@@ -92,9 +88,9 @@ def train(config: ConfigDict, workdir: str | Path, stop: StopRequest | None = No
             if first_process:
                 print(f"{workdir}: done already")
             return state
-        metadata = {"dit": dataclasses.asdict(cfg), "edm": dataclasses.asdict(edm)} | data.made_by
+        networks = {"dit": dataclasses.asdict(cfg), "edm": dataclasses.asdict(edm)} | data.made_by
         hosts.from_first(
-            f"begin {workdir}", lambda: begin_workdir(config, workdir, data, metadata, resumed)
+            f"begin {workdir}", lambda: begin_workdir(config, workdir, data, networks, resumed)
         )
 
         # ------------------------------------------------------------ records
@@ -126,24 +122,27 @@ def train(config: ConfigDict, workdir: str | Path, stop: StopRequest | None = No
 
         # ------------------------------------------------------------ step, evaluation, data
         step_fn = make_step(config, model, optimizer, schedule, mesh, data.tower)
-        evaluate = Evaluation(model, edm, mesh, data, config, workdir, writer, progress.say)
+        evaluators = make_evaluators(
+            EvaluationContext(config, workdir, model, edm, mesh, data, writer, progress.say)
+        )
         trace = StepTrace(workdir / "profile", start + config.profile.start, config.profile.steps)
-
         stack.callback(trace.close)
 
-        def place(batch):
+        def to_devices(batch: Record) -> tuple[Record, Batch]:
             names = {name: batch[name] for name in ("source", "index")}
             data.check_batch(batch)
             return names, sharding.put_batch({name: batch[name] for name in data.batch_keys}, mesh)
 
-        batches = stack.enter_context(Prefetch(data.batches(config, start), place))
+        batches = stack.enter_context(Prefetch(data.batches(config, start), to_devices))
 
         # ------------------------------------------------------------ loop
         stop = stop or stack.enter_context(StopRequest())
         stack.enter_context(memory.out_of_memory(OUT_OF_MEMORY))
         if resumed is None:
             with progress.paused():
-                evaluate.losses(start, state)
+                for evaluator in evaluators:
+                    if evaluator.at_start:
+                        evaluator.run(start, state)
         for step in range(start + 1, run.steps + 1):
             with progress.waiting_for_data():
                 names, batch = next(batches)
@@ -154,8 +153,8 @@ def train(config: ConfigDict, workdir: str | Path, stop: StopRequest | None = No
             with compiling, annotation, jax.transfer_guard("disallow"):
                 state, metrics = step_fn(state, batch)
             if first:
-                # What compiling leaves, a third of a million objects, Python's collector would go
-                # through again and again, for a fifth of a second each time (measured).
+                # Tracing and compiling leave 300,000 Python objects behind. Freezing exempts them
+                # from garbage collection; scanning them took 0.2 s at a time (measured).
                 gc.collect()
                 gc.freeze()
                 stack.callback(gc.unfreeze)
@@ -171,9 +170,10 @@ def train(config: ConfigDict, workdir: str | Path, stop: StopRequest | None = No
                 progress.catch_up()
             if evaluating:
                 with progress.paused():
-                    evaluate.losses(step, state)
-                    evaluate.grid(step, state)
-            # Last, so that whatever belongs to this step is written before the step is saved.
+                    for evaluator in evaluators:
+                        evaluator.run(step, state)
+            # Saved last: all records of a step are on disk before its checkpoint, so a resume from
+            # the checkpoint misses none of them.
             if saving:
                 saved = {"step": step, "config": config.to_dict(), **progress.metadata()}
                 checkpoints.save(step, state, saved)
@@ -184,95 +184,58 @@ def train(config: ConfigDict, workdir: str | Path, stop: StopRequest | None = No
     return state
 
 
-# ------------------------------------------------------------------ several stages in a row
-def train_stages(config: ConfigDict, workdir: str | Path) -> bool:
-    """Trains the stages of `config.stages`, each in its folder of the workdir.
-
-    The same call again passes over the stages that are done, and resumes in the right one. After
-    each, <workdir>/report.html shows all that have begun.
-
-    Returns:
-      Whether all are done; not so after a signal.
-    Raises:
-      UserError: a stage that the config does not have; what `train` raises.
-    """
-    for name in config.stages:
-        if name not in config:
-            raise UserError(f"config.stages names {name}, found no such stage in the config")
-        check_counts(config[name])  # the last stage's too, before the first one's days
-    with StopRequest() as stop:
-        for number, name in enumerate(config.stages):
-            # Several processes agree in the next stage's first step.
-            if stop.received and jax.process_count() == 1:
-                return False
-            stage, folder = config[name], Path(workdir) / name
-            with RunCheckpoints(folder) as checkpoints:
-                done = (checkpoints.latest_step() or 0) >= stage.train.steps
-            if jax.process_index() == 0:
-                print(f"stage {number + 1} of {len(config.stages)}, {name}{': done' * done}")
-            if done:
-                continue
-            done = int(train(stage, folder, stop).step) >= stage.train.steps
-            _write_report(config, Path(workdir))
-            if not done:
-                return False
-    return True
-
-
-def _write_report(config: ConfigDict, workdir: Path) -> None:
-    """A page on all stages that have begun."""
-    begun = [workdir / name for name in config.stages if run_checkpoint.is_run(workdir / name)]
-    if jax.process_index() == 0 and begun:
-        report.write(begun, workdir / "report.html")
-
-
-# ------------------------------------------------------------------ telling and recording
 def describe(config: ConfigDict, start: int, mesh: Mesh, data: RunData) -> str:
-    """What is about to be trained, in a line."""
+    """Says in one line what is about to be trained."""
     run, parts = config.train, num_micro_batches(config, mesh)
     return (
         f"step {start} of {run.steps}; {sum(map(len, data.sources)):,} training and "
-        f"{len(data.heldout):,} held-out pictures; mask ratio {run.mask_ratio}; {parts} "
+        f"{len(data.heldout):,} held-out images; mask ratio {run.mask_ratio}; {parts} "
         f"micro-batches of {run.batch_size // mesh.size // parts} images on each of {mesh.size} "
         f"devices, {jax.devices()[0].device_kind}"
     )
 
 
-def begin_workdir(
-    config: ConfigDict,
-    workdir: Path,
-    data: RunData,
-    metadata: dict[str, Any],
-    resumed: dict[str, Any] | None,
-) -> None:
-    """Writes config.json and the data's own codec; says what of the config changed on resume."""
-    with disk_errors(workdir / "config.json"):
-        workdir.mkdir(parents=True, exist_ok=True)
-        if data.codec is not None:
-            shutil.copytree(data.codec, workdir / "vae", dirs_exist_ok=True)
-        run_checkpoint.write_run_metadata(
-            workdir,
-            metadata
-            | {
-                "has_ema": config.ema.enabled,
-                "attribution": data.attribution,
-                "config": config.to_dict(),
-            },
-        )
-    if resumed is not None:
-        for change in changes(resumed["config"], config.to_dict()):
-            print(f"{workdir}: since step {resumed['step']} the config changed: {change}")
+# ------------------------------------------------------------------ several stages in a row
+def train_stages(config: ConfigDict, workdir: str | Path) -> bool:
+    """Trains the stages of `config.stages`, each in its folder of the workdir.
+
+    All stages are checked before the first one starts. The same call again passes over the stages
+    that are done, and resumes in the right one. After each, <workdir>/report.html shows all that
+    have begun.
+
+    Returns:
+      True if all are done, False after a signal.
+    Raises:
+      UserError: a stage that the config does not have, or could not run; what `train` raises.
+    """
+    workdir, first_process = Path(workdir), jax.process_index() == 0
+    check(config)
+    with StopRequest() as stop:
+        for position, name in enumerate(config.stages):
+            # With several processes, all agree to stop in the next stage's first step instead.
+            if stop.received and jax.process_count() == 1:
+                return False
+            stage, folder = config[name], workdir / name
+            with RunCheckpoints(folder) as checkpoints:
+                done = (checkpoints.latest_step() or 0) >= stage.train.steps
+            if first_process:
+                print(f"stage {position + 1} of {len(config.stages)}, {name}{': done' * done}")
+            if done:
+                continue
+            if first_process:
+                _say_what_is_missing(config, config.stages[position + 1 :])
+            done = int(train(stage, folder, stop).step) >= stage.train.steps
+            begun = [workdir / name for name in config.stages]
+            begun = [folder for folder in begun if run_checkpoint.is_run(folder)]
+            if first_process and begun:
+                report.write(begun, workdir / "report.html")
+            if not done:
+                return False
+    return True
 
 
-def changes(old: Any, new: Any, name: str = "") -> list[str]:
-    """The values that differ between two configurations, one of them read from JSON."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        keys = sorted(old.keys() | new.keys())
-        return [
-            change
-            for key in keys
-            for change in changes(old.get(key), new.get(key), f"{name}.{key}".strip("."))
-        ]
-    # JSON has no tuples.
-    same = json.loads(json.dumps(old)) == json.loads(json.dumps(new))
-    return [] if same else [f"{name} {old!r} -> {new!r}"]
+def _say_what_is_missing(config: ConfigDict, later: tuple[str, ...]) -> None:
+    """Prints which data folders the stages after this one need and do not find yet."""
+    for name in later:
+        if folders := missing_folders(config[name]):
+            print(f"stage {name} will need data that is not there yet: {', '.join(folders)}")

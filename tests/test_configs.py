@@ -1,5 +1,7 @@
 """The four stages to the last constant, their variants, and what they refuse."""
 
+import importlib
+
 import pytest
 from ml_collections import ConfigDict
 
@@ -16,7 +18,7 @@ from microdit_jax.errors import UserError
 from microdit_jax.models import masking
 from microdit_jax.training import defaults
 from microdit_jax.training.config import (
-    check_counts,
+    check,
     make_optimizer,
     model_config,
     num_micro_batches,
@@ -91,11 +93,11 @@ def test_learning_rates():
 def test_runlocal_keeps_the_form_of_each_stage(variants):
     config = recipe.get_config(variants)
     assert config.stages == tuple(STAGES)
+    check(config)
     mesh = sharding.make_mesh(2, 2, 2)
     sides = []
     for name, stage in STAGES.items():
         small, full = config[name], stage.get_config()
-        check_counts(small)
         cfg = model_config(small)
         sides.append(cfg.input_size)
         assert masking.num_kept(cfg.num_tokens, small.train.mask_ratio) >= 4
@@ -111,6 +113,11 @@ def test_runlocal_keeps_the_form_of_each_stage(variants):
     assert sides == [8, 8, 16, 16]
     if "mesh" in variants:
         assert config.res_512_finetune.mesh.to_dict() == {"data": 2, "fsdp": -1, "expert": 2}
+
+
+@pytest.mark.parametrize("config", ["demo", "instant", "recipe", *STAGES])
+def test_what_we_ship_can_be_run(config):
+    check(importlib.import_module(f"configs.{config}").get_config())
 
 
 def test_arch_and_micro_batches():

@@ -20,10 +20,11 @@ from microdit_jax.data import pipeline
 from microdit_jax.errors import UserError
 from microdit_jax.models.dit import DiT
 from microdit_jax.sampling.pipeline import LatentDiffusion
-from microdit_jax.train import changes, train
+from microdit_jax.train import train
 from microdit_jax.training.config import make_optimizer, model_config
 from microdit_jax.training.metric_writer import read_metrics
 from microdit_jax.training.start import starting_state
+from microdit_jax.training.workdir import changes
 
 
 def tiny_config(folder, stage="pretrain", **changes):
@@ -109,13 +110,13 @@ def test_samples_that_are_not_finite_do_not_end_a_run(trained, monkeypatch, caps
     folder, state = trained
 
     def nan(self, latents):
-        raise UserError("expected finite pictures, found NaN")
+        raise UserError("expected finite images, found NaN")
 
     monkeypatch.setattr(LatentDiffusion, "decode", nan)
     config = tiny_config(folder)
     config.eval.update(num_samples=2, num_inference_steps=2)
     same(train(config, folder / "unseen"), state)
-    assert "step 4: no samples: expected finite pictures" in capsys.readouterr().out
+    assert "step 4: no samples: expected finite images" in capsys.readouterr().out
     assert (folder / "unseen" / "report.html").is_file()
 
 

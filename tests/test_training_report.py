@@ -1,7 +1,11 @@
 """From a run's files to a page and a picture."""
 
 import json
+import os
+import pathlib
 import re
+import subprocess
+import sys
 
 import pytest
 from absl import flags
@@ -11,6 +15,7 @@ from microdit_jax.checkpoints.run import write_run_metadata
 from microdit_jax.errors import UserError
 from microdit_jax.training import report
 
+ROOT = pathlib.Path(__file__).parent.parent
 LOSSES = {"right": 0.7, "shuffled": 0.9, "ratio": 0.7 / 0.9, "by_sigma": {"0.1": 2.0, "1": None}}
 LINES = [
     {"step": 0, "heldout": {"raw": {"right": 1.0}}},
@@ -27,6 +32,19 @@ def write_run(folder):
     config = {"train": {"mask_ratio": 0.75}, "model": {"options": {"input_size": 8}}}
     write_run_metadata(folder, {"config": config, "attribution": "by A, B & C"})
     return folder
+
+
+def test_training_imports_no_plots_and_no_commands():
+    """matplotlib takes a second, and commands bring flags of their own."""
+    code = "import sys, microdit_jax.train; print(*sys.modules)"
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    result = subprocess.run(
+        [sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=ROOT,
+        env=environment,
+    )  # fmt: skip
+    imported = result.stdout.split()
+    assert "microdit_jax.training.report" in imported
+    assert not {"matplotlib", "microdit_jax.commands.cli"} & set(imported)
 
 
 def test_flags_are_those_of_the_command_alone():
@@ -64,18 +82,18 @@ def test_what_cannot_be_drawn(tmp_path):
         report.write([run], run / "metrics.jsonl" / "x.png")
 
 
-def test_a_page_shows_sheets_and_figures(tmp_path):
+def test_a_page_shows_grids_and_figures(tmp_path):
     run = write_run(tmp_path / "a & b")
     (run / "samples").mkdir()
     for step in range(0, 1200, 100):
         (run / "samples" / f"step_{step:07d}.png").write_bytes(b"")
     report.write([run], tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text()
-    sheets = re.findall(r"<img src='a &amp; b/samples/step_(\d+).png'", page)
-    assert len(sheets) == report.NUM_SHEETS
-    assert (int(sheets[0]), int(sheets[-1])) == (0, 1100)
+    grids = re.findall(r"<img src='a &amp; b/samples/step_(\d+).png'", page)
+    assert len(grids) == report.NUM_GRIDS
+    assert (int(grids[0]), int(grids[-1])) == (0, 1100)
     assert "<td>a &amp; b<td>10<td>0.7000<td>0.9000<td>0.7778<td>1,234<td>2" in page
-    assert "Pictures: by A, B &amp; C" in page
+    assert "Images: by A, B &amp; C" in page
     report.write([run], run / "report.html")
     assert "<img src='samples/step_0000000.png'" in (run / "report.html").read_text()
 

@@ -1,27 +1,40 @@
-"""What a run configuration stands for: the network, the optimiser, the step; run_data, the data."""
+"""Turns a run configuration into network, optimiser and step, and checks it before anything starts.
+
+`training.data` opens the data that it names, `training.rules` says what each value may be.
+"""
 
 import dataclasses
+import os
 from collections.abc import Callable
+from pathlib import Path
 
 import jax
 import optax
 from jax.sharding import AbstractMesh, Mesh
 from ml_collections import ConfigDict
 
+from microdit_jax import sharding
 from microdit_jax.diffusion import EdmConfig
 from microdit_jax.errors import UserError
+from microdit_jax.evaluate.prompts import RUN_SPLITS, read_prompts
 from microdit_jax.machine import compile_options
-from microdit_jax.models import ARCHES
+from microdit_jax.models import ARCHES, masking, moe
 from microdit_jax.models.dit import DiT, DiTConfig
-from microdit_jax.training import optim
+from microdit_jax.training import optim, rules
 from microdit_jax.training import step as train_step
 from microdit_jax.training.caption_tower import CaptionTower
+from microdit_jax.training.evaluation import EVALUATORS
 from microdit_jax.training.loss import Batch
+from microdit_jax.training.metric_writer import import_wandb
 from microdit_jax.training.step import Metrics, TrainState
 
 
 def model_config(config: ConfigDict) -> DiTConfig:
-    """The network of a run configuration."""
+    """Returns the network that a run configuration describes.
+
+    Raises:
+      UserError: an unknown arch or option, or sizes that do not go together.
+    """
     arches = ARCHES | {"DiT": DiTConfig}  # "DiT": every size by hand
     arch, options = config.model.arch, config.model.options.to_dict()
     if arch not in arches:
@@ -32,11 +45,16 @@ def model_config(config: ConfigDict) -> DiTConfig:
             f"model.options takes fields of DiTConfig, found {', '.join(unknown)}; known are "
             f"{', '.join(sorted(known))}"
         )
-    return arches[arch](**options)
+    try:
+        return arches[arch](**options)
+    except UserError:
+        raise
+    except (TypeError, ValueError) as error:  # sizes of another type than a number
+        raise UserError(f"model.options cannot be used: {error}; found {options}") from error
 
 
 def make_optimizer(config: ConfigDict) -> tuple[optax.GradientTransformation, optax.Schedule]:
-    """The optimiser of a run configuration, and its learning rate by step."""
+    """Returns the optimiser of a run configuration, and its learning rate by step."""
     part = config.optim
     schedule = optim.learning_rate(
         part.learning_rate,
@@ -54,7 +72,7 @@ def make_optimizer(config: ConfigDict) -> tuple[optax.GradientTransformation, op
 
 
 def num_micro_batches(config: ConfigDict, mesh: Mesh | AbstractMesh) -> int:
-    """In how many parts each device computes its share of a batch.
+    """Returns the number of micro-batches in which each device computes its share of a batch.
 
     Raises:
       UserError: the batch does not divide by the devices, or the share by the parts.
@@ -82,9 +100,10 @@ def make_step(
     mesh: Mesh | AbstractMesh,
     tower: CaptionTower | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """The training step of a run configuration, jitted, its state donated, by our presets of XLA.
+    """Returns the jitted training step of a run configuration; it donates its state.
 
-    With a tower, its batches hold "tokens" (n, l), which become embeddings in the same program.
+    Compiled with the XLA options of `machine.compile_options` for the mesh's platform. With a
+    tower, its batches hold "tokens" (n, l), which become embeddings in the same program.
     """
     step = train_step.make_train_step(
         model,
@@ -111,24 +130,111 @@ def make_step(
     return lambda state, batch: jitted(state, batch, tower.params)
 
 
-# Counts of a run configuration by the least that they may be.
-COUNTS = {
-    1: (
-        "train.steps", "train.batch_size", "train.log_every", "train.eval_every",
-        "train.checkpoint_every", "eval.num_images", "eval.batch_size", "eval.draws",
-        "eval.num_inference_steps", "profile.start",
-    ),
-    0: (
-        "train.micro_batch_size", "train.max_skipped", "eval.num_samples", "eval.score_images",
-        "data.threads", "profile.steps",
-    ),
-}  # fmt: skip
+# ------------------------------------------------------------------ checks
+def check(config: ConfigDict, mesh: Mesh | AbstractMesh | None = None) -> None:
+    """Checks a run configuration, one stage or a chain of them, without opening any data.
+
+    Args:
+      mesh: of a single stage; None makes the mesh that each stage's own configuration asks for.
+    Raises:
+      UserError: a value that some stage could not run with, days later as well as now.
+    """
+    if "stages" not in config:
+        return _check_stage(config, mesh)
+    if not config.stages:
+        raise UserError("config.stages must name one stage or more, found none")
+    for position, name in enumerate(config.stages):
+        if name not in config or not isinstance(config[name], ConfigDict):
+            raise UserError(f"config.stages names {name}, found no such stage in the config")
+        if name in config.stages[:position]:
+            raise UserError(f"config.stages must name a stage once, found {name} twice")
+        try:
+            _check_stage(config[name], None)
+            _check_predecessor(config, position)
+        except UserError as error:
+            raise UserError(f"stage {name}: {error}") from error
 
 
-def check_counts(config: ConfigDict) -> None:
-    """Raises UserError for a count below its least: some are needed only hours after the start."""
-    for least, names in COUNTS.items():
-        for name in names:
-            part, key = name.split(".")
-            if config[part][key] < least:
-                raise UserError(f"{name} must be at least {least}, found {config[part][key]}")
+def _check_stage(config: ConfigDict, mesh: Mesh | AbstractMesh | None) -> None:
+    rules.check_keys(config)
+    rules.check_ranges(config)
+    rules.check_datasets(config.data)
+    rules.check_prompts(config.eval)
+    mesh = sharding.make_mesh(**config.mesh) if mesh is None else mesh
+    num_micro_batches(config, mesh)
+    cfg = model_config(config)
+    kept = masking.num_kept(cfg.num_tokens, config.train.mask_ratio)
+    moe.check_slots(cfg.expert_capacity, kept, cfg.num_experts)
+    experts = any(block.is_moe for block in (*cfg.mixer_blocks(), *cfg.backbone_blocks()))
+    if experts and cfg.num_experts % mesh.shape["expert"]:
+        raise UserError(
+            f"mesh.expert must divide the {cfg.num_experts} experts, found {mesh.shape['expert']}"
+        )
+    make_optimizer(config)
+    if config.init_from and config.init_weights_from:
+        raise UserError(
+            "give one of config.init_from and config.init_weights_from, found "
+            f"{config.init_from} and {config.init_weights_from}"
+        )
+    if unknown := [name for name in config.eval.evaluators if name not in EVALUATORS]:
+        raise UserError(
+            f"eval.evaluators takes {', '.join(EVALUATORS)}, found {', '.join(map(str, unknown))}"
+        )
+    if config.eval.score_images:
+        read_prompts(config.eval.score_prompts, config.eval.score_images)
+        reference = config.eval.score_reference
+        if "://" not in reference and reference not in RUN_SPLITS and not Path(reference).exists():
+            raise UserError(
+                "eval.score_reference must be train, heldout, .npz of statistics or a folder of "
+                f"images, found nothing at {reference!r}"
+            )
+    if config.log.wandb:
+        import_wandb()
+
+
+def _check_predecessor(config: ConfigDict, position: int) -> None:
+    """Checks a stage of a chain against the stage whose weights or state it starts from."""
+    name, earlier = config.stages[position], config.stages[:position]
+    stage = config[name]
+    for key in ("init_from", "init_weights_from"):
+        source = chained(stage[key], name)
+        if source is None or source not in config.stages:
+            continue
+        if source not in earlier:
+            raise UserError(f"config.{key} must be an earlier stage, found {source}")
+        before = config[source]
+        if key == "init_from" and before.train.steps >= stage.train.steps:
+            raise UserError(
+                f"train.steps counts from the start of {source}, which ends at step "
+                f"{before.train.steps}, found {stage.train.steps}; raise it"
+            )
+        shapes = [dataclasses.asdict(model_config(part)) for part in (before, stage)]
+        differing = [field for field in WEIGHT_FIELDS if shapes[0][field] != shapes[1][field]]
+        if differing:
+            raise UserError(
+                f"the network must have the weights of stage {source}, found another "
+                f"{', '.join(differing)}"
+            )
+
+
+# Fields of DiTConfig that decide which weights there are, and of which shapes
+WEIGHT_FIELDS = (
+    "patch_size", "in_channels", "dim", "depth", "head_dim", "multiple_of", "caption_channels",
+    "qkv_multipliers", "ffn_multipliers", "use_patch_mixer", "patch_mixer_depth",
+    "patch_mixer_dim", "patch_mixer_qkv_ratio", "patch_mixer_mlp_ratio", "use_bias",
+    "num_experts", "experts_every_n", "param_dtype",
+)  # fmt: skip
+
+
+def chained(source: str, stage: str) -> str | None:
+    """Returns the stage's name that a path such as "{workdir}/../NAME" means, None for no such."""
+    path = os.path.normpath(source.replace("{workdir}", f"/{stage}"))
+    parent, name = os.path.split(path)
+    return name if "{workdir}" in source and parent == "/" else None
+
+
+def missing_folders(config: ConfigDict) -> list[str]:
+    """Returns the local folders of latents that a stage will read and that are not there yet."""
+    entries = (*config.data.datasets, config.data.heldout)
+    folders = [entry["folder"] for entry in entries if entry["source"] == "latents"]
+    return [f for f in dict.fromkeys(folders) if "://" not in f and not Path(f).is_dir()]

@@ -24,9 +24,9 @@ from microdit_jax.errors import UserError
 from microdit_jax.machine import hosts
 from microdit_jax.models.dit import DiTConfig
 from microdit_jax.prepare.emoji_set import prepare_emoji_set
+from microdit_jax.training import rules
 from microdit_jax.training.caption_tower import CaptionTower, batch_key
 
-DATASET_KEYS = {"source", "folder", "weight"}
 # What of a record goes into a batch, beside its captions
 RECORD_KEYS = ("latents", "index")
 
@@ -107,9 +107,7 @@ def load_data(config: ConfigDict, mesh: Mesh) -> RunData:
     Raises:
       UserError: no datasets, an unknown source, one that does not open, or that other towers made.
     """
-    entries = [_checked(entry) for entry in config.data.datasets]
-    if not entries:
-        raise UserError("data.datasets must name at least one dataset, found none")
+    entries = [dict(entry) for entry in config.data.datasets]
     heldout_entry = config.data.heldout.to_dict()
     tower = None
     if config.data.captions == "tokens":
@@ -135,28 +133,15 @@ def load_data(config: ConfigDict, mesh: Mesh) -> RunData:
     )
 
 
-def _checked(entry: Any) -> dict[str, Any]:
-    if not hasattr(entry, "keys") or set(entry.keys()) != DATASET_KEYS:
-        raise UserError(
-            f"each of data.datasets must be a dictionary of {', '.join(sorted(DATASET_KEYS))}, "
-            f"found {entry}"
-        )
-    return dict(entry)
-
-
 def _open(
     config: ConfigDict, entry: dict[str, Any], split: str, tower: CaptionTower | None
 ) -> Source:
-    kinds = {
+    openers = {
         "latents": _open_latents,
         "twemoji": _open_twemoji,
         "twemoji_untoned": _open_untoned,
     }
-    if entry["source"] not in kinds:
-        raise UserError(
-            f"a dataset's source must be one of {', '.join(kinds)}, found {entry['source']!r}"
-        )
-    return kinds[entry["source"]](config, entry["folder"], split, tower)
+    return openers[entry["source"]](config, entry["folder"], split, tower)
 
 
 def _open_latents(
@@ -178,18 +163,8 @@ def _open_twemoji(
     config: ConfigDict, folder: str, split: str, tower: CaptionTower | None
 ) -> LatentSource:
     """The embedded emoji pictures; the folder is prepared first, by one process, if need be."""
-    pattern = r"patch_pca:patch=(\d+),channels=(\d+),resolution=(\d+)"
-    match = re.fullmatch(pattern, config.data.vae)
-    if match is None:
-        raise UserError(
-            "data.vae for the source twemoji must be like "
-            f"patch_pca:patch=4,channels=8,resolution=32, found {config.data.vae!r}"
-        )
-    if config.data.captions != "embeddings":
-        raise UserError(
-            "the source twemoji stores embeddings, found data.captions="
-            f"{config.data.captions!r}; use data.captions=embeddings"
-        )
+    match = re.fullmatch(rules.PATCH_PCA, config.data.vae)
+    assert match is not None  # as rules.check_datasets has made sure
     patch, channels, resolution = map(int, match.groups())
 
     def prepare():

@@ -121,6 +121,9 @@ def base() -> ConfigDict:
                 "module_grad_norms": False,
             },
             "eval": {
+                # What is measured each eval_every steps and at the end, in this order: names of
+                # microdit_jax.training.evaluation.EVALUATORS. A count of 0 below leaves one out.
+                "evaluators": ("heldout_loss", "sample_scores", "sample_grid", "page"),
                 # Held-out pictures for the loss, and noise draws for each.
                 "num_images": 4096,
                 "batch_size": 1024,

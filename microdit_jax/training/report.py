@@ -1,7 +1,7 @@
-"""A page on training runs: losses, loss by noise, throughput, and their samples over time.
+"""A page on training runs: losses, loss by noise level, throughput, and samples over time.
 
-Training writes <workdir>/report.html after every evaluation; of several stages, the page beside
-their folders shows all. By hand, or as a picture of the curves alone:
+Training writes <workdir>/report.html after every evaluation; a chain of stages also has a page of
+all stages beside their folders. By hand, as a page (.html) or as the curves alone (.png):
   python -m microdit_jax.training.report --out=training.png \\
       --runs=runs/all/res_256_pretrain --runs=runs/all/res_256_finetune
 """
@@ -17,22 +17,20 @@ import io
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import matplotlib
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from microdit_jax.checkpoints.run import read_run_metadata
-from microdit_jax.commands.parser import Parser
 from microdit_jax.errors import UserError
 from microdit_jax.files import write_bytes
 from microdit_jax.training.metric_writer import read_metrics
 
+if TYPE_CHECKING:  # matplotlib takes a second to import: only where a page is drawn
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
 TRAINING, RAW, EMA = "#888888", "#d95f02", "#1b9e77"
-HELDOUT_STYLES = {"raw": (RAW, "held out"), "ema": (EMA, "held out, moving average")}
-NUM_SHEETS = 8  # of samples on the page, spread over the run
+HELDOUT_STYLES = {"raw": (RAW, "held-out"), "ema": (EMA, "held-out, moving average")}
+NUM_GRIDS = 8  # grids of samples on the page, spread over the run
 
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>
@@ -40,22 +38,22 @@ body {{ font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 76re
   padding: 0 1rem }}
 img {{ max-width: 100% }} h2 {{ margin-top: 2.5rem }} table {{ border-collapse: collapse }}
 td, th {{ padding: .2rem .8rem .2rem 0; text-align: left; vertical-align: top }}
-.sheets {{ display: flex; gap: 1rem; overflow-x: auto }} figure {{ margin: 0; flex: 0 0 26rem }}
+.grids {{ display: flex; gap: 1rem; overflow-x: auto }} figure {{ margin: 0; flex: 0 0 26rem }}
 figcaption {{ color: #555 }}
 </style></head><body><h1>{title}</h1>
 <img src="data:image/png;base64,{curves}" alt="Losses, loss by noise and throughput">
 <table><tr><th>run<th>step<th>held-out loss, right<th>shuffled<th>ratio<th>images/s<th>skipped</tr>
 {rows}</table>
-{sheets}
+{grids}
 </body></html>
 """
 
 
 def series(lines: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[int, float]]]:
-    """(step, loss) of training as "train", and of held-out pictures by kind of weights.
+    """Returns (step, loss) of training as "train", and on held-out images as "raw" and "ema".
 
     Args:
-      lines: of metrics.jsonl.
+      lines: those of metrics.jsonl.
     """
     found: dict[str, list[tuple[int, float]]] = {"train": []}
     for line in lines:
@@ -67,7 +65,7 @@ def series(lines: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[int, floa
 
 
 class Run(NamedTuple):
-    """A training run's folder, and what is read there: metrics.jsonl and config.json."""
+    """A training run's folder, with the lines of its metrics.jsonl and its config.json."""
 
     workdir: Path
     lines: list[dict[str, Any]]
@@ -75,7 +73,7 @@ class Run(NamedTuple):
 
 
 def read(workdirs: Sequence[str | Path]) -> list[Run]:
-    """The runs of these folders.
+    """Reads the runs of these folders.
 
     Raises:
       UserError: no runs, or one without metrics.jsonl.
@@ -87,8 +85,10 @@ def read(workdirs: Sequence[str | Path]) -> list[Run]:
 
 
 # ------------------------------------------------------------------ curves
-def curves(runs: Sequence[Run]) -> Figure:
-    """A column for each run, in the order given: loss by step, loss by noise, images a second."""
+def curves(runs: Sequence[Run]) -> "Figure":
+    """Draws a column for each run: loss by step, loss by noise level, images per second."""
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(3.4 * max(2, len(runs)), 8.4), layout="constrained", dpi=100)
     panels = figure.subplots(3, len(runs), squeeze=False)
     for column, shown in zip(panels.T, runs, strict=True):
@@ -97,9 +97,9 @@ def curves(runs: Sequence[Run]) -> Figure:
         column[0].set_title(
             f"{shown.workdir.name}\nmask ratio {ratio:g}, latents {side} x {side}", fontsize=10
         )
-        _draw_losses(column[0], shown.lines)
-        _draw_by_sigma(column[1], shown.lines)
-        _draw_speed(column[2], shown.lines)
+        _plot_losses(column[0], shown.lines)
+        _plot_by_sigma(column[1], shown.lines)
+        _plot_speed(column[2], shown.lines)
     for row, label in zip(panels, ("EDM loss", "held-out loss", "images/s"), strict=True):
         row[0].set_ylabel(label)
         for panel in row:
@@ -110,7 +110,7 @@ def curves(runs: Sequence[Run]) -> Figure:
     return figure
 
 
-def _draw_losses(panel: Axes, lines: Sequence[Mapping[str, Any]]) -> None:
+def _plot_losses(panel: "Axes", lines: Sequence[Mapping[str, Any]]) -> None:
     found = series(lines)
     if found["train"]:
         panel.plot(*zip(*found["train"], strict=True), color=TRAINING, lw=1, label="training")
@@ -121,8 +121,11 @@ def _draw_losses(panel: Axes, lines: Sequence[Mapping[str, Any]]) -> None:
     panel.set_xlabel("step")
 
 
-def _draw_by_sigma(panel: Axes, lines: Sequence[Mapping[str, Any]]) -> None:
-    """First, middle and last evaluation, of the average where one is kept."""
+def _plot_by_sigma(panel: "Axes", lines: Sequence[Mapping[str, Any]]) -> None:
+    """Plots the first, middle and last evaluation, of the moving average where one is kept."""
+    import matplotlib
+    from matplotlib.ticker import LogLocator, NullFormatter
+
     evaluations = [(line["step"], line["heldout"]) for line in lines if "heldout" in line]
     chosen = sorted({0, len(evaluations) // 2, len(evaluations) - 1}) if evaluations else []
     for i in chosen:
@@ -135,14 +138,14 @@ def _draw_by_sigma(panel: Axes, lines: Sequence[Mapping[str, Any]]) -> None:
             style = {"marker": "o", "ms": 3, "lw": 1.2, "color": color}
             panel.plot(*zip(*points, strict=True), label=f"step {step}", **style)
             panel.set_xscale("log")
-            # Its own labels run into one another where the noise levels span less than a decade.
+            # matplotlib's own labels overlap where the noise levels span less than a decade.
             panel.xaxis.set_major_locator(LogLocator(subs=(1.0, 3.0)))
             panel.xaxis.set_major_formatter("{x:g}")
             panel.xaxis.set_minor_formatter(NullFormatter())
-    panel.set_xlabel("noise, sigma")
+    panel.set_xlabel("noise level, sigma")
 
 
-def _draw_speed(panel: Axes, lines: Sequence[Mapping[str, Any]]) -> None:
+def _plot_speed(panel: "Axes", lines: Sequence[Mapping[str, Any]]) -> None:
     speeds = [(line["step"], line["speed"]) for line in lines if "speed" in line]
     if speeds:
         points = [(step, speed["images_per_second"]) for step, speed in speeds]
@@ -155,9 +158,9 @@ def _draw_speed(panel: Axes, lines: Sequence[Mapping[str, Any]]) -> None:
 
 # ------------------------------------------------------------------ the page
 def write(workdirs: Sequence[str | Path], out: str | Path) -> None:
-    """Writes the page, or of a name that ends in .png the curves alone; never half of it.
+    """Writes the page whole or not at all; a name that ends in .png gets the curves alone.
 
-    The page holds the curves; sheets of samples are shown from the runs' own folders.
+    The page holds the curves, and links to the grids of samples in the runs' own folders.
 
     Raises:
       UserError: no runs, one without metrics.jsonl, another ending, a full disk.
@@ -165,22 +168,22 @@ def write(workdirs: Sequence[str | Path], out: str | Path) -> None:
     out = Path(out)
     if out.suffix not in (".html", ".png"):
         raise UserError(f"expected a name that ends in .html or .png, found {out}")
-    runs, picture = read(workdirs), io.BytesIO()
-    curves(runs).savefig(picture, format="png")
-    data = picture.getvalue()
+    runs, image = read(workdirs), io.BytesIO()
+    curves(runs).savefig(image, format="png")
+    data = image.getvalue()
     if out.suffix == ".html":
         page = PAGE.format(
             title=html.escape(", ".join(run.workdir.name for run in runs)),
             curves=base64.b64encode(data).decode(),
             rows="\n".join(map(_row, runs)),
-            sheets="\n".join(_sheets(run, out.absolute().parent) for run in runs),
+            grids="\n".join(_grids(run, out.absolute().parent) for run in runs),
         )
         data = page.encode()
     write_bytes(out, data)
 
 
 def _row(run: Run) -> str:
-    """The run's last figures."""
+    """Returns the table's row of a run: the last value of each figure."""
     last: dict[str, Any] = {}
     for line in run.lines:
         last |= line
@@ -194,15 +197,15 @@ def _row(run: Run) -> str:
     return f"<tr>{''.join(f'<td>{cell}' for cell in cells)}</tr>"
 
 
-def _sheets(run: Run, base: Path) -> str:
-    """The run's sheets of samples, oldest first, each linked to its file."""
+def _grids(run: Run, base: Path) -> str:
+    """Returns the run's grids of samples, oldest first, each linked to its file."""
     files = sorted((run.workdir / "samples").glob("step_*.png"))
     if not files:
         return ""
     last = len(files) - 1
-    count = min(NUM_SHEETS, len(files))
+    count = min(NUM_GRIDS, len(files))
     chosen = sorted({round(i * last / max(1, count - 1)) for i in range(count)})
-    parts = [f"<h2>Samples of {html.escape(run.workdir.name)}</h2><div class='sheets'>"]
+    parts = [f"<h2>Samples of {html.escape(run.workdir.name)}</h2><div class='grids'>"]
     for file in (files[i] for i in chosen):
         link = html.escape(Path(os.path.relpath(file, base)).as_posix(), quote=True)
         step = int(file.stem.removeprefix("step_"))
@@ -211,11 +214,14 @@ def _sheets(run: Run, base: Path) -> str:
             f"loading='lazy'></a><figcaption>step {step:,}</figcaption></figure>"
         )
     attribution = run.metadata.get("attribution")
-    note = f"<p>Pictures: {html.escape(attribution)}</p>" if attribution else ""
+    note = f"<p>Images: {html.escape(attribution)}</p>" if attribution else ""
     return "\n".join([*parts, f"</div>{note}"])
 
 
 def main(arguments: Sequence[str]) -> None:
+    # Not at the top: training imports this module, and no commands.
+    from microdit_jax.commands.parser import Parser
+
     parser = Parser("microdit_jax.training.report", __doc__)
     parser.add_argument(
         "--runs", action="append", required=True, help="a training run's workdir; each a column"

@@ -5,7 +5,7 @@ from support.one_of_each import CONFIG, EDM, mesh_of
 
 from microdit_jax.models.dit import DiT
 from microdit_jax.training import step as train_step
-from microdit_jax.training.evaluation import HeldoutLoss, nearest_level, sigma_levels
+from microdit_jax.training.evaluators.heldout_loss import HeldoutLoss, nearest_level, sigma_levels
 
 
 def test_levels_of_noise():
@@ -45,9 +45,16 @@ def test_means_over_pictures_and_draws_alone(monkeypatch):
     """On eight devices: what fills a batch of seven up to eight does not count."""
     monkeypatch.setattr(train_step, "make_eval_step", lambda *args, **kwargs: formula)
     pictures, params = Pictures(), jnp.float32(0.3)
-    found = HeldoutLoss(
-        DiT(CONFIG), EDM, mesh_of((8, 1, 1)), pictures, num_images=100, batch_size=8, draws=2
-    )(params)
+    heldout_loss = HeldoutLoss(
+        DiT(CONFIG),
+        EDM,
+        mesh_of((8, 1, 1)),
+        pictures,
+        num_images=100,
+        batch_size=8,
+        noise_samples=2,
+    )  # fmt: skip
+    found = heldout_loss(params)
 
     def results(shift):
         captions = [pictures[(i + shift) % 7]["caption_latents"] for i in range(7)]
