@@ -152,6 +152,38 @@ def test_two_stages_as_one_run(trained, monkeypatch, capsys):
     assert "stage 1 of 2, pretrain: done" in out and "stage 2 of 2, finetune: done" in out
 
 
+def test_a_chain_whose_second_stage_is_bad_does_not_start(trained):
+    folder, _ = trained
+    config = demo.get_config()
+    with config.unlocked():
+        config.pretrain = tiny_config(folder, steps=2)
+        config.finetune = tiny_config(folder, "finetune", steps=3, micro_batch_size=3)
+    config.finetune.train.batch_size = 64
+    with pytest.raises(UserError, match="stage finetune: .*must divide the 8 images of each"):
+        train_module.train_stages(config, folder / "bad")
+    assert not (folder / "bad").exists()
+
+
+def test_a_chain_says_which_stage_needs_data_that_is_not_there(trained, monkeypatch, capsys):
+    folder, _ = trained
+    config = demo.get_config()
+    with config.unlocked():
+        config.pretrain = tiny_config(folder, steps=2)
+        config.finetune = tiny_config(folder, "finetune", steps=3)
+    later = str(folder / "later")
+    config.finetune.data.heldout.update(source="latents", folder=later)
+    said = []
+
+    def stopped(config, workdir, stop):
+        said.append(capsys.readouterr().out)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train_module, "train", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        train_module.train_stages(config, folder / "waiting")
+    assert f"stage finetune will need data that is not there yet: {later}" in said[0]
+
+
 def test_weights_alone_start_anew_on_another_mesh(trained):
     folder, state = trained
     config = tiny_config(folder)

@@ -228,9 +228,9 @@ WEIGHT_FIELDS = (
 
 def chained(source: str, stage: str) -> str | None:
     """Returns the stage's name that a path such as "{workdir}/../NAME" means, None for no such."""
-    path = os.path.normpath(source.replace("{workdir}", f"/{stage}"))
+    path = os.path.normpath(source.replace("{workdir}", f"/chain/{stage}"))
     parent, name = os.path.split(path)
-    return name if "{workdir}" in source and parent == "/" else None
+    return name if "{workdir}" in source and parent == "/chain" else None
 
 
 def missing_folders(config: ConfigDict) -> list[str]:
