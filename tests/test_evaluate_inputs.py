@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from conftest import GOLDEN
 from PIL import Image
+from support.evaluation import ask, make_subject, references
+from support.inception import NARROW, synthetic_tensors
 from test_clip_image import openclip_config, small_tensors
-from test_evaluate import ask, pipe, references, subject  # noqa: F401
-from test_metrics_inception import NARROW, synthetic_tensors
 
 from microdit_jax.convert.formats.safetensors_file import write_safetensors
 from microdit_jax.convert.formats.torch_file import write_torch
@@ -19,6 +19,7 @@ from microdit_jax.errors import UserError
 from microdit_jax.evaluate import protocol
 from microdit_jax.evaluate.prompts import read_prompts
 from microdit_jax.evaluate.reference import crop_to, get_reference
+from microdit_jax.evaluate.request import EvaluationRequest
 from microdit_jax.evaluate.scores import feature_scores, over_seeds
 from microdit_jax.metrics.features import small_features
 from microdit_jax.metrics.frechet import Statistics
@@ -44,7 +45,7 @@ def test_prompts_of_all_kinds(tmp_path):
     assert some.texts == [texts[0], texts[2]] and some.digest != found[0].digest
 
 
-def test_captions_of_the_embedded_pictures():
+def test_captions_of_the_embedded_images():
     train, heldout = read_prompts("train"), read_prompts("heldout")
     assert not set(train.texts) & set(heldout.texts)
     assert len(train.texts) + len(heldout.texts) == len(twemoji.list_images())
@@ -100,19 +101,19 @@ def test_more_prompts_than_a_benchmark_has(tmp_path):
 )
 def test_bad_requests(changes, message):
     with pytest.raises(UserError, match=message):
-        protocol.Request(**changes)
+        EvaluationRequest(**changes)
 
 
-def test_a_model_that_is_no_run_needs_a_reference(subject, tmp_path):  # noqa: F811
+def test_a_model_that_is_no_run_needs_a_reference(tmp_path):
     with pytest.raises(UserError, match="expected --reference, found none"):
-        protocol.evaluate(subject, ask(tmp_path), tmp_path / "out")
+        protocol.evaluate(make_subject(), ask(tmp_path), tmp_path / "out")
 
 
-def test_a_network_that_is_not_there(subject, tmp_path):  # noqa: F811
+def test_a_network_that_is_not_there(tmp_path):
     missing = str(tmp_path / "inception.pth")
     asked = ask(tmp_path, metrics=("fid",), inception=missing, reference="x.npz")
     with pytest.raises(UserError, match="kind inception in --inception, found nothing at .*pth"):
-        protocol.evaluate(subject, asked, tmp_path / "out")
+        protocol.evaluate(make_subject(), asked, tmp_path / "out")
 
 
 def test_a_reference_is_computed_once_and_known_by_its_inputs(tmp_path):
@@ -126,18 +127,18 @@ def test_a_reference_is_computed_once_and_known_by_its_inputs(tmp_path):
     assert again.digest == first.digest and sum(calls) == 12
     cropped = get_reference(str(folder), network, kept, resolution=32, side=16)
     assert cropped.digest != first.digest and sum(calls) == 24
-    picture = folder / "0.png"
-    Image.new("RGB", (40, 40), "red").save(picture)
+    path = folder / "0.png"
+    Image.new("RGB", (40, 40), "red").save(path)
     changed = get_reference(str(folder), network, kept, resolution=32)
     assert changed.about["inputs"] != first.about["inputs"] and changed.digest != first.digest
-    picture.write_bytes(b"no picture")
-    with pytest.raises(UserError, match=r"expected a picture in .*0\.png, could not read it"):
+    path.write_bytes(b"no image")
+    with pytest.raises(UserError, match=r"expected an image in .*0\.png, could not read it"):
         get_reference(str(folder), network, kept, resolution=32)
-    with pytest.raises(UserError, match="found 0 pictures in"):
+    with pytest.raises(UserError, match="found 0 images in"):
         get_reference(str(tmp_path / "nowhere"), network, kept, resolution=32)
 
 
-def test_the_embedded_pictures_as_reference(tmp_path):
+def test_the_embedded_images_as_reference(tmp_path):
     network = small_features()
     found = get_reference("heldout", network, tmp_path, resolution=32)
     pictures = twemoji.images_of("heldout")
@@ -167,17 +168,17 @@ def test_values_over_seeds_by_hand():
 
 def test_statistics_alone_give_no_recall():
     rng = np.random.default_rng(0)
-    real, drawn = (rng.standard_normal((40, 4)).astype(np.float32) for _ in range(2))
+    real, sampled = (rng.standard_normal((40, 4)).astype(np.float32) for _ in range(2))
     alone = Reference(Statistics.of(real), None, {})
-    assert feature_scores(["fid"], drawn, alone).keys() == {"fid"}
+    assert feature_scores(["fid"], sampled, alone).keys() == {"fid"}
     with pytest.raises(UserError, match="for kid, precision_recall expected the features"):
-        feature_scores(["fid", "kid", "precision_recall"], drawn, alone)
+        feature_scores(["fid", "kid", "precision_recall"], sampled, alone)
     whole = Reference(Statistics.of(real), real, {})
-    found = feature_scores(["kid", "precision_recall"], drawn, whole)
+    found = feature_scores(["kid", "precision_recall"], sampled, whole)
     assert found.keys() == {"kid", "precision", "recall"} and 0 < found["recall"] <= 1
 
 
-def test_fid_and_clip_score_from_converted_files(subject, tmp_path, monkeypatch):  # noqa: F811
+def test_fid_and_clip_score_from_converted_files(tmp_path, monkeypatch):
     """Narrow networks in the public layouts, through the cache of conversions."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     with np.load(GOLDEN / "clip_small.npz") as file:
@@ -199,7 +200,7 @@ def test_fid_and_clip_score_from_converted_files(subject, tmp_path, monkeypatch)
         inception=str(tmp_path / "inception.pth"), reference=str(references(tmp_path)),
         guidance_scales=(2.0,), seeds=(1,),
     )  # fmt: skip
-    result, files = protocol.evaluate(subject, asked, tmp_path / "out")
+    result, files = protocol.evaluate(make_subject(), asked, tmp_path / "out")
     scores = result["results"][0]["scores"]
     assert scores.keys() == {"fid", "kid", "precision", "recall", "clip_score"}
     assert scores["fid"]["mean"] > 0 and 0 <= scores["clip_score"]["mean"] <= 100

@@ -39,5 +39,5 @@ def test_known_angles():
 def test_what_does_not_belong_together():
     with pytest.raises(UserError, match=r"found \(2, 3\) and \(1, 3\); give one text"):
         clip_score(np.ones((2, 3)), np.ones((1, 3)))
-    with pytest.raises(UserError, match="one or more pictures, found none"):
+    with pytest.raises(UserError, match="one or more images, found none"):
         clip_score(np.ones((0, 3)), np.ones((0, 3)))

@@ -6,6 +6,7 @@ import scipy.linalg
 from conftest import GOLDEN
 
 from microdit_jax.errors import UserError
+from microdit_jax.metrics import feature_sets
 from microdit_jax.metrics.feature_sets import kernel_distance, precision_recall
 from microdit_jax.metrics.frechet import RunningStatistics, Statistics, frechet_distance
 
@@ -33,15 +34,17 @@ def test_equal_to_both_public_ones(row):
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: f"pair{row['seed']}")
-def test_kernel_distance(row):
-    kid = kernel_distance(*pair(row), subsets=7, subset_size=row["kid_subset"])
+def test_kernel_distance(row, monkeypatch):
+    monkeypatch.setattr(feature_sets, "SUBSETS", 7)
+    kid = kernel_distance(*pair(row), subset_size=row["kid_subset"])
     assert kid.mean == pytest.approx(row["kid_mean"], rel=1e-6, abs=1e-12)
     assert kid.std == pytest.approx(row["kid_std"], rel=1e-6, abs=1e-12)
 
 
 @pytest.mark.parametrize("row", ROWS[:-1], ids=lambda row: f"pair{row['seed']}")
-def test_precision_and_recall(row):
-    found = precision_recall(*pair(row), neighbours=row["neighbours"])
+def test_precision_and_recall(row, monkeypatch):
+    monkeypatch.setattr(feature_sets, "NEIGHBOURS", row["neighbours"])
+    found = precision_recall(*pair(row))
     assert found.precision == pytest.approx(row["precision"], abs=1e-6)
     assert found.recall == pytest.approx(row["recall"], abs=1e-6)
 
@@ -91,7 +94,7 @@ def test_bad_features():
     running = RunningStatistics(3)
     running.add(np.zeros((1, 3)))
     running.add(np.zeros((0, 3)))
-    with pytest.raises(UserError, match="two or more pictures, found 1"):
+    with pytest.raises(UserError, match="two or more images, found 1"):
         running.result()
     with pytest.raises(UserError, match="expected features 3 wide, found 4"):
         running.add(np.zeros((2, 4)))
@@ -100,7 +103,7 @@ def test_bad_features():
     wide, narrow = Statistics.of(np.eye(3)), Statistics.of(np.eye(4))
     with pytest.raises(UserError, match="one width, found 3 and 4"):
         frechet_distance(wide, narrow)
-    with pytest.raises(UserError, match="expected 1000 pictures or more on either side, found 3"):
+    with pytest.raises(UserError, match="expected 1000 images or more on either side, found 3"):
         kernel_distance(np.eye(3), np.eye(3))
-    with pytest.raises(UserError, match="expected more than 3 pictures on either side, found 3"):
+    with pytest.raises(UserError, match="expected more than 3 images on either side, found 3"):
         precision_recall(np.eye(3), np.eye(3))

@@ -20,7 +20,7 @@ def write_lines(path: Path, lines) -> Path:
 
 
 def official_reader(folder: Path):
-    """The pictures that the benchmark's evaluate_images.py visits, with their metadata."""
+    """The images that the benchmark's evaluate_images.py visits, with their metadata."""
     found = []
     for sub in sorted(folder.iterdir()):
         if not sub.is_dir() or not sub.name.isdigit():
@@ -48,7 +48,7 @@ def test_the_folder_is_the_benchmarks_own(tmp_path):
     geneval.write_metadata(folder, prompts)  # the same again, which touches none
     assert written == [path.stat().st_mtime_ns for path in sorted(folder.rglob("*.jsonl"))]
     for index in range(len(prompts) * geneval.SAMPLES):
-        path = geneval.picture_path(folder, index)
+        path = geneval.image_path(folder, index)
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(b"")
     assert (folder / "00001/samples/0003.png").exists()

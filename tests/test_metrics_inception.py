@@ -1,12 +1,12 @@
 import json
 import math
-import zlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import GOLDEN, relative_l2
+from support.inception import FULL, NARROW, synthetic_tensors
 from test_convert_main import run
 
 from microdit_jax.checkpoints.model_folder import load_model, read_metadata
@@ -21,28 +21,8 @@ from microdit_jax.convert.inception import (
 from microdit_jax.errors import UserError
 from microdit_jax.metrics.inception import InceptionConfig, make_inception
 
-FULL = InceptionConfig()
-NARROW = InceptionConfig(divisor=16)
 
-
-def synthetic(name: str, shape) -> np.ndarray:
-    """float32 noise that keeps activations alive; what the golden activations were made with."""
-    rng = np.random.default_rng([0, zlib.crc32(name.encode())])
-    r = rng.standard_normal(tuple(shape), dtype=np.float32)
-    if name.endswith("running_var"):
-        return np.float32(0.5) + np.abs(r)
-    if name.endswith("bn.weight"):
-        return np.float32(1) + np.float32(0.1) * r
-    if len(shape) < 2:
-        return np.float32(0.1) * r
-    return (r * np.float64(math.sqrt(2 / math.prod(shape[1:])))).astype(np.float32)
-
-
-def synthetic_tensors(config: InceptionConfig) -> dict[str, np.ndarray]:
-    return {e.torch_name: synthetic(e.torch_name, e.torch_shape) for e in rename_table(config)}
-
-
-def picture(side: int, n: int) -> np.ndarray:
+def images_of(side: int, n: int) -> np.ndarray:
     rng = np.random.default_rng(7)
     y, x = np.mgrid[:side, :side] / side
     base = np.stack([np.sin(9 * x + 4 * y), np.cos(13 * x * y), x - y], -1)
@@ -53,7 +33,7 @@ def picture(side: int, n: int) -> np.ndarray:
 def activations(config: InceptionConfig, side: int, n: int):
     params = jax.tree.map(jnp.asarray, from_torch(synthetic_tensors(config), config))
     apply = jax.jit(make_inception(config).apply)
-    return apply({"params": params}, jnp.asarray(picture(side, n)))
+    return apply({"params": params}, jnp.asarray(images_of(side, n)))
 
 
 def load(name: str) -> dict[str, np.ndarray]:
@@ -69,7 +49,7 @@ def test_a_sixteenth_of_the_width_equals_pytorch_fid():
     assert relative_l2(found.mixed_6e, golden["mixed_6e"]) < 1e-5
     assert relative_l2(found.pool_3, golden["pool_3"]) < 1e-5
     assert relative_l2(found.logits[:, :64], golden["logits"]) < 1e-5
-    # The two pictures differ, so nothing above was a constant.
+    # The two images differ, so nothing above was a constant.
     assert relative_l2(found.pool_3[0], found.pool_3[1]) > 1e-2
 
 

@@ -8,7 +8,7 @@ from microdit_jax.metrics.resize import MODES, resize, to_inputs
 
 @pytest.fixture(scope="module")
 def golden():
-    """Pictures, and what clean-fid 0.1.35, torch and torch-fidelity 0.4.0 make of them."""
+    """Images, and what clean-fid 0.1.35, torch and torch-fidelity 0.4.0 make of them."""
     with np.load(GOLDEN / "resize.npz") as file:
         return {key: file[key] for key in file.files}
 

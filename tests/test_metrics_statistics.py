@@ -1,3 +1,4 @@
+import dataclasses
 import pickle
 
 import numpy as np
@@ -24,13 +25,16 @@ def test_ours_says_where_it_comes_from(tmp_path, features):
     assert found.about == {"features": "small", "inputs": "abc", "count": 20}
     assert found.statistics.count == 20 and found.digest == saved.digest
     assert [p.name for p in path.parent.iterdir()] == ["reference.npz"]
-    # Without the features, the same statistics; pytorch-fid's keys are there.
-    less = save_reference(path, features, name="small", inputs="abc", keep=False)
-    assert less.features is None and less.digest == found.digest
-    with np.load(path) as file:
+    with np.load(path) as file:  # pytorch-fid's keys
         assert {"mu", "sigma"} <= set(file.files)
     changed = save_reference(path, features + np.float32(1), name="small", inputs="abc")
     assert changed.digest != found.digest
+    # Another covariance about the same mean is another reference.
+    wider = save_reference(path, 2 * (features - expected.mean) + expected.mean, name="small",
+                           inputs="abc")  # fmt: skip
+    np.testing.assert_allclose(wider.statistics.mean, expected.mean, atol=1e-6)
+    same_mean = dataclasses.replace(wider.statistics, mean=expected.mean)
+    assert dataclasses.replace(wider, statistics=same_mean).digest != found.digest
 
 
 def test_other_peoples_files(tmp_path, features):

@@ -1,4 +1,4 @@
-"""Draws pictures from a model, scores them, and writes one JSON and a Markdown table.
+"""Samples images from a model, scores them, and writes one JSON and a Markdown table.
 
 Examples:
   python -m microdit_jax.evaluate --model=out/demo/finetune --num_images=2000 --guidance_scale=3
@@ -28,35 +28,38 @@ from microdit_jax.errors import UserError
 MODEL = flags.DEFINE_string("model", None, "A network, as for sample_main.py.")
 METRICS = flags.DEFINE_list(
     "metrics", ["frechet_small"],
-    "Of fid, kid, precision_recall, clip_score, geneval; or frechet_small, a distance that needs "
-    "no download and is not comparable with FID.",
+    "Any of fid, kid, precision_recall, clip_score, geneval; or frechet_small, a distance that "
+    "needs no download and is not comparable with FID.",
 )  # fmt: skip
 PROMPTS = flags.DEFINE_string(
     "prompts", "train", "A .csv, COCO's captions .json, a text file; or train or heldout, the "
-    "captions of the embedded pictures."
+    "captions of the embedded emoji images."
 )  # fmt: skip
 NUM_IMAGES = flags.DEFINE_integer(
-    "num_images", 0, "Pictures, of prompts spread evenly; 0: one for each.", lower_bound=0
+    "num_images", 0, "Images, for prompts spread evenly; 0: one for each.", lower_bound=0
 )
 GUIDANCE = flags.DEFINE_list("guidance_scale", ["5"], "One scale, or several for a sweep.")
 STEPS = flags.DEFINE_integer("num_inference_steps", 30, "Steps of the sampler.", lower_bound=1)
-SEEDS = flags.DEFINE_list("seeds", ["2024"], "Of the noise; several give an interval.")
-BATCH = flags.DEFINE_integer("batch_size", 32, "Pictures drawn at a time.", lower_bound=1)
+SEEDS = flags.DEFINE_list("seeds", ["2024"], "Seeds of the noise; several give an interval.")
+BATCH = flags.DEFINE_integer("batch_size", 32, "Images sampled at a time.", lower_bound=1)
 CHUNK = flags.DEFINE_integer(
-    "chunk_size", 128, "Pictures between two savings; what a kill can cost.", lower_bound=1
+    "chunk_size", 128, "Images between two saves; a kill costs at most this many.", lower_bound=1
 )
 REFERENCE = flags.DEFINE_string(
     "reference", None, ".npz of statistics (ours, pytorch-fid's, clean-fid's, torch-fidelity's), a "
-    "folder of real pictures, or train or heldout; default: train, for a run on embedded pictures."
+    "folder of real images, or train or heldout; default: train, for a run on the emoji images."
 )  # fmt: skip
 INCEPTION = flags.DEFINE_string(
     "inception", None, "FID's network: pt_inception-2015-12-05-6726825d.pth, or converted."
 )
 RESIZE = flags.DEFINE_enum(
-    "resize", "clean", ["clean", "pytorch_fid", "torch_fidelity"], "Whose resizing for Inception."
+    "resize",
+    "clean",
+    ["clean", "pytorch_fid", "torch_fidelity"],
+    "The package whose resizing Inception sees.",
 )
 SIDE = flags.DEFINE_integer(
-    "side", 0, "Crop and resize all pictures, and a folder of real ones, to this many pixels "
+    "side", 0, "Crop and resize all images, and a folder of real ones, to this many pixels "
     "first; 0: as they are.", lower_bound=0,
 )  # fmt: skip
 CLIP = flags.DEFINE_string(
@@ -64,14 +67,14 @@ CLIP = flags.DEFINE_string(
 )
 GENEVAL_PROMPTS = flags.DEFINE_string("geneval_prompts", None, "evaluation_metadata.jsonl.")
 GENEVAL_RESULTS = flags.DEFINE_string(
-    "geneval_results", None, "results.jsonl of GenEval's detector over the pictures drawn before."
+    "geneval_results", None, "results.jsonl of GenEval's detector over the images sampled before."
 )
-KEEP = flags.DEFINE_boolean("keep_images", False, "Keep all pictures as PNGs.")
+KEEP = flags.DEFINE_boolean("keep_images", False, "Keep all images as PNGs.")
 OUT = flags.DEFINE_string("out", "out/evaluate", "Folder for everything.")
 COORDINATOR = flags.DEFINE_string(
     "coordinator_address", None, "host:port of process 0, as for train_main.py."
 )
-NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes draw together.")
+NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes sample together.")
 PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
 flags.adopt_module_key_flags(model_flags)
 
@@ -89,8 +92,9 @@ def _evaluate() -> None:
     import jax
 
     from microdit_jax.evaluate import protocol
+    from microdit_jax.evaluate.request import EvaluationRequest, Subject
 
-    asked = protocol.Request(
+    request = EvaluationRequest(
         metrics=tuple(METRICS.value),
         prompts=PROMPTS.value,
         num_images=NUM_IMAGES.value,
@@ -109,8 +113,8 @@ def _evaluate() -> None:
         keep_images=KEEP.value,
     )
     pipe, model = model_flags.load(MODEL.value)
-    subject = protocol.Subject(MODEL.value, model, pipe)
-    result, files = protocol.evaluate(subject, asked, Path(OUT.value))
+    subject = Subject(MODEL.value, model, pipe)
+    result, files = protocol.evaluate(subject, request, Path(OUT.value))
     if jax.process_index():
         return
     print((Path(OUT.value) / "result.md").read_text(), end="")

@@ -1,4 +1,4 @@
-"""The prompts that pictures are drawn from, out of the files that benchmarks come in."""
+"""Prompts to sample from, read from the files that benchmarks come in."""
 
 import csv
 import hashlib
@@ -17,9 +17,9 @@ RUN_SPLITS = ("train", "heldout")
 
 
 class PromptSet(NamedTuple):
-    """Texts, one for each picture.
+    """Prompts, one for each image.
 
-    metadata are GenEval's lines, one for each geneval.SAMPLES texts; empty for other prompts.
+    metadata: GenEval's lines, one for each geneval.SAMPLES texts; empty for other prompts.
     """
 
     name: str
@@ -28,19 +28,19 @@ class PromptSet(NamedTuple):
 
     @property
     def digest(self) -> str:
-        """A hash of all texts in their order."""
+        """sha256 of all texts in their order."""
         return hashlib.sha256(json.dumps(self.texts).encode()).hexdigest()
 
 
 def read_prompts(source: str, count: int = 0) -> PromptSet:
-    """Prompts by name or path.
+    """Reads prompts by name or path.
 
     Args:
-      source: "train" or "heldout", captions of the embedded pictures; a .csv or .tsv with a column
-        caption, prompt or text; COCO's captions_*.json, of which each image's first caption is
-        taken; GenEval's evaluation_metadata.jsonl; any other file has a prompt on each line.
+      source: "train" or "heldout", captions of the embedded emoji images; a .csv or .tsv with a
+        column caption, prompt or text; COCO's captions_*.json, the first caption of each image;
+        GenEval's evaluation_metadata.jsonl; any other file has a prompt on each line.
       count: take this many, spread evenly over all; 0 takes all, and more than there are starts
-        over (for train and heldout only: a benchmark's prompts are each drawn once).
+        over (for train and heldout only: a benchmark samples each of its prompts once).
     Raises:
       UserError: no such file, no prompts in it, or fewer than asked for.
     """

@@ -1,4 +1,4 @@
-"""Reference statistics: from a file, or computed once from a folder or the embedded pictures."""
+"""Reference statistics: read from a file, or computed once from real images."""
 
 import hashlib
 import json
@@ -22,7 +22,7 @@ CHUNK = 256
 
 
 def crop_to(image: UInt8[np.ndarray, "_ _ 3"], side: int) -> UInt8[np.ndarray, "{side} {side} 3"]:
-    """The centre square of a picture, resized by Pillow's bicubic to `side` pixels."""
+    """Returns the centre square, resized to `side` pixels by Pillow's bicubic filter."""
     height, width, _ = image.shape
     short = min(height, width)
     top, left = (height - short) // 2, (width - short) // 2
@@ -33,51 +33,51 @@ def crop_to(image: UInt8[np.ndarray, "_ _ 3"], side: int) -> UInt8[np.ndarray, "
 def get_reference(
     source: str, network: FeatureNetwork, folder: Path, *, resolution: int, side: int = 0
 ) -> Reference:
-    """Statistics of real pictures in the network's features.
+    """Returns the statistics of real images in the network's features.
 
     Args:
-      source: .npz of statistics; a folder of pictures, with those in its subfolders; or "train" or
-        "heldout" for the embedded pictures.
-      folder: where computed statistics are kept; they are found again by a hash of the pictures.
-      resolution: pixels of the model's pictures; the embedded ones are read in this size.
-      side: pictures of a folder are cropped and resized to this many pixels first; 0: as they are.
+      source: .npz of statistics; a folder of images, with those in its subfolders; or "train" or
+        "heldout" for the embedded emoji images.
+      folder: where computed statistics are kept; they are found again by a hash of the images.
+      resolution: pixels of a side of the model's images; the embedded ones are read in this size.
+      side: images of a folder are cropped and resized to this many pixels first; 0: as they are.
     Raises:
-      UserError: nothing usable there, or statistics of other features.
+      UserError: no statistics or images there, or statistics of other features.
     """
     if source.endswith(".npz"):
         reference = load_reference(Path(source))
         reference.check_features(network.name, network.width)
         return reference
     if source in RUN_SPLITS:
-        pictures = twemoji.images_of(source)
-        inputs = _digest([p.path for p in pictures], {"resolution": resolution})
+        emoji = twemoji.images_of(source)
+        inputs = _digest([image.path for image in emoji], {"resolution": resolution})
     else:
-        files = _pictures_in(Path(source))
+        files = _images_in(Path(source))
         inputs = _digest(files, {"side": side})
     key = hashlib.sha256(f"{network.name} {inputs}".encode()).hexdigest()[:16]
     path = folder / f"reference_{key}.npz"
     if path.exists():
         return load_reference(path)
     if source in RUN_SPLITS:
-        images = to_uint8(twemoji.read_images(pictures, resolution) / 2 + 0.5)
+        images = to_uint8(twemoji.read_images(emoji, resolution) / 2 + 0.5)
         features = network(list(images))
     else:
         features = np.concatenate([network(part) for part in _read(files, side)])
     return save_reference(path, features, name=network.name, inputs=inputs)
 
 
-def _pictures_in(folder: Path) -> list[Path]:
+def _images_in(folder: Path) -> list[Path]:
     files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES)
     if len(files) < 2:
         raise UserError(
-            f"expected .npz of statistics or a folder of pictures in --reference, found "
-            f"{len(files)} pictures in {folder}"
+            f"expected .npz of statistics or a folder of images in --reference, found "
+            f"{len(files)} images in {folder}"
         )
     return files
 
 
 def _digest(files: Sequence[Path], about: dict) -> str:
-    """A hash of the contents of all files and of how they are read."""
+    """Hashes the contents of all files, and how they are read."""
     digest = hashlib.sha256(json.dumps(about).encode())
     for path in files:
         digest.update(hashlib.sha256(path.read_bytes()).digest())
@@ -86,16 +86,16 @@ def _digest(files: Sequence[Path], about: dict) -> str:
 
 def _read(files: Sequence[Path], side: int) -> Iterator[list[np.ndarray]]:
     for start in tqdm.trange(0, len(files), CHUNK, desc="reference", unit="chunk"):
-        images = [_picture(path) for path in files[start : start + CHUNK]]
+        images = [_read_image(path) for path in files[start : start + CHUNK]]
         yield [crop_to(image, side) if side else image for image in images]
 
 
-def _picture(path: Path) -> UInt8[np.ndarray, "H W 3"]:
+def _read_image(path: Path) -> UInt8[np.ndarray, "H W 3"]:
     try:
         with Image.open(path) as image:
             return np.asarray(image.convert("RGB"))
     except (OSError, UnidentifiedImageError, SyntaxError) as error:
         raise UserError(
-            f"expected a picture in {path}, could not read it ({error}); fetch it again or move it "
+            f"expected an image in {path}, could not read it ({error}); fetch it again or move it "
             "away"
         ) from error

@@ -1,4 +1,4 @@
-"""From features to the numbers of a table: which metrics there are, and values over seeds."""
+"""The scores of an evaluation: their names, how features become scores, values over seeds."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -7,14 +7,14 @@ import numpy as np
 from jaxtyping import Float
 
 from microdit_jax.errors import UserError
-from microdit_jax.evaluate.generation import Measure
+from microdit_jax.evaluate.sample_set import Measure
 from microdit_jax.metrics.clip_score import cosines
 from microdit_jax.metrics.feature_sets import kernel_distance, precision_recall
 from microdit_jax.metrics.frechet import Statistics, frechet_distance
 from microdit_jax.metrics.statistics import Reference
 from microdit_jax.towers import ImageEncoder
 
-# What --metrics takes, with what a table calls it.
+# Scores by name, with their titles in a table
 TITLES = {
     "fid": "FID",
     "kid": "KID",
@@ -24,15 +24,16 @@ TITLES = {
     "geneval": "GenEval",
     "frechet_small": "Fréchet distance in small features (not comparable with FID)",
 }
+# Values of --metrics
 METRICS = ("fid", "kid", "precision_recall", "clip_score", "geneval", "frechet_small")
 INCEPTION_METRICS = ("fid", "kid", "precision_recall")
-FEATURE_METRICS = (*INCEPTION_METRICS, "frechet_small")  # which compare with real pictures
+FEATURE_METRICS = (*INCEPTION_METRICS, "frechet_small")  # compare with real images
 
 
 def feature_scores(
     metrics: Sequence[str], features: Float[np.ndarray, "n f"], reference: Reference
 ) -> dict[str, float]:
-    """FID, KID, precision and recall, as far as they are among the metrics.
+    """Computes FID, KID, precision and recall, as far as they are among the metrics.
 
     Raises:
       UserError: KID, precision or recall with a reference that has no features, or too few.
@@ -44,8 +45,8 @@ def feature_scores(
     if wanted := [name for name in ("kid", "precision_recall") if name in metrics]:
         if reference.features is None:
             raise UserError(
-                f"for {', '.join(wanted)} expected the features of all real pictures, found "
-                "statistics alone; give a folder of pictures as --reference"
+                f"for {', '.join(wanted)} expected the features of all real images, found "
+                "statistics alone; give a folder of images as --reference"
             )
         if "kid" in wanted:
             size = min(1000, len(features), len(reference.features))
@@ -56,11 +57,14 @@ def feature_scores(
 
 
 def over_seeds(values: Mapping[int, float]) -> dict[str, Any]:
-    """Values of each seed, their mean, and its 95 % interval (Student's t); None for one seed."""
+    """Returns the values by seed, their mean, and its 95 % interval by Student's t.
+
+    The interval is None for one seed.
+    """
     numbers = np.array(list(values.values()), np.float64)
     interval = None
     if len(numbers) > 1:
-        import scipy.stats  # a second, which training that scores itself need not spend at start
+        import scipy.stats  # takes a second, and training imports this module
 
         half = scipy.stats.t.ppf(0.975, len(numbers) - 1) * scipy.stats.sem(numbers)
         interval = [float(numbers.mean() - half), float(numbers.mean() + half)]
@@ -72,10 +76,10 @@ def over_seeds(values: Mapping[int, float]) -> dict[str, Any]:
 
 
 def measure_cosines(clip: ImageEncoder) -> Measure:
-    """What draw_set takes: the cosine (n, 1) of each picture with its text."""
+    """Returns a measure for `SampleSet`: each image's cosine with its prompt, (n, 1) float32."""
 
-    def measure(images, texts):
-        found = cosines(clip.encode_images(images), clip.encode_texts(texts))
+    def measure(images, prompts):
+        found = cosines(clip.encode_images(images), clip.encode_texts(prompts))
         return found.astype(np.float32)[:, None]
 
     return measure

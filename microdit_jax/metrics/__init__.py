@@ -1,1 +1,1 @@
-"""Scores of pictures: the Fréchet distance and its networks, CLIP score, GenEval."""
+"""Scores of images: the Fréchet distance and its networks, CLIP score, GenEval."""

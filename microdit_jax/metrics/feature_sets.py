@@ -1,4 +1,4 @@
-"""Two sets of features compared without a Gaussian: kernel distance (KID), precision and recall."""
+"""Distances of feature sets without a Gaussian fit: kernel distance (KID), precision and recall."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -8,18 +8,20 @@ from jaxtyping import Bool, Float, Float64
 
 from microdit_jax.errors import UserError
 
+SUBSETS = 100  # random subsets that KID is averaged over
+NEIGHBOURS = 3  # k of precision and recall
 BLOCK = 1 << 24  # distances held at a time: 128 MiB
 
 
 class Kid(NamedTuple):
-    """Mean and standard deviation over the subsets."""
+    """Kernel distance: mean and standard deviation over the subsets."""
 
     mean: float
     std: float
 
 
 class PrecisionRecall(NamedTuple):
-    """Shares of generated pictures near real ones, and of real ones near generated ones."""
+    """Shares of generated images near real ones, and of real ones near generated ones."""
 
     precision: float
     recall: float
@@ -29,26 +31,28 @@ def kernel_distance(
     generated: Float[np.ndarray, "n f"],
     real: Float[np.ndarray, "m f"],
     *,
-    subsets: int = 100,
     subset_size: int = 1000,
     seed: int = 2020,
 ) -> Kid:
-    """KID: the unbiased squared MMD with the kernel (x.y / f + 1)^3, mean over random subsets.
+    """Computes KID: the unbiased squared MMD with the kernel (x.y / f + 1)^3 over random subsets.
 
-    Binkowski et al. 2018 (arXiv:1801.01401), section 4. Defaults and subsets are torch-fidelity's.
+    Binkowski et al. 2018 (arXiv:1801.01401), section 4; defaults and random subsets are
+    torch-fidelity's.
 
+    Args:
+      subset_size: images of a subset, on either side.
     Raises:
-      UserError: fewer pictures than a subset takes.
+      UserError: fewer images than a subset takes.
     """
     sizes = (len(generated), len(real))
     if subset_size < 2 or min(sizes) < subset_size:
         raise UserError(
-            f"KID: expected {max(2, subset_size)} pictures or more on either side, found {sizes[0]}"
+            f"KID: expected {max(2, subset_size)} images or more on either side, found {sizes[0]}"
             f" and {sizes[1]}; make more, or take subsets of at most {min(sizes)}"
         )
     rng = np.random.RandomState(seed)
     values = []
-    for _ in range(subsets):
+    for _ in range(SUBSETS):
         x, y = (
             np.asarray(features[rng.choice(len(features), subset_size, replace=False)], np.float64)
             for features in (generated, real)
@@ -67,30 +71,31 @@ def _mmd2(x: Float64[np.ndarray, "n f"], y: Float64[np.ndarray, "n f"]) -> float
 
 
 def precision_recall(
-    generated: Float[np.ndarray, "n f"], real: Float[np.ndarray, "m f"], *, neighbours: int = 3
+    generated: Float[np.ndarray, "n f"], real: Float[np.ndarray, "m f"]
 ) -> PrecisionRecall:
-    """Kynkäänniemi et al. 2019 (arXiv:1904.06991), equations 1 and 2.
+    """Computes improved precision and recall.
 
-    A picture is near a set if it is as near to one of its members as that one's k-th neighbour is.
+    Kynkäänniemi et al. 2019 (arXiv:1904.06991), equations 1 and 2: an image is near a set if it is
+    as near to one of the set's members as that member's k-th neighbour is, k = NEIGHBOURS.
 
     Raises:
-      UserError: fewer than k + 1 pictures.
+      UserError: k images or fewer on a side.
     """
-    if min(len(generated), len(real)) <= neighbours:
+    if min(len(generated), len(real)) <= NEIGHBOURS:
         raise UserError(
-            f"expected more than {neighbours} pictures on either side, found {len(generated)} and "
-            f"{len(real)}; make more, or take fewer neighbours"
+            f"expected more than {NEIGHBOURS} images on either side, found {len(generated)} and "
+            f"{len(real)}; make more"
         )
     return PrecisionRecall(
-        float(_near(generated, real, neighbours).mean()),
-        float(_near(real, generated, neighbours).mean()),
+        float(_near(generated, real, NEIGHBOURS).mean()),
+        float(_near(real, generated, NEIGHBOURS).mean()),
     )
 
 
 def _near(
     points: Float[np.ndarray, "n f"], members: Float[np.ndarray, "m f"], k: int
 ) -> Bool[np.ndarray, " n"]:
-    """Whether each point lies in the ball of a member that reaches its k-th neighbour."""
+    """Returns True for points in the ball around some member that reaches its k-th neighbour."""
     radii = np.concatenate(
         [np.partition(block, k, axis=1)[:, k] for block in _distances(members, members)]
     )
@@ -100,7 +105,7 @@ def _near(
 def _distances(
     a: Float[np.ndarray, "n f"], b: Float[np.ndarray, "m f"]
 ) -> Iterator[Float64[np.ndarray, "_ m"]]:
-    """Squared distances, some rows at a time: |a|^2 + |b|^2 - 2 a.b in float64."""
+    """Yields squared distances, some rows at a time: |a|^2 + |b|^2 - 2 a.b in float64."""
     b = np.asarray(b, np.float64)
     lengths, rows = np.square(b).sum(axis=1), max(1, BLOCK // len(b))
     for start in range(0, len(a), rows):

@@ -1,4 +1,4 @@
-"""Pictures to feature vectors, on all devices of this process: Inception's, or small ones."""
+"""Feature vectors of images, on all devices of this process: Inception's, or small ones."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,22 +10,20 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float32, UInt8
 
-from microdit_jax.errors import UserError
 from microdit_jax.machine.placement import map_batches
-from microdit_jax.metrics.inception import InceptionConfig, make_inception
+from microdit_jax.metrics.inception import Activations, InceptionConfig, make_inception
 from microdit_jax.metrics.resize import resize, to_inputs
 
-# FID's usual names of Inception's layers, by the number of features.
-LAYERS = {64: "pool_1", 192: "pool_2", 768: "mixed_6e", 2048: "pool_3"}
+INCEPTION_WIDTH = 2048  # features of pool_3
 SMALL_SIDE, SMALL_WIDTHS = 32, (16, 32, 64)
 
 
 class FeatureNetwork:
-    """A frozen network from pictures of bytes to vectors, in batches over all local devices.
+    """A frozen network from uint8 images to feature vectors, in batches over all local devices.
 
     Attributes:
-      name: of the feature space; statistics of one do not go with another's.
-      width: features of a picture.
+      name: name of the feature space; statistics of one cannot be compared with another's.
+      width: features of an image.
     """
 
     def __init__(
@@ -38,11 +36,13 @@ class FeatureNetwork:
         *,
         batch: int = 32,
     ):
-        """Pictures are prepared and taken `batch` at a time, the last batch filled up.
+        """Prepares the network; compiles nothing yet.
 
         Args:
-          params: the network's; copied to every device unless they are on a mesh already.
-          apply: (params, what `prepare` gives) -> (n, width).
+          params: weights; copied to every device unless they are on a mesh already.
+          apply: (params, inputs) -> (n, width).
+          prepare: uint8 images to the inputs of `apply`, a row for each.
+          batch: images at a time; the last batch is filled up.
         """
         self.name, self.width, self._prepare, self._batch = name, width, prepare, batch
         placed = any(
@@ -55,14 +55,14 @@ class FeatureNetwork:
     def __call__(
         self, images: Sequence[UInt8[np.ndarray, "_ _ 3"]]
     ) -> Float32[np.ndarray, "n {self.width}"]:
-        """Features (n, width) of pictures of bytes, of any size."""
+        """Computes the features (n, width) of uint8 images of any size."""
         if not len(images):
             return np.zeros((0, self.width), np.float32)
         return map_batches(self._apply, self._params, images, self._prepare, size=self._batch)
 
 
 def on_all_devices(params: Any) -> Any:
-    """A copy of the parameters on each device of this process."""
+    """Copies the parameters to each device of this process."""
     mesh = jax.make_mesh(
         (jax.local_device_count(),), ("data",), axis_types=(AxisType.Auto,),
         devices=jax.local_devices(),
@@ -76,41 +76,35 @@ def inception_features(
     *,
     weights: str,
     mode: str = "clean",
-    dimensions: int = 2048,
     batch: int = 32,
 ) -> FeatureNetwork:
-    """The features of FID.
+    """Returns the features of FID: Inception's last layer before its logits, 2048 wide.
 
     Args:
-      weights: a hash of them, for the name.
-      mode: how pictures are resized, one of metrics.resize.MODES.
-      dimensions: 2048, or an earlier layer's 64, 192 or 768, averaged over its pixels.
+      weights: hash of the weights, for the name.
+      mode: how images are resized, one of metrics.resize.MODES.
     """
-    if dimensions not in LAYERS:
-        raise UserError(
-            f"dimensions must be one of {', '.join(map(str, LAYERS))}, found {dimensions}"
-        )
-    network, layer = make_inception(config), LAYERS[dimensions]
+    network = make_inception(config)
 
     def apply(params, x):
-        found = getattr(network.apply({"params": params}, x), layer)
-        return found.mean(axis=(1, 2)) if found.ndim == 4 else found
+        activations: Activations = network.apply({"params": params}, x)
+        return activations.pool_3
 
-    name = f"inception:weights={weights[:12]},layer={layer},resize={mode}"
-    width = dimensions // config.divisor
+    name = f"inception:weights={weights[:12]},layer=pool_3,resize={mode}"
+    width = INCEPTION_WIDTH // config.divisor
     return FeatureNetwork(
         name, width, params, apply, lambda images: to_inputs(images, mode), batch=batch
     )
 
 
 def small_features(*, batch: int = 64) -> FeatureNetwork:
-    """112 features of 32 px pictures that need no download: a fixed random convolutional network.
+    """Returns 112 features of 32 px images that need no download: a fixed random convolutional net.
 
-    Means over pixels after each of three layers, with He's normal weights from a fixed seed. They
-    tell better from worse pictures of one small data set, and nothing else: a Fréchet distance in
-    them is not comparable with any published FID.
+    They are means over pixels after each of three layers, with He's normal weights from a fixed
+    seed. They tell better from worse images of one small data set, and nothing else: a Fréchet
+    distance in them is not comparable with any published FID.
     """
-    rng = np.random.RandomState(0)  # whose stream numpy keeps for good
+    rng = np.random.RandomState(0)  # NumPy promises never to change its stream
     params, channels = [], 3
     for width in SMALL_WIDTHS:
         kernel = rng.standard_normal((3, 3, channels, width)) * np.sqrt(2 / (9 * channels))
@@ -136,6 +130,6 @@ def small_features(*, batch: int = 64) -> FeatureNetwork:
 
 
 def _small_inputs(images: Sequence[UInt8[np.ndarray, "_ _ 3"]]) -> Float32[np.ndarray, "n H W 3"]:
-    """Pictures as 32 x 32 floats in [-1, 1]."""
+    """Resizes images to 32 x 32 floats in [-1, 1]."""
     side = SMALL_SIDE
     return np.stack([resize(image, height=side, width=side) for image in images]) / 127.5 - 1

@@ -12,28 +12,32 @@ from jaxtyping import Float, Float64
 
 from microdit_jax.errors import UserError
 
-OFFSET = 1e-6  # pytorch-fid's, added to the diagonals where the square root is not finite
-IMAGINARY = 1e-3  # the most of it that pytorch-fid takes for rounding
+OFFSET = 1e-6  # added to the diagonals where the square root is not finite, as in pytorch-fid
+IMAGINARY = 1e-3  # largest imaginary part taken for rounding, as in pytorch-fid
 
 
 class RunningStatistics:
-    """Mean and covariance of features that come in batches, in float64; the order hardly matters.
+    """Mean and covariance of features that come in batches, in float64.
 
-    Batches are merged by their means and sums of squares (Chan, Golub & LeVeque 1979), so that a
-    large mean does not cancel the deviations from it.
+    Batches are merged by their means and sums of squares (Chan, Golub & LeVeque 1979), which stays
+    accurate where the mean is large against the deviations from it.
     """
 
     def __init__(self, width: int):
-        """width: features of one picture."""
+        """Starts with no images.
+
+        Args:
+          width: features of one image.
+        """
         self.count = 0
         self.mean = np.zeros(width)
         self._squares = np.zeros((width, width))  # sum of (x - mean)(x - mean)^T
 
     def add(self, features: Float[np.ndarray, "n f"]) -> None:
-        """Takes a batch in.
+        """Adds a batch.
 
         Raises:
-          UserError: features of another width, or not finite.
+          UserError: the features have another width, or are not finite.
         """
         features = np.asarray(features, np.float64)
         n, width = features.shape
@@ -41,7 +45,7 @@ class RunningStatistics:
             raise UserError(f"expected features {len(self.mean)} wide, found {width}")
         if not np.isfinite(features).all():
             raise UserError(
-                "expected finite features, found NaN or infinity; look at the pictures, and run the"
+                "expected finite features, found NaN or infinity; look at the images, and run the"
                 " feature network in float32"
             )
         if not n:
@@ -53,13 +57,13 @@ class RunningStatistics:
         self.count = total
 
     def result(self) -> "Statistics":
-        """What was taken in, the covariance over n - 1 as numpy.cov has it.
+        """Returns the statistics so far, the covariance over n - 1 as in numpy.cov.
 
         Raises:
-          UserError: fewer than two pictures.
+          UserError: fewer than two images.
         """
         if self.count < 2:
-            raise UserError(f"expected features of two or more pictures, found {self.count}")
+            raise UserError(f"expected features of two or more images, found {self.count}")
         return Statistics(self.mean, self._squares / (self.count - 1), self.count)
 
 
@@ -70,7 +74,7 @@ class Statistics:
     Attributes:
       mean: (f,).
       covariance: (f, f).
-      count: how many pictures it was fitted to; None where a file does not say.
+      count: number of images it was fitted to; None where a file does not say.
     """
 
     mean: Float64[np.ndarray, " f"]
@@ -79,20 +83,20 @@ class Statistics:
 
     @classmethod
     def of(cls, features: Float[np.ndarray, "n f"]) -> "Statistics":
-        """Of all features (n, f) at once."""
+        """Computes the statistics of features (n, f)."""
         running = RunningStatistics(features.shape[1])
         running.add(features)
         return running.result()
 
 
 def frechet_distance(a: Statistics, b: Statistics) -> float:
-    """d^2 = |m_a - m_b|^2 + Tr(C_a + C_b - 2 (C_a C_b)^(1/2)), of two Gaussians.
+    """Computes d^2 = |m_a - m_b|^2 + Tr(C_a + C_b - 2 (C_a C_b)^(1/2)) of two Gaussians.
 
-    Where the square root is not finite, 1e-6 is added to both diagonals first; a small imaginary
-    part, from rounding, is dropped: both as pytorch-fid does.
+    Where the square root is not finite, 1e-6 is added to both diagonals; a small imaginary part,
+    from rounding, is dropped. pytorch-fid does both.
 
     Raises:
-      UserError: features of two widths, or no real square root.
+      UserError: the widths differ, or there is no real square root.
     """
     if a.mean.shape != b.mean.shape:
         raise UserError(
@@ -108,7 +112,7 @@ def frechet_distance(a: Statistics, b: Statistics) -> float:
     if not np.allclose(diagonal.imag, 0, atol=IMAGINARY):
         raise UserError(
             "expected covariances whose product has a real square root, found an imaginary part of "
-            f"{np.abs(diagonal.imag).max():.2g}; take more pictures, or look at the features"
+            f"{np.abs(diagonal.imag).max():.2g}; take more images, or look at the features"
         )
     traces = np.trace(a.covariance) + np.trace(b.covariance)
     return float(difference @ difference + traces - 2 * diagonal.real.sum())
@@ -116,6 +120,8 @@ def frechet_distance(a: Statistics, b: Statistics) -> float:
 
 def _square_root(matrix: Float64[np.ndarray, "f f"]) -> np.ndarray:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", scipy.linalg.LinAlgWarning)  # singular: looked at here
+        warnings.simplefilter(
+            "ignore", scipy.linalg.LinAlgWarning
+        )  # the caller handles singular ones
         with np.errstate(all="ignore"):
             return np.asarray(scipy.linalg.sqrtm(matrix))

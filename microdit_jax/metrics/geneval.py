@@ -1,8 +1,8 @@
 """GenEval (Ghosh et al. 2023, arXiv:2310.11513): its prompts, its folders, and its scores.
 
-The benchmark asks for four pictures of each of 553 prompts; its own detector, which needs Python
-3.8 or 3.9 and old libraries, says which are right (docs/evaluation.md has a container for it), and
-here its answers become the six scores and their mean.
+The benchmark asks for four images of each of 553 prompts. Its own detector decides which are
+correct; it needs Python 3.8 or 3.9 and old libraries (docs/evaluation.md has a container for it).
+This module turns the detector's answers into the six scores and their mean.
 """
 
 import json
@@ -14,16 +14,19 @@ from microdit_jax.errors import UserError
 from microdit_jax.files import write_text
 
 TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
-SAMPLES = 4  # pictures of each prompt
+SAMPLES = 4  # images of each prompt
 _RESULT_KEYS = ("tag", "correct", "metadata")
 
 
 class Scores(NamedTuple):
-    """Shares of right pictures.
+    """Shares of correct images.
 
-    tasks is in TASKS' order, without those that have no picture; overall is their mean, which the
-    benchmark's tables give; images and prompts are how many there were, and correct_prompts the
-    share of prompts with a right picture.
+    Attributes:
+      tasks: by task in TASKS' order, without those that have no image.
+      overall: the mean over tasks, which the benchmark's tables give.
+      images, prompts: how many there were.
+      correct_images: share of all images.
+      correct_prompts: share of prompts with one correct image or more.
     """
 
     tasks: dict[str, float]
@@ -35,10 +38,10 @@ class Scores(NamedTuple):
 
 
 def read_prompts(path: Path) -> list[dict[str, Any]]:
-    """The lines of the benchmark's evaluation_metadata.jsonl; each has "tag" and "prompt".
+    """Reads the benchmark's evaluation_metadata.jsonl; each line has "tag" and "prompt".
 
     Raises:
-      UserError: not such a file.
+      UserError: the file is missing or another one.
     """
     lines = _read_lines(path)
     for number, line in enumerate(lines, 1):
@@ -51,7 +54,7 @@ def read_prompts(path: Path) -> list[dict[str, Any]]:
 
 
 def write_metadata(folder: Path, prompts: Sequence[dict[str, Any]]) -> None:
-    """Lays out the folder for the detector: NNNNN/metadata.jsonl for each prompt.
+    """Writes NNNNN/metadata.jsonl for each prompt, as the detector expects.
 
     Raises:
       UserError: the folder was made for other prompts.
@@ -72,17 +75,17 @@ def write_metadata(folder: Path, prompts: Sequence[dict[str, Any]]) -> None:
         )
 
 
-def picture_path(folder: Path, index: int, samples: int = SAMPLES) -> Path:
-    """Where the index-th picture goes when each prompt is drawn `samples` times in a row."""
-    prompt, sample = divmod(index, samples)
+def image_path(folder: Path, index: int) -> Path:
+    """Returns the path of the index-th image, each prompt being sampled SAMPLES times in a row."""
+    prompt, sample = divmod(index, SAMPLES)
     return folder / f"{prompt:05d}" / "samples" / f"{sample:04d}.png"
 
 
 def scores(path: Path) -> Scores:
-    """The benchmark's scores from the results.jsonl that its evaluate_images.py writes.
+    """Computes the benchmark's scores from the results.jsonl that its evaluate_images.py writes.
 
     Raises:
-      UserError: not such a file, or a task the benchmark does not have.
+      UserError: the file is missing or another one, or names a task the benchmark does not have.
     """
     lines = _read_lines(path)
     for number, line in enumerate(lines, 1):

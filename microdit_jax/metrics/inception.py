@@ -1,8 +1,8 @@
 """The FID network: Inception-v3 as TensorFlow released it in 2015, in its PyTorch conversion.
 
-Szegedy et al. 2016 (arXiv:1512.00567), without the auxiliary head, and with what sets the released
-graph apart from other Inceptions: average pooling counts no padding, the last block pools by
-maximum, there are 1008 classes. Modules are named as in pt_inception-2015-12-05-6726825d.pth.
+Szegedy et al. 2016 (arXiv:1512.00567), without the auxiliary head. The released graph differs from
+other Inceptions: average pooling counts no padding, the last block pools by maximum, and there are
+1008 classes. Modules are named as in pt_inception-2015-12-05-6726825d.pth.
 """
 
 import dataclasses
@@ -15,8 +15,7 @@ from jaxtyping import Array, Float32
 
 from microdit_jax.errors import UserError
 
-WIDTH = 32  # of the first convolution
-EPS = 1e-3  # of every batch norm
+EPS = 1e-3  # epsilon of every batch norm
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,8 +23,8 @@ class InceptionConfig:
     """Sizes of the network.
 
     Attributes:
-      classes: of the logits.
-      divisor: of every width; 1 is the public network, more are for tests.
+      classes: number of logits.
+      divisor: divides every width; 1 is the public network, larger values are for tests.
     """
 
     classes: int = 1008
@@ -37,11 +36,14 @@ class InceptionConfig:
 
 
 class Activations(NamedTuple):
-    """What FID may be computed from, before the mean over pixels.
+    """Activations along the network; FID is computed from pool_3.
 
-    pool_1 (n, 73, 73, 64) and pool_2 (n, 35, 35, 192) after the two max poolings, mixed_6e
-    (n, 17, 17, 768) where the auxiliary head was, pool_3 (n, 2048) the mean over all pixels, logits
-    (n, 1008); pool_3 is what FID means.
+    Attributes:
+      pool_1: (n, 73, 73, 64), after the first max pooling.
+      pool_2: (n, 35, 35, 192), after the second.
+      mixed_6e: (n, 17, 17, 768), where the auxiliary head was.
+      pool_3: (n, 2048), mean over all pixels of the last block.
+      logits: (n, 1008).
     """
 
     pool_1: Float32[Array, "n _ _ _"]
@@ -61,7 +63,7 @@ class ConvNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float32[Array, "n H W c"]) -> Float32[Array, "n h w d"]:
-        # Full float32 on every device: TF32 and bfloat16 passes move FID.
+        # TF32 and bfloat16 passes would change FID, so float32 on every device.
         x = nn.Conv(
             self.features, self.size, self.stride, self.padding, use_bias=False, name="conv",
             precision=jax.lax.Precision.HIGHEST,
@@ -84,7 +86,7 @@ class StoredNorm(nn.Module):
 
 
 class Block(nn.Module):
-    """What all blocks share: convolutions by name, with widths divided for tests."""
+    """Base of all blocks: convolutions by name, with widths divided for tests."""
 
     divisor: int
 
@@ -97,21 +99,21 @@ class Block(nn.Module):
         stride: int = 1,
         padding: str = "SAME",
     ) -> Float32[Array, "n h w d"]:
-        """A convolution under this name; size: of its square kernel, or (rows, columns)."""
+        """Applies a convolution of this name; `size` is its kernel's side, or (rows, columns)."""
         size = (size, size) if isinstance(size, int) else size
         return ConvNorm(features // self.divisor, size, stride, padding, name=name)(x)
 
     def chain(
         self, x: Float32[Array, "n H W c"], prefix: str, *convs: tuple[Any, ...]
     ) -> Float32[Array, "n h w d"]:
-        """Convolutions one after another: prefix_1, prefix_2, ..."""
+        """Applies convolutions one after another: prefix_1, prefix_2, ..."""
         for i, arguments in enumerate(convs, 1):
             x = self.conv(x, f"{prefix}_{i}", *arguments)
         return x
 
 
 class BlockA(Block):
-    """35 x 35 pixels: 1x1, 5x5, two 3x3, pooling."""
+    """Block at 35 x 35 pixels: 1x1, 5x5, two 3x3, pooling."""
 
     pool_features: int
 
@@ -127,7 +129,7 @@ class BlockA(Block):
 
 
 class BlockB(Block):
-    """35 x 35 pixels to 17 x 17."""
+    """Block from 35 x 35 pixels to 17 x 17."""
 
     @nn.compact
     def __call__(self, x: Float32[Array, "n H W c"]) -> Float32[Array, "n h w d"]:
@@ -140,7 +142,7 @@ class BlockB(Block):
 
 
 class BlockC(Block):
-    """17 x 17 pixels: 1x1, 7x7 and two 7x7 as rows and columns, pooling."""
+    """Block at 17 x 17 pixels: 1x1, 7x7 and two 7x7 as rows and columns, pooling."""
 
     inner: int
 
@@ -158,7 +160,7 @@ class BlockC(Block):
 
 
 class BlockD(Block):
-    """17 x 17 pixels to 8 x 8."""
+    """Block from 17 x 17 pixels to 8 x 8."""
 
     @nn.compact
     def __call__(self, x: Float32[Array, "n H W c"]) -> Float32[Array, "n h w d"]:
@@ -172,7 +174,7 @@ class BlockD(Block):
 
 
 class BlockE(Block):
-    """8 x 8 pixels: 1x1, 3x3 and two 3x3 that split into a row and a column, pooling."""
+    """Block at 8 x 8 pixels: 1x1, 3x3 and two 3x3 that split into a row and a column, pooling."""
 
     pool_by_maximum: bool
 
@@ -196,7 +198,7 @@ class BlockE(Block):
 
 
 class Inception(Block):
-    """Pictures (n, 299, 299, 3) in about [-1, 1] (metrics.resize.to_inputs) -> Activations."""
+    """Inception-v3: images (n, 299, 299, 3) as from metrics.resize.to_inputs -> Activations."""
 
     classes: int
 
@@ -229,10 +231,10 @@ class Inception(Block):
 
 
 def make_inception(config: InceptionConfig) -> Inception:
-    """The network of a config."""
+    """Returns the network of a config."""
     return Inception(config.divisor, config.classes)
 
 
 def _mean_pool(x: Float32[Array, "n h w c"]) -> Float32[Array, "n h w c"]:
-    """Mean over 3 x 3 pixels, at the border over those that there are."""
+    """Averages 3 x 3 pixels; at the border, those inside the image."""
     return nn.avg_pool(x, (3, 3), padding="SAME", count_include_pad=False)

@@ -1,4 +1,4 @@
-"""Pictures to the 299 x 299 pixels of the FID network, and to its input range, in three ways.
+"""Resizes images to the FID network's 299 x 299 pixels and input range, in three ways.
 
 Parmar et al. 2022 (arXiv:2104.11222): FID moves by whole points with the resizing. "clean" is
 clean-fid's; "pytorch_fid" and "torch_fidelity" are the two older packages' (clean-fid calls them
@@ -16,20 +16,20 @@ from microdit_jax.errors import UserError
 
 MODES = ("clean", "pytorch_fid", "torch_fidelity")
 SIDE = 299
-# How a mode brings bytes to about [-1, 1]: (x - middle) / middle. 128 is TensorFlow's.
+# Bytes become (x - middle) / middle, in about [-1, 1]; 128 is TensorFlow's.
 _MIDDLE = {"clean": 128.0, "pytorch_fid": 127.5, "torch_fidelity": 128.0}
 
 
 def resize(
     image: UInt8[np.ndarray, "H W 3"], mode: str = "clean", *, height: int = SIDE, width: int = SIDE
 ) -> Float32[np.ndarray, "{height} {width} 3"]:
-    """A picture (H, W, 3) of bytes in another size, float32 in [0, 255], without rounding.
+    """Resizes a uint8 image (H, W, 3), without rounding: float32 in [0, 255].
 
-    "clean" is Pillow's antialiased bicubic of each colour as floats. The other two are bilinear
-    without antialiasing, and differ in where they put the pixels' centres.
+    "clean" is Pillow's antialiased bicubic filter on each colour as floats. The other two are
+    bilinear without antialiasing, and differ in the positions of the pixels' centres.
 
     Raises:
-      UserError: no such mode.
+      UserError: an unknown mode.
     """
     if mode not in MODES:
         raise UserError(f"resizing must be one of {', '.join(MODES)}, found {mode!r}")
@@ -46,7 +46,7 @@ def resize(
 
 
 def _two(old: int, new: int, half: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The two old pixels each new one lies between, and how far it is from the first."""
+    """Returns the two old pixels around each new one, and its distance from the first."""
     # torch computes this in float32 with a fused multiply-add, which rounds once.
     position = (np.arange(new) + half) * np.float64(np.float32(old / new)) - half
     position = np.maximum(position, 0).astype(np.float32)
@@ -57,8 +57,8 @@ def _two(old: int, new: int, half: float) -> tuple[np.ndarray, np.ndarray, np.nd
 def to_inputs(
     images: Iterable[UInt8[np.ndarray, "_ _ 3"]], mode: str = "clean"
 ) -> Float32[np.ndarray, "n 299 299 3"]:
-    """Pictures of any size as the FID network takes them, in about [-1, 1]; several at a time."""
+    """Resizes images of any size to the FID network's input, in about [-1, 1], in threads."""
     middle = np.float32(_MIDDLE.get(mode, 0))
-    with ThreadPoolExecutor() as pool:  # Pillow lets go of the interpreter while it resizes
+    with ThreadPoolExecutor() as pool:  # Pillow releases the interpreter lock while it resizes
         resized = pool.map(lambda image: (resize(image, mode) - middle) / middle, images)
         return np.stack(list(resized))

@@ -14,19 +14,18 @@ from microdit_jax.errors import UserError
 from microdit_jax.files import atomic_file
 from microdit_jax.metrics.frechet import Statistics
 
-ABOUT = "about"  # our file's JSON: what the features are and what they were computed from
+ABOUT = "about"  # key of the JSON in our files that describes features and inputs
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Reference:
-    """Statistics of real pictures, and where they come from.
+    """Statistics of real images, and where they come from.
 
     Attributes:
       statistics: mean and covariance.
-      features: (n, f) of every picture, where the file holds them; KID and recall need these.
-      about: what our files say: "features" (name of the feature space), "inputs" (hash of the
-        pictures), "count"; empty for the others' files.
-      digest: sha256 of the numbers, whatever file they came in.
+      features: (n, f) of every image, if the file holds them; KID and recall need these.
+      about: description in our own files: "features" (name of the feature space), "inputs" (hash
+        of the images), "count"; empty for files of other packages.
     """
 
     statistics: Statistics
@@ -35,7 +34,7 @@ class Reference:
 
     @property
     def digest(self) -> str:
-        """sha256 of mean and covariance: which statistics a result was computed with."""
+        """sha256 of mean and covariance, whatever file they came in."""
         parts = (self.statistics.mean, self.statistics.covariance)
         return hashlib.sha256(b"".join(part.tobytes() for part in parts)).hexdigest()
 
@@ -51,29 +50,27 @@ class Reference:
 
 
 def save_reference(
-    path: Path, features: Float[np.ndarray, "n f"], *, name: str, inputs: str, keep: bool = True
+    path: Path, features: Float[np.ndarray, "n f"], *, name: str, inputs: str
 ) -> Reference:
-    """Writes statistics of features as .npz, with pytorch-fid's keys mu and sigma.
+    """Writes features and their statistics as .npz, with pytorch-fid's keys mu and sigma.
 
     Args:
-      name: of the feature space.
-      inputs: a hash of the pictures.
-      keep: the features too, for KID, precision and recall.
+      name: name of the feature space.
+      inputs: hash of the images.
     """
     statistics = Statistics.of(features)
     about = {"features": name, "inputs": inputs, "count": len(features)}
     arrays = {"mu": statistics.mean, "sigma": statistics.covariance}
-    if keep:
-        arrays["feats"] = np.asarray(features, np.float32)
+    arrays["feats"] = np.asarray(features, np.float32)  # for KID, precision and recall
     write_npz(path, arrays | {ABOUT: np.array(json.dumps(about))})
     return load_reference(path)
 
 
 def load_reference(path: Path) -> Reference:
-    """Reads .npz with mu and sigma (all of the four), or feats (clean-fid's for KID).
+    """Reads .npz with mu and sigma, or with feats alone (clean-fid's for KID).
 
     Raises:
-      UserError: no such file, damaged, or with neither.
+      UserError: the file is missing, damaged, or has neither.
     """
     try:
         arrays = read_npz(path)
@@ -81,7 +78,7 @@ def load_reference(path: Path) -> Reference:
     except (OSError, ValueError) as error:
         raise UserError(
             f"expected .npz of reference statistics at {path}, could not read it ({error}); give "
-            "such a file or a folder of pictures"
+            "such a file or a folder of images"
         ) from error
     features = arrays.get("feats")
     if features is not None:
@@ -103,7 +100,7 @@ def load_reference(path: Path) -> Reference:
 
 
 def read_npz(path: Path) -> dict[str, np.ndarray]:
-    """All arrays of .npz; a pickle is never opened.
+    """Reads all arrays of an .npz; never unpickles.
 
     Raises:
       OSError: the file cannot be opened.
@@ -113,11 +110,11 @@ def read_npz(path: Path) -> dict[str, np.ndarray]:
         try:
             with np.load(file, allow_pickle=False) as arrays:
                 return {name: arrays[name] for name in arrays.files}
-        except Exception as error:  # damage shows in zipfile, zlib, the header's tokens, ...
+        except Exception as error:  # damage is raised by zipfile, zlib, the header's parser, ...
             raise ValueError(f"{type(error).__name__}: {error}") from error
 
 
 def write_npz(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    """Writes .npz that takes its name only once it is whole."""
+    """Writes an .npz, whole or not at all."""
     with atomic_file(path, sum(array.nbytes for array in arrays.values())) as file:
         np.savez(file, **arrays)

@@ -1,4 +1,4 @@
-"""What an evaluation leaves: result.json, a Markdown table beside the published one, a plot."""
+"""Files of a finished evaluation: result.json, a table beside the published scores, a plot."""
 
 import json
 import math
@@ -19,7 +19,7 @@ PACKAGES = ("microdit_jax", "jax", "jaxlib", "flax", "numpy", "scipy", "pillow")
 
 
 def environment() -> dict[str, str]:
-    """Versions and devices."""
+    """Returns versions and devices, by name."""
     device = jax.devices()[0]
     return {name: version(name) for name in PACKAGES} | {
         "python": platform.python_version(),
@@ -28,12 +28,12 @@ def environment() -> dict[str, str]:
 
 
 def write(folder: Path, result: dict[str, Any]) -> list[Path]:
-    """Writes result.json and result.md, and sweep.svg of several guidance scales.
+    """Writes result.json and result.md, and sweep.svg for several guidance scales.
 
     Args:
-      result: what `microdit_jax.evaluate` puts together; "results" has a row for each scale.
+      result: contents of result.json; "results" has a row for each scale.
     Returns:
-      The files.
+      The files written.
     """
     texts = {
         "result.json": json.dumps(result, indent=1, ensure_ascii=False) + "\n",
@@ -47,13 +47,13 @@ def write(folder: Path, result: dict[str, Any]) -> list[Path]:
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """A table with a row for each guidance scale, the published one beneath."""
+    """Returns a table with a row for each guidance scale, the published scores beneath."""
     names = [n for n in TITLES if any(n in row["scores"] for row in result["results"])]
-    head = ["model", "guidance", "steps", "pictures", "seeds", *(TITLES[name] for name in names)]
+    head = ["model", "guidance", "steps", "images", "seeds", *(TITLES[name] for name in names)]
     steps = result["sampler"]["num_inference_steps"]
     rows = [
         [result["model"]["description"], f"{row['guidance_scale']:g}", f"{steps}",
-         f"{row['pictures']}", f"{len(result['seeds'])}",
+         f"{row['images']}", f"{len(result['seeds'])}",
          *(_cell(row["scores"].get(name)) for name in names)]
         for row in result["results"]
     ]  # fmt: skip
@@ -86,9 +86,10 @@ def _cell(score: dict[str, Any] | None) -> str:
 
 
 def sweep(rows: Sequence[dict[str, Any]]) -> str:
-    """An SVG of distance against CLIP score, or, where there is none, against guidance.
+    """Plots distance against CLIP score, or against guidance where there is no CLIP score.
 
-    Returns "" where there is no distance to plot.
+    Returns:
+      The SVG, "" where there is no distance to plot.
     """
     distance = next((n for n in ("fid", "frechet_small") if n in rows[0]["scores"]), None)
     if distance is None:
@@ -130,10 +131,10 @@ def _svg(points: Sequence[tuple[float, float, str]], x_title: str, y_title: str)
             f'<line x1="{x:.1f}" x2="{width - right}" y1="{y:.1f}" y2="{y:.1f}" stroke="#ddd"/>'
         )
         parts.append(f'<text x="{x - 6:.1f}" y="{y + 4:.1f}" text-anchor="end">{tick:g}</text>')
-    places = [at(x, y) for x, y, _ in points]
-    line = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
+    positions = [at(x, y) for x, y, _ in points]
+    line = " ".join(f"{x:.1f},{y:.1f}" for x, y in positions)
     parts.append(f'<polyline points="{line}" fill="none" stroke="#06c"/>')
-    for (x, y), (_, _, label) in zip(places, points, strict=True):
+    for (x, y), (_, _, label) in zip(positions, points, strict=True):
         parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5" fill="#06c"/>')
         parts.append(f'<text x="{x + 6:.1f}" y="{y - 6:.1f}">{label}</text>')
     middle = (top + height - bottom) / 2
@@ -146,7 +147,7 @@ def _svg(points: Sequence[tuple[float, float, str]], x_title: str, y_title: str)
 
 
 def _axis(values: Sequence[float]) -> tuple[float, float, list[float]]:
-    """The ends of an axis over all values, and round numbers on it."""
+    """Returns the ends of an axis over all values, and round numbers on it."""
     low, high = min(values), max(values)
     if low == high:
         low, high = low - 1, high + 1
