@@ -150,7 +150,7 @@ def test_the_whole_protocol(tmp_path, monkeypatch):
     assert again == result
     # A further seed is sampled beside the others, which are not sampled again.
     monkeypatch.setattr(SampleSet, "_sample", lambda self, chunk: np.full(
-        (len(chunk.prompts), 32, 32, 3), 20 * self._sampler.seed + chunk.start, np.uint8))  # fmt: skip
+        (len(chunk.prompts), 32, 32, 3), 20 * self._sampler.seed, np.uint8))  # fmt: skip
     more, _ = protocol.evaluate(subject, ask(tmp_path, reference=asked.reference, side=32,
                                              seeds=(1, 2, 3)), out)  # fmt: skip
     for before, after in zip(result["results"], more["results"], strict=True):
