@@ -37,7 +37,7 @@ ONLY_FOR = {
     "microdit_jax.assets.load": {
         "sample_main", "microdit_jax.evaluate.__main__", "microdit_jax.app.__main__",
     },
-    "microdit_jax.evaluate.generation": {"microdit_jax.evaluate.__main__"},
+    "microdit_jax.evaluate.sample_set": {"microdit_jax.evaluate.__main__"},
     "microdit_jax.evaluate.reference": {"microdit_jax.evaluate.__main__"},
     "microdit_jax.evaluate.scores": {"microdit_jax.evaluate.__main__"},
 }  # fmt: skip

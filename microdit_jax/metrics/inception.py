@@ -15,6 +15,7 @@ from jaxtyping import Array, Float32
 
 from microdit_jax.errors import UserError
 
+WIDTH = 32  # channels of the first convolution
 EPS = 1e-3  # epsilon of every batch norm
 
 
