@@ -1,4 +1,4 @@
-"""The data that a run configuration names, and whether it fits the network."""
+"""Opens the data that a run configuration names, and checks that it fits the network."""
 
 import re
 from collections.abc import Iterator
@@ -27,24 +27,29 @@ from microdit_jax.prepare.emoji_set import prepare_emoji_set
 from microdit_jax.training import rules
 from microdit_jax.training.caption_tower import CaptionTower, batch_key
 
-# What of a record goes into a batch, beside its captions
+# Keys of a record that a batch holds, beside its captions
 RECORD_KEYS = ("latents", "index")
+
+Opened = StoredLatents | LatentSource  # a dataset, which knows its towers
 
 
 class RunData(NamedTuple):
-    """What a run trains on and is measured by.
+    """Datasets of a run.
 
-    sources, weights: for `pipeline.make_dataset`; a record's "source" is its number in `names`.
-    heldout: records that training does not see.
-    made_by: names of the "vae" and the "text_encoder" of all of them.
-    tower: embeds the captions of records that hold "tokens", else None.
-    codec: the folder of the codec where the run's data made one, else None.
+    Attributes:
+      sources, weights: for `pipeline.make_dataset`; a record's "source" is its index in `names`.
+      names: folders of the sources.
+      heldout: records that training does not see.
+      made_by: names of the "vae" and the "text_encoder" of all of them.
+      tower: embeds the captions of records that hold "tokens", else None.
+      codec: folder of the codec if it was fitted to the run's data, else None.
+      attribution: to be shown with samples, as the data's licence asks.
     """
 
     sources: list[Source]
     weights: list[float]
     names: list[str]
-    heldout: Source
+    heldout: Opened
     made_by: dict[str, str]
     tower: CaptionTower | None
     codec: Path | None
@@ -52,22 +57,22 @@ class RunData(NamedTuple):
 
     @property
     def batch_keys(self) -> tuple[str, ...]:
-        """What of a batch goes to the devices."""
+        """Keys of the arrays of a batch that go to the devices."""
         return ("latents", batch_key(self.tower), "keep_caption")
 
     def check_batch(self, batch: Record) -> None:
-        """Raises UserError for token ids that are not the tower's."""
+        """Raises UserError for token ids outside the tower's vocabulary."""
         if self.tower is not None:
             self.tower.check(batch["tokens"])
 
     def heldout_caption(self, index: int) -> str:
-        """The text of a held-out record."""
+        """Returns the caption of a held-out record."""
         if isinstance(self.heldout, LatentSource):
             return self.heldout.captions[index]
         return self.heldout[index]["caption"]
 
     def batches(self, config: ConfigDict, start: int) -> Iterator[Record]:
-        """This process's part of the batches of steps `start` + 1, `start` + 2, ..."""
+        """Yields this process's part of the batches of steps `start` + 1, `start` + 2, ..."""
         dataset = pipeline.make_dataset(
             self.sources,
             self.weights,
@@ -81,7 +86,7 @@ class RunData(NamedTuple):
 
 
 class _Numbered:
-    """A source's arrays alone, each record with the number of its source."""
+    """The arrays of a source, without texts, and with the source's number in each record."""
 
     def __init__(self, source: Source, number: int, captions: str):
         self._source, self._number = source, np.int32(number)
@@ -100,12 +105,13 @@ class _Numbered:
 
 
 def load_data(config: ConfigDict, mesh: Mesh) -> RunData:
-    """Opens the datasets of a run; prepares the embedded pictures where that was not done yet.
+    """Opens the datasets of a run; prepares the embedded emoji images on first use.
 
     Args:
-      mesh: where the text tower goes, if the run embeds captions itself.
+      config: checked by `training.config.check`.
+      mesh: devices of the text tower, if the run embeds captions itself.
     Raises:
-      UserError: no datasets, an unknown source, one that does not open, or that other towers made.
+      UserError: a dataset that does not open, or that other towers made.
     """
     entries = [dict(entry) for entry in config.data.datasets]
     heldout_entry = config.data.heldout.to_dict()
@@ -117,7 +123,7 @@ def load_data(config: ConfigDict, mesh: Mesh) -> RunData:
     made_by = {"vae": heldout.vae, "text_encoder": heldout.text_encoder}
     for source in opened:
         source.check_made_by(**made_by)
-    notes = [getattr(getattr(source, "info", None), "attribution", "") for source in opened]
+    notes = [source.info.attribution for source in opened if isinstance(source, StoredLatents)]
     has_codec = heldout_entry["source"] == "twemoji"
     if has_codec:
         notes.append(ATTRIBUTION)
@@ -135,7 +141,7 @@ def load_data(config: ConfigDict, mesh: Mesh) -> RunData:
 
 def _open(
     config: ConfigDict, entry: dict[str, Any], split: str, tower: CaptionTower | None
-) -> Source:
+) -> Opened:
     openers = {
         "latents": _open_latents,
         "twemoji": _open_twemoji,
@@ -147,7 +153,7 @@ def _open(
 def _open_latents(
     config: ConfigDict, folder: str, split: str, tower: CaptionTower | None
 ) -> StoredLatents:
-    """Stored latents, MDS or ArrayRecord; training and held-out pictures lie in different ones."""
+    """Opens stored latents, MDS or ArrayRecord; each folder is one split."""
     data = config.data
     return open_latents(
         folder,
@@ -162,7 +168,7 @@ def _open_latents(
 def _open_twemoji(
     config: ConfigDict, folder: str, split: str, tower: CaptionTower | None
 ) -> LatentSource:
-    """The embedded emoji pictures; the folder is prepared first, by one process, if need be."""
+    """Opens the embedded emoji images, whose folder process 0 prepares on first use."""
     match = re.fullmatch(rules.PATCH_PCA, config.data.vae)
     assert match is not None  # as rules.check_datasets has made sure
     patch, channels, resolution = map(int, match.groups())
@@ -185,16 +191,23 @@ def _open_twemoji(
 def _open_untoned(
     config: ConfigDict, folder: str, split: str, tower: CaptionTower | None
 ) -> LatentSource:
-    """Those emoji pictures whose captions name no skin tone: mostly things, each of its own kind.
+    """Opens the emoji images whose captions name no skin tone, mostly things.
 
-    A mixture shows them more often by having them once more; half the set are people in five tones.
+    Half of all emoji images are people in five tones. Mixed with the whole set, this subset makes
+    the rest more frequent.
     """
-    pictures = _open_twemoji(config, folder, split, tower)
-    return pictures.subset(["skin tone" not in caption for caption in pictures.captions])
+    images = _open_twemoji(config, folder, split, tower)
+    return images.subset(["skin tone" not in caption for caption in images.captions])
 
 
 def check_data(cfg: DiTConfig, data: RunData) -> int:
-    """Raises UserError where records do not fit the network; returns the caption tokens l."""
+    """Checks the first record of each dataset against the network.
+
+    Returns:
+      The number l of tokens of a caption.
+    Raises:
+      UserError: latents or captions of another shape, or captions of several lengths.
+    """
     expected, lengths = (cfg.input_size, cfg.input_size, cfg.in_channels), set()
     for name, source in zip(
         (*data.names, "data.heldout"), (*data.sources, data.heldout), strict=True

@@ -1,4 +1,4 @@
-"""What every run configuration has, with the recipe's defaults, and the variants of any of them.
+"""All keys of a run configuration, with the recipe's defaults, and the variants of any of them.
 
 A config file changes values and adds none: an unknown key is an error. Variants stand after a
 colon, separated by commas:
@@ -7,7 +7,7 @@ colon, separated by commas:
 
   arch=Tiny_2   the 201 M network of the paper's ablations; arch=XL_2 the 1.16 B one
   mesh=DxFxE    devices over data, fsdp and expert; -1 takes the rest
-  runlocal      a minute on a CPU: a small network of the same form on the embedded emoji pictures
+  runlocal      a minute on a CPU: a small network of the same form on the embedded emoji images
 """
 
 import runpy
@@ -41,7 +41,7 @@ PROMPTS = (
 
 
 def base() -> ConfigDict:
-    """The full, locked configuration."""
+    """Returns the full, locked configuration."""
     from microdit_jax.diffusion import EdmConfig  # here, so that --help answers at once
 
     return ConfigDict(
@@ -75,21 +75,22 @@ def base() -> ConfigDict:
             "edm": {"P_mean": -0.6, "P_std": 1.2, "sigma_data": EdmConfig().sigma_data},
             "data": {
                 # Each {"source", "folder", "weight"}. Sources: "latents", precomputed, in MDS or
-                # ArrayRecord files; "twemoji", the embedded pictures; "twemoji_untoned", those of
-                # no skin tone. A record of a set with weight 2 is seen twice as often as one of a
-                # set with weight 1.
+                # ArrayRecord files; "twemoji", the embedded emoji images; "twemoji_untoned", those
+                # of no skin tone. A record of a set with weight 2 is seen twice as often as one of
+                # a set with weight 1.
                 "datasets": (),
-                # {"source", "folder"}, of pictures that training does not see.
+                # {"source", "folder"} of images that training does not see.
                 "heldout": ConfigDict({"source": "", "folder": ""}),
                 "resolution": 256,  # pixels
-                # What made the latents and caption embeddings.
+                # Names of the towers that made latents and caption embeddings.
                 "vae": "stabilityai/stable-diffusion-xl-base-1.0",
                 "text_encoder": "openclip:hf-hub:apple/DFN5B-CLIP-ViT-H-14-378",
                 # "embeddings" as stored, or "tokens": the text tower then runs in the train step.
                 "captions": "embeddings",
                 "cache": "",  # folder for the shards of sets at a URL
                 "caption_drop": 0.1,
-                # That read, in each process. One is quickest from memory or a local disk.
+                # Threads that read data, in each process. One is quickest from memory or a local
+                # disk, 0 reads in the training thread.
                 "threads": 2,
             },
             "optim": {
@@ -100,7 +101,7 @@ def base() -> ConfigDict:
                 "final_ratio": 1.0,
                 "weight_decay": 0.1,
                 "clip_norm": 0.25,
-                # Of the experts' weights over all others'.
+                # Learning rate of the experts' weights over that of all others.
                 "expert_multiplier": 1.0,
             },
             "ema": {"enabled": False, "smoothing": 0.99975, "start_step": 0},
@@ -108,13 +109,13 @@ def base() -> ConfigDict:
                 # The run ends at this step, counted from where its weights began to train.
                 "steps": 250_000,
                 "batch_size": 2048,
-                # Images that a device computes at a time, their gradients summed; 0 for all.
+                # Images that a device computes at a time, gradients being summed; 0 for all.
                 "micro_batch_size": 0,
                 "mask_ratio": 0.75,
                 "log_every": 50,
                 "eval_every": 2500,
                 "checkpoint_every": 2500,
-                "keep_last": 2,  # checkpoints
+                "keep_last": 2,  # newest checkpoints
                 "keep_every": 0,  # steps whose checkpoint stays for good; 0 for none
                 # Updates in a row that may be skipped for a loss or gradient that is not finite.
                 "max_skipped": 20,
@@ -124,15 +125,15 @@ def base() -> ConfigDict:
                 # What is measured each eval_every steps and at the end, in this order: names of
                 # microdit_jax.training.evaluation.EVALUATORS. A count of 0 below leaves one out.
                 "evaluators": ("heldout_loss", "sample_scores", "sample_grid", "page"),
-                # Held-out pictures for the loss, and noise draws for each.
+                # Held-out images for the loss, and noise samples for each.
                 "num_images": 4096,
                 "batch_size": 1024,
                 "draws": 1,
-                # For the grid; none of them, and a set with pictures: held-out captions.
+                # Prompts of the grid; with none, held-out captions beside their images.
                 "prompts": PROMPTS,
-                "num_samples": 16,  # pictures of the grid; 0 for no grid
-                # Pictures drawn for a distance to real ones, in small features (no FID); 0 for
-                # none. Prompts and pictures as python -m microdit_jax.evaluate takes them.
+                "num_samples": 16,  # samples of the grid; 0 for no grid
+                # Samples whose distance to real images is measured, in small features (no FID); 0
+                # for none. Prompts and reference as python -m microdit_jax.evaluate takes them.
                 "score_images": 0,
                 "score_prompts": "train",
                 "score_reference": "train",
@@ -150,7 +151,7 @@ def base() -> ConfigDict:
 
 
 def latents(*folders: str) -> tuple[dict, ...]:
-    """Datasets of stored latents, each record as often as any other."""
+    """Returns datasets of stored latents, all records with the same weight."""
     return tuple({"source": "latents", "folder": folder, "weight": 1.0} for folder in folders)
 
 
@@ -161,7 +162,9 @@ def apply_variants(config: ConfigDict, variants: str) -> ConfigDict:
     Raises:
       UserError: an unknown variant, or a value it cannot take.
     """
-    chosen = dict(item.partition("=")[::2] for item in variants.split(",") if item)
+    chosen: dict[str, str] = {}
+    for item in filter(None, variants.split(",")):
+        name, _, chosen[name] = item.partition("=")
     if unknown := sorted(set(chosen) - {"arch", "mesh", "runlocal"}):
         raise UserError(
             f"config variants are arch=XL_2|Tiny_2, mesh=DxFxE and runlocal, found "
@@ -188,7 +191,7 @@ def apply_variants(config: ConfigDict, variants: str) -> ConfigDict:
 
 
 def stages(**configs: ConfigDict) -> ConfigDict:
-    """Several stages as one configuration, run in this order (ConfigDict sorts its own keys)."""
+    """Chains several stages in this order, which ConfigDict's sorted keys would lose."""
     return ConfigDict({"stages": tuple(configs), **configs}).lock()
 
 
@@ -200,7 +203,7 @@ def stages_beside(recipe: str, names: Sequence[str], variants: str) -> ConfigDic
 def config_beside(file: str, name: str, variants: str = "") -> ConfigDict:
     """Reads the config NAME.py that lies beside the config file `file`.
 
-    By path, since installed and copied configs are not modules of any package.
+    It is read by its path, since installed and copied configs are not modules of any package.
     """
     return runpy.run_path(str(Path(file).with_name(f"{name}.py")))["get_config"](variants)
 
@@ -208,7 +211,7 @@ def config_beside(file: str, name: str, variants: str = "") -> ConfigDict:
 def use_emoji(
     config: ConfigDict, *, resolution: int, folder: str, tokens: int, width: int, channels: int = 8
 ) -> None:
-    """The embedded emoji pictures, their codec fitted at 32 px whatever the resolution."""
+    """Sets the data to the embedded emoji images, with a codec fitted at 32 px."""
     patch = 4
     config.data.update(
         datasets=({"source": "twemoji", "folder": folder, "weight": 1.0},),
@@ -225,7 +228,7 @@ def use_emoji(
 
 
 def set_sizes(config: ConfigDict, sizes: Mapping) -> None:
-    """Replaces the arch by a network whose sizes are all given."""
+    """Replaces the architecture by a network whose sizes are all given."""
     config.model.arch = "DiT"
     with config.model.options.unlocked():
         config.model.options.update(sizes)
@@ -234,7 +237,7 @@ def set_sizes(config: ConfigDict, sizes: Mapping) -> None:
 def set_emoji_network(
     config: ConfigDict, *, dim: int, patch_mixer_dim: int, init_std: float
 ) -> None:
-    """A network of four blocks, two with experts, after two of the mixer, for CPUs."""
+    """Sets a network for CPUs: two mixer blocks, then four blocks, two of them with experts."""
     sizes = {
         "dtype": "float32",
         "dim": dim,
@@ -255,7 +258,7 @@ def set_emoji_network(
 
 
 def _runlocal(config: ConfigDict) -> None:
-    """The same stage in small: 32 px for 256 and 64 px for 512, all steps by one scale."""
+    """Shrinks a stage: 32 px for 256 and 64 px for 512, all step counts by one factor."""
     depth, narrow_mixer = 4, config.model.arch == "MicroDiT_XL_2"
     use_emoji(
         config,
@@ -281,13 +284,13 @@ def _runlocal(config: ConfigDict) -> None:
     }
     set_sizes(config, sizes)
     optim, ema, run = config.optim, config.ema, config.train
-    # Of 280,000 and 55,000 steps the last tenth is the second and the fourth stage: here a third.
+    # In the recipe, stages 2 and 4 are the last tenth of 280,000 and 55,000 steps; here a third.
     first = 200
     ema.start_step = round(ema.start_step * first / 50_000)
     optim.warmup_steps = 20 if optim.warmup_steps else 0
     optim.decay_steps = first if optim.decay_steps else 0
     run.steps = first if run.mask_ratio else first + 100
-    # Small networks take, and need, larger steps.
+    # Small networks need a larger learning rate, and are stable with it.
     optim.update(learning_rate=12.5 * optim.learning_rate, clip_norm=4 * optim.clip_norm)
     ema.smoothing = 0.95 if ema.enabled else ema.smoothing
     run.update(batch_size=64, micro_batch_size=run.micro_batch_size // 4)

@@ -1,7 +1,7 @@
-"""Where a run's figures go: metrics.jsonl, TensorBoard, and Weights & Biases where asked for.
+"""Writes a run's metrics to metrics.jsonl, TensorBoard and, if asked for, Weights & Biases.
 
-After a resume all three go on from the restored step: metrics.jsonl keeps no later line, so that it
-ends up as an unbroken run's, line for line (but for what was measured with a clock).
+After a resume all three continue from the restored step. Lines of metrics.jsonl after that step are
+removed, so that in the end it equals an unbroken run's line for line, timings apart.
 """
 
 import json
@@ -22,10 +22,10 @@ METRICS_FILE = "metrics.jsonl"
 
 
 class MetricWriter:
-    """Writes the figures of one run; for the process that does so.
+    """Writes the metrics of one run, on the one process that does so.
 
     Args:
-      workdir: holds metrics.jsonl, tensorboard/ and, with W&B, wandb/.
+      workdir: folder of metrics.jsonl, tensorboard/ and, with W&B, wandb/.
       restored_step: the step that this run resumes from; None starts all records anew.
       wandb_project: W&B project; empty for none.
       config: the run's configuration, shown by W&B.
@@ -57,30 +57,30 @@ class MetricWriter:
             self._wandb = _start_wandb(wandb_project, Path(workdir), config or {})
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
-        """Records figures, maybe in nested dictionaries, as one line: {"step": step} | values.
+        """Records values, nested dictionaries too, as one line: {"step": step} | values.
 
-        The line is with the operating system when this returns; figures that are not finite become
-        null, for which JSON has a word.
+        The line is flushed when this returns. Values that are not finite become null, since JSON
+        has no NaN.
         """
         with disk_errors(self._path):
             print(json.dumps(_finite({"step": step} | dict(values))), file=self._file, flush=True)
         scalars = dict(_flat(values))
         if self._tensorboard is not None:
             for name, value in scalars.items():
-                if math.isfinite(value):  # of others it warns, line by line
+                if math.isfinite(value):  # TensorBoard warns about each other value
                     self._tensorboard.add_scalar(name, value, step)
         if self._wandb is not None:
             self._wandb.log({"step": step} | scalars)
 
     def image(self, step: int, name: str, image: Float[np.ndarray, "H W 3"]) -> None:
-        """Shows a picture with values in [0, 1] in TensorBoard and W&B."""
+        """Shows an image with values in [0, 1] in TensorBoard and W&B."""
         if self._tensorboard is not None:
             self._tensorboard.add_image(name, image, step, dataformats="HWC")
         if self._wandb is not None:
             self._wandb.log({"step": step, name: import_wandb().Image(image)})
 
     def close(self) -> None:
-        """Ends all records."""
+        """Closes all files."""
         self._file.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
@@ -89,10 +89,10 @@ class MetricWriter:
 
 
 def keep_until(path: str | os.PathLike, step: int | None) -> None:
-    """Cuts off a metrics.jsonl after `step`; at None, removes it.
+    """Removes the lines of a metrics.jsonl after `step`, or the whole file if `step` is None.
 
-    A last line without its end, from a run killed while it wrote, goes too. The file is replaced as
-    a whole: a kill in between leaves the old one.
+    An unfinished last line, from a run killed while it wrote, goes too. The file is replaced
+    atomically: a kill leaves the old one or the new one.
     """
     path = Path(path)
     if step is None or not path.exists():
@@ -104,10 +104,10 @@ def keep_until(path: str | os.PathLike, step: int | None) -> None:
 
 
 def read_metrics(workdir: str | os.PathLike) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl, but for one that a kill cut off.
+    """Reads the lines of a run's metrics.jsonl, without an unfinished last one.
 
     Raises:
-      UserError: there is none.
+      UserError: the run has none.
     """
     path = Path(workdir) / METRICS_FILE
     if not path.is_file():
@@ -116,12 +116,12 @@ def read_metrics(workdir: str | os.PathLike) -> list[dict[str, Any]]:
 
 
 def _whole_lines(path: Path) -> list[str]:
-    """Lines with their ends; not what a run that was killed had begun to write."""
+    """Returns the lines with their ends, without an unfinished last one."""
     return [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
-    """Numbers of nested dictionaries by path, "a/b"; texts and None are left out."""
+    """Yields the numbers of nested dictionaries by path, "a/b"; texts and None are left out."""
     for name, value in values.items():
         if isinstance(value, Mapping):
             yield from _flat(value, f"{prefix}{name}/")
@@ -136,9 +136,9 @@ def _finite(value: Any) -> Any:
 
 
 def import_wandb() -> Any:
-    """The package wandb; raises UserError where it is not installed."""
+    """Imports the package wandb; raises UserError if it is not installed."""
     try:
-        import wandb
+        import wandb  # pyright: ignore[reportMissingImports]  (not a dependency)
     except ImportError as error:
         raise UserError(
             "config.log.wandb needs the package wandb, found none; pip install wandb, or leave "
@@ -148,7 +148,7 @@ def import_wandb() -> Any:
 
 
 def _start_wandb(project: str, workdir: Path, config: Mapping[str, Any]) -> Any:
-    """W&B's run of this workdir: the same one after a resume."""
+    """Starts W&B's run of this workdir, the same one after a resume."""
     wandb = import_wandb()
     id_file = workdir / "wandb_id"
     if not id_file.exists():
@@ -157,6 +157,6 @@ def _start_wandb(project: str, workdir: Path, config: Mapping[str, Any]) -> Any:
         project=project, name=workdir.name, id=id_file.read_text(), resume="allow",
         dir=str(workdir), config=dict(config),
     )  # fmt: skip
-    # W&B's own step may never go back, ours does when a run resumes.
+    # W&B's own step must never decrease, and ours does when a run resumes.
     run.define_metric("*", step_metric="step")
     return run

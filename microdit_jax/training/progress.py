@@ -1,4 +1,4 @@
-"""Follows a run's steps a little behind the devices, so that looking never makes them wait."""
+"""Follows a run's steps a little behind the devices, so that reading results never stalls them."""
 
 import contextlib
 import json
@@ -18,21 +18,22 @@ from microdit_jax.files import disk_errors
 from microdit_jax.machine.placement import fetch
 from microdit_jax.training.metric_writer import MetricWriter
 
-# Steps that are given to the devices before the results of an earlier one are read.
+# Steps dispatched to the devices before the results of an earlier one are read
 AHEAD = 2
 
 
 class Progress:
-    """The progress line, the training lines of metrics.jsonl, and what to do about skipped steps.
+    """Shows progress, writes the training lines of metrics.jsonl, and reports skipped updates.
 
     Args:
       writer: None on processes that do not write.
       start, total: the step this command starts from, and the run's last.
-      resumed: what `metadata` gave when the step was saved; {} at the start of a stage.
-      images_per_step: of all devices.
-      flops_per_image: of training.
-      peak_flops: of one device; None where it is not known: then no utilisation is claimed.
-      dataset_names: by the numbers in "source" of each record.
+      resumed: `metadata` of the step that the run resumes from; {} at the start of a stage.
+      max_skipped: updates in a row that may be skipped.
+      images_per_step: images of a batch, over all devices.
+      flops_per_image: FLOPs of training on one image.
+      peak_flops: peak FLOP/s of one device; None if unknown: then no MFU is reported.
+      dataset_names: names by the number in "source" of each record.
     """
 
     def __init__(
@@ -55,8 +56,8 @@ class Progress:
         self._images_per_step, self._names = images_per_step, dataset_names
         self._flops_per_step_and_device = flops_per_image * images_per_step / jax.device_count()
         self._peak_flops = peak_flops
-        # Losses since the last line, and updates skipped since the stage began: a resumed run
-        # writes the same lines as an unbroken one.
+        # Losses since the last line, and updates skipped since the stage began. Both are saved in
+        # checkpoints, so that a resumed run writes the same lines as an unbroken one.
         self._window: list[float | None] = list(resumed.get("window", []))
         self._skipped: int = resumed.get("skipped", 0)
         self._pending: deque[tuple[int, dict, dict]] = deque()
@@ -67,36 +68,36 @@ class Progress:
         self._restart_clock()
 
     def metadata(self) -> dict[str, Any]:
-        """What must be saved with a state, after `catch_up`."""
+        """Returns what a checkpoint must hold for a resume; call `catch_up` first."""
         return {"window": list(self._window), "skipped": self._skipped}
 
     @contextlib.contextmanager
     def waiting_for_data(self) -> Iterator[None]:
-        """Around the wait for a batch."""
+        """Times the wait for a batch."""
         begin = time.perf_counter()
         yield
         self._waited += time.perf_counter() - begin
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Around what is no training; its time does not count."""
+        """Leaves the time of evaluations and the like out of the throughput."""
         begin = time.perf_counter()
         yield
         self._since += time.perf_counter() - begin
 
     @contextlib.contextmanager
     def compiling(self) -> Iterator[None]:
-        """Around the first step, which is given to the devices once it is compiled."""
+        """Times the first step, whose call returns once it is compiled."""
         begin = time.perf_counter()
         with self.paused():
             yield
         self.say(f"compiled the training step in {time.perf_counter() - begin:.0f} s")
 
     def push(self, step: int, metrics: Mapping[str, Any], names: Mapping[str, np.ndarray]) -> None:
-        """Takes note of a step that was just given to the devices.
+        """Notes a step that was just dispatched to the devices.
 
         Args:
-          metrics: of the train step, not computed yet.
+          metrics: results of the train step, not computed yet.
           names: "source" and "index" of this process's records.
         Raises:
           UserError: too many updates in a row were skipped.
@@ -106,12 +107,12 @@ class Progress:
             self._collect(*self._pending.popleft())
 
     def catch_up(self) -> None:
-        """Waits for every step so far; their lines are written when this returns."""
+        """Waits for every step so far and writes its line."""
         while self._pending:
             self._collect(*self._pending.popleft())
 
     def say(self, message: str) -> None:
-        """Prints a line above the progress line; on the process that writes."""
+        """Prints a line above the progress line, on the process that writes."""
         if self._writer is not None:
             tqdm.tqdm.write(message)
 
@@ -123,8 +124,8 @@ class Progress:
         self._since, self._waited, self._steps = time.perf_counter(), 0.0, 0
 
     def _collect(self, step: int, metrics: dict, where: dict[str, np.ndarray]) -> None:
-        # These two of every step, the others when they are written: each takes a tenth of a
-        # millisecond, and jax.device_get three times that.
+        # Each transfer takes 0.1 ms, jax.device_get three times that: so only these two are read
+        # at every step, and the others when a line is written.
         loss, skipped = np.asarray(metrics["loss"]), np.asarray(metrics["skipped"])
         self._steps += 1
         if skipped:
@@ -162,7 +163,7 @@ class Progress:
             print(f"step {step}/{self._total}: {text}, {days} d {left} left", flush=True)
 
     def _speed(self, step: int) -> dict[str, float]:
-        """What the clock says; the only figures that differ between equal runs."""
+        """Returns throughput and waiting times, the only values that differ between equal runs."""
         seconds = (time.perf_counter() - self._since) / self._steps
         speed = {
             "images_per_second": self._images_per_step / seconds,
@@ -178,7 +179,7 @@ class Progress:
     def _report_skipped(
         self, step: int, metrics: dict, where: dict[str, np.ndarray], in_a_row: int
     ) -> None:
-        """Writes down which images a skipped update saw, and stops after too many."""
+        """Records the images of a skipped update in nonfinite/, and ends the run after too many."""
         images = {name: fetch(metrics[f"image_{name}"]) for name in ("loss", "sigma")}
         if jax.process_count() > 1:
             where = multihost_utils.process_allgather(where, tiled=True)
@@ -211,11 +212,12 @@ class Progress:
 
 
 class StepTrace:
-    """A jax.profiler trace of some steps, for XProf or Perfetto.
+    """Records a jax.profiler trace of some steps, for XProf or Perfetto.
 
     Args:
-      folder: where the trace goes.
-      first, steps: which; 0 steps for none.
+      folder: where the trace is written.
+      first: first step of the trace.
+      steps: number of steps; 0 for no trace.
     """
 
     def __init__(self, folder: Path, first: int, steps: int):
@@ -229,20 +231,20 @@ class StepTrace:
             self._running = True
 
     def after(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Ends the trace once the devices are done with its last step."""
+        """Ends the trace once the devices have finished its last step."""
         if step == self._last >= self._first:
             jax.block_until_ready(metrics)
             self.close()
 
     def close(self) -> None:
-        """Ends the trace, also before its last step."""
+        """Ends a trace that is still running."""
         if self._running:
             jax.profiler.stop_trace()
             self._running = False
 
 
 def describe(line: Mapping[str, Any]) -> str:
-    """A training line of metrics.jsonl in a few words."""
+    """Summarises a training line of metrics.jsonl in a few words."""
     speed = line["speed"]
     loss = "-" if line["loss"] is None else f"{line['loss']:.4f}"
     words = [
