@@ -1,7 +1,7 @@
-"""A small MicroDiT on 3,563 captioned emoji pictures, in minutes on two CPU cores.
+"""A small MicroDiT on 3,563 captioned emoji images, in minutes on two CPU cores.
 
 Every part of the paper's recipe in miniature: patch mixer, 75 % of the patches masked and then
-none, experts, dropped captions, EDM, an average of the weights. Pictures: Twemoji, CC-BY 4.0.
+none, experts, dropped captions, EDM, an average of the weights. Images: Twemoji, CC-BY 4.0.
 
   python train_main.py --config=configs/demo.py --workdir=out/demo    # both
   python train_main.py --config=configs/demo.py:pretrain --workdir=out/demo/pretrain

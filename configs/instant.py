@@ -1,7 +1,7 @@
 """The instant model: the demo's two stages, larger and longer, an hour on two CPU cores.
 
 Its weights come with the package (docs/instant.md); this is how they were made, and how to make
-better ones. Pictures: Twemoji, CC-BY 4.0.
+better ones. Images: Twemoji, CC-BY 4.0.
 
   python train_main.py --config=configs/instant.py --workdir=out/instant         # both stages
   python train_main.py --config=configs/instant.py:stage2 --workdir=out/instant/stage2
@@ -25,7 +25,7 @@ def get_config(stage: str = ""):
 
     config = defaults.base()
     folder = "out/data/twemoji_32_16"
-    # 16 channels: held-out pictures come back with 28.7 dB, of the demo's 8 with 23.7 dB.
+    # 16 channels: held-out images are reconstructed at 28.7 dB, with the demo's 8 at 23.7 dB.
     defaults.use_emoji(config, resolution=32, folder=folder, tokens=16, width=256, channels=16)
     # A thing is seen three times as often as a person in one of five skin tones.
     config.data.datasets = (

@@ -5,7 +5,7 @@
 Continues from: the full state of stage 3, runs/res_512_pretrain beside the workdir
 (--config.init_from), its moving average included, which now forgets ten times as fast.
 Expected: 1000.9 GFLOP forward per image, 3.1e19 FLOP in all; 6 hours on 8 H100 at the paper's
-average speed. Zero-shot FID-30k on COCO 12.66, GenEval 0.46 (37 M pictures, the released
+average speed. Zero-shot FID-30k on COCO 12.66, GenEval 0.46 (37 M images, the released
 checkpoint dit_4_channel_37M_real_and_synthetic_data).
 """
 

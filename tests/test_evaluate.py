@@ -6,6 +6,7 @@ import re
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 from support.evaluation import (
     PROMPTS,
     SAMPLER,
@@ -20,7 +21,7 @@ from support.evaluation import (
 from microdit_jax.errors import UserError
 from microdit_jax.evaluate import protocol, results, sample_set
 from microdit_jax.evaluate.sample_set import SampleSet, weights_digest
-from microdit_jax.images import read_png
+from microdit_jax.images import read_png, save_png
 from microdit_jax.metrics import geneval
 from microdit_jax.metrics.frechet import Statistics, frechet_distance
 from microdit_jax.metrics.statistics import load_reference
@@ -76,6 +77,18 @@ def test_kept_images_are_what_was_measured(tmp_path, monkeypatch):
     both = {"colours": mean_colours, "twice": lambda images, texts: 2 * mean_colours(images, texts)}
     again = measured(tmp_path, both, image_path=image_path)
     np.testing.assert_allclose(again["twice"], 2 * found)
+
+
+def test_a_kept_image_of_another_prompt_is_not_measured(tmp_path):
+    found = measured(tmp_path, image_path=image_path)["colours"]
+    with Image.open(image_path(tmp_path, 1)) as image:
+        settings = json.loads(image.text["microdit_jax"])
+    black = np.zeros((32, 32, 3), np.float32)
+    save_png(image_path(tmp_path, 1), black, settings | {"prompt": "a black square"})
+    again = measured(tmp_path, {"red": mean_colours}, image_path=image_path)["red"]
+    np.testing.assert_allclose(again, found, atol=0.5)
+    save_png(image_path(tmp_path, 1), black, settings)  # one of this set is taken as it is
+    assert not measured(tmp_path, {"blue": mean_colours}, image_path=image_path)["blue"][1].any()
 
 
 def test_another_measure_leaves_the_first_ones(tmp_path, monkeypatch):

@@ -60,6 +60,31 @@ def test_stored_latents(tmp_path):
     assert check_data(model_config(config), data) == 7
 
 
+def test_batches_follow_the_config(tmp_path):
+    config = stored_config(tmp_path)
+    config.train.batch_size = 8
+    config.data.threads = 0
+    data = load_data(config, MESH)
+
+    def batches(start=0, count=40, **changes):
+        part = config.copy_and_resolve_references()
+        part.update_from_flattened_dict(changes)
+        stream = data.batches(part, start)
+        return [next(stream) for _ in range(count)]
+
+    found = batches()
+    assert batches(start=3, count=1)[0]["index"].tolist() == found[3]["index"].tolist()
+    # Three records, and two that are seen three times as often each
+    sources = np.concatenate([batch["source"] for batch in found])
+    assert 0.6 < sources.mean() < 0.73  # 6 / 9; by their sizes alone 2 / 5
+    other = batches(seed=config.seed + 1)
+    assert [b["index"].tolist() for b in other] != [b["index"].tolist() for b in found]
+    kept = np.concatenate([batch["keep_caption"] for batch in found])
+    assert 0.8 < kept.mean() < 0.97
+    all_dropped = batches(count=4, **{"data.caption_drop": 1.0})
+    assert not np.any([batch["keep_caption"] for batch in all_dropped])
+
+
 @pytest.mark.parametrize(
     "second, message",
     [

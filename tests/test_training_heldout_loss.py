@@ -99,6 +99,16 @@ def test_every_noise_sample_is_another_and_every_evaluation_the_same():
     assert abs(both["right"] / first["right"] - 1) > 1e-3
 
 
+def test_the_noise_is_the_same_in_every_run(monkeypatch):
+    seeds = []
+    monkeypatch.setattr(
+        train_step, "make_eval_step", lambda *args, seed, **kwargs: seeds.append(seed) or formula
+    )
+    for _ in range(2):
+        heldout_loss(Images(7))
+    assert seeds == [0x4E1D, 0x4E1D]  # what all losses of earlier runs were measured with
+
+
 def test_images_are_spread_over_the_whole_source(monkeypatch):
     monkeypatch.setattr(train_step, "make_eval_step", lambda *args, **kwargs: formula)
     images = Images(17)

@@ -76,6 +76,20 @@ def test_one_added_to_the_table_is_run(tmp_path, monkeypatch):
     assert mine.run(1, 2) == 2
 
 
+def test_heldout_losses_of_both_kinds_of_weights(tmp_path):
+    context, said = make_context(tmp_path, evaluators=("heldout_loss",))
+    (losses,) = make_evaluators(context)
+    raw, ema = make_pipe().params, scaled(1.5)
+    losses.run(5, state_of(raw, ema=ema))
+    losses.run(6, state_of(raw))
+    losses.run(7, state_of(ema))
+    both, first, second = (line["heldout"] for line in read_metrics(tmp_path))
+    assert both == {"raw": first["raw"], "ema": second["raw"]} and first != second
+    assert [line.split(" held-out loss of the ")[1].split()[0] for line in said] == [
+        "raw", "ema", "raw", "raw",
+    ]  # fmt: skip
+
+
 def test_samples_are_scored_at_evaluations(tmp_path):
     context, said = make_context(
         tmp_path, score_images=6, score_reference=str(references(tmp_path)),

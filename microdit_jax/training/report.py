@@ -24,7 +24,7 @@ from microdit_jax.errors import UserError
 from microdit_jax.files import write_bytes
 from microdit_jax.training.metric_writer import read_metrics
 
-if TYPE_CHECKING:  # matplotlib takes a second to import: only where a page is drawn
+if TYPE_CHECKING:  # matplotlib takes a second to import: only where a page is written
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
