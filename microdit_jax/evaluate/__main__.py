@@ -112,6 +112,7 @@ def _evaluate() -> None:
         geneval_results=GENEVAL_RESULTS.value,
         keep_images=KEEP.value,
     )
+    assert MODEL.value is not None  # absl_command asks for it
     pipe, model = model_flags.load(MODEL.value)
     subject = Subject(MODEL.value, model, pipe)
     result, files = protocol.evaluate(subject, request, Path(OUT.value))

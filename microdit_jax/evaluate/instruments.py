@@ -164,7 +164,8 @@ def _reference(
 
 def _default_reference(subject: Subject, request: EvaluationRequest) -> str:
     """Returns the embedded training images, for a run that was trained on them."""
-    if subject.model.folder is None or not (Path(subject.model.vae) / "codec.json").is_file():
+    folder, vae = subject.model.folder, subject.model.vae
+    if folder is None or vae is None or not (Path(vae) / "codec.json").is_file():
         raise UserError(
             "expected --reference, found none: .npz of statistics or a folder of real images "
             f"that {request.prompts} belong to"

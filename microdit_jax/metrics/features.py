@@ -1,7 +1,7 @@
 """Feature vectors of images, on all devices of this process: Inception's, or small ones."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -87,8 +87,7 @@ def inception_features(
     network = make_inception(config)
 
     def apply(params, x):
-        activations: Activations = network.apply({"params": params}, x)
-        return activations.pool_3
+        return cast(Activations, network.apply({"params": params}, x)).pool_3
 
     name = f"inception:weights={weights[:12]},layer=pool_3,resize={mode}"
     width = INCEPTION_WIDTH // config.divisor

@@ -109,13 +109,13 @@ def frechet_distance(a: Statistics, b: Statistics) -> float:
         offset = OFFSET * np.eye(len(a.mean))
         root = _square_root((a.covariance + offset) @ (b.covariance + offset))
     diagonal = np.diagonal(root)
-    if not np.allclose(diagonal.imag, 0, atol=IMAGINARY):
+    if not np.allclose(np.imag(diagonal), 0, atol=IMAGINARY):
         raise UserError(
             "expected covariances whose product has a real square root, found an imaginary part of "
-            f"{np.abs(diagonal.imag).max():.2g}; take more images, or look at the features"
+            f"{np.abs(np.imag(diagonal)).max():.2g}; take more images, or look at the features"
         )
     traces = np.trace(a.covariance) + np.trace(b.covariance)
-    return float(difference @ difference + traces - 2 * diagonal.real.sum())
+    return float(difference @ difference + traces - 2 * np.real(diagonal).sum())
 
 
 def _square_root(matrix: Float64[np.ndarray, "f f"]) -> np.ndarray:

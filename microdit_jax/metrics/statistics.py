@@ -117,4 +117,5 @@ def read_npz(path: Path) -> dict[str, np.ndarray]:
 def write_npz(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     """Writes an .npz, whole or not at all."""
     with atomic_file(path, sum(array.nbytes for array in arrays.values())) as file:
-        np.savez(file, **arrays)
+        # NumPy's stub takes any name for `allow_pickle`.
+        np.savez(file, **arrays)  # pyright: ignore[reportArgumentType]
