@@ -5,10 +5,10 @@ import shutil
 
 import numpy as np
 import pytest
+from support.train_command import Command, lines, prepare_emoji, state_of
 from test_assets_load import files  # noqa: F401
 from test_checkpoints_run import assert_same, flip, largest, make_state, restore
 from test_machine_hosts import finish, free_port, start
-from test_resume import Command, data, lines, state_of  # noqa: F401
 
 from microdit_jax.checkpoints.restore import steps_on_disk
 
@@ -32,6 +32,11 @@ def right(state, step):
     return all(jax.tree.leaves(jax.tree.map(np.array_equal, whole, make_state(step))))
 """,
 )
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    return prepare_emoji(tmp_path_factory.mktemp("data"))
 
 
 def both(program: str, *arguments) -> list[str]:
