@@ -1,6 +1,7 @@
 """The held-out loss: means over images and noise samples, the same at every evaluation."""
 
-import jax
+import json
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -94,7 +95,7 @@ def test_every_noise_sample_is_another_and_every_evaluation_the_same():
     params = model.init(jax.random.key(0), x, jnp.zeros(1), jnp.zeros((1, 1, 24)))["params"]
     one, two = heldout_loss(images, noise_samples=1), heldout_loss(images, noise_samples=2)
     first, both = one(params), two(params)
-    assert one(params) == first
+    assert json.dumps(one(params)) == json.dumps(first)  # some levels are NaN
     # Had both samples the same noise, their mean would be the first one's loss.
     assert abs(both["right"] / first["right"] - 1) > 1e-3
 
@@ -114,4 +115,5 @@ def test_images_are_spread_over_the_whole_source(monkeypatch):
     images = Images(17)
     found = heldout_loss(images, num_images=3, noise_samples=1)(jnp.float32(0.3))
     batch = images.batch([0, 8, 16]) | {"draw": np.uint32(0)}
-    assert found["right"] == pytest.approx(formula(0.3, batch)[0].mean(), rel=1e-5)
+    losses, _ = formula(0.3, batch)
+    assert found["right"] == pytest.approx(np.mean(np.asarray(losses)), rel=1e-5)
