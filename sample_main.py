@@ -1,4 +1,4 @@
-"""Draws pictures from prompts, each with its settings inside the PNG, and a grid of them all.
+"""Samples images from prompts, each with its settings inside the PNG, and a grid of them all.
 
 Examples:
   python sample_main.py --prompt="hot pepper"
@@ -16,10 +16,12 @@ if __name__ == "__main__":
     run_command(__file__)
 
 import collections
+import dataclasses
 import functools
 import math
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import tqdm
@@ -30,82 +32,101 @@ from microdit_jax.assets import hub
 from microdit_jax.commands.cli import absl_command, compiled_programs
 from microdit_jax.errors import UserError
 
+if TYPE_CHECKING:  # loading these takes a second, and --help should not
+    from microdit_jax.images import ImageSettings
+    from microdit_jax.sampling.pipeline import LatentDiffusion
+
 MODEL = flags.DEFINE_string(
     "model", hub.INSTANT, "The small one that comes along, a released checkpoint's name, a .pt or "
     ".safetensors file, or a folder: a training run's, or one made by python -m convert."
 )  # fmt: skip
-PROMPT = flags.DEFINE_multi_string("prompt", [], "What to draw; may be given several times.")
-PROMPTS = flags.DEFINE_string("prompts", None, "A text file with a prompt on each line.")
-AGAIN = flags.DEFINE_string("again", None, "Make the picture of this PNG again, from its settings.")
-HELDOUT = flags.DEFINE_integer(
-    "heldout", 0, "Draw this many captions held out of training, beside the real pictures."
+PROMPT = flags.DEFINE_multi_string(
+    "prompt", [], "What the image is to show; may be given several times."
 )
-NUM_IMAGES = flags.DEFINE_integer("num_images", 1, "Pictures for each prompt.", lower_bound=1)
-STEPS = flags.DEFINE_integer("num_inference_steps", 30, "Steps of the sampler.", lower_bound=1)
+PROMPTS = flags.DEFINE_string("prompts", None, "A text file with a prompt on each line.")
+AGAIN = flags.DEFINE_string("again", None, "Sample the image of this PNG again, by its settings.")
+HELDOUT = flags.DEFINE_integer(
+    "heldout", 0, "Sample for this many captions held out of training, beside the real images.",
+    lower_bound=0,
+)  # fmt: skip
+NUM_IMAGES = flags.DEFINE_integer("num_images", 1, "Images for each prompt.", lower_bound=1)
+STEPS = flags.DEFINE_integer(
+    "num_inference_steps", 30, "Steps of the sampler.", lower_bound=1, upper_bound=100_000
+)
 GUIDANCE = flags.DEFINE_float(
-    "guidance_scale", None, "Classifier-free guidance; 1 means none; default: 5, of a network that "
-    "was trained on the embedded pictures 3."
+    "guidance_scale", None, "Classifier-free guidance; 1 means none; default: 5, for a network "
+    "that was trained on the embedded emoji images 3."
 )  # fmt: skip
 flags.register_validator(
     GUIDANCE, lambda scale: scale is None or math.isfinite(scale), "expected a finite number"
 )
-SEED = flags.DEFINE_integer("seed", 2024, "Seed of the initial noise.", lower_bound=0)
+SEED = flags.DEFINE_integer(
+    "seed", 2024, "Seed of the initial noise.", lower_bound=0, upper_bound=2**64 - 1
+)
 NOISE = flags.DEFINE_enum(
     "noise", "jax", ["jax", "torch_cpu", "torch_cuda"], "Whose random numbers to start from."
 )
-BATCH = flags.DEFINE_integer("batch_size", 32, "Pictures drawn at a time.", lower_bound=1)
+BATCH = flags.DEFINE_integer("batch_size", 32, "Images sampled at a time.", lower_bound=1)
 WARMUP = flags.DEFINE_boolean(
     "warmup", False, "Compile for these settings first; without prompts: only that."
 )
-OUT = flags.DEFINE_string("out", "out", "Folder for the pictures.")
+OUT = flags.DEFINE_string("out", "out", "Folder for the images.")
 flags.adopt_module_key_flags(model_flags)
 
-GRID = 60  # pictures in samples.png, at most
+GRID = 60  # images in samples.png, at most
+SETTINGS_BYTES = 2048  # of host memory for the path and the settings of one image
 
-# What a picture is made of, and its PNG tells
+# The flags among an image's settings, by the names of images.ImageSettings
 SETTINGS = (MODEL, *model_flags.OF_A_PICTURE, STEPS, GUIDANCE, SEED, NOISE)
 
 
 @absl_command(words="a prompt goes into --prompt")
 def main():
     # After the flags: --help answers at once.
-    from microdit_jax import create
-    from microdit_jax import images as pictures
+    from microdit_jax import create, images
+    from microdit_jax.files import check_writable
+    from microdit_jax.machine import memory
+    from microdit_jax.sampling import guidance
 
-    picture = _take_settings(pictures.read_settings(Path(AGAIN.value))) if AGAIN.value else None
-    prompts = [picture["prompt"]] if picture else _prompts()
+    again = _take_settings(Path(AGAIN.value)) if AGAIN.value else None
+    prompts, out = [again.prompt] if again else _prompts(), Path(OUT.value)
+    count = max(len(prompts), HELDOUT.value, 1) * NUM_IMAGES.value
+    memory.check_host(SETTINGS_BYTES * count, f"--num_images={NUM_IMAGES.value}")
+    check_writable(out / "images", folder=True)
+    check_writable(out / "samples.png")
     pipe, model = model_flags.load(MODEL.value)
-    if GUIDANCE.value is None:
-        flags.FLAGS[GUIDANCE.name].value = create.usual_guidance(pipe)
+    scale = GUIDANCE.value
+    if scale is None:
+        scale = guidance.default_scale(pipe.text_encoder)
 
-    rows = []
+    real = None
     if HELDOUT.value:
-        prompts, real = create.heldout_pictures(model, HELDOUT.value)
-        rows.append(pipe.decode(real).repeat(NUM_IMAGES.value, axis=0))
+        prompts, latents = create.heldout_images(model, HELDOUT.value)
+        real = pipe.decode(latents)
     prompts = [prompt for prompt in prompts for _ in range(NUM_IMAGES.value)]
     if WARMUP.value:
-        start, count = time.perf_counter(), len(prompts) or NUM_IMAGES.value
-        pipe.warm_up(count, batch_size=BATCH.value, guide=GUIDANCE.value > 1)
+        start = time.perf_counter()
+        pipe.warm_up(count, batch_size=BATCH.value, guide=guidance.is_guided(scale))
         print(f"compiled in {time.perf_counter() - start:.1f} s{compiled_programs()}", flush=True)
         if not prompts:
             return
-    for prompt, dropped in zip(prompts, pipe.dropped(prompts), strict=True):
+    different = list(dict.fromkeys(prompts))
+    for prompt, dropped in zip(different, pipe.dropped(different), strict=True):
         if dropped:
             print(f"warning: the last {dropped} tokens of this prompt are cut: {prompt}")
 
-    chosen = [picture["index"]] if picture else list(range(len(prompts)))
-    total = picture["of"] if picture else len(prompts)
-    settings = {flag.name: flag.value for flag in SETTINGS} | {"of": total}
-    settings["made_with"] = pipe.description
-    out, wanted = Path(OUT.value), {}
-    for i, prompt in zip(chosen, prompts, strict=True):
-        path = out / "images" / pictures.file_name(i, prompt)
-        wanted[path] = settings | {"prompt": prompt, "index": i}
-    _sample(pipe, wanted, total)
-    images = np.stack([pictures.read_png(path) for path in list(wanted)[:GRID]])
-    rows = [real[:GRID] for real in rows]
-    grid = pictures.captioned_grid([*rows, images], prompts[:GRID], columns=6)
-    pictures.save_png(out / "samples.png", grid, settings | {"prompts": prompts[:GRID]})
+    shared = {flag.name: flag.value for flag in SETTINGS} | {GUIDANCE.name: scale}
+    shared |= {"of": again.of if again else len(prompts), "made_with": pipe.description}
+    wanted = {}
+    for i, prompt in enumerate(prompts, start=again.index if again else 0):
+        path = out / "images" / images.file_name(i, prompt)
+        wanted[path] = images.ImageSettings.from_dict(shared | {"prompt": prompt, "index": i})
+    _sample(pipe, wanted)
+    rows = [np.stack([images.read_png(path) for path in list(wanted)[:GRID]])]
+    if real is not None:
+        rows.insert(0, real[[i // NUM_IMAGES.value for i in range(len(rows[0]))]])
+    grid = images.captioned_grid(rows, prompts[:GRID], columns=6)
+    images.save_png(out / "samples.png", grid, shared | {"prompts": prompts[:GRID]})
     shown = f"grid of the first {GRID}" if len(prompts) > GRID else "grid"
     print(f"{shown} in {out / 'samples.png'}{compiled_programs()}")
 
@@ -127,45 +148,48 @@ def _prompts() -> list[str]:
     return prompts
 
 
-def _take_settings(picture: dict) -> dict:
-    """Takes the settings of a PNG for all flags that are not given, and returns them."""
-    if missing := {"prompt", "index", "of", *(f.name for f in SETTINGS)} - set(picture):
-        raise UserError(
-            f"expected the PNG of one picture in --again, found one that does not say "
-            f"{', '.join(sorted(missing))}; take one from the folder images/"
-        )
+def _take_settings(path: Path) -> "ImageSettings":
+    """Reads an image's settings, and takes them for all flags that are not given."""
+    from microdit_jax import images
+
     if PROMPT.value or PROMPTS.value or HELDOUT.value or NUM_IMAGES.value != 1:
-        raise UserError("--again draws one picture from its own prompt; give no other prompts")
+        raise UserError("--again samples one image from its own prompt; give no other prompts")
+    settings = images.ImageSettings.from_dict(images.read_settings(path))
     for flag in SETTINGS:
         if not flags.FLAGS[flag.name].present:
-            flags.FLAGS[flag.name].value = picture[flag.name]
-    return picture
+            flags.FLAGS[flag.name].value = getattr(settings, flag.name)
+    return settings
 
 
-def _sample(pipe, wanted: dict[Path, dict], total: int) -> None:
+def _sample(pipe: "LatentDiffusion", wanted: "dict[Path, ImageSettings]") -> None:
     """Samples the images that are not there yet, a batch at a time, and saves each at once."""
     from microdit_jax.images import is_made_so, save_png
 
-    missing = [path for path, settings in wanted.items() if not is_made_so(path, settings)]
+    missing = {
+        settings.index: (path, settings)
+        for path, settings in wanted.items()
+        if not is_made_so(path, dataclasses.asdict(settings))
+    }
     if len(missing) < len(wanted):
         print(f"{len(wanted) - len(missing)} of {len(wanted)} images are there already")
     if not missing:
         return
-    path_of = {wanted[path]["index"]: path for path in missing}
+    _, settings = next(iter(missing.values()))
     seconds = collections.defaultdict(float)
     for batch in pipe.sample(
-        [wanted[path]["prompt"] for path in missing],
-        indices=list(path_of),
-        total=total,
-        seed=SEED.value,
-        guidance_scale=GUIDANCE.value,
-        num_inference_steps=STEPS.value,
-        noise=NOISE.value,
+        [settings.prompt for _, settings in missing.values()],
+        indices=list(missing),
+        total=settings.of,
+        seed=settings.seed,
+        guidance_scale=settings.guidance_scale,
+        num_inference_steps=settings.num_inference_steps,
+        noise=settings.noise,
         batch_size=min(BATCH.value, len(missing)),
         progress=functools.partial(tqdm.tqdm, desc="sampling", unit="eval"),
     ):
         for index, image in zip(batch.indices, batch.images, strict=True):
-            save_png(path_of[index], image, wanted[path_of[index]])
+            path, settings = missing[index]
+            save_png(path, image, dataclasses.asdict(settings))
         for part, value in batch.seconds.items():
             seconds[part] += value
     print(", ".join(f"{part} {value:.1f} s" for part, value in seconds.items()))

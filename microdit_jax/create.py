@@ -1,4 +1,4 @@
-"""Puts pipelines together: a network by name, and the VAE and text encoder that belong to it."""
+"""Puts pipelines together: a network by name with its VAE and its text encoder."""
 
 import functools
 
@@ -99,7 +99,7 @@ def load(
     dtype: str | None = None,
     fsdp: int = 0,
 ) -> tuple[LatentDiffusion, assets.Model]:
-    """A network by name or path with its towers, on all local devices, as the commands take it.
+    """Loads a network by name or path with its towers, on all local devices, for the commands.
 
     Args:
       name: as `assets.load_model` takes it.
@@ -119,33 +119,32 @@ def load(
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
         model = model.with_dtype(dtype)
     model = model._replace(vae=vae or model.vae, text_encoder=text_encoder or model.text_encoder)
-    for flag, value in (("vae", model.vae), ("text_encoder", model.text_encoder)):
-        if value is None:
-            raise UserError(f"expected --{flag}, found none: {name} is not known for one")
     return from_model(model, dtype=dtype), model
 
 
 def from_model(
     model: assets.Model, *, dtype: str | None = None, text_encoder: TextEncoder | None = None
 ) -> LatentDiffusion:
-    """The pipeline of a model, with the codec and the text encoder that it names.
+    """Returns the pipeline of a model, with the codec and the text encoder that it names.
 
     Args:
       dtype: type of the towers' computation; None keeps their own.
-      text_encoder: one that is loaded already.
+      text_encoder: a text encoder that is loaded already; None loads the model's.
     Raises:
       UserError: one of them is not there, or does not fit the network.
     """
     cfg, mesh = model.config, getattr(rows_sharding(model.params)[0], "mesh", None)
+    vae = _named(model.vae, "vae", model)
     if text_encoder is None:
-        text_encoder = assets.load_text_encoder(model.text_encoder, dtype=dtype, mesh=mesh)
+        name = _named(model.text_encoder, "text_encoder", model)
+        text_encoder = assets.load_text_encoder(name, dtype=dtype, mesh=mesh)
     if text_encoder.width != cfg.caption_channels:
         raise UserError(
             f"{model.description} takes caption embeddings {cfg.caption_channels} wide, found "
             f"{text_encoder.width} from {text_encoder.name}; give the text encoder that it was "
             "trained with"
         )
-    codec = assets.load_codec(model.vae, dtype=dtype, mesh=mesh)
+    codec = assets.load_codec(vae, dtype=dtype, mesh=mesh)
     if codec.channels != cfg.in_channels:
         raise UserError(
             f"{model.description} makes latents of {cfg.in_channels} channels, found a VAE for "
@@ -156,21 +155,18 @@ def from_model(
     )
 
 
-def draws_emoji(pipe: LatentDiffusion) -> bool:
-    """True for a network of the embedded emoji images, which alone have a random token table."""
-    return not pipe.text_encoder.pretrained
-
-
-def usual_guidance(pipe: LatentDiffusion) -> float:
-    """The guidance to begin with: 3 for emoji, for all others the reference's 5."""
-    return 3.0 if draws_emoji(pipe) else 5.0
+def _named(name: str | None, flag: str, model: assets.Model) -> str:
+    """Returns the name of a tower; raises UserError if neither the model nor a flag gave one."""
+    if name is None:
+        raise UserError(f"expected --{flag}, found none: {model.description} is not known for one")
+    return name
 
 
 def fitting_mesh(num_bytes: int, *, fsdp: int = 0) -> Mesh | None:
-    """A mesh of all local devices, which share the pictures; None for a single device.
+    """Returns a mesh of all local devices, which share a batch; None for a single device.
 
     Args:
-      num_bytes: of the network's weights.
+      num_bytes: size of the network's weights.
       fsdp: devices over which each weight is split; 0: as few as leave weights room enough.
     """
     devices = jax.local_devices()
@@ -187,15 +183,15 @@ def fitting_mesh(num_bytes: int, *, fsdp: int = 0) -> Mesh | None:
     return sharding.make_mesh(fsdp=fsdp, devices=devices)
 
 
-def heldout_pictures(
+def heldout_images(
     model: assets.Model, count: int
 ) -> tuple[list[str], Float[np.ndarray, "n h w c"]]:
-    """Captions that a run was not trained on, and the latents of their pictures.
+    """Returns captions that a run was not trained on, and the latents of their images.
 
     Args:
-      count: of them, spread evenly, the same every time.
+      count: number of captions, spread evenly over those held out, the same every time.
     Raises:
-      UserError: not a run on the embedded pictures, or there are fewer.
+      UserError: not a run on the embedded images, or there are fewer.
     """
     if model.folder is None:
         raise UserError(
@@ -204,13 +200,13 @@ def heldout_pictures(
     data = run_checkpoint.read_run_metadata(model.folder)["config"]["data"]
     if data["heldout"]["source"] != "twemoji":
         raise UserError(
-            f"held-out captions are those of the embedded pictures, found a run with held-out data "
+            f"held-out captions are those of the embedded images, found a run with held-out data "
             f"from {data['heldout']['source'] or 'nowhere'}; give prompts"
         )
-    pictures = twemoji.images_of("heldout")
-    if not 1 <= count <= len(pictures):
-        raise UserError(f"expected 1 to {len(pictures)} held-out captions, found {count} asked for")
-    chosen = [pictures[int(i)] for i in np.linspace(0, len(pictures) - 1, count)]
-    codec = registry.image_codec(model.vae)
+    images = twemoji.images_of("heldout")
+    if not 1 <= count <= len(images):
+        raise UserError(f"expected 1 to {len(images)} held-out captions, found {count} asked for")
+    chosen = [images[int(i)] for i in np.linspace(0, len(images) - 1, count)]
+    codec = registry.image_codec(_named(model.vae, "vae", model))
     latents = codec.encode(twemoji.read_images(chosen, data["resolution"]))
-    return [picture.caption for picture in chosen], latents * np.float32(codec.scaling_factor)
+    return [image.caption for image in chosen], latents * np.float32(codec.scaling_factor)

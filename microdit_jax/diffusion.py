@@ -84,30 +84,6 @@ def denoiser(network: Network, sigma_data: float) -> Denoiser:
     return denoise
 
 
-def guided(network: Network, guidance_scale: Float[Array, ""] | float) -> Network:
-    """Classifier-free guidance: F_uncond + g (F_cond - F_uncond), from one doubled batch.
-
-    Args:
-      network: takes 2n latents; rows 2i get image i's caption, rows 2i + 1 the zero caption (see
-        `interleave`: a batch split over devices keeps both rows of an image together).
-      guidance_scale: g; may be traced, so that another value compiles nothing. For g <= 1 the
-        reference does not guide at all: then do not wrap.
-    """
-
-    def network_with_guidance(x: Latents, c_noise: Float[Array, " n"]) -> Latents:
-        F_both = network(interleave(x, x), interleave(c_noise, c_noise)).astype(jnp.float32)
-        F_both = F_both.reshape(x.shape[0], 2, *x.shape[1:])  # (n, 2, height, width, channels)
-        F_cond, F_uncond = F_both[:, 0], F_both[:, 1]
-        return F_uncond + guidance_scale * (F_cond - F_uncond)
-
-    return network_with_guidance
-
-
-def interleave(first: Float[Array, "n *s"], second: Float[Array, "n *s"]) -> Float[Array, "m *s"]:
-    """Alternates rows: first[0], second[0], first[1], second[1], ..., (2n, ...)."""
-    return jnp.stack([first, second], axis=1).reshape(2 * first.shape[0], *first.shape[1:])
-
-
 def training_sigma(normal: Float[Array, " n"], config: EdmConfig) -> Float[Array, " n"]:
     """Noise levels with ln(sigma) ~ N(P_mean, P_std^2), from standard normals (EDM, Table 1)."""
     return jnp.exp(normal.astype(jnp.float32) * config.P_std + config.P_mean)

@@ -1,35 +1,140 @@
-"""PNGs that say how they were made, and sheets of them with captions."""
+"""PNGs that carry the settings they were sampled with, and captioned grids of them."""
 
+import dataclasses
 import io
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float, UInt8
-from PIL import Image, ImageDraw, ImageFont, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
+from microdit_jax import noise
 from microdit_jax.errors import UserError
 from microdit_jax.files import write_bytes
 
 KEY = "microdit_jax"  # of the PNG text that holds the settings
+OPTIONAL = ("vae", "text_encoder", "made_with")  # texts that may be None
+MAX_STEPS = 100_000  # of the sampler, in an image's settings
+SURROGATES = re.compile("[\ud800-\udfff]")  # JSON can hold them alone, UTF-8 cannot
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ImageSettings:
+    """Everything that a sampled image is a function of, as its PNG tells it.
+
+    Attributes:
+      model, vae, text_encoder: the network and its towers, as the flags of sample_main.py take
+        them; None: the tower that the network is known for.
+      ema: the moving average of the weights, where there is one.
+      dtype: type of the computation; None: chosen by model and machine.
+      num_inference_steps: steps of the sampler, up to MAX_STEPS.
+      guidance_scale: classifier-free guidance; 1 or less means none.
+      seed: of the initial noise, below 2**64.
+      noise: one of `noise.KINDS`.
+      of: images in the set that was sampled.
+      made_with: a person's description of the network.
+      prompt: what was asked for.
+      index: the image's index in its set.
+    """
+
+    model: str
+    vae: str | None = None
+    text_encoder: str | None = None
+    ema: bool = True
+    dtype: str | None = None
+    num_inference_steps: int
+    guidance_scale: float
+    seed: int
+    noise: str = "jax"
+    of: int
+    made_with: str = ""
+    prompt: str
+    index: int
+
+    @classmethod
+    def from_dict(cls, found: dict[str, Any]) -> "ImageSettings":
+        """Takes what flags or a PNG say, which may be a stranger's; other keys are left out.
+
+        Raises:
+          UserError: a key is missing, or a value is of another type or out of its range.
+        """
+        names = [field.name for field in dataclasses.fields(cls)]
+        missing = sorted(set(names) - found.keys() - {"made_with"})
+        if missing:
+            raise UserError(
+                f"expected the PNG of one image, found one that does not say {', '.join(missing)}; "
+                "take one from the folder images/"
+            )
+        values: dict[str, Any] = {name: found[name] for name in names if name in found}
+        _check_text(values, "model", "prompt")
+        _check_text({name: text for name, text in values.items() if text is not None}, *OPTIONAL)
+        _check(values, "ema", "true or false", lambda value: isinstance(value, bool))
+        _check_one_of(values, "dtype", [None, "float32", "bfloat16"])
+        _check_one_of(values, "noise", noise.KINDS)
+        _check(values, "guidance_scale", "a finite number", _is_finite)
+        _check_whole(values, "num_inference_steps", 1, MAX_STEPS)
+        _check_whole(values, "seed", 0, 2**64 - 1)
+        _check_whole(values, "of", 1, 2**63 - 1)
+        _check_whole(values, "index", 0, values["of"] - 1)
+        values["guidance_scale"] = float(values["guidance_scale"])
+        return cls(**values)
+
+
+def _check_text(values: dict[str, Any], *names: str) -> None:
+    def is_text(value: Any) -> bool:
+        return isinstance(value, str) and bool(value.strip()) and not SURROGATES.search(value)
+
+    for name in names:
+        if name in values:
+            _check(values, name, "a text", is_text)
+
+
+def _check_one_of(values: dict[str, Any], name: str, choices: Sequence[Any]) -> None:
+    expected = f"one of {', '.join(str(choice) for choice in choices)}"
+    _check(values, name, expected, lambda value: value in choices)
+
+
+def _check_whole(values: dict[str, Any], name: str, low: int, high: int) -> None:
+    def is_whole(value: Any) -> bool:  # JSON's true is a bool, which Python takes for 1
+        return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+
+    _check(values, name, f"a whole number from {low} to {high}", is_whole)
+
+
+def _is_finite(value: Any) -> bool:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and abs(value) < 1e300
+
+
+def _check(
+    values: dict[str, Any], name: str, expected: str, is_valid: Callable[[Any], bool]
+) -> None:
+    if not is_valid(values[name]):
+        value = ascii(values[name])
+        raise UserError(
+            f"expected {name} in an image's settings to be {expected}, found "
+            f"{value if len(value) <= 40 else value[:40] + '...'}; give such a value, or a "
+            "PNG made by sample_main.py"
+        )
 
 
 def to_uint8(images: Float[np.ndarray, "*n H W 3"]) -> UInt8[np.ndarray, "*n H W 3"]:
-    """[0, 1] floats to bytes, rounded."""
+    """Rounds [0, 1] floats to bytes."""
     return np.round(np.clip(images, 0, 1) * 255).astype(np.uint8)
 
 
 def file_name(index: int, prompt: str) -> str:
-    """A short name that tells pictures apart: "0003_an-elegant-squirrel-pirate-on-a-ship.png"."""
+    """Returns a short name such as "0003_an-elegant-squirrel-pirate-on-a-ship.png"."""
     slug = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60]
     return f"{index:04d}_{slug}.png"
 
 
 def encode_png(image: Float[np.ndarray, "H W 3"], settings: dict) -> bytes:
-    """The bytes of a PNG of [0, 1] floats, with the settings as its text "microdit_jax"."""
+    """Encodes [0, 1] floats as a PNG, with the settings as its text "microdit_jax"."""
     info, file = PngImagePlugin.PngInfo(), io.BytesIO()
     info.add_itxt(KEY, json.dumps(settings, ensure_ascii=False))
     Image.fromarray(to_uint8(image)).save(file, format="PNG", pnginfo=info)
@@ -37,20 +142,24 @@ def encode_png(image: Float[np.ndarray, "H W 3"], settings: dict) -> bytes:
 
 
 def save_png(path: Path, image: Float[np.ndarray, "H W 3"], settings: dict) -> None:
-    """Writes what `encode_png` makes, whole or not at all."""
+    """Writes a PNG with its settings, whole or not at all."""
     write_bytes(path, encode_png(image, settings))
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """The settings that `save_png` wrote into a picture.
+    """Reads the settings that `save_png` wrote into a PNG, whatever they are.
 
     Raises:
-      UserError: no such file, not a picture, or none of ours.
+      UserError: no such file, not an image, or one without settings of ours.
     """
     try:
         with Image.open(path) as image:
-            return json.loads(image.text[KEY])  # only PNGs have .text
-    except (OSError, UnidentifiedImageError, AttributeError, KeyError, ValueError) as error:
+            found = json.loads(image.info[KEY])
+        if not isinstance(found, dict):
+            raise ValueError("settings that are no JSON object")
+        return found
+    # A stranger's file: Pillow answers damage with anything from SyntaxError to zlib.error.
+    except Exception as error:
         raise UserError(
             f"expected a PNG made by sample_main.py, with its settings inside, at {path}, found "
             f"{type(error).__name__}: {error}; give such a file"
@@ -58,13 +167,13 @@ def read_settings(path: Path) -> dict[str, Any]:
 
 
 def read_png(path: Path) -> Float[np.ndarray, "H W 3"]:
-    """A picture in [0, 1], float32."""
+    """Reads an image as float32 in [0, 1]."""
     with Image.open(path) as image:
         return np.asarray(image.convert("RGB"), np.float32) / 255
 
 
 def is_made_so(path: Path, settings: dict) -> bool:
-    """Whether the picture is there, whole, and was made with these settings."""
+    """Returns True if the PNG is there, whole, and carries exactly these settings."""
     try:
         found = path.is_file() and read_settings(path) == json.loads(json.dumps(settings))
         return found and read_png(path).size > 0
@@ -79,14 +188,14 @@ def captioned_grid(
     columns: int,
     min_side: int = 96,
 ) -> Float[np.ndarray, "H_grid W_grid 3"]:
-    """A sheet of pictures with readable captions.
+    """Lays images out on a sheet with readable captions.
 
     Args:
-      rows: pictures that belong together, side by side in one cell: (real, sample), say, or just
-        one entry; each (n, H, W, 3) in [0, 1].
+      rows: sets of images whose i-th ones stand side by side in cell i: (real, sampled), say, or
+        just one entry; each (n, H, W, 3) in [0, 1].
       captions: one for each cell.
       columns: cells in a row.
-      min_side: small pictures are enlarged to at least this many pixels, without smoothing.
+      min_side: small images are enlarged to at least this many pixels, without smoothing.
     """
     side = rows[0].shape[1]
     scale = -(-min_side // side)

@@ -113,6 +113,16 @@ def golden_small() -> GoldenDiT:
     return load_golden("dit_small")
 
 
+@pytest.fixture
+def files(tmp_path, monkeypatch) -> pathlib.Path:
+    """A folder with a tiny model's dit.pt, clip/ and vae/ as people have them, and a cache."""
+    from support.model_files import write_files
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    write_files(tmp_path)
+    return tmp_path
+
+
 @pytest.fixture(autouse=True, scope="module")
 def forget_programs():
     """Frees compiled programs after each module: a worker would grow to several GB of them."""

@@ -1,8 +1,9 @@
-"""The page's studio without a browser: what may be asked, who is drawn when, what comes out.
+"""The page's studio without a browser: what may be asked, whose turn it is, what comes out.
 
 tests/ui has the page itself in a browser (make test-ui).
 """
 
+import base64
 import io
 import json
 import socket
@@ -13,7 +14,7 @@ import threading
 import numpy as np
 import pytest
 from PIL import Image
-from test_sampling_pipeline import pipeline
+from support.tiny_pipeline import pipeline
 
 from microdit_jax.app.limits import Limits, read_request
 from microdit_jax.app.studio import PageModel, Studio
@@ -42,7 +43,7 @@ def test_a_good_request():
         ({"num_inference_steps": 11}, "found 11"),
         ({"num_inference_steps": 2.5}, "found 2.5"),
         ({"num_inference_steps": True}, "found True"),
-        ({"count": 4}, "pictures as a whole number from 1 to 3, found 4"),
+        ({"count": 4}, "images as a whole number from 1 to 3, found 4"),
         ({"count": None}, "found nothing"),
         ({"seed": -1}, "a seed as a whole number from 0 to 4294967295"),
         ({"guidance_scale": float("nan")}, "guidance as a number from 1 to 20, found nan"),
@@ -62,7 +63,7 @@ def test_refused(wrong, message):
 
 
 class Listener:
-    """Keeps the events of a drawing; `end` waits for the last of them."""
+    """Keeps the events of a job; `end` waits for the last of them."""
 
     def __init__(self):
         self.events, self._ended = [], threading.Event()
@@ -96,21 +97,22 @@ for host, reached in ("127.0.0.1", "127.0.0.1"), ("::", "127.0.0.1 ::1"), ("::1"
 
 @pytest.fixture
 def studio():
-    studio = Studio({"tiny": PageModel(pipeline(), {"model": "m"})}, limits=LIMITS, batch_size=2)
+    settings = {"model": "m", "vae": None, "text_encoder": None, "ema": True, "dtype": None}
+    studio = Studio({"tiny": PageModel(pipeline(), settings)}, limits=LIMITS, batch_size=2)
     yield studio
     studio.close()
 
 
 def ask(studio, **changed):
     listener = Listener()
-    drawing = studio.submit(read_request(GOOD | changed, ["tiny"], LIMITS), listener)
-    return drawing, listener
+    job = studio.submit(read_request(GOOD | changed, ["tiny"], LIMITS), listener)
+    return job, listener
 
 
-def test_drawn_in_order_with_previews_and_settings(studio):
+def test_sampled_in_order_with_previews_and_settings(studio):
     _, first = ask(studio)
     cancelled, _ = ask(studio, seed=9)
-    with pytest.raises(UserError, match="at most 2 drawings waiting"):
+    with pytest.raises(UserError, match="at most 2 requests waiting"):
         ask(studio)
     cancelled.cancel()
     _, second = ask(studio, count=3)  # the place of the cancelled one
@@ -125,19 +127,61 @@ def test_drawn_in_order_with_previews_and_settings(studio):
     expected = pipeline().generate(
         ["red apple"] * 3, guidance_scale=2.0, num_inference_steps=3, seed=3, batch_size=2
     )
-    for i, name in enumerate(done["pictures"]):
-        picture = studio.picture(name)
-        assert picture.file_name == f"{i:04d}_red-apple.png"
-        with Image.open(io.BytesIO(picture.png)) as image:
+    for i, name in enumerate(done["images"]):
+        file = studio.image(name)
+        assert file.file_name == f"{i:04d}_red-apple.png"
+        with Image.open(io.BytesIO(file.png)) as image:
             settings = json.loads(image.text["microdit_jax"])
             np.testing.assert_allclose(np.asarray(image) / 255, expected[i], atol=1.5 / 255)
         assert settings.items() >= {"model": "m", "seed": 3, "index": i, "of": 3}.items()
-    (alone,) = first.end()["pictures"]
-    assert studio.picture(alone).png != studio.picture(done["pictures"][0]).png  # "of" differs
-    assert studio.picture("nobody's") is None
+    (alone,) = first.end()["images"]
+    assert studio.image(alone).png != studio.image(done["images"][0]).png  # "of" differs
+    assert studio.image("nobody's") is None
 
 
-def test_one_failure_is_told_in_words_and_the_next_is_drawn(studio, monkeypatch, capsys):
+def test_previews_end_at_the_images(studio):
+    studio.start()
+    _, listener = ask(studio, count=3)
+    names = listener.end()["images"]
+    last_steps = [e for e in listener.events if e["event"] == "step" and e["step"] == 3]
+    assert [event["together"] for event in last_steps] == [2, 1]
+    for event in last_steps:
+        for i, address in enumerate(event.get("previews", []), start=event["first"]):
+            kept = studio.image(names[i]).png
+            previewed = base64.b64decode(address.removeprefix("data:image/png;base64,"))
+            with Image.open(io.BytesIO(kept)) as end, Image.open(io.BytesIO(previewed)) as shown:
+                difference = np.asarray(end, np.int32) - np.asarray(shown, np.int32)
+            assert np.abs(difference).max() <= 1, i
+    assert "previews" in last_steps[-1]
+
+
+def test_a_prompt_that_is_cut_is_warned_of(studio):
+    studio.start()
+    _, long = ask(studio, prompt="a b c d e f g h i j")
+    _, short = ask(studio, prompt="a b")
+    assert long.end()["event"] == short.end()["event"] == "done"
+    warnings = [event["message"] for event in long.events if event["event"] == "warning"]
+    assert warnings == ["the last 5 tokens of this prompt are cut: the model reads no more"]
+    assert not [event for event in short.events if event["event"] == "warning"]
+
+
+def test_a_job_that_runs_stops_when_it_is_cancelled(studio):
+    class Impatient(Listener):
+        def __call__(self, event):
+            super().__call__(event)
+            if event["event"] == "step":
+                job.cancel()
+
+    impatient = Impatient()
+    job = studio.submit(read_request(GOOD | {"count": 3}, ["tiny"], LIMITS), impatient)
+    _, after = ask(studio)
+    studio.start()
+    assert after.end()["event"] == "done"
+    assert [event["event"] for event in impatient.events].count("step") == 1
+    assert impatient.events[-1]["event"] == "step"
+
+
+def test_one_failure_is_told_in_words_and_the_next_is_sampled(studio, monkeypatch, capsys):
     real, decode = type(studio.models["tiny"].pipe), "decode"
     working = real.decode
     monkeypatch.setattr(real, decode, lambda *_: 1 / 0)
@@ -150,9 +194,9 @@ def test_one_failure_is_told_in_words_and_the_next_is_drawn(studio, monkeypatch,
     assert listener.end()["event"] == "done"
 
 
-def test_only_the_newest_pictures_are_kept(studio):
+def test_only_the_newest_images_are_kept(studio):
     studio.limits = Limits(kept_bytes=1)
     studio.start()
     _, listener = ask(studio, count=2)
-    old, new = listener.end()["pictures"]
-    assert studio.picture(old) is None and studio.picture(new) is not None
+    old, new = listener.end()["images"]
+    assert studio.image(old) is None and studio.image(new) is not None

@@ -112,8 +112,8 @@ def test_the_weights_are_the_runs_average_in_bfloat16(shipped):
         np.testing.assert_array_equal(found, rounded)
     run = load.load_model(str(shipped / "run"))
     assert (model.config, model.edm, model.text_encoder) == (run.config, run.edm, run.text_encoder)
-    captions, latents = create.heldout_pictures(model, 5)
-    assert captions == create.heldout_pictures(run, 5)[0] and latents.shape == (5, 8, 8, 8)
+    captions, latents = create.heldout_images(model, 5)
+    assert captions == create.heldout_images(run, 5)[0] and latents.shape == (5, 8, 8, 8)
 
 
 def test_a_shipped_folder_is_replaced_and_nothing_else_is(shipped, tmp_path):

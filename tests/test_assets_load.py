@@ -10,58 +10,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import tiny_model
-from test_vae import load_vae
+from support.golden_vae import load_vae
+from support.model_files import tensors
 
 import microdit_jax
 from microdit_jax import create, sharding
 from microdit_jax.assets import hub, load
-from microdit_jax.convert import clip_text, dit
+from microdit_jax.convert import dit
 from microdit_jax.convert.__main__ import main as convert_main
 from microdit_jax.convert.formats.safetensors_file import write_safetensors
 from microdit_jax.convert.formats.torch_file import write_torch
-from microdit_jax.encoders.clip_text import ClipText, ClipTextConfig
 from microdit_jax.errors import UserError
 from microdit_jax.models.dit import DiT, for_this_machine
-
-CLIP = ClipTextConfig(width=24, layers=1, heads=2, context_length=12)
 
 
 def same(found, expected) -> None:
     jax.tree.map(np.testing.assert_array_equal, found, expected)
-
-
-@functools.cache
-def tensors() -> dict[str, dict[str, np.ndarray]]:
-    """State dicts of a network, a text tower and a VAE that fit together."""
-    config = tiny_model().config
-    shapes = load.abstract_params(config)
-    leaves, tree = jax.tree.flatten(shapes)
-    random = np.random.default_rng(0)
-    normals = [0.1 * random.standard_normal(leaf.shape, np.float32) for leaf in leaves]
-    ids = jnp.zeros((1, 12), jnp.int32)
-    tower = jax.jit(ClipText(CLIP).init)(jax.random.key(0), ids)["params"]
-    return {
-        "dit": dit.to_torch(tree.unflatten(normals), config),
-        "clip_text": clip_text.to_torch(jax.tree.map(np.asarray, tower), CLIP),
-        "vae": load_vae("vae_small").tensors,
-    }
-
-
-@pytest.fixture
-def files(tmp_path, monkeypatch):
-    """dit.pt, clip/open_clip_pytorch_model.bin and vae/, as people have them."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    write_torch(tmp_path / "dit.pt", tensors()["dit"])
-    for name in ("clip", "vae"):
-        (tmp_path / name).mkdir()
-    write_torch(tmp_path / "clip" / "open_clip_pytorch_model.bin", tensors()["clip_text"])
-    text = {"context_length": 12, "vocab_size": CLIP.vocab_size}
-    text |= {"width": 24, "heads": 2, "layers": 1}
-    model = {"model_cfg": {"embed_dim": 24, "quick_gelu": True, "text_cfg": text}}
-    (tmp_path / "clip" / "open_clip_config.json").write_text(json.dumps(model))
-    write_safetensors(tmp_path / "vae" / "diffusion_pytorch_model.safetensors", tensors()["vae"])
-    (tmp_path / "vae" / "config.json").write_text(json.dumps(load_vae("vae_small").config_json))
-    return tmp_path
 
 
 def pipeline(files, **options):

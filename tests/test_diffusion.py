@@ -8,6 +8,7 @@ from conftest import relative_l2
 
 from microdit_jax import diffusion
 from microdit_jax.errors import UserError
+from microdit_jax.sampling.guidance import guided, interleave
 
 EDM = diffusion.EdmConfig()
 
@@ -15,14 +16,14 @@ EDM = diffusion.EdmConfig()
 def network_for(golden, *, guidance=None, **options):
     y = golden["y"]
     if guidance is not None:
-        y = diffusion.interleave(y, jnp.zeros_like(y))
+        y = interleave(y, jnp.zeros_like(y))
 
     def network(x, c_noise):
         return golden.model.apply({"params": golden.params}, x, c_noise, y, **options)
 
     if guidance is None:
         return network
-    return diffusion.guided(lambda x, t: network(x, t)[0], jnp.float32(guidance))
+    return guided(lambda x, t: network(x, t)[0], jnp.float32(guidance))
 
 
 def test_scalings_at_sigma_data():
@@ -161,20 +162,6 @@ def test_preview_is_the_denoised_image():
     state = diffusion.heun_evaluate(affine_denoiser, start, row)
     found = diffusion.heun_denoised(state, jnp.float32(9))
     np.testing.assert_allclose(found, affine_denoiser(start.x, jnp.full(2, 9.0)), rtol=2e-5)
-
-
-def test_guidance_by_hand():
-    """Rows alternate: with caption, without; scale 3 goes three times the way between them."""
-    caption = diffusion.interleave(jnp.array([5.0, 7.0]), jnp.zeros(2))
-
-    def network(x, c_noise):
-        return x * c_noise[:, None, None, None] + caption[:, None, None, None]
-
-    x = jnp.arange(8.0).reshape(2, 2, 2, 1)
-    found = diffusion.guided(network, 3.0)(x, jnp.array([1.0, 2.0]))
-    expected = np.asarray(x) * np.array([1, 2]).reshape(2, 1, 1, 1)
-    expected = expected + 3 * np.array([5, 7]).reshape(2, 1, 1, 1)
-    np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
 def test_training_sigma_follows_the_config():

@@ -1,16 +1,22 @@
 """PNGs with their settings, and sheets of them."""
 
+import dataclasses
 import json
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from microdit_jax import images
 from microdit_jax.errors import UserError
 
 IMAGE = np.linspace(0, 1, 12, dtype=np.float32).reshape(2, 2, 3)
 SETTINGS = {"seed": 7, "prompt": "ein Bär 🐻"}
+GOOD = {
+    "model": "instant", "vae": None, "text_encoder": "clip", "ema": True, "dtype": "float32",
+    "num_inference_steps": 30, "guidance_scale": 3, "seed": 2024, "noise": "jax", "of": 24,
+    "made_with": "the instant model", "prompt": "ein Bär 🐻", "index": 23,
+}  # fmt: skip
 
 
 def test_bytes_are_rounded_as_in_a_png():
@@ -18,7 +24,7 @@ def test_bytes_are_rounded_as_in_a_png():
     assert images.to_uint8(values)[0, :, 0, 0].tolist() == [0, 0, 128, 255, 255]
 
 
-def test_pictures_carry_their_settings(tmp_path):
+def test_images_carry_their_settings(tmp_path):
     file = tmp_path / "a" / "x.png"
     images.save_png(file, IMAGE, SETTINGS)
     with Image.open(file) as image:
@@ -31,7 +37,7 @@ def test_pictures_carry_their_settings(tmp_path):
     assert not images.is_made_so(file, SETTINGS | {"seed": 8})
 
 
-def test_a_torn_picture_is_made_again(tmp_path):
+def test_a_torn_image_is_made_again(tmp_path):
     file = tmp_path / "x.png"
     images.save_png(file, np.zeros((64, 64, 3), np.float32), SETTINGS)
     file.write_bytes(file.read_bytes()[:-30])
@@ -39,7 +45,7 @@ def test_a_torn_picture_is_made_again(tmp_path):
     assert not images.is_made_so(tmp_path / "none.png", SETTINGS)
 
 
-def test_pictures_of_others_are_refused(tmp_path):
+def test_images_of_others_are_refused(tmp_path):
     Image.new("RGB", (2, 2)).save(tmp_path / "other.png")
     Image.new("RGB", (2, 2)).save(tmp_path / "other.jpg")
     for name in ("other.png", "other.jpg", "none.png"):
@@ -47,7 +53,72 @@ def test_pictures_of_others_are_refused(tmp_path):
             images.read_settings(tmp_path / name)
 
 
-def test_a_picture_that_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
+def test_settings_of_an_image_come_back(tmp_path):
+    settings = images.ImageSettings.from_dict(GOOD)
+    assert dataclasses.asdict(settings) == GOOD
+    images.save_png(tmp_path / "x.png", IMAGE, GOOD | {"later": "a key of a later version"})
+    assert images.ImageSettings.from_dict(images.read_settings(tmp_path / "x.png")) == settings
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        ({"index": 99}, "index in an image's settings to be a whole number from 0 to 23, found 99"),
+        ({"index": -1}, "found -1"),
+        ({"index": True}, "found True"),
+        ({"index": 1.0}, "found 1.0"),
+        ({"of": 0}, "of in an image's settings to be a whole number from 1"),
+        ({"of": 10**30}, "expected of in"),
+        ({"of": "24"}, "found '24'"),
+        ({"seed": 2**64}, "from 0 to 18446744073709551615"),
+        ({"seed": None}, "found None"),
+        ({"num_inference_steps": 10**9}, "from 1 to 100000, found 1000000000"),
+        ({"guidance_scale": float("nan")}, "a finite number, found nan"),
+        ({"guidance_scale": float("inf")}, "a finite number"),
+        ({"guidance_scale": 10**400}, "a finite number"),
+        ({"guidance_scale": "3"}, "a finite number"),
+        ({"noise": "torch"}, "one of jax, torch_cpu, torch_cuda"),
+        ({"noise": ["jax"]}, "one of jax, torch_cpu, torch_cuda"),
+        ({"dtype": "int8"}, "one of None, float32, bfloat16"),
+        ({"dtype": {}}, "one of None, float32"),
+        ({"ema": 1}, "true or false"),
+        ({"model": None}, "a text, found None"),
+        ({"vae": 3}, "a text, found 3"),
+        ({"prompt": " "}, "a text, found ' '"),
+        ({"prompt": "\ud800"}, "found '.ud800'"),
+        ({"prompt": ["x" * 10**6]}, r"xxx\.\.\.; give"),
+    ],
+)
+def test_settings_of_strangers_are_refused(wrong, message):
+    with pytest.raises(UserError, match=message) as error:
+        images.ImageSettings.from_dict(GOOD | wrong)
+    assert len(str(error.value)) < 250 and "\n" not in str(error.value)
+
+
+def test_a_grid_is_not_the_png_of_one_image():
+    with pytest.raises(UserError, match="one that does not say index, prompt; take one from"):
+        images.ImageSettings.from_dict({k: GOOD[k] for k in GOOD if k not in ("prompt", "index")})
+
+
+def test_damaged_files_are_refused(tmp_path):
+    file = tmp_path / "x.png"
+    images.save_png(file, IMAGE, GOOD)
+    whole = file.read_bytes()
+    for text in (b"[1, 2]", b'"text"', b"[" * 100_000, b"{"):
+        info = PngImagePlugin.PngInfo()
+        info.add_itxt(images.KEY, text.decode())
+        Image.new("RGB", (2, 2)).save(file, pnginfo=info)
+        with pytest.raises(UserError, match="expected a PNG made by sample_main.py"):
+            images.read_settings(file)
+    for i in range(0, len(whole), 7):
+        file.write_bytes(whole[:i] + bytes([whole[i] ^ 255]) + whole[i + 1 :])
+        try:
+            images.read_settings(file)
+        except UserError as error:
+            assert "expected a PNG made by sample_main.py" in str(error)
+
+
+def test_an_image_that_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
     def full(descriptor):
         raise OSError(28, "No space left on device")
 
@@ -57,7 +128,7 @@ def test_a_picture_that_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_grid_puts_pictures_side_by_side():
+def test_grid_puts_images_side_by_side():
     red, blue = np.zeros((2, 2, 8, 8, 3), np.float32)
     red[..., 0], blue[..., 2] = 1, 1
     grid = images.captioned_grid([red, blue], ["one", "two"], columns=2, min_side=8)

@@ -6,7 +6,6 @@ import shutil
 import numpy as np
 import pytest
 from support.train_command import Command, lines, prepare_emoji, state_of
-from test_assets_load import files  # noqa: F401
 from test_checkpoints_run import assert_same, flip, largest, make_state, restore
 from test_machine_hosts import finish, free_port, start
 
@@ -88,7 +87,7 @@ except UserError as error:
     assert told[0] == told[1] and "found step 3 is damaged: state/" in told[0]
 
 
-def test_towers_of_two_processes(files):  # noqa: F811
+def test_towers_of_two_processes(files):
     """Converted by one of each cache, also where a host has its own; loaded by one while the other
     is elsewhere; and rows that hosts computed differently."""
     program = """

@@ -18,10 +18,10 @@ def test_runs_from_top_to_bottom(path, monkeypatch):
     ran = [
         run_cell(source, path.name, names) for kind, source in read_cells(path) if kind == "code"
     ]
-    pictures = [cell.picture for cell in ran if cell.picture]
-    assert len(pictures) >= 3
-    for picture in pictures:
-        assert len(picture.getcolors(1 << 20)) > 16
+    images = [cell.image for cell in ran if cell.image]
+    assert len(images) >= 3
+    for image in images:
+        assert len(image.getcolors(1 << 20)) > 16
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)

@@ -14,8 +14,8 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
+from support.golden_vae import load_vae
 from support.latent_datasets import contents
-from test_vae import load_vae
 
 from microdit_jax.data import twemoji
 from microdit_jax.data.mds import MdsReader

@@ -9,7 +9,6 @@ import sys
 import jax
 import numpy as np
 import pytest
-from test_assets_load import files  # noqa: F401
 
 from microdit_jax import images
 from microdit_jax.assets import load
@@ -41,7 +40,7 @@ def model(folder) -> list[str]:
 
 
 @pytest.mark.slow
-def test_drawn_resumed_and_made_again(files):  # noqa: F811
+def test_sampled_resumed_and_sampled_again(files):
     (files / "prompts.txt").write_text("\n".join(PROMPTS) + "\n\n")
     out = files / "out"
     command = [
@@ -52,26 +51,35 @@ def test_drawn_resumed_and_made_again(files):  # noqa: F811
     ]
     first = sample(files, *command, "--noise=torch_cpu")
     assert first.returncode == 0, first.stderr
-    assert "3 pictures in" in first.stdout and "images/s" in first.stdout
+    assert "3 images in" in first.stdout and "images/s" in first.stdout
     names = sorted(path.name for path in (out / "images").iterdir())
     assert names == ["0000_an-apple.png", "0001_a-dog.png", "0002_the-sun.png"]
     settings = images.read_settings(out / "images" / names[1])
     assert (settings["prompt"], settings["index"], settings["of"]) == ("a dog", 1, 3)
 
-    # The same command again draws what is missing alone, and compiles nothing.
+    # The same command again samples the missing image alone, and compiles nothing.
     before = {name: (out / "images" / name).read_bytes() for name in names}
     (out / "images" / names[2]).unlink()
     again = sample(files, *command, "--noise=torch_cpu")
-    assert "2 of 3 pictures are there already" in again.stdout
+    assert "2 of 3 images are there already" in again.stdout
     assert "converting" not in again.stdout
     assert {name: (out / "images" / name).read_bytes() for name in names} == before
 
-    # One picture from its own settings.
+    # One image from its own settings.
     made_again = sample(files, f"--again={out / 'images' / names[1]}", f"--out={files / 'again'}")
     assert made_again.returncode == 0, made_again.stderr
     found = images.read_png(files / "again" / "images" / names[1])
     expected = images.read_png(out / "images" / names[1])
     np.testing.assert_allclose(found, expected, atol=1.5 / 255)
+
+    # A flag that is given goes before the PNG's settings.
+    other = sample(
+        files, f"--again={out / 'images' / names[1]}", "--seed=9", f"--out={files / 'o'}"
+    )
+    assert other.returncode == 0, other.stderr
+    changed = images.read_settings(files / "o" / "images" / names[1])
+    assert changed == settings | {"seed": 9}
+    assert np.abs(images.read_png(files / "o" / "images" / names[1]) - expected).max() > 0.01
 
     # And once more, with all that it needs in the caches.
     last = sample(files, f"--again={out / 'images' / names[1]}", f"--out={files / 'last'}")
@@ -90,14 +98,14 @@ def test_drawn_resumed_and_made_again(files):  # noqa: F811
         (["--prompt=a", "--guidance_scale=nan"], "--guidance_scale=nan: expected a finite number"),
     ],
 )
-def test_bad_input(files, flags, message):  # noqa: F811
+def test_bad_input(files, flags, message):
     result = sample(files, *model(files), *flags, HF_HUB_OFFLINE="1")
     assert result.returncode == 2, result.stderr
     assert message in result.stderr.strip().splitlines()[-1]
 
 
 @pytest.mark.slow
-def test_a_t5_without_its_tokenizer(files):  # noqa: F811
+def test_a_t5_without_its_tokenizer(files):
     config = T5Config(width=24, layers=1, heads=2, head_dim=8, ffn=32, vocab_size=96)
     ids = np.ones((1, 4), np.int32)
     params = jax.jit(T5(config).init)(jax.random.key(0), ids, ids == 1)["params"]
@@ -112,7 +120,7 @@ def test_a_t5_without_its_tokenizer(files):  # noqa: F811
 
 
 @pytest.mark.slow
-def test_warnings_and_a_cache_that_cannot_be_written(files):  # noqa: F811
+def test_warnings_and_a_cache_that_cannot_be_written(files):
     long = "apple " * 30
     result = sample(files, *model(files), f"--prompt={long}", f"--out={files / 'out'}")
     assert "warning: the last 20 tokens of this prompt are cut" in result.stdout, result.stderr

@@ -1,4 +1,4 @@
-"""The pipeline: the same picture whatever the batch and the devices; what it refuses."""
+"""The pipeline: the same image whatever the batch and the devices; what it refuses."""
 
 import dataclasses
 import functools
@@ -7,45 +7,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import relative_l2, tiny_model
+from conftest import relative_l2
+from support.tiny_pipeline import OPTIONS, PROMPTS, pipeline
 
 from microdit_jax import diffusion, sharding
-from microdit_jax.assets import load
 from microdit_jax.diffusion import EdmConfig
 from microdit_jax.encoders.token_table import TokenTable
-from microdit_jax.encoders.vae import AutoencoderKL, VaeConfig
 from microdit_jax.encoders.vae_codec import VaeCodec
 from microdit_jax.errors import UserError
 from microdit_jax.machine import memory
 from microdit_jax.noise import initial_noise
-from microdit_jax.sampling.pipeline import LatentDiffusion
-
-PROMPTS = ["red apple", "dog face", "woman mechanic", "red apple", "a", "b c", "cat", "sun"]
-OPTIONS = {"num_inference_steps": 2, "seed": 3, "guidance_scale": 2.0}
-VAE = VaeConfig((8, 8), 4, 0.5, norm_num_groups=4)
-
-
-@functools.cache
-def weights():
-    """Random weights of the tiny network and a VAE, none of them zero."""
-    model, keys = tiny_model(), jax.random.split(jax.random.key(0), 3)
-    shapes = load.abstract_params(model.config)
-    leaves, tree = jax.tree.flatten(shapes)
-    normals = [
-        0.1 * jax.random.normal(key, leaf.shape, leaf.dtype)
-        for key, leaf in zip(jax.random.split(keys[0], len(leaves)), leaves, strict=True)
-    ]
-    images = jnp.zeros((1, 4, 4, 3), jnp.float32)
-    return tree.unflatten(normals), AutoencoderKL(VAE).init(keys[1], images)["params"]
-
-
-def pipeline(mesh=None) -> LatentDiffusion:
-    model, (params, vae) = tiny_model(), weights()
-    if mesh is not None:
-        params = jax.device_put(params, sharding.shardings(params, mesh))
-        vae = jax.device_put(vae, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
-    codec = VaeCodec("vae", VAE, vae)
-    return LatentDiffusion(model, params, EdmConfig(), TokenTable(24, 7, 0), codec, "tiny")
+from microdit_jax.sampling import guidance
 
 
 @functools.cache
@@ -53,7 +25,7 @@ def expected() -> np.ndarray:
     return pipeline().generate(PROMPTS, **OPTIONS)
 
 
-def test_pictures():
+def test_images():
     images = expected()
     assert images.shape == (8, 16, 16, 3) and images.dtype == np.float32
     assert 0 <= images.min() and images.max() <= 1
@@ -64,35 +36,97 @@ def test_pictures():
 
 @pytest.mark.parametrize("mesh", [None, (2, 1, 1), (8, 1, 1), (2, 2, 2), (1, 8, 1)])
 @pytest.mark.parametrize("batch_size", [1, 3, 8])
-def test_the_same_pictures_on_any_devices_in_any_batch(mesh, batch_size):
+def test_the_same_images_on_any_devices_in_any_batch(mesh, batch_size):
     if mesh is not None:
         mesh = sharding.make_mesh(*mesh, devices=jax.devices()[: np.prod(mesh)])
     images = pipeline(mesh).generate(PROMPTS, batch_size=batch_size, **OPTIONS)
     np.testing.assert_allclose(images, expected(), atol=1e-4)
 
 
-def test_equals_the_sampler_in_one_program():
-    pipe = pipeline()
+# No value is a default's: a setting that gets lost on the way must change the images.
+OTHER_EDM = EdmConfig(sigma_data=0.5, sigma_min=0.01, sigma_max=20.0, rho=5.0)
+
+
+@pytest.mark.parametrize("edm", [EdmConfig(), OTHER_EDM], ids=["default", "other"])
+def test_equals_the_sampler_in_one_program(edm):
+    pipe = dataclasses.replace(pipeline(), edm=edm)
     params, model = pipe.params, pipe.model
     noise = initial_noise("jax", 3, 8, 8, 8, 4)
     y = pipe.encode(PROMPTS)
     np.testing.assert_array_equal(y[0], y[3])
-    both = diffusion.interleave(jnp.asarray(y), jnp.zeros_like(y))
-    network = diffusion.guided(
+    both = guidance.interleave(jnp.asarray(y), jnp.zeros_like(y))
+    network = guidance.guided(
         lambda x, t: model.apply({"params": params}, x, t, both)[0], jnp.float32(2.0)
     )
-    sample = jax.jit(lambda x: diffusion.heun_sampler(diffusion.denoiser(network, 0.9), x, 2))(
-        noise
-    )
+    denoise = diffusion.denoiser(network, edm.sigma_data)
+    sample = jax.jit(lambda x: diffusion.heun_sampler(denoise, x, 2, edm))(noise)
     latents = pipe.generate(PROMPTS, return_only_latents=True, **OPTIONS)
     assert relative_l2(latents, sample) < 1e-5
-    np.testing.assert_allclose(pipe.decode(latents), expected(), atol=1e-6)
+
+
+def test_the_codec_is_given_raw_latents_and_its_images_are_clipped():
+    class Codec(VaeCodec):
+        def decode(self, latents):
+            seen.append(latents)
+            return np.linspace(-3, 3, 12, dtype=np.float32).reshape(1, 2, 2, 3)
+
+    seen, small = [], pipeline().codec
+    assert small.scaling_factor not in (0, 1)
+    pipe = dataclasses.replace(pipeline(), codec=Codec("vae", small.config, small.params))
+    latents = np.random.default_rng(0).standard_normal((1, 8, 8, 4), np.float32)
+    images = pipe.decode(latents)
+    np.testing.assert_allclose(seen[0] * small.scaling_factor, latents, rtol=1e-6)
+    expected = np.clip((np.linspace(-3, 3, 12) + 1) / 2, 0, 1).reshape(1, 2, 2, 3)
+    np.testing.assert_allclose(images, expected, atol=1e-6)
+
+
+def test_seed_0_is_a_seed_and_none_is_another_each_time():
+    pipe, options = pipeline(), OPTIONS | {"return_only_latents": True}
+    first, again = (pipe.generate(["a"], **options | {"seed": 0}) for _ in range(2))
+    np.testing.assert_array_equal(first, again)
+    del options["seed"]
+    noise = initial_noise("jax", 0, 1, 8, 8, 4)
+    np.testing.assert_array_equal(first, pipe.generate(["a"], noise=noise, **options))
+    one, other = (pipe.generate(["a"], seed=None, **options) for _ in range(2))
+    assert np.abs(one - other).max() > 0.01
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 0.5, 0.0, -2.0])
+def test_no_guidance_up_to_1(guidance_scale):
+    """As in the reference: neither the doubled batch nor its extrapolation."""
+    pipe = pipeline()
+    options = OPTIONS | {"guidance_scale": guidance_scale, "return_only_latents": True}
+    found = pipe.generate(["dog"], **options)
+    assert list(pipe._programs) == [(1, 7, False)]
+    y, noise = pipe.encode(["dog"]), initial_noise("jax", 3, 1, 8, 8, 4)
+    network = pipe.model.apply
+
+    def conditional(x, t):
+        return network({"params": pipe.params}, x, t, jnp.asarray(y))[0]
+
+    sample = jax.jit(lambda x: diffusion.heun_sampler(diffusion.denoiser(conditional, 0.9), x, 2))(
+        noise
+    )
+    assert relative_l2(found, sample) < 1e-5
+
+
+def test_the_attention_mask_goes_to_the_encoder():
+    class Encoder(TokenTable):
+        def encode(self, ids, attention_mask=None):
+            seen.append(attention_mask)
+            return super().encode(ids)
+
+    seen, mask = [], np.array([[1, 1, 1, 0, 0, 0, 0]])
+    pipe = dataclasses.replace(pipeline(), text_encoder=Encoder(24, 7, 0))
+    ids = pipe.text_encoder.tokenizer(["dog"])
+    pipe.encode(tokenized_prompts=ids, attention_mask=mask)
+    assert len(seen) == 1 and seen[0] is mask
 
 
 def test_any_number_of_steps_and_any_guidance_run_one_program():
     pipe = pipeline()
-    for steps, guidance in ((1, 2.0), (3, 7.0)):
-        pipe.generate(["a"], num_inference_steps=steps, guidance_scale=guidance, seed=0)
+    for steps, scale in ((1, 2.0), (3, 7.0)):
+        pipe.generate(["a"], num_inference_steps=steps, guidance_scale=scale, seed=0)
     assert len(pipe._programs) == 1
     (programs,) = pipe._programs.values()
     pipe.generate(["b"], num_inference_steps=1, guidance_scale=1.0, seed=0)

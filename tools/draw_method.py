@@ -17,7 +17,7 @@ import jax
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.patches import FancyArrowPatch
+from matplotlib.patches import FancyArrowPatch, Rectangle
 from PIL import Image
 
 from microdit_jax.assets import load
@@ -32,7 +32,7 @@ STAGES = (("1", 32, 0.75), ("2", 32, 0.0), ("3", 64, 0.75), ("4", 64, 0.0))  # s
 
 
 def block_widths(params: dict, prefix: str) -> list[dict]:
-    """Hidden widths of each block, from the shapes of its weights."""
+    """Returns the hidden widths of each block, read off the shapes of its weights."""
     blocks = []
     while (block := params.get(f"{prefix}_{len(blocks)}")) is not None:
         shapes = {
@@ -48,7 +48,7 @@ def block_widths(params: dict, prefix: str) -> list[dict]:
 
 
 def draw_method(out: Path) -> None:
-    """One picture's way: all patches through the mixer, a quarter through the backbone."""
+    """Draws one image's way: all patches through the mixer, a quarter through the backbone."""
     config = dit.MicroDiT_XL_2(input_size=64)
     params = load.abstract_params(config)
     mixer, backbone = (block_widths(params, p) for p in ("patch_mixer", "blocks"))
@@ -61,9 +61,9 @@ def draw_method(out: Path) -> None:
         1, 5, gridspec_kw={"width_ratios": [3.1, 3.2, 3.1, 8.4, 3.1], "wspace": 0.34}
     )
     figure.subplots_adjust(left=0.015, right=0.985, top=0.76, bottom=0.17)
-    picture = _patches(grid)
-    hole = np.where(seen[..., None], picture, 0.85)
-    _grid(panels[0], picture, f"{t} patches", f"{config.input_size} x {config.input_size} latents")
+    image = _patches(grid)
+    hole = np.where(seen[..., None], image, 0.85)
+    _grid(panels[0], image, f"{t} patches", f"{config.input_size} x {config.input_size} latents")
     _grid(panels[2], hole, f"{kept} patches kept", f"{MASK_RATIO:.0%} dropped, after mixing")
     _grid(panels[4], hole, f"{kept} predicted", "the loss is measured there")
     _bars(panels[1], mixer, f"patch mixer: {len(mixer)} blocks", f"width {config.patch_mixer_dim}")
@@ -106,9 +106,7 @@ def draw_experts(out: Path) -> None:
     top.imshow(probabilities, cmap="Purples", vmin=0, vmax=1, aspect="auto")
     for expert, token in zip(*np.nonzero(chosen), strict=True):
         top.add_patch(
-            matplotlib.patches.Rectangle(
-                (token - 0.46, expert - 0.44), 0.92, 0.88, fill=False, ec=ATTENTION, lw=2.4
-            )
+            Rectangle((token - 0.46, expert - 0.44), 0.92, 0.88, fill=False, ec=ATTENTION, lw=2.4)
         )
     for expert, token in np.ndindex(e, t):
         shade = "white" if probabilities[expert, token] > 0.55 else "#33313f"
@@ -135,7 +133,7 @@ def draw_experts(out: Path) -> None:
 
 
 def draw_flops(out: Path) -> None:
-    """What masking saves: operations of a forward pass in the four stages, by part."""
+    """Draws the operations of a forward pass in the four stages, by part: what masking saves."""
     figure = Figure(figsize=(9, 3.2), dpi=100, facecolor="white", layout="constrained")
     panel = figure.subplots()
     parts = {"captions and ends": PALE, "patch mixer, all patches": ATTENTION, "backbone": EXPERTS}
@@ -169,7 +167,7 @@ def draw_flops(out: Path) -> None:
 
 
 def _patches(grid: int) -> np.ndarray:
-    """A picture with one colour a patch (Twemoji, CC-BY 4.0), on white."""
+    """Returns an image of one colour a patch (Twemoji, CC-BY 4.0), on white."""
     (path,) = (p.path for p in twemoji.list_images() if p.caption == "hot pepper")
     with Image.open(path) as image:
         rgba = image.convert("RGBA").resize((grid, grid), Image.Resampling.BOX)
@@ -177,16 +175,16 @@ def _patches(grid: int) -> np.ndarray:
     return rgba[..., :3] * rgba[..., 3:] + 1 - rgba[..., 3:]
 
 
-def _grid(panel, picture: np.ndarray, title: str, below: str) -> None:
-    panel.imshow(picture, interpolation="nearest")
-    places = np.arange(len(picture) + 1) - 0.5
-    panel.hlines(places, -0.5, len(picture) - 0.5, color="white", lw=0.5)
-    panel.vlines(places, -0.5, len(picture) - 0.5, color="white", lw=0.5)
+def _grid(panel, image: np.ndarray, title: str, below: str) -> None:
+    panel.imshow(image, interpolation="nearest")
+    edges = np.arange(len(image) + 1) - 0.5
+    panel.hlines(edges, -0.5, len(image) - 0.5, color="white", lw=0.5)
+    panel.vlines(edges, -0.5, len(image) - 0.5, color="white", lw=0.5)
     _words(panel, title, below)
 
 
 def _bars(panel, blocks: list[dict], title: str, below: str) -> None:
-    """Feed-forward widths upwards, attention's downwards."""
+    """Draws feed-forward widths upwards, attention's downwards."""
     x = np.arange(len(blocks))
     colors = [EXPERTS if block["experts"] else DENSE for block in blocks]
     panel.bar(x, [block["ffn"] for block in blocks], color=colors, width=0.78)
@@ -194,12 +192,12 @@ def _bars(panel, blocks: list[dict], title: str, below: str) -> None:
     panel.axhline(0, color="#33313f", lw=0.8)
     panel.set_ylim(-1350, 4500)
     widest = max(range(len(blocks)), key=lambda i: blocks[i]["ffn"])
-    for place in sorted({0, widest, len(blocks) - 1}):
-        block = blocks[place]
-        panel.text(place, block["ffn"] + 60, str(block["ffn"]), ha="center", fontsize=8)
-        if place in (0, len(blocks) - 1):
+    for index in sorted({0, widest, len(blocks) - 1}):
+        block = blocks[index]
+        panel.text(index, block["ffn"] + 60, str(block["ffn"]), ha="center", fontsize=8)
+        if index in (0, len(blocks) - 1):
             under = -block["attention"] - 270
-            panel.text(place, under, str(block["attention"]), ha="center", fontsize=8)
+            panel.text(index, under, str(block["attention"]), ha="center", fontsize=8)
     _words(panel, title, below)
 
 

@@ -21,6 +21,7 @@ from PIL import Image
 from microdit_jax import create
 from microdit_jax.commands.parser import Parser
 from microdit_jax.images import captioned_grid, to_uint8
+from microdit_jax.sampling import guidance
 
 DOCS = Path(__file__).parent.parent / "docs"
 BEFORE = "out/demo/finetune"
@@ -36,9 +37,9 @@ def main(arguments: Sequence[str]) -> None:
     Parser("tools.instant_sheets", __doc__).parse_args(arguments)
     pipe, model = create.load(os.environ.get("MODEL", "instant"))
     before, _ = create.load(BEFORE)
-    options = {"guidance_scale": create.usual_guidance(pipe), "seed": 2024}
+    options = {"guidance_scale": guidance.default_scale(pipe.text_encoder), "seed": 2024}
 
-    captions, real = create.heldout_pictures(model, HELDOUT)
+    captions, real = create.heldout_images(model, HELDOUT)
     rows = [pipe.decode(real), pipe.generate(captions, **options)]
     save(DOCS / "instant.png", captioned_grid(rows, captions, columns=8, min_side=64))
 
@@ -49,7 +50,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def save(path: Path, sheet: Float[np.ndarray, "H W 3"]) -> None:
-    """In 256 colours, a third of the bytes."""
+    """Writes a sheet in 256 colours, at a third of the bytes."""
     image = Image.fromarray(to_uint8(sheet)).quantize(256, dither=Image.Dither.NONE)
     image.save(path, optimize=True)
     print(f"{path}: {path.stat().st_size / 1e3:.0f} kB")

@@ -1,4 +1,4 @@
-"""Runs docs/generate.ipynb and writes what came out as a page: docs/generate.md and its pictures.
+"""Runs docs/generate.ipynb and writes the page docs/generate.md with its outputs and images.
 
   python -m tools.notebook_page     (MODEL=... takes another model than the one that comes along)
 
@@ -30,14 +30,14 @@ NOTE = """!!! note
 
 
 class Ran(NamedTuple):
-    """A code cell after it ran: what it printed, and the picture it ended with, if any."""
+    """Output of a code cell: its printed text, and the image it ended with, if any."""
 
     printed: str
-    picture: Image.Image | None
+    image: Image.Image | None
 
 
 def read_cells(path: Path) -> list[tuple[str, str]]:
-    """(kind, source) of each cell; kind is "code" or "markdown"."""
+    """Returns (kind, source) of each cell; kind is "code" or "markdown"."""
     cells = json.loads(path.read_text())["cells"]
     return [(cell["cell_type"], "".join(cell["source"])) for cell in cells]
 
@@ -45,19 +45,19 @@ def read_cells(path: Path) -> list[tuple[str, str]]:
 def run_cell(source: str, name: str, names: dict[str, Any]) -> Ran:
     """Runs a code cell as Jupyter does, in `names`: its last expression is what it shows."""
     *body, last = ast.parse(source).body
-    printed, picture = io.StringIO(), None
+    printed, image = io.StringIO(), None
     with contextlib.redirect_stdout(printed):
         if isinstance(last, ast.Expr):
             exec(compile(ast.Module(body, []), name, "exec"), names)
             value = eval(compile(ast.Expression(last.value), name, "eval"), names)
-            picture = value if isinstance(value, Image.Image) else None
+            image = value if isinstance(value, Image.Image) else None
         else:
             exec(compile(ast.Module([*body, last], []), name, "exec"), names)
-    return Ran(printed.getvalue(), picture)
+    return Ran(printed.getvalue(), image)
 
 
 def make_page(path: Path) -> None:
-    """Writes NAME.md beside NAME.ipynb, and its pictures into the folder NAME."""
+    """Writes NAME.md beside NAME.ipynb, and its images into the folder NAME."""
     names: dict[str, Any] = {}
     parts, shown, folder = [], 0, path.with_suffix("")
     for kind, source in read_cells(path):
@@ -68,15 +68,15 @@ def make_page(path: Path) -> None:
         ran = run_cell(source, path.name, names)
         if ran.printed:
             parts.append(f"```text\n{ran.printed.rstrip()}\n```")
-        if ran.picture is not None:
+        if ran.image is not None:
             folder.mkdir(exist_ok=True)
             shown += 1
             file = folder / f"{shown}.png"
-            ran.picture.save(file, optimize=True)
+            ran.image.save(file, optimize=True)
             parts.append(f"![What the cell shows]({folder.name}/{file.name})")
     parts.insert(1, NOTE)
     path.with_suffix(".md").write_text("\n\n".join(parts) + "\n")
-    print(f"wrote {path.with_suffix('.md').name} and {shown} pictures")
+    print(f"wrote {path.with_suffix('.md').name} and {shown} images")
 
 
 def main(arguments: Sequence[str]) -> None:

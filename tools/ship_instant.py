@@ -1,9 +1,9 @@
 """Writes what microdit_jax/assets/instant/model/ holds, from a finished run of configs/instant.py.
 
   python -m tools.ship_instant --run=out/instant/stage2
-  python -m tools.ship_instant --run=runs/mine --out=mine      (sample_main.py --model=mine draws)
+  python -m tools.ship_instant --run=runs/mine --out=mine      (then sample_main.py --model=mine)
 
-The moving average of the weights in bfloat16, and beside it all that drawing needs.
+The moving average of the weights in bfloat16, and beside it all that sampling needs.
 """
 
 if __name__ == "__main__":
@@ -38,16 +38,16 @@ ALLOWED = {"README.md", "config.json", "manifest.json", "vae", "weights.safetens
 
 CARD = """# {title}
 
-A MicroDiT of {parameters:,} parameters that draws emoji of {side} px from a few words. It knows the words of its {captions:,} captions
+A MicroDiT of {parameters:,} parameters that samples emoji of {side} px from a few words. It knows the words of its {captions:,} captions
 and nothing else: try "red apple" or "woman mechanic dark skin tone", not a sentence.{notes}
 
 | | |
 |---|---|
 | weights | moving average at step {step} of the last stage, bfloat16, {megabytes:.1f} MB with all files; sha256 of each in `manifest.json` |
-| data | {captions:,} emoji pictures and their English names; {heldout} more were held out |
+| data | {captions:,} emoji images and their English names; {heldout} more were held out |
 | held-out EDM loss | {right:.3f} with the right captions, {shuffled:.3f} with shuffled ones: {ratio:.2f} of it |
 | text | `{text_encoder}`: a fixed random vector for each of CLIP's tokens, no pretrained tower |
-| pictures | `{vae}`: principal components of 4 x 4 pixels, no pretrained VAE |
+| images | `{vae}`: principal components of 4 x 4 pixels, no pretrained VAE |
 | seed | {seed} |
 | made by | `{command}` |
 
@@ -55,13 +55,13 @@ and nothing else: try "red apple" or "woman mechanic dark skin tone", not a sent
 |---|---|---|---|---|
 {stages}
 
-Pictures and names it was trained on: {attribution}. What it draws is made from them: give the same credit where you show it. The skin tones,
-genders and trades in its pictures are those of the emoji standard.
+Images and names it was trained on: {attribution}. What it samples is made from them: give the same credit where you show it. The skin tones,
+genders and trades in its images are those of the emoji standard.
 """  # noqa: E501  (rows of a table)
 
 
 class Stage(NamedTuple):
-    """A run in the chain that led to the weights: what it saw, and its own updates."""
+    """A run in the chain that led to the weights: its images, and its own updates."""
 
     folder: Path
     resolution: int
@@ -86,7 +86,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def folder_bytes(folder: Path) -> int:
-    """Of all files in it."""
+    """Size in bytes of all files in a folder."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
@@ -135,7 +135,7 @@ def ship(run: Path, out: Path, *, command: str, notes: str = "") -> None:
 def card(
     run: Path, metadata: dict, step: int, arrays: dict[str, Any], size: int, texts: dict
 ) -> str:
-    """The model card, from what the run wrote down."""
+    """Returns the model card, from the run's records."""
     losses = last_heldout(run)["ema"]
     data = metadata["config"]["data"]
     codec = json.loads((run / "vae" / "codec.json").read_text())
@@ -163,7 +163,7 @@ def card(
 
 
 def chain(run: Path) -> list[Stage]:
-    """The stages that led to a run, the first one first."""
+    """Returns the stages that led to a run, in the order they were trained."""
     stages, workdir = [], run
     while workdir is not None:
         config = run_checkpoint.read_run_metadata(workdir)["config"]
@@ -183,5 +183,5 @@ def chain(run: Path) -> list[Stage]:
 
 
 def last_heldout(run: Path) -> dict:
-    """The run's last held-out losses, of the raw weights and of their average."""
+    """Returns the run's last held-out losses, of the raw weights and of their average."""
     return [line["heldout"] for line in read_metrics(run) if "heldout" in line][-1]

@@ -1,4 +1,4 @@
-"""A web page to draw with, on this machine.
+"""A web page to sample images with, on this machine.
 
 Examples:
   python -m microdit_jax.app
@@ -18,6 +18,7 @@ import dataclasses
 import socket
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
@@ -26,11 +27,15 @@ from microdit_jax.assets import hub
 from microdit_jax.commands.cli import absl_command, compiled_programs
 from microdit_jax.errors import UserError
 
+if TYPE_CHECKING:  # loading these takes a second, and --help should not
+    from microdit_jax.app.studio import PageModel
+    from microdit_jax.sampling.pipeline import LatentDiffusion
+
 MODEL = flags.DEFINE_multi_string(
     "model", [hub.INSTANT], "A network, as for sample_main.py; may be given several times."
 )
 BATCH = flags.DEFINE_integer(
-    "batch_size", 4, "Pictures drawn at a time, of one request.", lower_bound=1
+    "batch_size", 4, "Images sampled at a time, of one request.", lower_bound=1
 )
 HOST = flags.DEFINE_string(
     "host", "127.0.0.1", "Address to listen at; 0.0.0.0 lets other machines in. There is no login."
@@ -40,11 +45,11 @@ PORT = flags.DEFINE_integer(
 )
 MAX_PROMPT = flags.DEFINE_integer("max_prompt", 1000, "Characters of a prompt.", lower_bound=1)
 MAX_STEPS = flags.DEFINE_integer("max_steps", 100, "Steps of the sampler.", lower_bound=1)
-MAX_COUNT = flags.DEFINE_integer("max_count", 8, "Pictures of a request.", lower_bound=1)
+MAX_COUNT = flags.DEFINE_integer("max_count", 8, "Images of a request.", lower_bound=1)
 MAX_WAITING = flags.DEFINE_integer("max_waiting", 20, "Requests in the queue.", lower_bound=1)
 flags.adopt_module_key_flags(model_flags)
 
-# To try first: what the embedded pictures have, and what models of photographs know.
+# To try first: names of embedded emoji images, and scenes that models of photographs know.
 EMOJI = ["hot pepper", "woman mechanic dark skin tone", "red apple", "crying cat face"]
 PHOTOS = [
     "An elegant squirrel pirate on a ship",
@@ -106,7 +111,7 @@ def main():
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket that listens at an IPv4 or IPv6 address; "::" is all of both kinds."""
+    """Opens a socket at an IPv4 or IPv6 address; "::" listens at all of both kinds."""
     try:
         if ":" not in host:
             return socket.create_server((host, port))
@@ -119,8 +124,8 @@ def listen(host: str, port: int) -> socket.socket:
         ) from error
 
 
-def _load():
-    """The models by the names that the page shows: never their whole paths."""
+def _load() -> "dict[str, PageModel]":
+    """Loads the models, by the names that the page shows: never their whole paths."""
     from microdit_jax.app.studio import PageModel
 
     models = {}
@@ -133,11 +138,11 @@ def _load():
     return models
 
 
-def _suggested(pipe) -> dict:
-    """Prompts and a guidance to begin with."""
-    from microdit_jax import create
+def _suggested(pipe: "LatentDiffusion") -> dict[str, Any]:
+    """Returns prompts and a guidance scale to begin with."""
+    from microdit_jax.sampling import guidance
 
     return {
-        "examples": EMOJI if create.draws_emoji(pipe) else PHOTOS,
-        "guidance_scale": create.usual_guidance(pipe),
+        "examples": PHOTOS if pipe.text_encoder.pretrained else EMOJI,
+        "guidance_scale": guidance.default_scale(pipe.text_encoder),
     }

@@ -1,4 +1,4 @@
-"""What a page may ask for: every value is checked here, before anything is drawn."""
+"""Limits of a request: every value from a page is checked here, before anything is sampled."""
 
 import dataclasses
 import math
@@ -10,7 +10,7 @@ from microdit_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """The most of everything that one request, or all together, may ask for."""
+    """Upper bounds of a request's values, of the queue, and of the memory for finished images."""
 
     prompt_characters: int = 1000
     steps: int = 100
@@ -19,12 +19,12 @@ class Limits:
     seed: int = 2**32 - 1
     waiting: int = 20  # requests that have not begun
     body_bytes: int = 32_768  # of a request, as it comes in
-    kept_bytes: int = 256 * 2**20  # of finished pictures; the oldest go first
+    kept_bytes: int = 256 * 2**20  # of finished images; the oldest go first
 
 
 @dataclasses.dataclass(frozen=True)
-class DrawRequest:
-    """One checked request: `count` pictures of a prompt, by the model of this name on the page."""
+class SampleRequest:
+    """One checked request: `count` images of a prompt, by the model of this name on the page."""
 
     model: str
     prompt: str
@@ -34,31 +34,31 @@ class DrawRequest:
     count: int
 
 
-def read_request(asked: Any, models: Collection[str], limits: Limits = Limits()) -> DrawRequest:
-    """Checks what came in, as parsed from JSON.
+def read_request(asked: Any, models: Collection[str], limits: Limits = Limits()) -> SampleRequest:
+    """Checks a request as parsed from JSON.
 
     Raises:
       UserError: a key is missing or unknown, or a value has another type or is out of its range.
     """
-    names = [field.name for field in dataclasses.fields(DrawRequest)]
+    names = [field.name for field in dataclasses.fields(SampleRequest)]
     if not isinstance(asked, dict) or set(asked) != set(names):
         found = ", ".join(sorted(map(str, asked))) if isinstance(asked, dict) else "no object"
         raise UserError(f"expected the values {', '.join(names)}, found {found or 'none'}")
     if asked["model"] not in list(models):
         raise UserError(f"expected one of the models {', '.join(models)}; choose one of the list")
-    return DrawRequest(
+    return SampleRequest(
         model=asked["model"],
         prompt=_prompt(asked["prompt"], limits),
         guidance_scale=_number(asked["guidance_scale"], "guidance", 1.0, limits.guidance),
         num_inference_steps=_whole(asked["num_inference_steps"], "steps", 1, limits.steps),
         seed=_whole(asked["seed"], "a seed", 0, limits.seed),
-        count=_whole(asked["count"], "pictures", 1, limits.count),
+        count=_whole(asked["count"], "images", 1, limits.count),
     )
 
 
 def _prompt(value: Any, limits: Limits) -> str:
     if not isinstance(value, str) or not value.strip():
-        raise UserError("expected a prompt, found an empty one; say what to draw")
+        raise UserError("expected a prompt, found an empty one; say what to show")
     prompt = " ".join(value.split())
     if len(prompt) > limits.prompt_characters:
         raise UserError(
@@ -89,5 +89,5 @@ def _number(value: Any, what: str, low: float, high: float) -> float:
 
 
 def _shown(value: Any) -> str:
-    """A value for an error: a page's empty field comes as null, and nothing is shown at length."""
+    """Formats a value for an error: an empty field of the page comes as null; long ones are cut."""
     return "nothing" if value is None else f"{str(value)[:40]}"

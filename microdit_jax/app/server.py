@@ -1,4 +1,4 @@
-"""HTTP around the studio: the page's files, what it may choose from, drawings, pictures."""
+"""HTTP around the studio: the page's files, its choices, requests to sample, finished images."""
 
 import asyncio
 import json
@@ -34,15 +34,15 @@ SAFE = {
 
 
 def make_app(studio: Studio, choices: dict[str, Any], hosts: list[str]) -> Starlette:
-    """The web application.
+    """Returns the web application.
 
     Args:
-      choices: what the page is told at its start: models, defaults and limits.
+      choices: models, defaults and limits, which the page asks for when it is opened.
       hosts: names under which the page may be asked for; another site that points its own name to
         this machine is refused. "*" takes any.
     """
 
-    async def draw(request: Request) -> Response:
+    async def sample(request: Request) -> Response:
         # A form of another site cannot send this type without the browser asking here first.
         if request.headers.get("content-type", "").split(";")[0] != "application/json":
             return _refused("expected application/json", 415)
@@ -54,12 +54,12 @@ def make_app(studio: Studio, choices: dict[str, Any], hosts: list[str]) -> Starl
         loop, events = asyncio.get_running_loop(), asyncio.Queue()
 
         def listener(event: dict[str, Any]) -> None:
-            if not loop.is_closed():  # the server may be gone before the drawing
+            if not loop.is_closed():  # the server may be gone before the job
                 loop.call_soon_threadsafe(events.put_nowait, event)
 
         try:
             asked = read_request(_parse(body), studio.models, studio.limits)
-            drawing = studio.submit(asked, listener)
+            job = studio.submit(asked, listener)
         except UserError as error:
             return _refused(str(error), 400)
 
@@ -71,14 +71,14 @@ def make_app(studio: Studio, choices: dict[str, Any], hosts: list[str]) -> Starl
                     if event["event"] in ("done", "error"):
                         return
             finally:  # also when the page is closed, or its Stop was pressed
-                drawing.cancel()
+                job.cancel()
 
         return StreamingResponse(lines(), media_type="application/x-ndjson", headers=SAFE)
 
-    async def picture(request: Request) -> Response:
-        found = studio.picture(request.path_params["name"])
+    async def image(request: Request) -> Response:
+        found = studio.image(request.path_params["name"])
         if found is None:
-            return _refused("this picture is no longer kept; draw it again", 404)
+            return _refused("this image is no longer kept; sample it again", 404)
         # Some names have no letter that a header can hold.
         name = re.sub(r"[^\w.-]", "", found.file_name, flags=re.ASCII)
         headers = SAFE | {
@@ -100,8 +100,8 @@ def make_app(studio: Studio, choices: dict[str, Any], hosts: list[str]) -> Starl
         routes=[
             *(Route(path, page(*file)) for path, file in FILES.items()),
             Route("/choices", choose),
-            Route("/draw", draw, methods=["POST"]),
-            Route("/pictures/{name}", picture),
+            Route("/sample", sample, methods=["POST"]),
+            Route("/images/{name}", image),
         ],
         middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=hosts, www_redirect=False)],
     )

@@ -9,15 +9,35 @@ import jax
 from microdit_jax.errors import UserError
 
 
+def free_host_bytes() -> int | None:
+    """Returns the host's memory that is free now; None where the system does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    (available,) = (line for line in lines if line.startswith("MemAvailable"))
+    return int(available.split()[1]) * 1024
+
+
+def check_host(needed: int, what: str) -> None:
+    """Raises UserError if the host has less memory free than something needs.
+
+    Args:
+      needed: bytes that are about to be allocated.
+      what: how the user asked for it.
+    """
+    free = free_host_bytes()
+    if free is not None and needed > free:
+        raise UserError(
+            f"{what} needs {needed / 1e9:.3g} GB of the host's memory, found {free / 1e9:.3g} GB "
+            "free; ask for fewer"
+        )
+
+
 def free_bytes(device: jax.Device) -> int | None:
     """Memory that is free on a device now; the host's for a CPU; None where nobody says."""
     if device.platform == "cpu":
-        try:
-            lines = Path("/proc/meminfo").read_text().splitlines()
-        except OSError:
-            return None
-        (available,) = (line for line in lines if line.startswith("MemAvailable"))
-        return int(available.split()[1]) * 1024
+        return free_host_bytes()
     stats = device.memory_stats() or {}
     if "bytes_limit" not in stats:
         return None

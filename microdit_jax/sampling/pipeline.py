@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -19,6 +20,7 @@ from microdit_jax.machine.placement import fetch, full_batches, put_rows, round_
 from microdit_jax.models.dit import DiT
 from microdit_jax.noise import initial_noise
 from microdit_jax.sampling import programs
+from microdit_jax.sampling.guidance import is_guided
 from microdit_jax.towers import Codec, TextEncoder
 
 # Wraps the sequence of network evaluations, as tqdm does.
@@ -87,7 +89,7 @@ class LatentDiffusion:
           noise: "jax", or "torch_cpu" / "torch_cuda" for the reference's own; or the standard
             normal noise itself.
           batch_size: images sampled at a time, at most.
-          progress: wraps the sequence of network evaluations, to show a bar.
+          progress: wraps the sequence of network evaluations, to show a bar or to stop by raising.
         Returns:
           float32 (n, H, W, 3) in [0, 1], or latents float32 (n, h, w, channels).
         Raises:
@@ -97,7 +99,7 @@ class LatentDiffusion:
         y = self.encode(prompt, tokenized_prompts, attention_mask)
         latents = self.denoise(
             y,
-            self._initial_noise(noise, seed, len(y)),
+            self._noise_of(noise, seed, len(y))(range(len(y))),
             guidance_scale=guidance_scale,
             num_inference_steps=num_inference_steps,
             batch_size=min(batch_size, len(y)),
@@ -131,22 +133,17 @@ class LatentDiffusion:
           indices: each image's index in the set; None: 0, 1, ...
           total: images in the whole set; None: one more than the largest index. The torch kinds of
             noise depend on it.
-          guidance_scale: classifier-free guidance; 1 or less means none.
-          num_inference_steps: steps of the sampler, each two network evaluations but the last.
           noise: "jax", "torch_cpu" or "torch_cuda".
           batch_size: images sampled at a time; the last batch is filled up to it, so that every
             batch of every call runs the same program. On a mesh, rounded up to its number of
             devices.
-          progress: wraps the sequence of all network evaluations, to show a bar or to stop early.
           preview: called at each step of each batch, as `Preview` says.
+
+        The other arguments, and what is raised, are `generate`'s.
         Yields:
           The images of each batch in the order asked for, without what it was filled up with.
-        Raises:
-          UserError: no prompt, or a value out of range; not enough memory; latents that are not
-            finite.
         """
-        if indices is None:
-            indices = range(len(prompts))
+        indices = range(len(prompts)) if indices is None else indices
         total = max(indices, default=-1) + 1 if total is None else total
         if len(indices) != len(prompts) or not all(0 <= i < total for i in indices):
             found = f"{len(indices)} from {min(indices, default=0)} to {max(indices, default=0)}"
@@ -154,14 +151,10 @@ class LatentDiffusion:
                 f"expected {len(prompts)} indices from 0 to {total - 1}, one for each prompt, "
                 f"found {found}"
             )
-        initial_noise = self._noise_of(noise, seed, total)
-
-        def inputs(rows: slice) -> tuple[np.ndarray, np.ndarray]:
-            return self.encode(prompts[rows]), initial_noise(indices[rows])
-
+        noise_of = self._noise_of(noise, seed, total)
         for rows, latents, seconds in self._latent_batches(
             len(prompts),
-            inputs,
+            lambda rows: (self.encode(prompts[rows]), noise_of(indices[rows])),
             guidance_scale=guidance_scale,
             num_inference_steps=num_inference_steps,
             batch_size=batch_size,
@@ -178,7 +171,7 @@ class LatentDiffusion:
         tokenized_prompts: Int[np.ndarray, "n l"] | None = None,
         attention_mask: Shaped[np.ndarray, "..."] | None = None,
     ) -> Float[np.ndarray, "n l caption"]:
-        """Embeddings of texts or token ids, each different text computed once."""
+        """Embeds texts or token ids; a text that comes several times is computed once."""
         if (prompt is None) == (tokenized_prompts is None):
             raise UserError("give either prompt or tokenized_prompts, found both or neither")
         if tokenized_prompts is not None:
@@ -186,14 +179,14 @@ class LatentDiffusion:
             return self.text_encoder.encode(ids, attention_mask)
         if attention_mask is not None:
             raise UserError("attention_mask belongs to tokenized_prompts, found it with texts")
-        texts = [prompt] if isinstance(prompt, str) else list(prompt)
+        texts = [prompt] if isinstance(prompt, str) else list(prompt or [])
         if not texts or not all(text.strip() for text in texts):
             raise UserError("expected prompts, found none or an empty one; say what to sample")
         different = sorted(set(texts))
         return self.text_encoder.encode_text(different)[[different.index(text) for text in texts]]
 
     def dropped(self, prompts: Sequence[str]) -> Int[np.ndarray, " n"]:
-        """How many tokens of each prompt are cut; 0 without a tokenizer: `encode` asks for one."""
+        """Counts the tokens of each prompt that are cut off; 0 if there is no tokenizer."""
         tokenizer = self.text_encoder.tokenizer
         return np.zeros(len(prompts), int) if tokenizer is None else tokenizer.dropped(prompts)
 
@@ -207,7 +200,7 @@ class LatentDiffusion:
         batch_size: int | None = None,
         progress: Progress | None = None,
     ) -> Float[np.ndarray, "n h w c"]:
-        """Scaled latents (n, h, w, channels) float32 of n captions, from standard normal noise.
+        """Samples scaled latents (n, h, w, channels) float32 of n captions from given noise.
 
         Args:
           batch_size: as `sample` takes it; None: all images at once.
@@ -261,7 +254,7 @@ class LatentDiffusion:
             with _timed(seconds, "text"):
                 y, x = inputs(rows)
             with _timed(seconds, "compiling"):
-                _, encode, evaluate = self.programs(size, y, guidance_scale > 1)
+                _, encode, evaluate = self.programs(size, y, is_guided(guidance_scale))
             with _timed(seconds, "sampling"), memory.out_of_memory(f"a batch_size below {size}"):
                 caption = encode(self.params, put_rows(y[filled - start], row_sharding))
                 state = programs.start(put_rows(x[filled - start], row_sharding), edm=self.edm)
@@ -283,7 +276,7 @@ class LatentDiffusion:
         next(ticks, None)  # a bar ends when it is asked for more
 
     def decode(self, latents: Float[np.ndarray, "n h w c"]) -> Float[np.ndarray, "n H W 3"]:
-        """Pictures in [0, 1] from scaled latents."""
+        """Decodes scaled latents to images in [0, 1]."""
         assert self.codec is not None, "this process has no codec"
         images = self.codec.decode(latents / np.float32(self.codec.scaling_factor))
         return np.clip(images / 2 + 0.5, 0, 1).astype(np.float32)
@@ -294,8 +287,8 @@ class LatentDiffusion:
         """`encode_captions` and `evaluate_network`, compiled once for each shape.
 
         Args:
-          batch_size: pictures drawn at a time; on a mesh, rounded up to its number of devices.
-          caption_latents: the captions; their length counts, not what they say.
+          batch_size: images sampled at a time; on a mesh, rounded up to its number of devices.
+          caption_latents: captions, whose length counts, not what they say.
         Returns:
           The size of a batch, and the two programs.
         Raises:
@@ -310,41 +303,40 @@ class LatentDiffusion:
         return size, *self._programs[key]
 
     def warm_up(self, num_images: int, *, batch_size: int = 32, guide: bool = True) -> None:
-        """Compiles all that `generate` runs for so many pictures, and keeps it for later runs."""
-        captions = self.encode(["a"] * num_images)
-        size, _, _ = self.programs(min(batch_size, num_images), captions, guide)
-        x = np.zeros((num_images, *self._latent_shape()), np.float32)
+        """Compiles all programs that `generate` runs for `num_images`, and keeps them."""
+        count = min(batch_size, num_images)
+        size, _, _ = self.programs(count, self.encode(["a"]), guide)
+        x = np.zeros((size, *self._latent_shape()), np.float32)
         row_sharding, _ = rows_sharding(self.params)
-        programs.start(put_rows(x[:1].repeat(size, 0), row_sharding), edm=self.edm)
-        self.decode(x)
+        programs.start(put_rows(x, row_sharding), edm=self.edm)
+        self.decode(x[:count])
 
     def _latent_shape(self) -> tuple[int, int, int]:
         """Height, width and channels of an image's latents."""
         cfg = self.model.config
         return cfg.input_size, cfg.input_size, cfg.in_channels
 
-    def _initial_noise(self, noise, seed: int | None, count: int) -> np.ndarray:
-        """The noise (n, h, w, channels) float32 that `generate` was asked for or given."""
-        if isinstance(noise, str):
-            seed = secrets.randbits(32) if seed is None else seed
-            return initial_noise(noise, seed, count, *self._latent_shape())
-        shape = (count, *self._latent_shape())
-        if seed is not None or noise.shape != shape:
-            raise UserError(
-                f"expected noise {shape} and no seed, found noise {noise.shape} and seed {seed}"
-            )
-        return np.asarray(noise, np.float32)
-
     def _noise_of(
-        self, kind: str, seed: int, total: int
+        self, noise: str | Float[np.ndarray, "n h w c"], seed: int | None, total: int
     ) -> Callable[[Sequence[int]], Float32[np.ndarray, "m h w c"]]:
-        """A function from indices in a set of `total` images to their initial noise."""
+        """Returns a function from indices in a set of `total` images to their initial noise."""
         shape = self._latent_shape()
-        if kind == "jax":  # each image's noise is its own; only what is asked for is computed
+        if not isinstance(noise, str):
+            if seed is not None or noise.shape != (total, *shape):
+                raise UserError(
+                    f"expected noise {(total, *shape)} and no seed, found noise {noise.shape} and "
+                    f"seed {seed}"
+                )
+            whole = np.asarray(noise, np.float32)
+            return lambda indices: whole[list(indices)]
+        seed = secrets.randbits(32) if seed is None else seed
+        if noise == "jax":  # each image's noise is its own; only what is asked for is computed
             return lambda indices: np.concatenate(
-                [initial_noise(kind, seed, 1, *shape, first=i) for i in indices]
+                [initial_noise(noise, seed, 1, *shape, first=i) for i in indices]
             )
-        whole = initial_noise(kind, seed, total, *shape)
+        # Uniform numbers, normal numbers and their channels-last copy, 4 bytes each
+        memory.check_host(3 * 4 * total * math.prod(shape), f"{noise} noise for {total} images")
+        whole = initial_noise(noise, seed, total, *shape)
         return lambda indices: whole[list(indices)]
 
 

@@ -13,6 +13,7 @@ from microdit_jax.diffusion import EdmConfig, HeunState
 from microdit_jax.machine import memory
 from microdit_jax.machine.placement import rows_sharding
 from microdit_jax.models.dit import Caption, DiT
+from microdit_jax.sampling import guidance
 
 
 @functools.partial(jax.jit, static_argnames=("model", "guide", "mesh"))
@@ -24,17 +25,18 @@ def encode_captions(
     guide: bool,
     mesh: Mesh | None,
 ) -> Caption:
-    """What the network needs of n captions at every noise level, computed once.
+    """Computes everything that depends on the captions alone, once for all noise levels.
 
     Args:
-      guide: with it each caption is followed by the zero caption: rows as `diffusion.guided` has
-        them.
-      mesh: over which the batch is split, and perhaps the weights.
+      caption_latents: embeddings of n captions.
+      guide: classifier-free guidance: each caption is followed by the zero caption, in the order
+        that `guidance.guided` expects.
+      mesh: the devices over which the batch, and perhaps the weights, are split; None: one device.
     """
 
     def encode(params, y):
         if guide:
-            y = diffusion.interleave(y, jnp.zeros_like(y))
+            y = guidance.interleave(y, jnp.zeros_like(y))
         return model.apply({"params": params}, y, method="encode_caption")
 
     return sharding.on_each_device(encode, mesh, params, (caption_latents,))
@@ -55,19 +57,21 @@ def evaluate_network(
     guide: bool,
     mesh: Mesh | None,
 ) -> HeunState:
-    """One of the sampler's evaluations; the same program serves all, whatever their number.
+    """Evaluates the network once and updates the sampler's state.
+
+    One program serves all evaluations of any number of steps at any guidance above 1.
 
     Args:
+      caption: from `encode_captions`.
       at: a row of `diffusion.heun_evaluations`.
       guidance_scale: traced, so that another value compiles nothing.
     """
 
     def evaluate(params, caption, state, at, guidance_scale):
-        def network(x, c_noise):
+        def conditional(x, c_noise):
             return model.apply({"params": params}, x, c_noise, caption, method="predict")[0]
 
-        if guide:
-            network = diffusion.guided(network, guidance_scale)
+        network = guidance.guided(conditional, guidance_scale) if guide else conditional
         return diffusion.heun_evaluate(diffusion.denoiser(network, sigma_data), state, at)
 
     return sharding.on_each_device(evaluate, mesh, params, (caption, state), (at, guidance_scale))
@@ -104,7 +108,7 @@ def compile_programs(
     evaluate = evaluate_network.lower(
         params,
         caption,
-        HeunState(x, x, x),
+        HeunState(x, x, x),  # pyright: ignore[reportArgumentType]  (abstract arrays)
         at,
         jax.ShapeDtypeStruct((), jnp.float32),
         sigma_data=edm.sigma_data,

@@ -18,7 +18,7 @@ sys.path.insert(0, str(TESTS))  # support
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory) -> list[str]:
-    """Two training runs of a step or two: their pictures are noise, but each its own."""
+    """Two training runs of a step or two: their images are noise, but each its own."""
     from support.tiny_config import get_config
 
     from microdit_jax.train import train

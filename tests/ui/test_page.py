@@ -14,10 +14,10 @@ import pytest
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import Select, WebDriverWait
 
-from microdit_jax import images as pictures
+from microdit_jax.images import read_png, read_settings
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
-WAIT = 120  # seconds; a drawing takes one or two
+WAIT = 120  # seconds; a request takes one or two
 
 
 def fill(page, **values) -> None:
@@ -28,7 +28,7 @@ def fill(page, **values) -> None:
 
 
 def press(page) -> None:
-    page.find_element(By.ID, "draw").click()
+    page.find_element(By.ID, "sample").click()
 
 
 def text(page, name: str) -> str:
@@ -36,16 +36,16 @@ def text(page, name: str) -> str:
 
 
 def ended(page) -> bool:
-    return page.find_element(By.ID, "draw").is_enabled()
+    return page.find_element(By.ID, "sample").is_enabled()
 
 
 def stage(page) -> list[str]:
-    """Addresses of the newest pictures."""
+    """Addresses of the newest images."""
     return [i.get_attribute("src") for i in page.find_elements(By.CSS_SELECTOR, "#stage img")]
 
 
 def finished(page) -> list[bytes]:
-    """The PNGs of the drawing that was begun, once it is done."""
+    """The PNGs of the request that was begun, once it is done."""
     WebDriverWait(page, WAIT).until(ended)
     assert " in " in text(page, "state"), text(page, "error")
     WebDriverWait(page, WAIT).until(lambda page: all(map(loaded, images(page))))
@@ -60,7 +60,7 @@ def loaded(image) -> bool:
     return image.get_property("complete") and image.get_property("naturalWidth") == 32
 
 
-def draw(page, **values) -> list[bytes]:
+def sample(page, **values) -> list[bytes]:
     fill(page, **values)
     press(page)
     return finished(page)
@@ -72,16 +72,16 @@ def complaints(page) -> list[str]:
     return [entry["message"] for entry in log if entry["source"] != "network"]
 
 
-def test_a_prompt_a_picture_another_seed_another_and_the_same_again(browser):
+def test_a_prompt_an_image_another_seed_another_and_the_same_again(browser):
     page = browser()
     assert not stage(page)
-    (first,) = draw(page, prompt="red apple", steps=4, seed=1)
-    (other,) = draw(page, seed=2)
-    (again,) = draw(page, seed=1)
+    (first,) = sample(page, prompt="red apple", steps=4, seed=1)
+    (other,) = sample(page, seed=2)
+    (again,) = sample(page, seed=1)
     assert first != other and first == again
-    (words,) = draw(page, prompt="hot pepper")
+    (words,) = sample(page, prompt="hot pepper")
     assert words != first
-    # Enter draws too; the dice gives another seed.
+    # Enter samples too; the dice gives another seed.
     page.find_element(By.ID, "dice").click()
     assert page.find_element(By.ID, "seed").get_property("value") != "1"
     page.find_element(By.ID, "prompt").send_keys("\n")
@@ -90,7 +90,7 @@ def test_a_prompt_a_picture_another_seed_another_and_the_same_again(browser):
     assert not complaints(page)
 
 
-def test_several_pictures_with_previews_and_the_other_model(browser):
+def test_several_images_with_previews_and_the_other_model(browser):
     page = browser()
     fill(page, prompt="dog face", steps=100, count=5)
     page.execute_script("""
@@ -110,19 +110,19 @@ def test_several_pictures_with_previews_and_the_other_model(browser):
     names = [option.text for option in models.options]
     assert [name.split("/")[1] for name in names] == ["first", "second"]
     models.select_by_index(1)
-    second = draw(page)
+    second = sample(page)
     assert len(set(first + second)) == 10
 
 
 def test_two_users_at_once(browser):
     one, two = browser(), browser()
-    alone = draw(two, prompt="red apple", steps=3, seed=5)
+    alone = sample(two, prompt="red apple", steps=3, seed=5)
     fill(one, prompt="cat face", steps=100, count=8)
     fill(two, prompt="red apple", steps=3, seed=5)
     press(one)
     WebDriverWait(one, WAIT, poll_frequency=0.05).until(lambda page: "step" in text(page, "state"))
     press(two)
-    # The second waits for the first, is told so, and then gets its own picture.
+    # The second waits for the first, is told so, and then gets its own image.
     WebDriverWait(two, WAIT, poll_frequency=0.02).until(
         lambda page: text(page, "state") == "1 before you"
     )
@@ -143,27 +143,27 @@ def test_stop_and_a_closed_page_free_the_queue(browser):
     page.find_element(By.ID, "stop").click()
     WebDriverWait(page, WAIT).until(ended)
     assert text(page, "state") == "stopped" and not text(page, "error")
-    draw(page, steps=1, count=1)
+    sample(page, steps=1, count=1)
 
 
-def test_bad_input_is_answered_in_words_and_the_next_is_drawn(browser):
+def test_bad_input_is_answered_in_words_and_the_next_is_sampled(browser):
     page = browser()
     good = {"prompt": "red apple", "steps": 2, "count": 1, "seed": 1}
     for values, words in (
-        ({"prompt": "  "}, "expected a prompt, found an empty one; say what to draw"),
+        ({"prompt": "  "}, "expected a prompt, found an empty one; say what to show"),
         ({"prompt": "apple " * 40}, "at most 200 characters, found 239; shorten it"),
         ({"steps": 0}, "steps as a whole number from 1 to 300, found 0"),
         ({"steps": 301}, "found 301"),
         ({"steps": 2.5}, "found 2.5"),
         ({"steps": ""}, "found nothing"),
-        ({"count": 9}, "pictures as a whole number from 1 to 8, found 9"),
+        ({"count": 9}, "images as a whole number from 1 to 8, found 9"),
         ({"seed": -1}, "a seed as a whole number from 0 to 4294967295, found -1"),
     ):
         fill(page, **good | values)
         press(page)
         WebDriverWait(page, WAIT).until(ended)
         assert words in text(page, "error")
-        draw(page, **good)
+        sample(page, **good)
         assert not text(page, "error")
     assert not complaints(page)
 
@@ -171,7 +171,7 @@ def test_bad_input_is_answered_in_words_and_the_next_is_drawn(browser):
 def test_a_prompt_is_shown_as_text_and_a_long_one_with_a_warning(browser):
     page = browser()
     prompt = "<img src=x onerror=alert(1)> " + "red apple " * 12
-    draw(page, prompt=prompt, steps=1)
+    sample(page, prompt=prompt, steps=1)
     assert "tokens of this prompt are cut" in text(page, "warning")
     assert page.find_element(By.CSS_SELECTOR, "figcaption").text.startswith("<img src=x")
     assert not page.find_elements(By.CSS_SELECTOR, "figcaption img")
@@ -179,17 +179,17 @@ def test_a_prompt_is_shown_as_text_and_a_long_one_with_a_warning(browser):
 
 def test_gallery_again_and_download(browser, models, tmp_path):
     page = browser()
-    (made,) = draw(page, prompt="red apple", steps=4, seed=7)
+    (made,) = sample(page, prompt="red apple", steps=4, seed=7)
     page.refresh()
     WebDriverWait(page, WAIT).until(lambda page: [*map(loaded, images(page))] == [True])
-    page.find_element(By.CSS_SELECTOR, "#gallery .picture").click()
+    page.find_element(By.CSS_SELECTOR, "#gallery .image").click()
     settings = text(page, "details-settings").split("\n")
     assert (
         dict(zip(settings[::2], settings[1::2], strict=True)).items()
         >= {
             "Seed": "7",
             "Steps": "4",
-            "Picture": "1 of 1",
+            "Image": "1 of 1",
         }.items()
     )
     link = page.find_element(By.ID, "download")
@@ -200,13 +200,13 @@ def test_gallery_again_and_download(browser, models, tmp_path):
     page.find_element(By.ID, "again").click()
     assert finished(page) == [made] == [(tmp_path / "made.png").read_bytes()]
 
-    # The PNG says all that sample_main.py needs to draw it again.
-    assert pictures.read_settings(tmp_path / "made.png")["model"] == models[0]
+    # The PNG says all that sample_main.py needs to sample it again.
+    assert read_settings(tmp_path / "made.png")["model"] == models[0]
     command = ["sample_main.py", f"--again={tmp_path / 'made.png'}", f"--out={tmp_path}"]
     environment = os.environ | {"XLA_FLAGS": ""}
     subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, check=True)
-    found = pictures.read_png(tmp_path / "images" / "0000_red-apple.png")
-    assert abs(found - pictures.read_png(tmp_path / "made.png")).max() <= 1.5 / 255
+    found = read_png(tmp_path / "images" / "0000_red-apple.png")
+    assert abs(found - read_png(tmp_path / "made.png")).max() <= 1.5 / 255
 
 
 GOOD = {
@@ -218,14 +218,14 @@ GOOD = {
 @pytest.mark.parametrize(
     "method, path, body, headers, status",
     [
-        ("POST", "/draw", GOOD | {"model": "../../etc/passwd"}, {}, 400),
-        ("POST", "/draw", GOOD | {"prompt": "x" * 40_000}, {}, 413),
-        ("POST", "/draw", [[[]]], {}, 400),
-        ("POST", "/draw", GOOD, {"Content-Type": "text/plain"}, 415),  # another site's form
-        ("GET", "/draw", None, {}, 405),
+        ("POST", "/sample", GOOD | {"model": "../../etc/passwd"}, {}, 400),
+        ("POST", "/sample", GOOD | {"prompt": "x" * 40_000}, {}, 413),
+        ("POST", "/sample", [[[]]], {}, 400),
+        ("POST", "/sample", GOOD, {"Content-Type": "text/plain"}, 415),  # another site's form
+        ("GET", "/sample", None, {}, 405),
         ("GET", "/choices", None, {"Host": "evil.example"}, 400),  # another site's name
         ("GET", "/../../../etc/passwd", None, {}, 404),
-        ("GET", "/pictures/..%2f..%2fserver.py", None, {}, 404),
+        ("GET", "/images/..%2f..%2fserver.py", None, {}, 404),
         ("GET", "/page/index.html", None, {}, 404),
         ("GET", "/choices", None, {}, 200),
     ],

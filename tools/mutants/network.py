@@ -43,20 +43,6 @@ MUTANTS = [
         "new": "slope",
         "tests": ["tests/test_diffusion.py::test_sampler_is_algorithm_1"],
     },
-    {
-        "name": "guidance takes the zero caption for the prompt",
-        "file": DIFFUSION,
-        "old": "F_cond, F_uncond = F_both[:, 0], F_both[:, 1]",
-        "new": "F_uncond, F_cond = F_both[:, 0], F_both[:, 1]",
-        "tests": ["tests/test_diffusion.py::test_guidance_by_hand"],
-    },
-    {
-        "name": "captions of a guided batch do not alternate",
-        "file": DIFFUSION,
-        "old": "jnp.stack([first, second], axis=1)",
-        "new": "jnp.stack([first, second], axis=0)",
-        "tests": ["tests/test_diffusion.py::test_guidance_by_hand"],
-    },
     # ------------------------------------------------------------------ the network
     {
         "name": "the gate is computed in bfloat16",

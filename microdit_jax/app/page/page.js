@@ -1,10 +1,10 @@
-// The page's whole logic: the form, the stream of a drawing's events, the gallery.
+// The page's whole logic: the form, the stream of a request's events, the gallery.
 const $ = (id) => document.getElementById(id);
-const KEPT = "microdit_jax gallery"; // in this browser: settings and picture names, no pictures
+const KEPT = "microdit_jax gallery"; // in this browser: settings and image names, no images
 const MOST_KEPT = 60;
 const choices = await (await fetch("/choices")).json();
 let gallery = readGallery();
-let running = null; // aborts the drawing that this page waits for
+let running = null; // aborts the request that this page waits for
 let shown = null; // the gallery's entry in the dialog
 
 const model = () => choices.models.find((one) => one.name === $("model").value);
@@ -21,10 +21,10 @@ function setUp() {
   const [first] = choices.models;
   fill({ ...defaults, model: first.name, prompt: "", guidance_scale: first.guidance_scale });
   say("", null);
-  $("stage").replaceChildren(element("p", "Say what to draw. The picture takes shape here."));
+  $("stage").replaceChildren(element("p", "Say what to show. The image takes shape here."));
   renderGallery();
 
-  $("form").addEventListener("submit", (event) => { event.preventDefault(); draw(asked()); });
+  $("form").addEventListener("submit", (event) => { event.preventDefault(); sample(asked()); });
   $("prompt").addEventListener("keydown", (event) => {
     if (event.key === "Enter" && !event.shiftKey) { event.preventDefault(); $("form").requestSubmit(); }
   });
@@ -37,7 +37,7 @@ function setUp() {
   $("close").addEventListener("click", () => $("details").close());
   $("details").addEventListener("click", (event) => { if (event.target === $("details")) $("details").close(); });
   $("use").addEventListener("click", () => { fill(shown.request); $("details").close(); });
-  $("again").addEventListener("click", () => { fill(shown.request); $("details").close(); draw(shown.request); });
+  $("again").addEventListener("click", () => { fill(shown.request); $("details").close(); sample(shown.request); });
 }
 
 // ------------------------------------------------------------------------------------ the form
@@ -80,9 +80,9 @@ function showForm() {
 
 const anySeed = () => crypto.getRandomValues(new Uint32Array(1))[0];
 
-// --------------------------------------------------------------------------------- one drawing
+// --------------------------------------------------------------------------------- one request
 
-async function draw(request) {
+async function sample(request) {
   if (running) return;
   running = new AbortController();
   complain("error", "");
@@ -91,7 +91,7 @@ async function draw(request) {
   say("sending", null);
   let tiles = [];
   try {
-    const answer = await fetch("/draw", {
+    const answer = await fetch("/sample", {
       method: "POST",
       headers: { "Content-Type": "application/json" },
       body: JSON.stringify(request),
@@ -108,7 +108,7 @@ async function draw(request) {
     }
   } catch (error) {
     const stopped = error.name === "AbortError";
-    for (const tile of tiles) tile.classList.remove("drawing");
+    for (const tile of tiles) tile.classList.remove("sampling");
     say(stopped ? "stopped" : "", null);
     if (!stopped) complain("error", error instanceof TypeError ? "the server does not answer; is it still running?" : error.message);
   } finally {
@@ -134,8 +134,8 @@ function stage(count, pixels) {
   $("stage").style.setProperty("--columns", columns);
   const room = columns === 1 ? 480 : 720 / columns;
   $("stage").style.setProperty("--tile", `${Math.min(room, 8 * pixels)}px`);
-  const tiles = Array.from({ length: count }, () => picture(null));
-  for (const tile of tiles) tile.classList.add("drawing");
+  const tiles = Array.from({ length: count }, () => imageTile(null));
+  for (const tile of tiles) tile.classList.add("sampling");
   $("stage").replaceChildren(...tiles);
   say("starting", 0);
   return tiles;
@@ -143,17 +143,17 @@ function stage(count, pixels) {
 
 function follow(event, request, tiles) {
   const { first, together } = event;
-  const part = together < request.count ? `pictures ${first + 1} to ${first + together}: ` : "";
+  const part = together < request.count ? `images ${first + 1} to ${first + together}: ` : "";
   say(`${part}step ${event.step} of ${request.num_inference_steps}`, event.fraction);
   (event.previews ?? []).forEach((address, i) => setImage(tiles[event.first + i], address));
 }
 
 function finish(event, request, tiles) {
-  const many = event.pictures.length === 1 ? "1 picture" : `${event.pictures.length} pictures`;
+  const many = event.images.length === 1 ? "1 image" : `${event.images.length} images`;
   say(`${many} in ${event.seconds} s`, null);
-  event.pictures.forEach((name, index) => {
+  event.images.forEach((name, index) => {
     const entry = { name, index, request };
-    tiles[index].classList.remove("drawing");
+    tiles[index].classList.remove("sampling");
     setImage(tiles[index], address(entry));
     tiles[index].addEventListener("click", () => open(entry));
     gallery.unshift(entry);
@@ -174,14 +174,14 @@ function complain(where, words) {
 }
 
 function busy(on) {
-  $("draw").disabled = on;
-  $("draw").textContent = on ? "Drawing" : "Draw";
+  $("sample").disabled = on;
+  $("sample").textContent = on ? "Sampling" : "Sample";
   $("stop").hidden = !on;
 }
 
 // --------------------------------------------------------------------------------- the gallery
 
-const address = (entry) => `/pictures/${encodeURIComponent(entry.name)}`;
+const address = (entry) => `/images/${encodeURIComponent(entry.name)}`;
 
 function element(tag, text) {
   const made = document.createElement(tag);
@@ -189,11 +189,11 @@ function element(tag, text) {
   return made;
 }
 
-function picture(source, words = "") {
+function imageTile(source, words = "") {
   const tile = element("button", "");
   const image = document.createElement("img");
   tile.type = "button";
-  tile.className = "picture";
+  tile.className = "image";
   image.alt = words;
   image.hidden = true;
   tile.append(image);
@@ -211,10 +211,10 @@ function renderGallery() {
   $("gallery-head").hidden = gallery.length === 0;
   $("gallery").replaceChildren(...gallery.map((entry) => {
     const figure = element("figure", "");
-    const tile = picture(address(entry), entry.request.prompt);
+    const tile = imageTile(address(entry), entry.request.prompt);
     tile.addEventListener("click", () => open(entry));
     tile.firstElementChild.addEventListener("error", () => {
-      // The server keeps the newest pictures only; their settings are here.
+      // The server keeps the newest images only; the settings of all are here.
       tile.replaceChildren(element("span", "no longer kept; press to see its settings"));
       tile.classList.add("gone");
     }, { once: true });
@@ -235,7 +235,7 @@ function open(entry) {
     Guidance: request.guidance_scale,
     Steps: request.num_inference_steps,
     Seed: request.seed,
-    Picture: `${entry.index + 1} of ${request.count}`,
+    Image: `${entry.index + 1} of ${request.count}`,
   };
   $("details-settings").replaceChildren(
     ...Object.entries(rows).flatMap(([name, value]) => [element("dt", name), element("dd", String(value))]),

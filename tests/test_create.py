@@ -1,0 +1,36 @@
+"""Pipelines put together: what is asked for arrives, and held-out images come back."""
+
+import numpy as np
+import pytest
+
+import microdit_jax
+from microdit_jax import create
+from microdit_jax.assets import load
+from microdit_jax.data import twemoji
+from microdit_jax.errors import UserError
+
+
+def test_ema_arrives():
+    """The instant model has the moving average alone, and says so where the other is asked for."""
+    with pytest.raises(UserError, match="ema=False"):
+        microdit_jax.create_latent_diffusion(checkpoint="instant", ema=False)
+    with pytest.raises(UserError, match="ema=False"):
+        create.load("instant", ema=False)
+
+
+def test_latents_of_heldout_images_decode_to_them():
+    pipe, model = create.load("instant")
+    captions, latents = create.heldout_images(model, 5)
+    decoded = pipe.decode(latents)
+    by_caption = {image.caption: image for image in twemoji.images_of("heldout")}
+    real = twemoji.read_images([by_caption[caption] for caption in captions], 32) / 2 + 0.5
+    assert len(set(captions)) == 5
+    error = np.mean(np.square(decoded - real)) ** 0.5
+    assert error < 0.06, error  # the codec keeps most of each image, not all
+
+
+@pytest.mark.parametrize("count", [0, -1, 1000])
+def test_as_many_heldout_images_as_there_are(count):
+    model = load.load_model("instant")
+    with pytest.raises(UserError, match="expected 1 to 128 held-out captions"):
+        create.heldout_images(model, count)

@@ -1,0 +1,216 @@
+"""Faults between prompts and images: the sampler's wiring, noise, PNGs, the web page."""
+
+PIPELINE = "microdit_jax/sampling/pipeline.py"
+PROGRAMS = "microdit_jax/sampling/programs.py"
+GUIDANCE = "microdit_jax/sampling/guidance.py"
+IMAGES = "microdit_jax/images.py"
+STUDIO = "microdit_jax/app/studio.py"
+TESTS = "tests/test_sampling_pipeline.py"
+
+MUTANTS = [
+    {
+        "name": "seed 0 counts as no seed, and so is random",
+        "file": PIPELINE,
+        "old": "secrets.randbits(32) if seed is None else seed",
+        "new": "seed or secrets.randbits(32)",
+        "tests": [f"{TESTS}::test_seed_0_is_a_seed_and_none_is_another_each_time"],
+    },
+    {
+        "name": "no seed is always the same seed",
+        "file": PIPELINE,
+        "old": "secrets.randbits(32) if seed is None else seed",
+        "new": "0 if seed is None else seed",
+        "tests": [f"{TESTS}::test_seed_0_is_a_seed_and_none_is_another_each_time"],
+    },
+    {
+        "name": "guidance below 1 extrapolates from a doubled batch",
+        "file": GUIDANCE,
+        "old": "return guidance_scale > 1",
+        "new": "return guidance_scale != 1",
+        "tests": [f"{TESTS}::test_no_guidance_up_to_1"],
+    },
+    {
+        "name": "guidance 1 pays for a doubled batch",
+        "file": GUIDANCE,
+        "old": "return guidance_scale > 1",
+        "new": "return guidance_scale >= 1",
+        "tests": [f"{TESTS}::test_no_guidance_up_to_1"],
+    },
+    {
+        "name": "the noise of each batch begins again at index 0",
+        "file": PIPELINE,
+        "old": "first=i) for i in indices]",
+        "new": "first=i) for i, _ in enumerate(indices)]",
+        "tests": [f"{TESTS}::test_any_part_of_a_set_in_any_batches"],
+    },
+    {
+        "name": "torch's noise is taken by position, not by index",
+        "file": PIPELINE,
+        "old": "whole = initial_noise(noise, seed, total, *shape)\n"
+        "        return lambda indices: whole[list(indices)]",
+        "new": "whole = initial_noise(noise, seed, total, *shape)\n"
+        "        return lambda indices: whole[: len(indices)]",
+        "tests": [f"{TESTS}::test_any_part_of_a_set_in_any_batches"],
+    },
+    {
+        "name": "torch's noise is of the images asked for, not of the whole set",
+        "file": PIPELINE,
+        "old": "max(indices, default=-1) + 1 if total is None else total",
+        "new": "max(indices, default=-1) + 1",
+        "tests": [f"{TESTS}::test_any_part_of_a_set_in_any_batches"],
+    },
+    {
+        "name": "the schedule of a network's own noise levels is ignored",
+        "file": PIPELINE,
+        "old": "diffusion.heun_evaluations(num_inference_steps, self.edm)",
+        "new": "diffusion.heun_evaluations(num_inference_steps)",
+        "tests": [f"{TESTS}::test_equals_the_sampler_in_one_program"],
+    },
+    {
+        "name": "the network's own sigma_max is ignored at the start",
+        "file": PROGRAMS,
+        "old": "return diffusion.heun_start(noise, edm)",
+        "new": "return diffusion.heun_start(noise)",
+        "tests": [f"{TESTS}::test_equals_the_sampler_in_one_program"],
+    },
+    {
+        "name": "the network's own sigma_data is ignored",
+        "file": PROGRAMS,
+        "old": "sigma_data=edm.sigma_data,",
+        "new": "sigma_data=EdmConfig().sigma_data,",
+        "tests": [f"{TESTS}::test_equals_the_sampler_in_one_program"],
+    },
+    {
+        "name": "the scaling factor is divided out twice",
+        "file": PIPELINE,
+        "old": "latents / np.float32(self.codec.scaling_factor)",
+        "new": "latents / np.float32(self.codec.scaling_factor) ** 2",
+        "tests": [f"{TESTS}::test_the_codec_is_given_raw_latents_and_its_images_are_clipped"],
+    },
+    {
+        "name": "images beyond [0, 1] are not clipped",
+        "file": PIPELINE,
+        "old": "np.clip(images / 2 + 0.5, 0, 1)",
+        "new": "np.clip(images / 2 + 0.5, -1, 2)",
+        "tests": [f"{TESTS}::test_the_codec_is_given_raw_latents_and_its_images_are_clipped"],
+    },
+    {
+        "name": "the attention mask of token ids is dropped",
+        "file": PIPELINE,
+        "old": "self.text_encoder.encode(ids, attention_mask)",
+        "new": "self.text_encoder.encode(ids)",
+        "tests": [f"{TESTS}::test_the_attention_mask_goes_to_the_encoder"],
+    },
+    {
+        "name": "previews of all batches are shown in the first one's place",
+        "file": PIPELINE,
+        "old": "preview(start, i // 2, denoised[:found])",
+        "new": "preview(0, i // 2, denoised[:found])",
+        "tests": [f"{TESTS}::test_previews_are_of_their_own_images"],
+    },
+    {
+        "name": "a bar never ends",
+        "file": PIPELINE,
+        "old": "        next(ticks, None)  # a bar ends when it is asked for more\n",
+        "new": "",
+        "tests": [f"{TESTS}::test_a_batch_comes_before_the_next_is_begun"],
+    },
+    {
+        "name": "guidance takes the zero caption for the prompt",
+        "file": GUIDANCE,
+        "old": "F_cond, F_uncond = F_both[:, 0], F_both[:, 1]",
+        "new": "F_uncond, F_cond = F_both[:, 0], F_both[:, 1]",
+        "tests": ["tests/test_sampling_guidance.py::test_guidance_by_hand"],
+    },
+    {
+        "name": "captions of a guided batch do not alternate",
+        "file": GUIDANCE,
+        "old": "jnp.stack([first, second], axis=1)",
+        "new": "jnp.stack([first, second], axis=0)",
+        "tests": ["tests/test_sampling_guidance.py::test_guidance_by_hand"],
+    },
+    {
+        "name": "the emoji network starts at the reference's guidance",
+        "file": GUIDANCE,
+        "old": "REFERENCE_SCALE if text_encoder.pretrained else EMOJI_SCALE",
+        "new": "REFERENCE_SCALE",
+        "tests": ["tests/test_sampling_guidance.py"],
+    },
+    {
+        "name": "create_latent_diffusion ignores ema",
+        "file": "microdit_jax/create.py",
+        "old": "model = assets.load_model(checkpoint, ema=ema, dtype=dtype, mesh=mesh)",
+        "new": "model = assets.load_model(checkpoint, dtype=dtype, mesh=mesh)",
+        "tests": ["tests/test_create.py"],
+    },
+    {
+        "name": "create.load ignores ema",
+        "file": "microdit_jax/create.py",
+        "old": "model = assets.load_model(name, ema=ema, dtype=dtype, mesh=mesh)",
+        "new": "model = assets.load_model(name, dtype=dtype, mesh=mesh)",
+        "tests": ["tests/test_create.py"],
+    },
+    {
+        "name": "latents of held-out images are not scaled",
+        "file": "microdit_jax/create.py",
+        "old": "latents * np.float32(codec.scaling_factor)",
+        "new": "latents",
+        "tests": ["tests/test_create.py"],
+    },
+    {
+        "name": "images are cut to bytes, not rounded",
+        "file": IMAGES,
+        "old": "np.round(np.clip(images, 0, 1) * 255)",
+        "new": "np.floor(np.clip(images, 0, 1) * 255)",
+        "tests": ["tests/test_images.py"],
+    },
+    {
+        "name": "PNGs carry no settings",
+        "file": IMAGES,
+        "old": "    info.add_itxt(KEY, json.dumps(settings, ensure_ascii=False))\n",
+        "new": "",
+        "tests": ["tests/test_images.py"],
+    },
+    {
+        "name": "an index beyond its set is taken from a PNG",
+        "file": IMAGES,
+        "old": '_check_whole(values, "index", 0, values["of"] - 1)',
+        "new": '_check_whole(values, "index", 0, 2**63)',
+        "tests": ["tests/test_images.py"],
+    },
+    {
+        "name": "true passes for the number 1 in a PNG",
+        "file": IMAGES,
+        "old": "isinstance(value, int) and not isinstance(value, bool) and low <= value <= high",
+        "new": "isinstance(value, int) and low <= value <= high",
+        "tests": ["tests/test_images.py"],
+    },
+    {
+        "name": "a torn PNG counts as made",
+        "file": IMAGES,
+        "old": "return found and read_png(path).size > 0",
+        "new": "return found",
+        "tests": ["tests/test_images.py"],
+    },
+    {
+        "name": "a page's previews are those of other images",
+        "file": STUDIO,
+        "old": "for image in self._pipe.decode(latents)]",
+        "new": "for image in self._pipe.decode(latents)[::-1]]",
+        "tests": ["tests/test_app.py::test_previews_end_at_the_images"],
+    },
+    {
+        "name": "a page is not told that its prompt is cut",
+        "file": STUDIO,
+        "old": "        if dropped:\n",
+        "new": "        if False:\n",
+        "tests": ["tests/test_app.py::test_a_prompt_that_is_cut_is_warned_of"],
+    },
+    {
+        "name": "Stop waits until all images are sampled",
+        "file": STUDIO,
+        "old": "            if self._job.cancelled:\n",
+        "new": "            if False:\n",
+        "tests": ["tests/test_app.py::test_a_job_that_runs_stops_when_it_is_cancelled"],
+    },
+]
