@@ -2,12 +2,13 @@
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO := out/demo
+PYTHONS := python3.11 python3.12 python3.13 python3.14
 
-.PHONY: demo test bench test-ui test-matrix test-oldest test-newest wheel-test docs mutants lint setup clean
+.PHONY: demo test bench test-ui test-matrix test-oldest $(PYTHONS:%=test-%) test-newest wheel-test docs mutants lint setup clean
 setup: .venv/.ready
 
 .venv/.ready: pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(f"Python 3.11 or 3.12 is needed, found {v[0]}.{v[1]}; run make PYTHON=python3.12" if not (3, 11) <= v[:2] <= (3, 12) else 0)'
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(f"Python 3.11 to 3.14 is needed, found {v[0]}.{v[1]}; run make PYTHON=python3.13, or whichever there is" if not (3, 11) <= v[:2] <= (3, 14) else 0)'
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install -qq --constraint constraints.txt --editable '.[dev]'
@@ -34,23 +35,33 @@ test-ui: setup  ## the web page in a headless Chromium; not part of `make test`,
 	$(BIN)/python -m pytest -q tests/ui --durations=5
 
 # What another Python or JAX would break first. All tests on another Python: rm -rf .venv, then
-# make test PYTHON=python3.12.
-CORE := layering dit moe attention masking diffusion training_optim sharding training_step checkpoints_run \
+# make test PYTHON=python3.13.
+CORE := layering tokenizers dit moe attention masking diffusion training_optim sharding training_step checkpoints_run \
 	sampling_pipeline convert_dit
 # The lower bounds of pyproject.toml.
 OLDEST := $(shell sed -nE 's/^    "(jax|flax|optax|orbax-checkpoint|grain)>=(.*)",/\1==\2/p' pyproject.toml)
 
+# Those of PYTHONS that are on this machine. pyenv hides what is not chosen, so all are.
+PYENV = PYENV_VERSION=$(shell pyenv versions --bare 2>/dev/null | paste -sd:)
+HERE = $(foreach python,$(PYTHONS),$(if $(shell $(PYENV) $(python) --version 2>/dev/null),$(python)))
+
 define core  # name, Python, what pip is told besides
-	$(2) -m venv .venv-$(1)
+	@$(PYENV) $(2) --version >/dev/null 2>&1 || { echo "$(2) is not on this machine, but $(HERE)"; exit 1; }
+	$(PYENV) $(2) -m venv --clear .venv-$(1)
 	.venv-$(1)/bin/pip install -qq $(3) --editable '.[dev]'
+	.venv-$(1)/bin/python sample_main.py --prompt="hot pepper" --out=out/$(1)
 	.venv-$(1)/bin/python -m pytest -q -n 2 --dist=worksteal $(CORE:%=tests/test_%.py)
 endef
 
-test-matrix: test-oldest test-newest
+test-matrix:  ## all of the following, on those Pythons that are on this machine
+	$(MAKE) test-oldest $(HERE:%=test-%) test-newest
+	@echo "Not tested, as not on this machine: $(or $(filter-out $(HERE),$(PYTHONS)),none)"
 test-oldest:  ## the core's tests on Python 3.11 with the oldest JAX that is supported
 	$(call core,oldest,python3.11,$(OLDEST))
-test-newest:  ## the same on Python 3.12 with the newest
-	$(call core,newest,python3.12,--constraint constraints.txt)
+$(PYTHONS:%=test-%): test-%:  ## the same on test-python3.11 to test-python3.14, with the versions of constraints.txt
+	$(call core,$*,$*,--constraint constraints.txt)
+test-newest:  ## the same on the newest Python of this machine, with the newest of everything
+	$(call core,newest,$(lastword $(HERE)))
 
 wheel-test:  ## sdist and wheel; the wheel alone in an empty environment, all commands outside of here
 	PYTHON=$(PYTHON) bash tools/wheel_test.sh
