@@ -1,5 +1,6 @@
 """Commands answer bad input with one line that names the fix, and exit status 2."""
 
+import os
 import pathlib
 import subprocess
 import sys
@@ -99,3 +100,23 @@ def test_a_config_file_that_cannot_be_used(tmp_path, text, words):
 def test_a_config_file_that_is_none(path):
     with pytest.raises(UserError, match="^--config must be a Python file with get_config, such as"):
         config_file.read_config(path)
+
+
+def test_locks_left_behind_are_not_told(tmp_path):
+    # What a progress bar does on Python 3.14, before a command fails.
+    (tmp_path / "failing.py").write_text(
+        "def main(arguments):\n"
+        "    import multiprocessing\n"
+        "    main.lock = multiprocessing.get_context('spawn').Lock()\n"
+        "    raise OSError(28, 'No space left on device')\n"
+    )
+    program = "from microdit_jax.commands.boundary import run_command; run_command('failing.py')"
+    ended = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert ended.returncode == 2
+    assert ended.stderr == "error: No space left on device; check that path, or give another\n"

@@ -43,6 +43,9 @@ def run_command(target: str) -> NoReturn:
     output.protect()
     interrupts.install()
     _program = _program_name()
+    # multiprocessing's helper process frees the locks that os._exit leaves, those of progress bars,
+    # and would say so after our last line (Python 3.14 on Linux, any on macOS).
+    sys.warnoptions.append("ignore:resource_tracker")
     threading.excepthook = lambda args: _tell_of_thread(args.exc_value)
     sys.unraisablehook = lambda args: _tell_of_ignored(args.exc_value)
     status = outcome(lambda: _load(target).main(sys.argv[1:]), sys.argv[1:])
