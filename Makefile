@@ -4,7 +4,7 @@ BIN := .venv/bin
 DEMO := out/demo
 PYTHONS := python3.11 python3.12 python3.13 python3.14
 
-.PHONY: demo test bench test-ui test-matrix test-oldest $(PYTHONS:%=test-%) test-newest wheel-test docs mutants lint setup clean
+.PHONY: demo test bench test-ui test-matrix test-oldest $(PYTHONS:%=test-%) test-newest nightly wheel-test docs mutants lint setup clean
 setup: .venv/.ready
 
 .venv/.ready: pyproject.toml constraints.txt
@@ -63,6 +63,9 @@ $(PYTHONS:%=test-%): test-%:  ## the same on test-python3.11 to test-python3.14,
 test-newest:  ## the same on the newest Python of this machine, with the newest of everything
 	$(call core,newest,$(lastword $(HERE)))
 
+# What CI runs besides where pyproject.toml, constraints.txt or the machine's room changed.
+nightly: test-oldest test-newest wheel-test  ## the oldest and the newest versions, and the wheel
+
 wheel-test:  ## sdist and wheel; the wheel alone in an empty environment, all commands outside of here
 	PYTHON=$(PYTHON) bash tools/wheel_test.sh
 
@@ -77,6 +80,7 @@ mutants: setup  ## puts faults into a copy of the code, one at a time: a test mu
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 clean:
 	rm -rf out site dist build .venv .venv-*
