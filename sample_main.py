@@ -77,7 +77,7 @@ GRID = 60  # images in samples.png, at most
 SETTINGS_BYTES = 2048  # of host memory for the path and the settings of one image
 
 # The flags among an image's settings, by the names of images.ImageSettings
-SETTINGS = (MODEL, *model_flags.OF_A_PICTURE, STEPS, GUIDANCE, SEED, NOISE)
+SETTINGS = (MODEL, *model_flags.IMAGE_FLAGS, STEPS, GUIDANCE, SEED, NOISE)
 
 
 @absl_command(words="a prompt goes into --prompt")

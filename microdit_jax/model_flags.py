@@ -1,4 +1,4 @@
-"""The flags that all commands which draw share: a network's towers, and how it is computed.
+"""The flags that all sampling commands share: a network's towers, and how it is computed.
 
 MODEL = flags.DEFINE_string("model", ...)     one name or several, as the command needs it
 flags.adopt_module_key_flags(model_flags)     --help shows the shared ones too
@@ -28,12 +28,12 @@ FSDP = flags.DEFINE_integer(
     lower_bound=0,
 )  # fmt: skip
 
-# What a picture depends on, and its PNG tells.
-OF_A_PICTURE = (VAE, TEXT_ENCODER, EMA, DTYPE)
+# The flags among an image's settings, by the names of images.ImageSettings
+IMAGE_FLAGS = (VAE, TEXT_ENCODER, EMA, DTYPE)
 
 
 def load(name: str) -> "tuple[LatentDiffusion, Model]":
-    """The network `name` as the flags ask for it, by `create.load`; prints how long it took.
+    """Loads the network `name` as the flags ask for it, by `create.load`; prints the time it took.
 
     Raises:
       UserError: something is not there, is damaged, or does not fit the rest.
@@ -43,12 +43,12 @@ def load(name: str) -> "tuple[LatentDiffusion, Model]":
     from microdit_jax import create
 
     start = time.perf_counter()
-    pipe, model = create.load(name, **of_a_picture(), fsdp=FSDP.value)
+    pipe, model = create.load(name, **image_settings(), fsdp=FSDP.value)
     if jax.process_index() == 0:
         print(f"{pipe.description}: loaded in {time.perf_counter() - start:.1f} s", flush=True)
     return pipe, model
 
 
-def of_a_picture() -> dict[str, Any]:
-    """The values of OF_A_PICTURE by name."""
-    return {flag.name: flag.value for flag in OF_A_PICTURE}
+def image_settings() -> dict[str, Any]:
+    """Returns the values of IMAGE_FLAGS by name."""
+    return {flag.name: flag.value for flag in IMAGE_FLAGS}

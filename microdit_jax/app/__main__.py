@@ -134,7 +134,7 @@ def _load() -> "dict[str, PageModel]":
         name = "/".join(Path(given).parts[-2:]).strip("/") or given
         if name in models:
             name = f"{name} ({len(models) + 1})"
-        models[name] = PageModel(pipe, {"model": given} | model_flags.of_a_picture())
+        models[name] = PageModel(pipe, {"model": given} | model_flags.image_settings())
     return models
 
 
