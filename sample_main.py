@@ -74,7 +74,7 @@ OUT = flags.DEFINE_string("out", "out", "Folder for the images.")
 flags.adopt_module_key_flags(model_flags)
 
 GRID = 60  # images in samples.png, at most
-SETTINGS_BYTES = 2048  # of host memory for the path and the settings of one image
+SETTINGS_BYTES = 4096  # of host memory for the path and the settings of one image
 
 # The flags among an image's settings, by the names of images.ImageSettings
 SETTINGS = (MODEL, *model_flags.IMAGE_FLAGS, STEPS, GUIDANCE, SEED, NOISE)
@@ -90,8 +90,12 @@ def main():
 
     again = _take_settings(Path(AGAIN.value)) if AGAIN.value else None
     prompts, out = [again.prompt] if again else _prompts(), Path(OUT.value)
-    count = max(len(prompts), HELDOUT.value, 1) * NUM_IMAGES.value
-    memory.check_host(SETTINGS_BYTES * count, f"--num_images={NUM_IMAGES.value}")
+    count = (len(prompts) or HELDOUT.value or 1) * NUM_IMAGES.value
+    memory.check_host(
+        SETTINGS_BYTES * count,
+        what=f"a list of {count} images",
+        fix="ask for fewer with --num_images; the same command with another --seed gives more",
+    )
     check_writable(out / "images", folder=True)
     check_writable(out / "samples.png")
     pipe, model = model_flags.load(MODEL.value)

@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float, Float32, UInt32
 
 from microdit_jax.errors import UserError
+from microdit_jax.machine import memory
 
 KINDS = ("jax", "torch_cpu", "torch_cuda")
 
@@ -61,6 +62,11 @@ def initial_noise(
             for i in range(first, first + num_images)
         ]
         return np.stack([np.asarray(image) for image in images])
+    memory.check_host(
+        8 * num_images * channels * height * width,  # and the same once more with channels last
+        what=f"{kind} noise of {num_images} images",
+        fix="sample fewer, or take noise=jax, which needs only the noise of the images asked for",
+    )
     randn = torch_cpu_randn if kind == "torch_cpu" else torch_cuda_randn
     channels_first = randn(seed, (num_images, channels, height, width))
     return np.ascontiguousarray(channels_first.transpose(0, 2, 3, 1))

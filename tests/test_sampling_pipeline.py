@@ -264,7 +264,7 @@ def test_a_batch_that_does_not_fit_is_refused_with_one_that_would(monkeypatch):
     fitting = int(str(e.value).split("; batch_size=")[1].split()[0])
     assert 1 <= fitting < 64
     free = 1000
-    with pytest.raises(UserError, match="not even one picture"):
+    with pytest.raises(UserError, match="not even one image"):
         pipeline().generate(["a"] * 64, batch_size=64, **OPTIONS)
 
 

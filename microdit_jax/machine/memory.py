@@ -1,4 +1,4 @@
-"""Whether a compiled program fits into memory, asked before it runs, and what to do if not."""
+"""Memory that is free, and errors that say what to do before too much of it is asked for."""
 
 import contextlib
 from collections.abc import Iterator
@@ -9,39 +9,42 @@ import jax
 from microdit_jax.errors import UserError
 
 
-def free_host_bytes() -> int | None:
-    """Returns the host's memory that is free now; None where the system does not say."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    (available,) = (line for line in lines if line.startswith("MemAvailable"))
-    return int(available.split()[1]) * 1024
-
-
-def check_host(needed: int, what: str) -> None:
-    """Raises UserError if the host has less memory free than something needs.
-
-    Args:
-      needed: bytes that are about to be allocated.
-      what: how the user asked for it.
-    """
-    free = free_host_bytes()
-    if free is not None and needed > free:
-        raise UserError(
-            f"{what} needs {needed / 1e9:.3g} GB of the host's memory, found {free / 1e9:.3g} GB "
-            "free; ask for fewer"
-        )
-
-
 def free_bytes(device: jax.Device) -> int | None:
-    """Memory that is free on a device now; the host's for a CPU; None where nobody says."""
+    """Returns the memory in bytes that is free on a device now; None where it is not known."""
     if device.platform == "cpu":
         return free_host_bytes()
     stats = device.memory_stats() or {}
     if "bytes_limit" not in stats:
         return None
     return stats["bytes_limit"] - stats.get("bytes_in_use", 0)
+
+
+def free_host_bytes() -> int | None:
+    """Returns the memory in bytes that is free on this host now; None where it is not known."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:  # not Linux
+        return None
+    (available,) = (line for line in lines if line.startswith("MemAvailable"))
+    return int(available.split()[1]) * 1024
+
+
+def check_host(num_bytes: int, *, what: str, fix: str) -> None:
+    """Raises UserError where something needs more memory than this host has free; call it first.
+
+    Linux promises more memory than there is and kills the process that uses it.
+
+    Args:
+      num_bytes: what it will take, at least.
+      what: how the user calls it, with the size asked for.
+      fix: what to ask for instead.
+    """
+    free = free_host_bytes()
+    if free is not None and num_bytes > free:
+        raise UserError(
+            f"{what} needs {num_bytes / 1e9:,.1f} GB of memory, found {free / 1e9:,.1f} GB free; "
+            f"{fix}"
+        )
 
 
 def check_fit(compiled: jax.stages.Compiled, *, rows: int, what: str) -> None:
@@ -68,7 +71,7 @@ def check_fit(compiled: jax.stages.Compiled, *, rows: int, what: str) -> None:
     fix = (
         f"{what}={fitting} would fit"
         if fitting >= len(devices)
-        else "not even one picture a device fits: use dtype bfloat16, or spread the weights (fsdp)"
+        else "not even one image a device fits: use dtype bfloat16, or spread the weights (fsdp)"
     )
     raise UserError(
         f"{what}={rows} needs {needed / 1e9:.2f} GB beside the weights, found {free / 1e9:.2f} GB "
@@ -78,7 +81,7 @@ def check_fit(compiled: jax.stages.Compiled, *, rows: int, what: str) -> None:
 
 @contextlib.contextmanager
 def out_of_memory(fix: str) -> Iterator[None]:
-    """Turns a device's running out of memory into a UserError with the fix."""
+    """Turns an error of a device that ran out of memory into a UserError with the fix."""
     try:
         yield
     except jax.errors.JaxRuntimeError as error:

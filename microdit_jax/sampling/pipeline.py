@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import math
 import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -334,8 +333,6 @@ class LatentDiffusion:
             return lambda indices: np.concatenate(
                 [initial_noise(noise, seed, 1, *shape, first=i) for i in indices]
             )
-        # Uniform numbers, normal numbers and their channels-last copy, 4 bytes each
-        memory.check_host(3 * 4 * total * math.prod(shape), f"{noise} noise for {total} images")
         whole = initial_noise(noise, seed, total, *shape)
         return lambda indices: whole[list(indices)]
 
