@@ -32,43 +32,49 @@ from ml_collections import ConfigDict
 
 from configs import demo
 from microdit_jax import sharding
-from microdit_jax import train as train_module
 from microdit_jax.commands.cli import absl_command
+from microdit_jax.train import train
 from microdit_jax.training import step as train_step
 from microdit_jax.training.config import make_optimizer, make_step
+from microdit_jax.training.evaluation import EVALUATORS, Entry
+from microdit_jax.training.evaluators.base import EvaluationContext
 from microdit_jax.training.metric_writer import read_metrics
 
 STEPS = flags.DEFINE_integer(
     "steps", 250, "Steps of the loop, and as many bare ones.", lower_bound=100
 )
 PROCESSES = flags.DEFINE_integer("processes", 6, "One after another.", lower_bound=1)
-STAGE = flags.DEFINE_string("stage", "pretrain", "Of the demo: pretrain or finetune.")
+STAGE = flags.DEFINE_string("stage", "pretrain", "Stage of the demo: pretrain or finetune.")
 EVERY = 50
 CLOCKS = ("wall", "processor")
 
 
 def clocks() -> np.ndarray:
-    """Seconds by the wall clock, and of processor time of this process."""
+    """Reads the wall clock and this process's processor time, in seconds."""
     return np.array([time.perf_counter(), time.process_time()])
 
 
 class BareSteps:
-    """Stands in for the evaluation: as many bare steps as the loop has just made, by the clocks."""
+    """An evaluator that makes as many bare steps as the loop has just made, and times both."""
 
+    at_start = True
     loop: list[np.ndarray] = []
     bare: list[np.ndarray] = []
 
-    def __init__(self, model, edm, mesh, data, config, workdir, writer, say):
+    def __init__(self, context: EvaluationContext):
+        config, mesh = context.config, context.mesh
         optimizer, schedule = make_optimizer(config)
-        self._step = make_step(config, model, optimizer, schedule, mesh)
+        self._step = make_step(config, context.model, optimizer, schedule, mesh)
         self._state = train_step.sharded_init(
-            model, optimizer, jax.random.key(0), mesh, with_ema=config.ema.enabled
+            context.model, optimizer, jax.random.key(0), mesh, with_ema=config.ema.enabled
         )
-        record = next(data.batches(config, 0))
-        batch = {name: record[name] for name in data.batch_keys}
+        record = next(context.data.batches(config, 0))
+        batch = {name: record[name] for name in context.data.batch_keys}
         self._batch = sharding.put_batch(batch, mesh)
+        self._left = clocks()
 
-    def losses(self, step, state):
+    def run(self, step: int, state: train_step.TrainState) -> None:
+        """Times the loop's last steps and then as many bare ones; the first call only warms up."""
         jax.block_until_ready(state)
         begin = clocks()
         if step:
@@ -79,9 +85,6 @@ class BareSteps:
         self._left = clocks()
         if step:
             self.bare.append((self._left - begin) / EVERY)
-
-    def grid(self, step, state):
-        pass
 
 
 @absl_command()
@@ -105,14 +108,15 @@ def main():
 
 
 def measure(config: ConfigDict) -> dict:
-    """One run of the loop beside the bare step, in this process."""
+    """Runs the loop beside the bare step in this process, and compares their times."""
     config.init_from = ""
     config.train.update(
         steps=STEPS.value, log_every=EVERY, eval_every=EVERY, checkpoint_every=EVERY
     )
-    train_module.Evaluation = BareSteps
+    EVALUATORS["bare_steps"] = Entry(BareSteps)
+    config.eval.evaluators = ("bare_steps",)
     with tempfile.TemporaryDirectory() as folder:
-        train_module.train(config, Path(folder) / "run")
+        train(config, Path(folder) / "run")
         lines = read_metrics(Path(folder) / "run")
     # The first fifty compile; a checkpoint falls into the fifty steps after it.
     loop, bare = np.array(BareSteps.loop[1:]), np.array(BareSteps.bare[1:])

@@ -199,7 +199,7 @@ def test_the_cache_knows_what_a_program_depends_on(monkeypatch, tmp_path):
 
 
 def test_what_sharding_needs_to_communicate():
-    """By hand: half of a matrix and of half of the experts; gradients in each micro-batch."""
+    """Equals a count by hand: half of a matrix, half of half of the experts, gradients thrice."""
     mesh = sharding.make_mesh(data=2, fsdp=2, expert=2)
     params = {
         "proj": {"kernel": jax.ShapeDtypeStruct((512, 1024), jnp.float32)},
@@ -234,7 +234,7 @@ def test_written_read_and_drawn(tmp_path):
 
 
 def test_reports_take_their_names_when_they_are_whole(tmp_path):
-    """None is written over in place: what another name of the old file holds stays."""
+    """Files are replaced, not written over: a hard link to the old file keeps its contents."""
     size = workloads.Size()
     row = {"what": "moe", "variant": {"dtype": "float32"}, "seconds": {"median": 1.0}}
     path, drawn = tmp_path / "a.json", tmp_path / "b.png"

@@ -59,7 +59,7 @@ def test_matmuls(text, flops):
 
 
 def test_an_instruction_may_go_on_in_the_first_column():
-    """As Pallas kernels' metadata does; what follows them was lost once."""
+    """Metadata of Pallas kernels does; the instructions after it were once lost."""
     kernel, after = (
         'custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={\n'
         '"xprof_metadata":"{\\"block_q\\": 128}"\n}}, ',
@@ -175,7 +175,7 @@ SCATTER = """\
 
 
 def test_kernels_between_start_and_done():
-    """Of what is awaited at once none: it has its start and its end before the same kernel."""
+    """A collective that is awaited at once starts and ends before the same kernel."""
     counts = count(module(SCHEDULE, SCATTER))
     assert [kernel.name for kernel in counts.kernels] == ["k", "l", "m"]
     assert [(c.kind, c.started, c.finished) for c in counts.collectives] == [
