@@ -100,7 +100,7 @@ MUTANTS = [
     fault("all micro-batches at once", CONFIG, "    return share // wanted\n", "    return 1\n",
           "tests/test_configs.py::test_arch_and_micro_batches"),
     # ------------------------------------------------------------------ data
-    fault("captions are never dropped", DATA, "caption_drop=config.data.caption_drop",
+    fault("the data of a run never drops captions", DATA, "caption_drop=config.data.caption_drop",
           "caption_drop=0.0", f"{TEST_CONFIG}::test_batches_follow_the_config"),
     fault("the data's order ignores the seed", DATA, "seed=config.seed", "seed=0",
           f"{TEST_CONFIG}::test_batches_follow_the_config"),
