@@ -17,6 +17,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from microdit_jax.commands.cli import absl_command
+from microdit_jax.files import check_writable
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/, with its variants.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints, logs and samples go.")
@@ -35,6 +36,7 @@ HEARTBEAT = flags.DEFINE_integer(
 def main():
     from microdit_jax.machine import hosts  # after the flags: --help answers at once
 
+    check_writable(WORKDIR.value, folder=True)
     config = CONFIG.value
     with hosts.job(
         COORDINATOR.value,

@@ -25,7 +25,8 @@ from microdit_jax.convert import dit
 from microdit_jax.convert.keymap import torch_name
 from microdit_jax.convert.state_dict import read_state_dict
 from microdit_jax.errors import UserError
-from microdit_jax.files import atomic_file
+from microdit_jax.files import atomic_file, check_writable
+from microdit_jax.machine import memory
 from microdit_jax.metrics.statistics import read_npz
 from microdit_jax.models.dit import DiT, DiTConfig
 from microdit_jax.models.layers import sincos_pos_embed
@@ -98,6 +99,11 @@ def at_resolution(
     config: DiTConfig, tensors: Mapping[str, np.ndarray], latent_res: int
 ) -> tuple[DiTConfig, dict[str, np.ndarray]]:
     """The same weights for latents of another size, positions stretched to the same range."""
+    memory.check_host(
+        8 * config.dim * latent_res**2 // config.patch_size**2,  # positions, in float64
+        what=f"a network for --latent_res={latent_res}",
+        fix="ask for smaller latents",
+    )
     scale = config.pos_interp_scale * latent_res / config.input_size
     config = dataclasses.replace(config, input_size=latent_res, pos_interp_scale=scale)
     pos_embed = sincos_pos_embed(config.dim, config.grid, scale)[None]
@@ -106,6 +112,12 @@ def at_resolution(
 
 def draw_inputs(config: DiTConfig, batch: int, seed: int) -> dict[str, np.ndarray]:
     """Inputs as the sampler gives them: unit latents and captions, noise levels log-normal."""
+    values = config.in_channels * config.input_size**2 + CAPTION_TOKENS * config.caption_channels
+    memory.check_host(
+        8 * batch * values,  # float64 as they are made
+        what=f"inputs of --batch={batch} images",
+        fix="compare fewer",
+    )
     rng = np.random.default_rng(seed)
     side, channels = config.input_size, config.in_channels
     shapes = {
@@ -257,6 +269,8 @@ def read_recording(path: Path, config: DiTConfig) -> Recording:
 def main(arguments: Sequence[str]) -> None:
     """The command; `arguments` without the program's name."""
     flags = parse_arguments(arguments)
+    for path in filter(None, (flags.record, flags.json)):
+        check_writable(path)
     config, tensors = load(flags.input, flags.head_dim)
     if flags.latent_res:
         config, tensors = at_resolution(config, tensors, flags.latent_res)

@@ -26,6 +26,7 @@ from microdit_jax import model_flags
 from microdit_jax.assets import hub
 from microdit_jax.commands.cli import absl_command, compiled_programs
 from microdit_jax.errors import UserError
+from microdit_jax.machine import memory
 
 if TYPE_CHECKING:  # loading these takes a second, and --help should not
     from microdit_jax.app.studio import PageModel
@@ -76,6 +77,11 @@ def main():
         steps=MAX_STEPS.value,
         count=MAX_COUNT.value,
         waiting=MAX_WAITING.value,
+    )
+    memory.check_host(
+        MAX_COUNT.value * 2**20,  # an image of 256 px in float32 and its PNG
+        what=f"a request for --max_count={MAX_COUNT.value} images",
+        fix="allow fewer",
     )
     listening = listen(HOST.value, PORT.value)  # before minutes of loading
     studio = Studio(_load(), limits=limits, batch_size=BATCH.value)

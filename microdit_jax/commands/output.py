@@ -4,27 +4,38 @@ What a reader that went away (`| head -1`) or a closed stream would have got is 
 character that the terminal cannot show is written as its escape, such as \\u2603.
 """
 
+import contextlib
 import io
 import os
-import select
 import sys
 from typing import TextIO
 
 
-class _Output(io.FileIO):
-    """A file descriptor whose failed writes count as done; `lost` is why the first one failed."""
+class _Stream(io.TextIOWrapper):
+    """A text stream that goes to /dev/null after its first failure; `lost` says what that was."""
 
     lost: OSError | None = None
 
-    def write(self, data, /) -> int:  # pyright: ignore[reportIncompatibleMethodOverride]
-        view = memoryview(data)
+    def write(self, text: str, /) -> int:
         try:
-            while (written := super().write(view)) is None:  # a terminal that is not blocking
-                select.select([], [self], [])
-            return written
+            return super().write(text)
         except OSError as error:
-            self.lost = self.lost or error
-            return view.nbytes
+            self._lose(error)
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            super().flush()
+        except OSError as error:
+            self._lose(error)
+
+    def _lose(self, error: OSError) -> None:
+        self.lost = self.lost or error
+        # In place of the file itself, so that what the stream still holds can be written, and
+        # C++ writes there too.
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, self.fileno())
+        os.close(null)
 
 
 def protect() -> None:
@@ -42,11 +53,15 @@ def _protected(stream: TextIO | None, number: int) -> TextIO:
     if stream is not None:
         stream.flush()
         encoding = stream.encoding
-    raw = _Output(number, "w", closefd=False)
+    with contextlib.suppress(OSError):
+        os.set_blocking(number, True)  # else a slow terminal would seem to fail
     # Line by line even into a file: nothing is lost when the process ends from one moment to the
     # next, and a log can be followed.
-    return io.TextIOWrapper(
-        io.BufferedWriter(raw), encoding, errors="backslashreplace", line_buffering=True
+    return _Stream(
+        io.BufferedWriter(io.FileIO(number, "w", closefd=False)),
+        encoding,
+        errors="backslashreplace",
+        line_buffering=True,
     )
 
 
@@ -57,6 +72,5 @@ def lost() -> OSError | None:
     """
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
-    raw = getattr(getattr(sys.stdout, "buffer", None), "raw", None)
-    error = getattr(raw, "lost", None)
+    error = getattr(sys.stdout, "lost", None)
     return None if isinstance(error, BrokenPipeError) else error

@@ -21,7 +21,7 @@ from microdit_jax.convert.inputs import CONFIG, read_note
 from microdit_jax.convert.kinds import KINDS
 from microdit_jax.convert.to_folder import bar, convert_to_folder, describe, say, say_time
 from microdit_jax.errors import UserError
-from microdit_jax.files import sha256
+from microdit_jax.files import check_writable, sha256
 
 NOTE = "microdit_jax"  # where a written file says what it was made from
 EXAMPLE = """example:
@@ -124,5 +124,6 @@ def _read_config(path: Path, kind: str) -> dict:
 def main(arguments: Sequence[str]) -> None:
     """The command; `arguments` without the program's name."""
     flags = parse_arguments(arguments)
+    check_writable(flags.output, folder=flags.to == "orbax")
     jax.config.update("jax_platforms", "cpu")  # a file on its way to a file needs no device
     {"orbax": to_orbax, "torch": to_torch}[flags.to](flags)

@@ -24,6 +24,8 @@ from absl import flags
 from microdit_jax import model_flags
 from microdit_jax.commands.cli import absl_command
 from microdit_jax.errors import UserError
+from microdit_jax.files import check_writable
+from microdit_jax.machine import memory
 
 MODEL = flags.DEFINE_string("model", None, "A network, as for sample_main.py.")
 METRICS = flags.DEFINE_list(
@@ -94,6 +96,12 @@ def _evaluate() -> None:
     from microdit_jax.evaluate import protocol
     from microdit_jax.evaluate.request import EvaluationRequest, Subject
 
+    check_writable(OUT.value, folder=True)
+    memory.check_host(
+        NUM_IMAGES.value * 2**12,
+        what=f"a list of --num_images={NUM_IMAGES.value} prompts",
+        fix="30,000 are what FID is published with",
+    )
     request = EvaluationRequest(
         metrics=tuple(METRICS.value),
         prompts=PROMPTS.value,

@@ -27,6 +27,8 @@ from microdit_jax.assets import load
 from microdit_jax.commands.cli import use_compilation_cache
 from microdit_jax.commands.parser import Parser
 from microdit_jax.data.stores import open_latents
+from microdit_jax.files import check_writable
+from microdit_jax.machine import memory
 from microdit_jax.prepare import job, job_folder
 from microdit_jax.prepare.encoding import make_towers
 from microdit_jax.prepare.options import PrepareOptions
@@ -101,6 +103,12 @@ def main(arguments: Sequence[str]) -> None:
         batch=args.batch,
         clean=not args.keep_captions,
         caption_store=args.captions_as,
+    )
+    check_writable(args.output, folder=True)
+    memory.check_host(
+        args.batch * sum(side**2 for side in resolutions) * 3 * 4,  # float32
+        what=f"--batch={args.batch} images of {args.resolutions} px",
+        fix="encode fewer at a time",
     )
     source = registry.open_source(
         args.source,

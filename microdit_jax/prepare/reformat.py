@@ -26,7 +26,7 @@ from microdit_jax.data.compression import split
 from microdit_jax.data.records import SIDECAR, LatentInfo, Store, infer_info
 from microdit_jax.data.stores import open_store
 from microdit_jax.errors import UserError
-from microdit_jax.files import atomic_folder, write_text
+from microdit_jax.files import atomic_folder, check_writable, write_text
 from microdit_jax.prepare import job_folder, mds_writer
 
 FORMATS = ("mds", "arrayrecord")
@@ -186,6 +186,7 @@ def _parser() -> Parser:
 
 def main(arguments: Sequence[str]) -> None:
     asked = vars(_parser().parse_args(arguments))
+    check_writable(asked["output"], folder=True)
     complete = reformat(**asked)
     state = "complete" if complete else "other processes still write"
     print(f"{asked['output']}: {state}")

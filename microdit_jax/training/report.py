@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from microdit_jax.checkpoints.run import read_run_metadata
 from microdit_jax.errors import UserError
-from microdit_jax.files import write_bytes
+from microdit_jax.files import check_writable, write_bytes
 from microdit_jax.training.metric_writer import read_metrics
 
 if TYPE_CHECKING:  # matplotlib takes a second to import: only where a page is written
@@ -228,5 +228,6 @@ def main(arguments: Sequence[str]) -> None:
     )
     parser.add_argument("--out", default="report.html", help="the page (.html) or image (.png)")
     flags = parser.parse_args(arguments)
+    check_writable(flags.out)
     write(flags.runs, flags.out)
     print(f"{len(flags.runs)} runs shown in {flags.out}")

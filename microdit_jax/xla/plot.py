@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 
 from microdit_jax.commands.parser import Parser
 from microdit_jax.errors import UserError
-from microdit_jax.files import atomic_file
+from microdit_jax.files import atomic_file, check_writable
 
 
 def read(paths: Sequence[str | Path]) -> list[dict[str, Any]]:
@@ -93,5 +93,6 @@ def main(arguments: Sequence[str]) -> None:
     )
     parser.add_argument("--out", default="aot.png", help="the image to write")
     args = parser.parse_args(arguments)
+    check_writable(args.out)
     draw(read(args.reports), args.out)
     print(f"{len(args.reports)} reports drawn in {args.out}")

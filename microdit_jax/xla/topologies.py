@@ -23,7 +23,7 @@ import jax
 from jax.experimental import topologies as jax_topologies
 
 from microdit_jax.errors import UserError
-from microdit_jax.machine import compile_options
+from microdit_jax.machine import compile_options, memory
 from microdit_jax.machine.chips import Chip, chip_of
 
 GPUS_PER_HOST = 8
@@ -104,6 +104,11 @@ def prepare(name: str) -> None:
       UserError: a malformed name, or the compiler is not installed.
     """
     kind, sizes = split_name(name)
+    memory.check_host(
+        math.prod(sizes) * 2**20,  # of each device's description and threads, more or less
+        what=f"the compiler's model of {name}",
+        fix=f"compile for fewer devices; names are like {EXPECTED}",
+    )
     # The program is for another machine: an accelerator of this one is left alone.
     jax.config.update("jax_platforms", "cpu")
     if kind == "cpu":

@@ -13,6 +13,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from microdit_jax import diffusion, sharding
 from microdit_jax.errors import UserError
+from microdit_jax.machine import memory
 from microdit_jax.models import attention, dit, flops, moe
 from microdit_jax.models.dit import DiT, DiTConfig
 from microdit_jax.models.layers import small_normal
@@ -131,8 +132,13 @@ def random_tree(shapes: Any, shardings: Any = None) -> Any:
 
 def inputs(config: DiTConfig, n: int) -> dict[str, np.ndarray]:
     """Returns random x (n, h, w, channels), noise levels t (n,), captions y (n, l, caption)."""
-    rng = np.random.default_rng(1)
     side = config.input_size
+    memory.check_host(
+        4 * n * (config.in_channels * side**2 + CAPTION_LENGTH * config.caption_channels),
+        what=f"a batch of {n} images",
+        fix="time a smaller one",
+    )
+    rng = np.random.default_rng(1)
     shapes = {
         "x": (n, side, side, config.in_channels),
         "t": (n,),
