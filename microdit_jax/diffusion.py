@@ -7,7 +7,7 @@ standard deviation of the data; every computation here is float32 whatever the n
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import jax
@@ -181,7 +181,9 @@ def heun_evaluations(num_steps: int, config: EdmConfig = EdmConfig()) -> dict[st
     }
 
 
-def heun_evaluate(denoise: Denoiser, state: HeunState, at: dict[str, Array]) -> HeunState:
+def heun_evaluate(
+    denoise: Denoiser, state: HeunState, at: Mapping[str, Array | np.ndarray]
+) -> HeunState:
     """Evaluates the network once and updates the state (EDM, Algorithm 1, no churn).
 
     Args:

@@ -88,8 +88,8 @@ def splash(
     mask = MultiHeadMask([FullMask((q.shape[1], k.shape[1]))] * q.shape[2])
     kernel = make_splash_mha_single_device(mask, interpret=interpret)
     heads_first = (rearrange(x, "n s h c -> n h s c") for x in (q, k, v))
-    out = jax.vmap(kernel, in_axes=(0, 0, 0, None))(*heads_first, segments)  # (n, h, t, c)
-    return rearrange(out, "n h t c -> n t h c")[:, :t]
+    out = jax.vmap(kernel, in_axes=(0, 0, 0, None))(*heads_first, segments)  # (n, h, t padded, c)
+    return jnp.asarray(rearrange(out, "n h t c -> n t h c"))[:, :t]
 
 
 def looped(
