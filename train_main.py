@@ -36,8 +36,8 @@ HEARTBEAT = flags.DEFINE_integer(
 def main():
     from microdit_jax.machine import hosts  # after the flags: --help answers at once
 
-    check_writable(WORKDIR.value, folder=True)
-    config = CONFIG.value
+    workdir, config = str(WORKDIR.value), CONFIG.value
+    check_writable(workdir, folder=True)
     with hosts.job(
         COORDINATOR.value,
         NUM_PROCESSES.value,
@@ -47,4 +47,4 @@ def main():
     ):
         from microdit_jax.train import train, train_stages
 
-        (train_stages if "stages" in config else train)(config, WORKDIR.value)
+        (train_stages if "stages" in config else train)(config, workdir)

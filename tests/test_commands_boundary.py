@@ -244,8 +244,15 @@ def test_a_folder_that_is_gone(tmp_path, monkeypatch, capsys):
 
 
 # ------------------------------------------------------------------ processes
+def default_signals() -> None:
+    """Undoes what nohup or a shell's `&` did to pytest, whose children inherit it."""
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
+
+
 def start(*command: str, **options) -> subprocess.Popen:
     defaults = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": ROOT}
+    defaults["preexec_fn"] = default_signals
     return subprocess.Popen([sys.executable, *command], **defaults | options)
 
 

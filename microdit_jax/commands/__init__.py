@@ -1,1 +1,1 @@
-"""What every command shares: flags, and one boundary for errors and signals."""
+"""Parts that every command shares: flags, and one boundary for errors and signals."""

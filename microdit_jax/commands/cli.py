@@ -1,4 +1,4 @@
-"""What commands with absl's flags share: reading them, help, the compilation cache."""
+"""Commands with absl's flags: reading the flags, --help, and the cache of compiled programs."""
 
 import collections
 import functools
@@ -10,7 +10,7 @@ from typing import Any
 from absl import app, flags, logging
 
 from microdit_jax.commands import boundary
-from microdit_jax.commands.config_file import as_config_file
+from microdit_jax.commands.config_file import as_config_file, read_config
 from microdit_jax.errors import UserError
 from microdit_jax.files import cache_folder
 
@@ -93,7 +93,7 @@ def _last_words(error: Exception, argv: list[str]) -> str:
     key, given = unknown_key[1], "\0".join(argv)
     file = re.search(r"-config[=\0]([^\0]+)", given)
     if file and re.search(rf"-config\.{key}\b", given):
-        config = flags.FLAGS["config"].parser.parse(file[1])  # as it is without the flags after it
+        config = read_config(file[1])  # as it is without the flags after it
         if "stages" in config:
             return (
                 f"unknown config key {key!r}, {file[1]} is a chain of stages; give "
@@ -133,7 +133,7 @@ def use_compilation_cache() -> None:
     """Keeps compiled programs between runs, unless JAX was told where already."""
     import jax  # half a second, which --help need not wait for
 
-    if not jax.config.jax_compilation_cache_dir:
+    if not jax.config.values["jax_compilation_cache_dir"]:
         jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "xla"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

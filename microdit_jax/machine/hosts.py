@@ -1,4 +1,4 @@
-"""Many processes as one run: who is there, waiting for each other by name, one deciding for all.
+"""Many processes as one run: who takes part, named barriers, and one process deciding for all.
 
 Every wait has a time-out, and its error names the processes that are missing.
 """
@@ -55,7 +55,7 @@ def initialize(
       timeout_seconds: how long to wait for the others, from this process's own start.
       heartbeat_seconds: a process silent for so long is given up, and all others stop.
     Returns:
-      Whether there are several processes.
+      True if there are several processes.
     Raises:
       UserError: some flags but not all; processes missing after the time-out, by number; two
         processes with one number.
@@ -115,7 +115,11 @@ def find_job(
     timeout_seconds: float = 300.0,
     environment: Mapping[str, str] = os.environ,
 ) -> Job | None:
-    """The job that flags or else the cluster's environment describe; None where neither does."""
+    """Returns the job that flags or else the cluster's environment describe, None without one.
+
+    Raises:
+      UserError: some of the flags but not all, or values that no job can have.
+    """
     flags = {
         "--coordinator_address": coordinator_address,
         "--num_processes": num_processes,
@@ -145,6 +149,7 @@ def find_job(
             f"expected {', '.join(flags)} together, found no {', '.join(missing)}; give all three, "
             "or none on SLURM, GKE and TPU VMs"
         )
+    assert coordinator_address and num_processes is not None and process_id is not None
     if not re.fullmatch(r".+:\d+", coordinator_address):
         raise UserError(
             f"--coordinator_address must be host:port of process 0, found {coordinator_address!r}"
@@ -159,7 +164,7 @@ def find_job(
 
 
 def _tasks_per_node(environment: Mapping[str, str]) -> set[int]:
-    """The counts in SLURM's list, such as "2(x3),1"; empty outside SLURM."""
+    """Returns the counts in SLURM's list, such as "2(x3),1"; an empty set outside SLURM."""
     text = environment.get("SLURM_STEP_TASKS_PER_NODE", "")
     return {int(count.split("(")[0]) for count in text.split(",") if count}
 
@@ -184,7 +189,7 @@ def preflight(job: Job, timeout_seconds: float) -> None:
 
 
 def _count_processes(port: int, num_processes: int, deadline: float) -> str:
-    """Process 0's part: collects the calls, answers all of them at once; the fault or ""."""
+    """Collects the others' calls on process 0 and answers all at once; returns the fault or ""."""
     start, fault = time.monotonic(), ""
     seen: dict[int, str] = {0: socket.gethostname()}
     calls: list[socket.socket] = []
@@ -236,7 +241,7 @@ def _count_processes(port: int, num_processes: int, deadline: float) -> str:
 
 
 def _call_process_0(host: str, port: int, job: Job, deadline: float) -> str:
-    """The others' part: calls until process 0 answers; the fault or ""."""
+    """Calls process 0 until it answers; returns the fault or ""."""
     start = time.monotonic()
     while True:
         try:
@@ -279,7 +284,7 @@ def barrier(name: str, *, timeout_seconds: float = BARRIER_SECONDS) -> None:
 
 
 def missing_processes(message: str) -> list[int]:
-    """The processes that a barrier's error of JAX's coordination service names as late."""
+    """Returns the processes that JAX's coordination service names as late in a barrier's error."""
     late = message.partition("timed out task names:")[2].partition("RPC:")[0]
     # "1, 2" today, "/job:jax_worker/replica:0/task:1, ..." in older versions of JAX
     return sorted({int(number) for number in re.findall(r"(?:^|[\s,]|task:)(\d+)\b", late)})
@@ -288,14 +293,14 @@ def missing_processes(message: str) -> list[int]:
 def from_first(
     name: str, function: Callable[[], Any], *, timeout_seconds: float = WORK_SECONDS
 ) -> Any:
-    """What `function` returns on process 0, which alone runs it, on every process.
+    """Runs `function` on process 0 alone and returns its value on every process.
 
     Args:
-      name: what it does, for the time-out's error.
+      name: what the function does, for the time-out's error.
       function: returns what JSON can hold.
       timeout_seconds: how long it may take, such as for checking a large checkpoint.
     Raises:
-      UserError: the one that it raised on process 0, on every process.
+      UserError: what the function raised on process 0, raised on every process.
     """
     if jax.process_count() == 1:
         return function()

@@ -9,7 +9,9 @@ import jax
 from microdit_jax.errors import UserError
 
 
-def free_bytes(device: jax.Device) -> int | None:
+def free_bytes(
+    device: jax.Device,  # pyright: ignore[reportInvalidTypeForm]  # JAX assigns the class to a name
+) -> int | None:
     """Returns the memory in bytes that is free on a device now; None where it is not known."""
     if device.platform == "cpu":
         return free_host_bytes()
