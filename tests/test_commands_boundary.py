@@ -338,6 +338,15 @@ def test_a_swallowed_signal_ends_the_process_at_once():
     assert time.monotonic() - began < 1.2  # not by the thread that watches
 
 
+@pytest.mark.parametrize("ending", ["time.sleep(60)", IN_C.strip()])
+def test_the_line_stands_below_a_progress_bar(ending):
+    process = script(f"print('50 %', end='', file=sys.stderr, flush=True)\n{ending}")
+    assert process.stderr.read(4) == "50 %"
+    time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=30)[1] == "\nstopped; the same command goes on\n"
+
+
 def test_ignored_signals_stay_ignored():
     process = script(
         "import signal\nos.kill(os.getpid(), signal.SIGHUP); print(boundary.program())",

@@ -158,6 +158,8 @@ def _say(line: str) -> None:
     """Writes one line to stderr: line ends and control characters show as what they are."""
     joined = " ".join(part.strip() for part in line.splitlines() if part.strip())
     shown = "".join(c if c.isprintable() else repr(c)[1:-1] for c in joined)
+    if getattr(sys.stderr, "in_a_line", False):  # a progress bar's
+        print(file=sys.stderr)
     print(shown, file=sys.stderr, flush=True)
 
 

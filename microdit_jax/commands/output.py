@@ -12,11 +12,18 @@ from typing import TextIO
 
 
 class _Stream(io.TextIOWrapper):
-    """A text stream that goes to /dev/null after its first failure; `lost` says what that was."""
+    """A text stream that goes to /dev/null after its first failure.
+
+    Attributes:
+      lost: what that failure was.
+      in_a_line: True where the last line that was written has no end yet, as a progress bar's.
+    """
 
     lost: OSError | None = None
+    in_a_line = False
 
     def write(self, text: str, /) -> int:
+        self.in_a_line = not text.endswith("\n") if text else self.in_a_line
         try:
             return super().write(text)
         except OSError as error:

@@ -8,6 +8,7 @@ watches too, and ends the process where the main thread has not done so in time.
 import os
 import select
 import signal
+import sys
 import threading
 import time
 from types import FrameType
@@ -62,8 +63,10 @@ def end(number: int) -> NoReturn:
     Neither flushes nor cleans up: both could wait for a thread that holds a lock.
     """
     try:
+        # After a progress bar (commands.output), or the ^C that a terminal shows.
+        begun = getattr(sys.stderr, "in_a_line", False) or os.isatty(2)
         if select.select([], [2], [], 0.2)[1]:  # a pipe that nobody empties would block
-            os.write(2, f"{'' if not os.isatty(2) else chr(10)}{STOPPED}\n".encode())
+            os.write(2, f"{chr(10) if begun else ''}{STOPPED}\n".encode())
     except OSError:
         pass  # nobody is there to be told
     os._exit(128 + number)
