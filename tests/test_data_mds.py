@@ -161,10 +161,16 @@ def test_many_shards_do_not_stay_mapped(folder, monkeypatch):
         assert len(reader._views) == 1
 
 
-def change_index(folder, **changes):
+def entry(folder, number, **hashes):
+    """A shard's raw_data in the index, with more hashes."""
+    raw = json.loads((folder / "index.json").read_text())["shards"][number]["raw_data"]
+    return raw | {"hashes": raw["hashes"] | hashes}
+
+
+def change_index(folder, number=1, **changes):
     index = json.loads((folder / "index.json").read_text())
     for key, value in changes.items():
-        index["shards"][1][key] = value
+        index["shards"][number][key] = value
     (folder / "index.json").write_text(json.dumps(index))
 
 
@@ -201,6 +207,10 @@ def test_damage_within_a_value_is_found_by_hashes_alone(folder):
     path.write_bytes(data)
     assert MdsReader(folder / "gz")[0] != expected(0)
     with pytest.raises(UserError, match="expected sha1 9fb5.* found .*copy it again"):
+        MdsReader(folder / "gz", check_hashes=True)[0]
+    change_index(folder / "gz", number=0, raw_data=entry(folder / "gz", 0, md5="0" * 32))
+    path.write_bytes(bytes(data[:400]) + bytes([data[400] ^ 1]) + bytes(data[401:]))
+    with pytest.raises(UserError, match="expected md5 0000.* found"):  # each of several
         MdsReader(folder / "gz", check_hashes=True)[0]
     with pytest.raises(UserError, match="expected hashes in .*plain/index.json, found none"):
         MdsReader(folder / "plain", check_hashes=True)

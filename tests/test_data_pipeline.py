@@ -1,11 +1,14 @@
 """The data order: a pure function of (seed, step), whatever the number of processes."""
 
+import datetime
 import itertools
 import threading
 import time
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from microdit_jax.data.pipeline import batches, make_dataset
 from microdit_jax.errors import UserError
@@ -194,3 +197,98 @@ def test_reading_rows_and_reading_threads_change_nothing(threads):
     found = take(batches(dataset(sources=mixed), 0, threads=threads), 12)
     assert len(set(np.digitize(found["index"].ravel(), [100, 1000]))) == 3
     equal(found, expected)
+
+
+# ------------------------------------------------------------------ any sources, batches and seeds
+FEW = settings(max_examples=25, deadline=datetime.timedelta(seconds=20), derandomize=True)
+SEEDS = st.integers(0, 2**32 - 1)
+IN_MEMORY = st.sampled_from([0, 2**20])
+
+
+def sources(sizes):
+    return [Numbers(size, 1000 * number) for number, size in enumerate(sizes)]
+
+
+@FEW
+@given(st.integers(1, 60), st.integers(1, 25), SEEDS, IN_MEMORY)
+def test_each_epoch_is_a_permutation(size, batch_size, seed, max_in_memory):
+    dataset = make_dataset(
+        sources([size]),
+        seed=seed,
+        batch_size=batch_size,
+        caption_drop=0.1,
+        max_in_memory=max_in_memory,
+    )
+    steps = -(-3 * size // batch_size)
+    found = np.concatenate([dataset[step]["index"] for step in range(steps)])[: 3 * size]
+    for epoch in found.reshape(3, size):
+        np.testing.assert_array_equal(np.sort(epoch), np.arange(size))
+
+
+@FEW
+@given(
+    st.lists(st.tuples(st.integers(1, 40), st.floats(0.1, 10)), min_size=1, max_size=3),
+    st.integers(1, 4),
+    st.integers(1, 6),
+    SEEDS,
+    st.lists(st.integers(0, 500), min_size=1, max_size=4),
+    IN_MEMORY,
+)
+def test_a_step_decides_its_batch_whoever_reads_it(
+    parts, share, processes, seed, steps, max_in_memory
+):
+    sizes, weights = zip(*parts, strict=True)
+    arguments = {
+        "seed": seed,
+        "batch_size": share * processes,
+        "caption_drop": 0.5,
+        "max_in_memory": max_in_memory,
+    }
+    one = make_dataset(sources(sizes), weights, **arguments)
+    expected = [one[step] for step in steps]
+    many = [
+        make_dataset(sources(sizes), weights, **arguments, process_index=i, process_count=processes)
+        for i in range(processes)
+    ]
+    for step, batch in reversed(list(zip(steps, expected, strict=True))):  # in any order
+        found = [dataset[step] for dataset in many]
+        for name, values in batch.items():
+            np.testing.assert_array_equal(
+                np.concatenate([part[name] for part in found]), values, strict=True
+            )
+
+
+@settings(FEW, max_examples=10)
+@given(st.lists(st.integers(1, 4), min_size=2, max_size=4), SEEDS)
+def test_sources_are_mixed_by_their_weights(weights, seed):
+    batch_size = 10 * sum(weights)
+    dataset = make_dataset(
+        sources([7] * len(weights)), weights, seed=seed, batch_size=batch_size, caption_drop=0
+    )
+    counts = np.bincount(dataset[3]["index"] // 1000, minlength=len(weights))
+    assert np.abs(counts - 10 * np.array(weights)).max() <= 1
+
+
+def test_each_record_has_a_chance_of_its_own():
+    """Neither a batch as a whole, nor the same records each time, nor every n-th."""
+    dataset = make_dataset(sources([500]), seed=3, batch_size=20, caption_drop=0.3)
+    keep = np.stack([dataset[step]["keep_caption"] for step in range(1000)])
+    assert set(np.unique(keep)) == {0, 1}
+    assert abs(keep.mean() - 0.7) < 0.02  # four standard deviations: 0.013
+    assert 0.08 < keep.mean(axis=1).std() < 0.125  # a binomial's, sqrt(0.3 * 0.7 / 20) = 0.102
+    assert np.abs(keep.mean(axis=0) - 0.7).max() < 0.08
+    for lag in range(1, 41):  # within a batch and into the next two
+        pairs = np.corrcoef(keep.ravel()[lag:], keep.ravel()[:-lag])[0, 1]
+        assert abs(pairs) < 0.04, lag
+
+
+def test_the_order_of_runs_that_have_begun_stays():
+    """Recorded; another order would change the numbers of every run that resumes."""
+    dataset = make_dataset(sources([50]), seed=18, batch_size=8, caption_drop=0.3)
+    for step, indices, keep in (
+        (0, [38, 21, 35, 31, 40, 45, 49, 11], [1, 0, 1, 0, 1, 1, 1, 1]),
+        (6, [9, 47, 20, 25, 29, 9, 37, 24], [1, 1, 1, 0, 0, 0, 1, 1]),
+        (100, [29, 34, 5, 39, 11, 33, 10, 25], [1, 1, 1, 1, 1, 1, 1, 1]),
+    ):
+        assert dataset[step]["index"].tolist() == indices
+        assert dataset[step]["keep_caption"].tolist() == keep

@@ -24,6 +24,7 @@ def test_webdataset_shards(tmp_path):
     files = shard("000000000", "000000001")
     del files["000000001.txt"]
     files |= {"000000002.jpg": image(50), "000000002.json": "{"}
+    files |= {"000000003.JPG": image(60), "000000003.TXT": "in capitals"}
     write_tar(tmp_path / "00000.tar", files)
     source = open_source("webdataset", str(tmp_path))
     assert list(source.parts) == ["00000.tar", "00001.tar"]
@@ -31,6 +32,7 @@ def test_webdataset_shards(tmp_path):
     assert good == [
         ("00000/000000000", "caption 000000000", 0),
         ("00000/000000001", "other", 10),
+        ("00000/000000003", "in capitals", 60),
         ("00001/000010000", "caption 000010000", 30),
     ]
     assert bad == [("00000/000000002", "no caption")]
@@ -103,25 +105,27 @@ def test_journeydb(tmp_path, packed):
 
 def test_diffusiondb(tmp_path):
     part = tmp_path / "diffusiondb-large-part-1"
-    prompts = {f"{n}.webp": {"p": f"prompt {n}", "se": 1, "c": 7.0} for n in ("a", "b")}
+    prompts = {f"{n}.webp": {"p": f"prompt {n}", "se": 1, "c": 7.0} for n in ("a", "b", "d")}
     files = {"a.webp": image(10, "WEBP"), "b.webp": image(20, "WEBP")}
-    files |= {"c.webp": image(30, "WEBP"), "part-000001.json": json.dumps(prompts)}
+    files |= {"c.webp": image(30, "WEBP"), "d.webp": image(60, "WEBP")}
+    files |= {"part-000001.json": json.dumps(prompts)}
     write_zip(part / "part-000001.zip", files)
     write(part / "part-000002/a2.webp", image(40, "WEBP"))
     write_json(part / "part-000002/part-000002.json", {"a2.webp": {"p": "two"}})
     write(part / "part-000003.zip", b"PK nothing")
     columns = {
-        "image_name": ["a.webp", "b.webp", "c.webp", "a2.webp"],
-        "image_nsfw": [0.1, 0.3, 0.0, 0.2],
-        "prompt_nsfw": [0.0, 0.0, 0.1, 0.2],
-        "prompt": ["", "", "", ""],
+        "image_name": ["a.webp", "b.webp", "c.webp", "d.webp", "a2.webp"],
+        "image_nsfw": [0.1, 0.3, 0.0, 0.0, 0.2],
+        "prompt_nsfw": [0.0, 0.0, 0.1, 0.3, 0.2],
+        "prompt": ["", "", "", "", ""],
     }
     with pytest.raises(UserError, match="expected metadata-large.parquet"):
         open_source("diffusiondb", str(tmp_path))
     pq.write_table(pa.table(columns), tmp_path / "metadata-large.parquet")
     good, bad = read(open_source("diffusiondb", str(tmp_path)))
     assert good == [("part-000001/a", "prompt a", 10), ("part-000002/a2", "two", 40)]
-    assert bad[:2] == [
+    assert bad[:3] == [
         ("part-000001/b", "unsafe by its scores"), ("part-000001/c", "no caption"),
+        ("part-000001/d", "unsafe by its scores"),
     ]  # fmt: skip
-    assert bad[2][1] == "archive damaged or cut off (BadZipFile)"
+    assert bad[3][1] == "archive damaged or cut off (BadZipFile)"

@@ -17,6 +17,7 @@ from PIL import Image
 from support.golden_vae import load_vae
 from support.latent_datasets import contents
 
+from microdit_jax import images
 from microdit_jax.data import twemoji
 from microdit_jax.data.mds import MdsReader
 from microdit_jax.data.mds_encodings import parse
@@ -128,6 +129,22 @@ def test_what_cannot_be_used_is_counted_and_listed(tmp_path):
     assert report["reasons"] == {reason: 1 for reason in sorted(found.values())}
 
 
+def test_a_part_without_a_usable_image_leaves_the_others_as_they_are(tmp_path):
+    class LastIsBad(Source):
+        def read(self, part):
+            return super().read(part) if part < 2 else iter([skipped_image("x", "damaged")])
+
+    assert compute(tmp_path, LastIsBad())
+    source = open_latents(tmp_path, resolution=24)
+    assert len(source) == 14 and source.info.latents == {16: (4, 2, 2), 24: (4, 3, 3)}
+    assert source.info.captions == (6, 8)
+
+
+def test_captions_can_be_kept_as_they_are(tmp_path):
+    compute(tmp_path, Source(1), dataclasses.replace(OPTIONS, clean=False))
+    assert open_latents(tmp_path, resolution=24)[2]["caption"] == "A Cat, no. 02"
+
+
 def test_an_interrupted_run_goes_on(tmp_path, monkeypatch):
     compute(tmp_path / "whole")
     encode, calls = encoding._encode_batch, []
@@ -231,14 +248,47 @@ def command(tmp_path, *options):
     ]  # fmt: skip
 
 
-def test_the_command_writes_a_report_and_a_contact_sheet(tmp_path, capsys):
-    out = tmp_path / "out"
+def test_the_command_writes_a_report_and_a_contact_sheet(tmp_path, capsys, monkeypatch):
+    out, sheets, grid = tmp_path / "out", [], images.captioned_grid
+
+    def shown(columns_of_images, captions, **more):
+        sheets.append({"images": columns_of_images[0], "captions": captions})
+        return grid(columns_of_images, captions, **more)
+
+    monkeypatch.setattr(images, "captioned_grid", shown)
     __main__.main(command(tmp_path, f"--output={out}")[3:])
     captions = [image.caption for image in twemoji.list_images()]
     assert len(MdsReader(out)) == twemoji.heldout_mask(captions).sum()
     with Image.open(out / "contact_sheet.png") as sheet:
         assert "CC-BY" in sheet.text["microdit_jax"] and sheet.width > 100
     assert '"skipped": 0' in capsys.readouterr().out
+    (shown,) = sheets  # the decoded latents of random records, not much unlike the images
+    source = open_latents(out, resolution=16)
+    records = {source[i]["caption"]: source[i] for i in range(len(source))}
+    stored = np.stack([records[caption]["latents"] for caption in shown["captions"]])
+    expected = codec().decode(stored / np.float32(codec().scaling_factor)) / 2 + 0.5
+    np.testing.assert_allclose(shown["images"], expected, atol=1e-6)
+
+
+def test_flags_decide_the_options(tmp_path, monkeypatch):
+    class Asked(Exception):
+        pass
+
+    def asked(source, towers, output, options, **more):
+        raise Asked(options)
+
+    monkeypatch.setattr(job, "run", asked)
+    line = command(tmp_path, f"--output={tmp_path / 'out'}")[3:]
+    for flags, expected in (
+        ([], {"min_size": 16, "clean": True, "seed": 2024, "caption_store": "embeddings"}),
+        (["--resolutions=24,16"], {"resolutions": (24, 16), "min_size": 16}),
+        (["--min_size=9", "--keep_captions"], {"min_size": 9, "clean": False}),
+        (["--captions_as=both", "--seed=5"], {"caption_store": "both", "seed": 5}),
+    ):  # fmt: skip
+        with pytest.raises(Asked) as caught:
+            __main__.main([*line, *flags])
+        (options,) = caught.value.args
+        assert {name: getattr(options, name) for name in expected} == expected
 
 
 @pytest.mark.slow

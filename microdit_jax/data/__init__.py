@@ -1,1 +1,1 @@
-"""Data: sources of latents and captions, and the order in which training sees them."""
+"""Reads prepared latents and captions, in the order in which training sees them."""

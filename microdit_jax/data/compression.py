@@ -12,7 +12,7 @@ NAMES = (*_MODULES, "snappy")
 _DEFAULT_LEVELS = {"zstd": 3, "gz": 9, "bz2": 9, "br": 11}
 
 
-def split(name: str) -> tuple[str, int | None]:
+def parse_compression(name: str) -> tuple[str, int | None]:
     """Splits "zstd:7" into ("zstd", 7); raises ValueError for an unknown algorithm."""
     algorithm, _, level = name.partition(":")
     if algorithm not in NAMES or (level and not level.isdecimal()):
@@ -26,7 +26,7 @@ def decompress(name: str, data: bytes, size: int) -> bytearray:
     Raises:
       ValueError: `data` is damaged, or holds another number of bytes.
     """
-    algorithm, _ = split(name)
+    algorithm, _ = parse_compression(name)
     out = bytearray(size)
     try:
         if algorithm == "snappy":  # its raw format says the size first
@@ -44,7 +44,7 @@ def decompress(name: str, data: bytes, size: int) -> bytearray:
 
 def compress(name: str, data: bytes) -> bytes:
     """Compresses by an algorithm, and optionally a level, such as "zstd" or "gz:6"."""
-    algorithm, level = split(name)
+    algorithm, level = parse_compression(name)
     if algorithm == "snappy":
         return bytes(cramjam.snappy.compress_raw(data))
     level = _DEFAULT_LEVELS[algorithm] if level is None else level

@@ -239,7 +239,7 @@ def _parse_shard(entry: dict[str, Any]) -> Shard:
     if (packed is None) != (method is None):
         raise ValueError("compression and zip_data do not fit each other")
     if method is not None:
-        compression.split(method)
+        compression.parse_compression(method)
     samples = entry["samples"]
     if type(samples) is not int or samples < 0:
         raise ValueError(f"a shard of {samples!r} samples")

@@ -1,4 +1,4 @@
-"""The order in which training sees records: a pure function of (seed, step).
+"""Order in which training sees records: a pure function of (seed, step).
 
 Every source is shuffled anew each epoch and repeated, the sources are mixed by weight, and each
 batch is split over the processes. The global batch of a step is therefore the same on any number

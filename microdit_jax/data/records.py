@@ -63,7 +63,7 @@ class LatentInfo:
 
     @property
     def arrays(self) -> dict[str, ArrayColumn]:
-        """The columns that hold arrays, by name."""
+        """Columns that hold arrays, by name."""
         columns = {f"latents_{side}": ArrayColumn("<f2", s) for side, s in self.latents.items()}
         if self.captions is not None:
             columns["caption_latents"] = ArrayColumn("<f2", self.captions)

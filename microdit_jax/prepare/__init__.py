@@ -1,1 +1,1 @@
-"""Images and captions to prepared latents."""
+"""Turns images and captions into prepared latents, which `data/` reads."""

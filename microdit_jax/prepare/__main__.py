@@ -70,19 +70,24 @@ def _parser() -> Parser:
     add("--resolutions", default="256,512", help="pixels of a side, with commas")
     add("--vae", default=DEFAULT_VAE, help="a VAE's name or path (default: SDXL's)")
     add("--text_encoder", default=DEFAULT_TEXT_ENCODER, help="name or path (default: DFN5B CLIP)")
-    add("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the towers")
+    add(
+        "--dtype",
+        default="float32",
+        choices=("float32", "bfloat16"),
+        help="the towers' type",
+    )
     add("--captions", help="a table of captions, for --source=folder")
-    add("--split", help="of the sources that have some")
+    add("--split", help="a part of the dataset, for sources that have splits")
     add("--cache", help="a local folder, for --source=mds from a URL")
     add("--fraction", type=float, default=1.0, help="share of the source's parts, for a trial")
     add("--min_size", type=int, help="shorter side of a usable image (default: as small as the "
         "smallest resolution)")  # fmt: skip
-    add("--keep_captions", action="store_true", help="as they are; by default they are cleaned")
+    add("--keep_captions", action="store_true", help="do not clean the captions")
     add("--captions_as", default="embeddings", choices=("embeddings", "tokens", "both"),
         help="store embeddings, token ids to embed while training, or both")  # fmt: skip
     add("--batch", type=int, default=16, help="images that a device encodes at a time")
     add("--threads", type=int, default=8, help="threads that decode images")
-    add("--seed", type=int, default=2024, help="of the noise that latents are sampled with")
+    add("--seed", type=int, default=2024, help="seed of the noise that latents are sampled with")
     add("--process_index", type=int, default=0, help="which process this is")
     add("--process_count", type=int, default=1, help="how many share the work")
     return parser

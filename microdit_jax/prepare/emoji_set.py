@@ -1,7 +1,7 @@
-"""The embedded emoji set as latents in memory: made once, in a folder that appears whole.
+"""Embedded emoji set as latents in memory: made once, in a folder that appears whole.
 
-Training prepares the set by itself where its folder is not there yet; the codec is fitted to the
-set's own training images, so that nothing needs to be downloaded.
+Training prepares the set itself if its folder does not exist yet. The codec is fitted to the set's
+own training images, so nothing is downloaded.
 """
 
 import json

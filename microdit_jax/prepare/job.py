@@ -1,4 +1,4 @@
-"""The job of preparing a dataset: decode, encode and write the images of a source, part by part.
+"""Prepares a dataset: decodes, encodes and writes the images of a source, part by part.
 
 Every part of the source makes a folder of its own, and a record depends on its own image alone, so
 the output is the same for any number of processes and devices and however often the job was killed.

@@ -1,7 +1,7 @@
-"""The folder of a long job, written part by part: the same job goes on, another one is refused.
+"""Folder of a long job, written part by part: the same job goes on, another one is refused.
 
-Any number of processes may work on one folder, each on its own parts; whoever finds all parts done
-finishes the job. A part takes its name only once it is whole, so a killed job leaves no half ones.
+Any number of processes may work on one folder, each on its own parts; a process that finds all
+parts done finishes the job. A part takes its name once it is whole, so a kill leaves no half ones.
 """
 
 import json
@@ -16,7 +16,7 @@ JOB = "job.json"
 
 
 def check_counts(process_index: int, process_count: int, **others: int) -> None:
-    """Raises UserError unless the processes, and the other counts by name, are possible ones."""
+    """Raises UserError for an impossible process, or another count (by flag name) below 1."""
     for name, count in {"process_count": process_count, **others}.items():
         if count < 1:
             raise UserError(f"--{name} must be at least 1, found {count}")
@@ -25,20 +25,20 @@ def check_counts(process_index: int, process_count: int, **others: int) -> None:
 
 
 def begin(folder: Path, request: dict[str, Any]) -> None:
-    """Marks the folder as this job's, or checks that it is; of several at once the first decides.
+    """Marks the folder as this job's, or checks that it is; of several at once, the first decides.
 
     Args:
-      request: all that decides what will be written; JSON values.
+      request: everything that decides what will be written; JSON values.
     Raises:
       UserError: the folder is another job's, holds something else, or may not be written.
     """
     path, text = folder / JOB, json.dumps(request, indent=2, sort_keys=True) + "\n"
     with disk_errors(path):
         if not path.exists():
-            # Others may begin at the same time: what they write comes after their job.json
+            # Others may begin at the same time, but they write job.json before anything else
             if _content(folder) and not path.exists():
                 raise UserError(
-                    f"expected a free place for the output in {folder}, found something else "
+                    f"expected a free path for the output in {folder}, found something else "
                     "there; choose another folder"
                 )
             write_bytes(path, text.encode(), replace=False)
@@ -59,6 +59,6 @@ def begin(folder: Path, request: dict[str, Any]) -> None:
 
 
 def _content(folder: Path) -> list[str]:
-    """The names in a folder, if there is one, without job.json and half-written ones of it."""
+    """Lists a folder, if it exists, without job.json and half-written copies of it."""
     found = [path.name for path in folder.iterdir()] if folder.exists() else []
     return [name for name in found if not re.fullmatch(rf"(\.{JOB}\..*\.partial|{JOB})", name)]

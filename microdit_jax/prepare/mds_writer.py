@@ -1,4 +1,4 @@
-"""Writer of MDS datasets; mosaicml-streaming reads what it writes, and writes the same bytes."""
+"""Writes MDS datasets, byte for byte as mosaicml-streaming does, which reads them too."""
 
 import json
 import os
@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from microdit_jax.data import mds_encodings
-from microdit_jax.data.compression import compress, split
+from microdit_jax.data.compression import compress, parse_compression
 from microdit_jax.data.mds import INDEX, digest
 from microdit_jax.errors import UserError
 from microdit_jax.files import disk_errors, write_bytes
@@ -46,7 +46,7 @@ class MdsWriter:
         try:
             self._encodings = {name: mds_encodings.parse(columns[name]) for name in sorted(columns)}
             if compression is not None:
-                split(compression)
+                parse_compression(compression)
             for algorithm in hashes:
                 digest(algorithm, b"")
         except ValueError as error:
@@ -119,7 +119,7 @@ class MdsWriter:
         name, packed = f"shard.{len(self._shards):05}.mds", None
         raw = self._describe(name, data)
         if self._config["compression"] is not None:
-            name += "." + split(self._config["compression"])[0]
+            name += "." + parse_compression(self._config["compression"])[0]
             data = compress(self._config["compression"], data)
             packed = self._describe(name, data)
         write_bytes(self.folder / name, data)

@@ -1,4 +1,4 @@
-"""What decides the records of a prepared dataset, beside its source and its towers."""
+"""Options that decide the records of a prepared dataset, beside its source and its towers."""
 
 import dataclasses
 
@@ -7,7 +7,7 @@ from microdit_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class PrepareOptions:
-    """How images and captions become records; kept in the output's job.json.
+    """Options of turning images and captions into records; kept in the output's job.json.
 
     Attributes:
       resolutions: pixels of a side, each a multiple of 8.

@@ -5,8 +5,8 @@ Example:
   python -m microdit_jax.prepare.reformat --input=gs://bucket/latents --cache=/tmp/cache \\
       --output=latents_mds --to=mds --compression=zstd
 
-The reference's datasets do not say what made them: add --vae and --text_encoder. Several processes
-share the work, each with its --process_index of --process_count, writing to one folder.
+The reference's datasets do not say which towers made them: add --vae and --text_encoder. Several
+processes share the work, each with its --process_index of --process_count, writing to one folder.
 """
 
 if __name__ == "__main__":
@@ -17,12 +17,13 @@ if __name__ == "__main__":
 import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import tqdm
 
 from microdit_jax.commands.parser import Parser
-from microdit_jax.data.compression import split
+from microdit_jax.data.compression import parse_compression
 from microdit_jax.data.records import SIDECAR, LatentInfo, Store, infer_info
 from microdit_jax.data.stores import open_store
 from microdit_jax.errors import UserError
@@ -51,9 +52,10 @@ def reformat(
 
     Args:
       input: an MDS or ArrayRecord dataset of latents; a folder, or for MDS also a URL.
-      output: a folder; what an interrupted run of the same settings left there is kept.
+      output: a folder; parts that an interrupted run of the same settings left there are kept.
       to: "mds" or "arrayrecord".
-      vae, text_encoder, caption_tokens: what made the data, where no latents.json says so.
+      vae, text_encoder, caption_tokens: towers that made the data, and l of its captions, for
+        datasets without latents.json.
       compression: of MDS shards.
       process_index, process_count: which of how many processes this is.
       options: see `open_store`.
@@ -69,7 +71,7 @@ def reformat(
         raise UserError("--compression is for --to=mds; leave it out")
     if compression is not None:
         try:
-            split(compression)
+            parse_compression(compression)
         except ValueError as error:
             raise UserError(f"--compression: {error}") from error
     store, info = open_store(input, **options)
@@ -88,43 +90,40 @@ def reformat(
         range(start, min(start + records_per_shard, len(store)))
         for start in range(0, len(store), records_per_shard)
     ]
-    job = _Job(output, info, parts, compression)
-    write, finish = (
-        (job.write_mds, job.finish_mds)
-        if to == "mds"
-        else (job.write_array_record, job.finish_array_record)
-    )
-    mine = range(process_index, len(parts), process_count)
-    for number in tqdm.tqdm(mine, "reformatting", unit="shard", disable=not progress):
-        if not job.path(number, to).exists():
-            write(number, _samples(store, info, parts[number]))
-    complete = all(job.path(number, to).exists() for number in range(len(parts)))
+    kind = _MdsOutput if to == "mds" else _ArrayRecordOutput
+    dataset = kind(output, info, [len(part) for part in parts], compression)
+    own_parts = range(process_index, len(parts), process_count)
+    for number in tqdm.tqdm(own_parts, "reformatting", unit="shard", disable=not progress):
+        if not dataset.path(number).exists():
+            dataset.write(number, _samples(store, info, parts[number]))
+    complete = all(dataset.path(number).exists() for number in range(len(parts)))
     if complete:
-        finish()
+        dataset.finish()
     return complete
 
 
 @dataclasses.dataclass(frozen=True)
-class _Job:
-    """How parts and the finished dataset are written, in either format."""
+class _Output:
+    """A dataset that is written part by part."""
 
-    output: Path
+    folder: Path
     info: LatentInfo
-    parts: list[range]
+    lengths: list[int]  # records of each part
     compression: str | None
 
-    def path(self, number: int, to: str) -> Path:
-        """What stands there once a part is done."""
-        if to == "mds":
-            return self.output / f"{number:06}"
-        from microdit_jax.prepare import arrayrecord_writer  # TFDS takes a while to import
 
-        return arrayrecord_writer.shard_path(self.output, number, len(self.parts))
+class _MdsOutput(_Output):
+    """An MDS dataset; each part is a folder with shards and an index, merged at the end."""
 
-    def write_mds(self, number: int, samples: Iterator[dict[str, bytes]]) -> None:
+    def path(self, number: int) -> Path:
+        """Returns the path that exists once a part is done."""
+        return self.folder / f"{number:06}"
+
+    def write(self, number: int, samples: Iterator[dict[str, bytes]]) -> None:
+        """Writes one part, whole or not at all."""
         columns = dict.fromkeys(self.info.arrays, "bytes") | {"caption": "str", "id": "str"}
         with (
-            atomic_folder(self.path(number, "mds")) as folder,
+            atomic_folder(self.path(number)) as folder,
             mds_writer.MdsWriter(
                 folder, columns, compression=self.compression, size_limit=1 << 28
             ) as writer,
@@ -132,21 +131,32 @@ class _Job:
             for sample in samples:
                 writer.write(sample)
 
-    def finish_mds(self) -> None:
-        write_text(self.output / SIDECAR, self.info.to_json())
-        mds_writer.merge_index(self.output)
+    def finish(self) -> None:
+        """Makes the parts one dataset."""
+        write_text(self.folder / SIDECAR, self.info.to_json())
+        mds_writer.merge_index(self.folder)
 
-    def write_array_record(self, number: int, samples: Iterator[dict[str, bytes]]) -> None:
-        from microdit_jax.prepare import arrayrecord_writer
 
-        arrayrecord_writer.write_shard(self.path(number, "arrayrecord"), samples)
+class _ArrayRecordOutput(_Output):
+    """A TFDS dataset in ArrayRecord files; each part is one file."""
 
-    def finish_array_record(self) -> None:
-        from microdit_jax.prepare import arrayrecord_writer
+    def path(self, number: int) -> Path:
+        """Returns the path that exists once a part is done."""
+        return _arrayrecord_writer().shard_path(self.folder, number, len(self.lengths))
 
-        arrayrecord_writer.write_metadata(
-            self.output, self.info, [len(part) for part in self.parts]
-        )
+    def write(self, number: int, samples: Iterator[dict[str, bytes]]) -> None:
+        """Writes one part, whole or not at all."""
+        _arrayrecord_writer().write_shard(self.path(number), samples)
+
+    def finish(self) -> None:
+        """Makes the parts one dataset."""
+        _arrayrecord_writer().write_metadata(self.folder, self.info, self.lengths)
+
+
+def _arrayrecord_writer() -> ModuleType:
+    from microdit_jax.prepare import arrayrecord_writer  # TFDS takes a while to import
+
+    return arrayrecord_writer
 
 
 def _samples(store: Store, info: LatentInfo, indices: range) -> Iterator[dict[str, bytes]]:
@@ -172,9 +182,11 @@ def _parser() -> Parser:
     parser.add_argument("--input", required=True, help="a dataset of latents; a folder or a URL")
     parser.add_argument("--output", required=True, help="the folder to write")
     parser.add_argument("--to", required=True, choices=FORMATS, help="the format to write")
-    parser.add_argument("--vae", help="what VAE made the data, if they do not say")
-    parser.add_argument("--text_encoder", help="what text tower, likewise")
-    parser.add_argument("--caption_tokens", type=int, default=77, help="a caption's, likewise")
+    parser.add_argument("--vae", help="VAE that made the data, if latents.json is missing")
+    parser.add_argument("--text_encoder", help="text tower that made the data, likewise")
+    parser.add_argument(
+        "--caption_tokens", type=int, default=77, help="tokens of a caption, likewise"
+    )
     parser.add_argument("--records_per_shard", type=int, default=1000)
     parser.add_argument("--compression", help="of MDS shards: zstd, gz:6, ...")
     parser.add_argument("--cache", help="a local folder for shards fetched from a URL")

@@ -1,4 +1,4 @@
-"""The emoji images that come with pip (see `data.twemoji`), as a source for `prepare`."""
+"""Emoji images that come with pip (see `data.twemoji`), as a source for `prepare`."""
 
 from microdit_jax.data import twemoji
 from microdit_jax.errors import UserError

@@ -31,7 +31,7 @@ class SourceOptions(NamedTuple):
 
 
 class _Kind(NamedTuple):
-    """How a source is opened, and which options it takes beside --input."""
+    """Opens one kind of source, and names the options it takes beside --input."""
 
     open: Callable[[SourceOptions], ImageSource]
     options: tuple[str, ...] = ()
