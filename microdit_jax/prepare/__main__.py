@@ -74,7 +74,7 @@ def _parser() -> Parser:
         "--dtype",
         default="float32",
         choices=("float32", "bfloat16"),
-        help="the towers' type",
+        help="type of the towers",
     )
     add("--captions", help="a table of captions, for --source=folder")
     add("--split", help="a part of the dataset, for sources that have splits")
