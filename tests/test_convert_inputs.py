@@ -6,10 +6,11 @@ from conftest import GOLDEN
 from test_convert_main import fails, run
 
 from microdit_jax.checkpoints.model_folder import load_model, read_metadata
+from microdit_jax.convert.__main__ import OPTIONS
 from microdit_jax.convert.formats.safetensors_file import read_safetensors, write_safetensors
 from microdit_jax.convert.formats.torch_file import write_torch
 from microdit_jax.convert.inputs import describe_source, find_input, read_tensors
-from microdit_jax.convert.kinds import KINDS, make_config
+from microdit_jax.convert.kinds import NAMES, get_kind
 from microdit_jax.errors import UserError
 from microdit_jax.files import sha256
 
@@ -24,7 +25,7 @@ def tensors_of(name: str) -> dict[str, np.ndarray]:
 
 
 def test_the_best_weights_and_the_config_that_fits(tmp_path):
-    kind = KINDS["clip_text"]
+    kind = get_kind("clip_text")
     for stem in ("pytorch_model", "open_clip_pytorch_model"):
         write_torch(tmp_path / f"{stem}.bin", ONES)
     (tmp_path / "config.json").write_text('{"hidden_act": "gelu"}')
@@ -35,11 +36,11 @@ def test_the_best_weights_and_the_config_that_fits(tmp_path):
     found = find_input(tmp_path / "pytorch_model.bin", kind)
     assert found.config == {"model_cfg": {"quick_gelu": True}}
     assert found.config_from.endswith("open_clip_config.json")
-    assert find_input(tmp_path / "pytorch_model.bin", KINDS["t5"]).config is None
+    assert find_input(tmp_path / "pytorch_model.bin", get_kind("t5")).config is None
 
 
 def test_shards(tmp_path):
-    kind = KINDS["t5"]
+    kind = get_kind("t5")
     for name in ("a", "b"):
         write_safetensors(tmp_path / f"{name}.safetensors", {name: ONES["a"]})
     index = {"weight_map": {"a": "a.safetensors", "b": "b.safetensors"}}
@@ -59,7 +60,13 @@ def test_shards(tmp_path):
 
 def test_a_given_config_leaves_no_room_for_flags():
     with pytest.raises(UserError, match="found --head_dim too; put them into the config"):
-        make_config(KINDS["dit"], {}, {"dim": 32}, {"head_dim": 8, "expert_capacity": None})
+        get_kind("dit").make_config({}, {"dim": 32}, {"head_dim": 8, "expert_capacity": None})
+
+
+def test_every_kind_is_called_as_its_module_and_its_options_are_flags():
+    kinds = [get_kind(name) for name in NAMES]
+    assert tuple(kind.name for kind in kinds) == NAMES
+    assert {option for kind in kinds for option in kind.options} == set(OPTIONS)
 
 
 @pytest.mark.parametrize("name", TOWERS)
@@ -70,13 +77,13 @@ def test_towers_there_and_back(tmp_path, name, capsys):
     if given.pop("quick_gelu", False):
         given["activation"] = "quick_gelu"
     (tmp_path / "given.json").write_text(json.dumps(given))
-    config = KINDS[kind].load().infer_config(tensors, given)
+    config = get_kind(kind).infer_config(tensors, given)
     write_safetensors(tmp_path / "tower.safetensors", tensors)
     run(f"--kind={kind}", f"--input={tmp_path / 'tower.safetensors'}",
         f"--config={tmp_path / 'given.json'}", f"--output={tmp_path / 'model'}")  # fmt: skip
-    assert KINDS[kind].load().describe(config) in capsys.readouterr().out
+    assert get_kind(kind).describe(config) in capsys.readouterr().out
     params, metadata = load_model(tmp_path / "model")
-    assert KINDS[kind].load().config_from_dict(metadata[kind]) == config
+    assert get_kind(kind).config_from_dict(metadata[kind]) == config
     back = tmp_path / "back.safetensors"
     run(f"--kind={kind}", "--to=torch", f"--input={tmp_path / 'model'}", f"--output={back}")
     found, _ = read_safetensors(back)

@@ -30,7 +30,7 @@ from microdit_jax.convert import clip_text, t5, vae
 from microdit_jax.convert.arguments import tower_name
 from microdit_jax.convert.dit import config_from_dict
 from microdit_jax.convert.inputs import find_input, read_config
-from microdit_jax.convert.kinds import KINDS
+from microdit_jax.convert.kinds import get_kind
 from microdit_jax.convert.to_folder import convert_to_folder
 from microdit_jax.diffusion import EdmConfig
 from microdit_jax.encoders import registry
@@ -255,7 +255,7 @@ def converted(kind: str, path: Path) -> Path:
     A file is known again by its path, size and time, without being read; what was made from an
     older file at the same path is replaced. The folder's own files have checksums.
     """
-    source = find_input(path, KINDS[kind])
+    source = find_input(path, get_kind(kind))
     if missing := [file.name for file in source.files if not file.is_file()]:
         raise UserError(f"expected all files of {path}, found no {', '.join(missing)}; fetch it")
     stats = [(str(file.resolve()), file.stat()) for file in source.files]
@@ -272,8 +272,12 @@ def converted(kind: str, path: Path) -> Path:
             if not folder.is_dir():
                 print(f"converting {path}, once, into {folder}", flush=True)
                 notes = {"cached": made_from}
-                _outside_of_job(convert_to_folder, kind, path, folder, notes=notes)
+                _outside_of_job(_convert, kind, path, folder, notes)
     return folder
+
+
+def _convert(kind: str, path: Path, folder: Path, notes: dict[str, Any]) -> None:
+    convert_to_folder(get_kind(kind), path, folder, notes=notes)
 
 
 def _is_made_from(folder: Path, made_from: dict[str, Any]) -> bool:

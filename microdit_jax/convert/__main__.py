@@ -10,6 +10,7 @@ import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -18,8 +19,8 @@ from microdit_jax.commands.parser import Parser
 from microdit_jax.convert.formats.safetensors_file import write_safetensors
 from microdit_jax.convert.formats.torch_file import write_torch
 from microdit_jax.convert.inputs import CONFIG, read_note
-from microdit_jax.convert.kinds import KINDS
-from microdit_jax.convert.to_folder import bar, convert_to_folder, describe, say, say_time
+from microdit_jax.convert.kinds import NAMES, get_kind
+from microdit_jax.convert.to_folder import bar, convert_to_folder, say, say_time
 from microdit_jax.errors import UserError
 from microdit_jax.files import check_writable, sha256
 
@@ -30,45 +31,50 @@ EXAMPLE = """example:
   python -m convert --kind=clip_text --input=DFN5B-CLIP-ViT-H-14-378 --output=models/clip_text
   python -m convert --kind=dit --to=torch --input=models/dit --output=dit.safetensors
 """
+# Flags of some kinds alone, which go to their infer_config.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "head_dim": {"type": int, "help": "dit: width of an attention head, if the file cannot tell"},
+    "expert_capacity": {"type": float, "help": "dit: experts per token (default: 2.0)"},
+    "scaling_factor": {"type": float, "help": "vae: of its latents, if there is no config.json"},
+    "activation": {"help": "clip_text: quick_gelu, gelu or gelu_tanh, if there is no config"},
+    "heads": {"type": int, "help": "clip_text: attention heads, if there is no config"},
+    "padding": {"type": int, "help": "clip_text: id after a text's end (default: its layout's)"},
+    "max_tokens": {"type": int, "help": "t5: to which texts are cut (default: 120)"},
+}
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
-    """The command's flags; an unknown or bad one is a UserError."""
+    """Parses the command's flags; raises UserError for an unknown or bad one."""
     parser = Parser("convert", __doc__, EXAMPLE)
     add = parser.add_argument
-    add("--kind", choices=tuple(KINDS), default="dit", help="what the model is (default: dit)")
+    add("--kind", choices=NAMES, default="dit", help="what the model is (default: dit)")
     add("--input", required=True, type=Path, help=".pt, .bin, .safetensors, or a model's folder")
     add("--output", required=True, type=Path, help="model folder; or .pt, .bin or .safetensors")
     add("--to", choices=("orbax", "torch"), default="orbax", help="direction (default: orbax)")
-    add("--head_dim", type=int, help="dit: width of an attention head, if the file cannot tell")
-    add("--expert_capacity", type=float, help="dit: experts per token (default: 2.0)")
-    add("--scaling_factor", type=float, help="vae: of its latents, if there is no config.json")
-    add("--activation", help="clip_text: quick_gelu, gelu or gelu_tanh, if there is no config")
-    add("--heads", type=int, help="clip_text: attention heads, if there is no config")
-    add("--padding", type=int, help="clip_text: id after a text's end (default: its layout's)")
-    add("--max_tokens", type=int, help="t5: to which texts are cut (default: 120)")
+    for name, settings in OPTIONS.items():
+        add(f"--{name}", **settings)
     add("--config", type=Path, help="JSON of the config, instead of reading the model's own")
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="type to write with --to=torch")
     flags = parser.parse_args(argv)
-    options = {name for kind in KINDS.values() for name in kind.options}
-    for name in (options | {"config"}) if flags.to == "torch" else {"dtype"}:
-        if getattr(flags, name) is not None:
-            raise UserError(f"--{name} does not go with --to={flags.to}; leave it out")
-    for name in options - set(KINDS[flags.kind].options):
-        if getattr(flags, name) is not None:
-            raise UserError(f"--{name} does not go with --kind={flags.kind}; leave it out")
+    given = {name for name, value in vars(flags).items() if value is not None}
+    unused = {"dtype"} if flags.to == "orbax" else {"config", *OPTIONS}
+    for name in sorted(given & unused):
+        raise UserError(f"--{name} does not go with --to={flags.to}; leave it out")
+    for name in sorted((given & OPTIONS.keys()) - set(get_kind(flags.kind).options)):
+        raise UserError(f"--{name} does not go with --kind={flags.kind}; leave it out")
     return flags
 
 
 def to_orbax(flags: argparse.Namespace) -> None:
-    """A PyTorch or safetensors file -> a model folder, unless that was done before."""
+    """Converts a PyTorch or safetensors file to a model folder, unless that was done before."""
+    kind = get_kind(flags.kind)
     config = (_read_config(flags.config, flags.kind), str(flags.config)) if flags.config else None
-    given = {name: getattr(flags, name) for name in KINDS[flags.kind].options}
-    convert_to_folder(flags.kind, flags.input, flags.output, given=given, config=config)
+    given = {name: vars(flags)[name] for name in kind.options}
+    convert_to_folder(kind, flags.input, flags.output, given=given, config=config)
 
 
 def to_torch(flags: argparse.Namespace) -> None:
-    """A model folder -> a PyTorch or safetensors file, unless that was done before."""
+    """Converts a model folder to a PyTorch or safetensors file, unless that was done before."""
     start = time.monotonic()
     if flags.output.suffix not in (".pt", ".bin", ".safetensors"):
         raise UserError(
@@ -89,36 +95,36 @@ def to_torch(flags: argparse.Namespace) -> None:
             f"expected {flags.output} not to exist, found a file made from something else; "
             "choose another --output or remove it"
         )
-    module = KINDS[flags.kind].load()
-    config = module.config_from_dict(metadata[flags.kind])
+    kind = get_kind(flags.kind)
+    config = kind.config_from_dict(metadata[flags.kind])
     say("input", f"{flags.input}, {metadata['parameters']:,} parameters")
-    say("config", describe(module, config))
+    say("config", kind.describe(config))
     host = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
     params, _ = load_model(flags.input, sharding=host)
-    tensors = module.to_torch(params, config)
+    tensors = kind.to_torch(params, config)
     notes = {NOTE: note}
-    if hasattr(module, "config_json"):
-        notes[CONFIG] = json.dumps(module.config_json(config))
+    if kind.config_json is not None:
+        notes[CONFIG] = json.dumps(kind.config_json(config))
     num_bytes = sum(tensor.nbytes for tensor in tensors.values())
     with bar("writing", num_bytes) as progress:
-        kinds = {"dtype": flags.dtype, "progress": progress}
         if flags.output.suffix == ".safetensors":
-            write_safetensors(flags.output, tensors, notes, **kinds)
+            write_safetensors(flags.output, tensors, notes, dtype=flags.dtype, progress=progress)
         else:
             members = {f"extra/{name}": text.encode() for name, text in notes.items()}
-            write_torch(flags.output, tensors, notes=members, **kinds)
+            write_torch(flags.output, tensors, notes=members, dtype=flags.dtype, progress=progress)
     say("output", str(flags.output))
     say_time(start, num_bytes)
 
 
-def _read_config(path: Path, kind: str) -> dict:
+def _read_config(path: Path, kind: str) -> dict[str, Any]:
+    """Reads the config of --config: a JSON object of its own, or a model folder's config.json."""
     try:
         contents = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"expected JSON of a config at {path}, found {error}") from error
     if not isinstance(contents, dict):
         raise UserError(f"expected a JSON object at {path}, found {type(contents).__name__}")
-    return contents.get(kind, contents)  # a model folder's config.json serves too
+    return contents.get(kind, contents)
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -34,13 +34,12 @@ from microdit_jax.convert.keymap import (
     to_params,
     to_tensors,
 )
+from microdit_jax.convert.kinds import Kind
 from microdit_jax.convert.state_dict import StateDict
 from microdit_jax.encoders.clip import Clip, ClipConfig, ClipEncoder
 from microdit_jax.encoders.clip_image import ClipImageConfig
 from microdit_jax.encoders.clip_text import ClipTextConfig
 from microdit_jax.errors import UserError
-
-PART = KIND = "clip"
 
 _EMBEDDINGS = "vision_model.embeddings"
 _OWN = {
@@ -219,7 +218,7 @@ def load_encoder(
     Raises:
       UserError: not a model folder of this kind, or damaged.
     """
-    found = open_folder(folder, KIND, sharding=sharding, verify=verify)
+    found = open_folder(folder, KIND.name, sharding=sharding, verify=verify)
     return ClipEncoder(found.name, config_from_dict(found.config), found.params, batch=batch)
 
 
@@ -283,3 +282,19 @@ def _image_sizes(tensors: Mapping[str, Any], layout: str) -> dict[str, int]:
     (width, _, patch, _), (ffn, _) = found
     layers = count_blocks(tensors, _IMAGE_BLOCKS[layout])
     return {"width": width, "patch_size": patch, "ffn": ffn, "layers": layers}
+
+
+KIND = Kind(
+    name="clip",
+    part="clip",
+    infer_config=infer_config,
+    from_torch=from_torch,
+    to_torch=to_torch,
+    config_from_dict=config_from_dict,
+    describe=describe,
+    select=select,
+    config_json=config_json,
+    config_keys=("model_cfg", "vision_config", "image"),
+    config_files=("open_clip_config.json", "config.json"),
+    stems=("open_clip_model", "open_clip_pytorch_model", "model", "pytorch_model"),
+)

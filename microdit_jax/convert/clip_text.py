@@ -30,26 +30,12 @@ from microdit_jax.convert.keymap import (
     to_params,
     to_tensors,
 )
+from microdit_jax.convert.kinds import Kind
 from microdit_jax.convert.state_dict import StateDict
 from microdit_jax.encoders.clip_text import ClipText, ClipTextConfig, ClipTextEncoder
 from microdit_jax.encoders.tokenizers import END_OF_TEXT, PADDING
 from microdit_jax.encoders.transformer import BATCH
 from microdit_jax.errors import UserError
-
-__all__ = [
-    "PART",
-    "config_from_dict",
-    "config_json",
-    "describe",
-    "from_torch",
-    "infer_config",
-    "load_encoder",
-    "select",
-    "to_torch",
-]
-
-KIND = "clip_text"
-PART = "text"  # where OpenCLIP's models with a text tower of their own have it
 
 _BLOCK = "transformer.resblocks"
 _LAYER = "text_model.encoder.layers"
@@ -277,7 +263,7 @@ def load_encoder(
     Raises:
       UserError: not a model folder of this kind, or damaged.
     """
-    found = open_folder(folder, KIND, **options)
+    found = open_folder(folder, KIND.name, **options)
     config = config_from_dict(found.config)
     if dtype is not None:
         config = dataclasses.replace(config, dtype=dtype)
@@ -308,3 +294,21 @@ def _sizes(tensors: Mapping[str, Any], layout: str) -> dict[str, int]:
         "vocab_size": vocab_size,
         "ffn": ffn,
     }
+
+
+KIND = Kind(
+    name="clip_text",
+    part="text",  # its name in OpenCLIP's models with a text tower of their own
+    infer_config=infer_config,
+    from_torch=from_torch,
+    to_torch=to_torch,
+    config_from_dict=config_from_dict,
+    describe=describe,
+    select=select,
+    config_json=config_json,
+    options=("activation", "heads", "padding"),
+    config_keys=("model_cfg", "hidden_act", "text_config"),
+    config_files=("open_clip_config.json", "config.json"),
+    stems=("open_clip_model", "open_clip_pytorch_model", "model", "pytorch_model"),
+    subfolders=("text_encoder",),
+)

@@ -10,13 +10,12 @@ from microdit_jax.convert.arguments import config_from_fields
 from microdit_jax.convert.dit_infer import infer_config, interp_scale
 from microdit_jax.convert.dit_table import buffer_shapes, rename_table
 from microdit_jax.convert.keymap import Params, to_params, to_tensors
+from microdit_jax.convert.kinds import Kind
 from microdit_jax.errors import UserError
 from microdit_jax.models.dit import DiTConfig
 from microdit_jax.models.layers import sincos_pos_embed
 
-__all__ = ["PART", "config_from_dict", "describe", "from_torch", "infer_config", "to_torch"]
-
-PART = "dit"
+__all__ = ["KIND", "config_from_dict", "describe", "from_torch", "infer_config", "to_torch"]
 
 
 def from_torch(
@@ -107,3 +106,15 @@ def describe(config: DiTConfig) -> str:
         f"latents {config.in_channels} x {config.input_size} x {config.input_size}, "
         f"pos_interp_scale {config.pos_interp_scale:g}, captions {config.caption_channels} wide"
     )
+
+
+KIND = Kind(
+    name="dit",
+    part="dit",
+    infer_config=infer_config,
+    from_torch=from_torch,
+    to_torch=to_torch,
+    config_from_dict=config_from_dict,
+    describe=describe,
+    options=("head_dim", "expert_capacity"),
+)

@@ -20,11 +20,11 @@ from microdit_jax.convert.keymap import (
     to_params,
     to_tensors,
 )
+from microdit_jax.convert.kinds import Kind
 from microdit_jax.convert.state_dict import StateDict
 from microdit_jax.errors import UserError
 from microdit_jax.metrics.inception import WIDTH, InceptionConfig, make_inception
 
-PART = "inception"
 _FIRST, _LAST = "Conv2d_1a_3x3.conv.weight", "fc.weight"
 _NORM = {"scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
 
@@ -115,3 +115,15 @@ def abstract_params(config: InceptionConfig) -> Params:
     """Shapes and types of the parameters of `Inception`."""
     x = jax.ShapeDtypeStruct((1, 299, 299, 3), jnp.float32)
     return jax.eval_shape(make_inception(config).init, jax.random.key(0), x)["params"]
+
+
+KIND = Kind(
+    name="inception",
+    part="inception",
+    infer_config=infer_config,
+    from_torch=from_torch,
+    to_torch=to_torch,
+    config_from_dict=config_from_dict,
+    describe=describe,
+    select=select,
+)

@@ -1,94 +1,93 @@
-"""What can be converted: one line for each kind of model.
+"""Kinds of model that can be converted: one frozen dataclass of functions for each.
 
-A kind's module has PART (its name inside a larger checkpoint), infer_config(tensors, **options),
-from_torch(tensors, config, check_finite=, progress=), to_torch(params, config) and
-config_from_dict(fields). It may have select(tensors) -> StateDict, without what else a file holds;
-describe(config) -> one line; and config_json(config) -> what belongs beside the torch weights.
+Each kind has a module of its name beside this one, which ends in `KIND = Kind(...)`. The modules
+are imported when they are asked for, so that `python -m convert --help` is quick.
 """
 
+import dataclasses
 import importlib
-from types import ModuleType
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, Generic, TypeVar
 
+import numpy as np
+
+from microdit_jax.convert.state_dict import StateDict
 from microdit_jax.errors import UserError
 
+NAMES = ("dit", "vae", "clip_text", "clip", "t5", "inception")
 
-class Kind(NamedTuple):
-    """One kind of model.
+Config = TypeVar("Config")
+Tensors = Mapping[str, np.ndarray]
+
+
+def keep_all(tensors: Tensors) -> StateDict:
+    """Selects every tensor of a file."""
+    return StateDict(dict(tensors), [])
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind(Generic[Config]):
+    """One kind of model: how its files are found, and the functions that convert it.
 
     Attributes:
-      module: where it is converted.
-      options: flags that go to infer_config, when given.
-      config_keys: a config.json of this kind has one of them, and goes to infer_config as
-        `config_json`; empty when there is no such file and --config holds the config itself.
-      stems: how weights may be called, without suffix, in a model's folder, the best one first.
-      subfolders: where a pipeline's folder may have that model's.
-      config_files: how config.json may be called, the most telling one first.
+      name: as --kind and a model folder's config.json have it.
+      part: prefix of the model's tensors in a larger checkpoint; None if no checkpoint has one.
+      infer_config: (tensors, **options) -> config, and `config_json=` if there are `config_keys`.
+      from_torch: (tensors, config, progress=) -> parameters.
+      to_torch: (parameters, config) -> tensors.
+      config_from_dict: (fields of a model folder's config.json) -> config.
+      describe: config -> one line.
+      select: (all tensors of a file) -> those of this model, and notes of what was left out.
+      config_json: config -> contents of the config.json beside its torch weights; None: no file.
+      options: flags that go to `infer_config`, if given.
+      config_keys: a config.json of this kind has one of them, and goes to `infer_config`; empty if
+        there is no such file: then --config holds the config's own fields.
+      config_files: names of the config.json, the most telling one first.
+      stems: names of the weights in a model's folder, without suffix, the best one first.
+      subfolders: folders of a pipeline that may hold the model.
+      tokenizer_files: names of the tokenizer's files, copied from beside the weights.
     """
 
-    module: str
-    options: tuple[str, ...]
+    name: str
+    part: str | None
+    infer_config: Callable[..., Config]
+    from_torch: Callable[..., dict[str, Any]]
+    to_torch: Callable[[dict[str, Any], Config], dict[str, np.ndarray]]
+    config_from_dict: Callable[[Mapping[str, Any]], Config]
+    describe: Callable[[Config], str]
+    select: Callable[[Tensors], StateDict] = keep_all
+    config_json: Callable[[Config], dict[str, Any]] | None = None
+    options: tuple[str, ...] = ()
     config_keys: tuple[str, ...] = ()
+    config_files: tuple[str, ...] = ("config.json",)
     stems: tuple[str, ...] = ()
     subfolders: tuple[str, ...] = ()
-    config_files: tuple[str, ...] = ("config.json",)
+    tokenizer_files: tuple[str, ...] = ()
 
-    def load(self) -> ModuleType:
-        """Its module, imported when it is needed."""
-        return importlib.import_module(self.module)
+    def make_config(
+        self, tensors: Tensors, given: dict[str, Any] | None, options: Mapping[str, Any]
+    ) -> Config:
+        """Returns the config of the model with these tensors.
 
-
-KINDS = {
-    "dit": Kind("microdit_jax.convert.dit", ("head_dim", "expert_capacity")),
-    "vae": Kind(
-        "microdit_jax.convert.vae",
-        ("scaling_factor",),
-        ("latent_channels", "scaling_factor"),
-        ("diffusion_pytorch_model",),
-        ("vae",),
-    ),
-    "clip_text": Kind(
-        "microdit_jax.convert.clip_text",
-        ("activation", "heads", "padding"),
-        ("model_cfg", "hidden_act", "text_config"),
-        ("open_clip_model", "open_clip_pytorch_model", "model", "pytorch_model"),
-        ("text_encoder",),
-        ("open_clip_config.json", "config.json"),
-    ),
-    "clip": Kind(
-        "microdit_jax.convert.clip",
-        (),
-        ("model_cfg", "vision_config", "image"),
-        ("open_clip_model", "open_clip_pytorch_model", "model", "pytorch_model"),
-        (),
-        ("open_clip_config.json", "config.json"),
-    ),
-    "t5": Kind(
-        "microdit_jax.convert.t5",
-        ("max_tokens",),
-        ("d_model",),
-        ("model", "pytorch_model"),
-        ("text_encoder", "text_encoder_2", "text_encoder_3"),
-    ),
-    "inception": Kind("microdit_jax.convert.inception", ()),
-}
+        Args:
+          given: contents of its config.json; for a kind without one, the config's fields.
+          options: values of the kind's flags; None for those that were not given.
+        Raises:
+          UserError: the tensors, the config and the options do not go together.
+        """
+        stated = {name: value for name, value in options.items() if value is not None}
+        if self.config_keys:
+            return self.infer_config(tensors, config_json=given, **stated)
+        if given is None:
+            return self.infer_config(tensors, **stated)
+        if stated:
+            raise UserError(
+                f"expected --config alone, found --{', --'.join(stated)} too; put them into the "
+                "config"
+            )
+        return self.config_from_dict(given)
 
 
-def make_config(kind: Kind, tensors: dict, config: dict | None, options: dict[str, Any]) -> Any:
-    """The config of the model with these tensors.
-
-    Args:
-      config: contents of the kind's config.json, or for a kind without one, the config's fields.
-      options: values of the kind's flags; None where not given.
-    """
-    module = kind.load()
-    given = {name: value for name, value in options.items() if value is not None}
-    if kind.config_keys:
-        return module.infer_config(tensors, config_json=config, **given)
-    if config is None:
-        return module.infer_config(tensors, **given)
-    if given:
-        raise UserError(
-            f"expected --config alone, found --{', --'.join(given)} too; put them into the config"
-        )
-    return module.config_from_dict(config)
+def get_kind(name: str) -> Kind[Any]:
+    """Returns the kind called `name`, one of NAMES, importing its module."""
+    return importlib.import_module(f"microdit_jax.convert.{name}").KIND

@@ -28,25 +28,11 @@ from microdit_jax.convert.keymap import (
     to_params,
     to_tensors,
 )
+from microdit_jax.convert.kinds import Kind
 from microdit_jax.convert.state_dict import StateDict
 from microdit_jax.encoders.t5 import T5, T5Config, T5Encoder, T5Tokenizer
 from microdit_jax.encoders.transformer import BATCH
 from microdit_jax.errors import UserError
-
-__all__ = [
-    "PART",
-    "config_from_dict",
-    "config_json",
-    "describe",
-    "from_torch",
-    "infer_config",
-    "load_encoder",
-    "select",
-    "to_torch",
-]
-
-KIND = "t5"
-PART = None  # T5's files hold it under its own names, the decoder beside it
 
 _BLOCK, _ATTENTION, _FFN = "encoder.block", "layer.0.SelfAttention", "layer.1.DenseReluDense"
 _BIAS = f"{_BLOCK}.0.{_ATTENTION}.relative_attention_bias.weight"
@@ -68,10 +54,6 @@ _REQUIRED = {
     "dense_act_fn": "gelu_new",
     "is_gated_act": True,
 }
-TOKENIZER_FILES = (
-    "spiece.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-    "added_tokens.json",
-)  # fmt: skip
 _FIELDS = {
     "d_model": "width",
     "num_layers": "layers",
@@ -231,7 +213,7 @@ def load_encoder(
     Raises:
       UserError: not a model folder of this kind, or damaged, or no tokenizer there.
     """
-    found = open_folder(folder, KIND, **options)
+    found = open_folder(folder, KIND.name, **options)
     config = config_from_dict(found.config)
     if dtype is not None:
         config = dataclasses.replace(config, dtype=dtype)
@@ -262,3 +244,24 @@ def _sizes(tensors: Mapping[str, Any]) -> dict[str, int]:
         "vocab_size": vocab_size,
         "buckets": buckets,
     }
+
+
+KIND = Kind(
+    name="t5",
+    part=None,  # its files hold it under its own names, the decoder beside it
+    infer_config=infer_config,
+    from_torch=from_torch,
+    to_torch=to_torch,
+    config_from_dict=config_from_dict,
+    describe=describe,
+    select=select,
+    config_json=config_json,
+    options=("max_tokens",),
+    config_keys=("d_model",),
+    stems=("model", "pytorch_model"),
+    subfolders=("text_encoder", "text_encoder_2", "text_encoder_3"),
+    tokenizer_files=(
+        "spiece.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+        "added_tokens.json",
+    ),
+)  # fmt: skip

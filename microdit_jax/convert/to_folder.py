@@ -1,4 +1,4 @@
-"""A PyTorch or safetensors file into a model folder, with what is going on told as it goes."""
+"""Converts a PyTorch or safetensors file to a model folder, and reports on the way."""
 
 import contextlib
 import dataclasses
@@ -7,23 +7,22 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import tqdm
 
 from microdit_jax.checkpoints.model_folder import read_metadata, save_model
 from microdit_jax.convert.inputs import Input, describe_source, find_input, read_tensors
-from microdit_jax.convert.kinds import KINDS, make_config
+from microdit_jax.convert.kinds import Kind
 from microdit_jax.convert.state_dict import StateDict
 from microdit_jax.errors import UserError
 from microdit_jax.files import atomic_folder
 
-BIG = 1 << 28  # bytes from which a progress bar is shown
+LARGE = 1 << 28  # bytes from which a progress bar is shown
 
 
 def convert_to_folder(
-    kind_name: str,
+    kind: Kind[Any],
     path: Path,
     output: Path,
     *,
@@ -31,10 +30,9 @@ def convert_to_folder(
     config: tuple[dict[str, Any], str] | None = None,
     notes: Mapping[str, Any] | None = None,
 ) -> None:
-    """Writes the model folder `output`, unless it is there already, from the same file.
+    """Writes the model folder `output`; does nothing if it was made from the same file before.
 
     Args:
-      kind_name: one of microdit_jax.convert.kinds.KINDS.
       path: the file, or a model's folder in the layout of its library.
       given: values of the kind's options.
       config: contents of a config, and what it was read from, instead of the model's own.
@@ -43,7 +41,6 @@ def convert_to_folder(
       UserError: the file is no such model or damaged, or another model is in the way.
     """
     start = time.monotonic()
-    kind, module = KINDS[kind_name], KINDS[kind_name].load()
     source = find_input(path, kind)
     if config:
         source = source._replace(config=config[0], config_from=config[1])
@@ -51,43 +48,42 @@ def convert_to_folder(
     options = {**values, "config": source.config}
     if output.exists():
         _check_same(source, options, output)
-        return _copy_tokenizer(module, source, output)
+        return _copy_tokenizer(kind, source, output)
     with ThreadPoolExecutor(1) as pool:
-        found = read_tensors(source.files, module.PART)
-        if hasattr(module, "select"):
-            selected = module.select(found.tensors)
-            found = StateDict(selected.tensors, found.notes + selected.notes)
+        found = read_tensors(source.files, kind.part)
+        selected = kind.select(found.tensors)
+        found = StateDict(selected.tensors, found.notes + selected.notes)
         about = pool.submit(describe_source, source.files)  # while the tensors are checked
-        model_config = make_config(kind, found.tensors, source.config, values)
+        model_config = kind.make_config(found.tensors, source.config, values)
         num_bytes = sum(tensor.nbytes for tensor in found.tensors.values())
         dtypes = sorted({str(tensor.dtype) for tensor in found.tensors.values()})
         say("input", f"{path}, {num_bytes / 1e9:.2f} GB, {', '.join(dtypes)}")
         for note in source.notes + found.notes:
             say("", note)
-        say("config", describe(module, model_config))
+        say("config", kind.describe(model_config))
         if source.config_from:
             say("", f"read from {source.config_from}")
         with bar("checking", num_bytes) as progress:
-            params = module.from_torch(found.tensors, model_config, progress=progress)
+            params = kind.from_torch(found.tensors, model_config, progress=progress)
         say("writing", str(output))
         metadata = {
-            "kind": kind_name,
-            kind_name: dataclasses.asdict(model_config),
+            "kind": kind.name,
+            kind.name: dataclasses.asdict(model_config),
             "source": about.result(),
             "options": options,
         }
         save_model(output, params, metadata | dict(notes or {}))
-    _copy_tokenizer(module, source, output)
+    _copy_tokenizer(kind, source, output)
     say("parameters", f"{read_metadata(output)['parameters']:,}")
     say_time(start, num_bytes)
 
 
-def _copy_tokenizer(module: ModuleType, source: Input, output: Path) -> None:
-    """To <output>/tokenizer, for kinds that have theirs in files beside the weights."""
-    if not hasattr(module, "TOKENIZER_FILES") or (output / "tokenizer").exists():
+def _copy_tokenizer(kind: Kind[Any], source: Input, output: Path) -> None:
+    """Copies a kind's tokenizer from beside the weights to <output>/tokenizer."""
+    if not kind.tokenizer_files or (output / "tokenizer").exists():
         return
     beside = source.files[0].parent
-    found = [beside / name for name in module.TOKENIZER_FILES if (beside / name).is_file()]
+    found = [beside / name for name in kind.tokenizer_files if (beside / name).is_file()]
     if not found:
         say("", f"no tokenizer in {beside}; to encode texts put its files into {output}/tokenizer")
         return
@@ -109,26 +105,21 @@ def _check_same(source: Input, options: dict[str, Any], output: Path) -> None:
     say("nothing to do", f"{output} is complete, from the same file")
 
 
-def describe(module: ModuleType, config: Any) -> str:
-    """A config in one line."""
-    return module.describe(config) if hasattr(module, "describe") else str(config)
-
-
 def say(what: str, text: str) -> None:
-    """One line of the converters' report."""
+    """Prints one line of the converter's report."""
     print(f"{what:<14}{text}", flush=True)
 
 
 def say_time(start: float, num_bytes: int) -> None:
-    """The report's last line; `start` as time.monotonic gave it."""
+    """Prints the report's last line: how long it took since `start`, of time.monotonic."""
     seconds = time.monotonic() - start
     say("done in", f"{seconds:.1f} s, {num_bytes / 1e6 / seconds:.0f} MB/s")
 
 
 @contextlib.contextmanager
 def bar(what: str, num_bytes: int) -> Iterator[Callable[[int], Any]]:
-    """A progress bar over bytes, shown where there are many; yields what to call with each part."""
+    """Shows a progress bar if there are many bytes; yields a function to call with each count."""
     with tqdm.tqdm(
-        desc=what, total=num_bytes, unit="B", unit_scale=True, disable=num_bytes < BIG
+        desc=what, total=num_bytes, unit="B", unit_scale=True, disable=num_bytes < LARGE
     ) as shown:
         yield shown.update

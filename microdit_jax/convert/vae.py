@@ -27,11 +27,11 @@ from microdit_jax.convert.keymap import (
     to_params,
 )
 from microdit_jax.convert.keymap import to_tensors as table_to_tensors
+from microdit_jax.convert.kinds import Kind
 from microdit_jax.encoders.vae import VaeConfig, abstract_params
 from microdit_jax.encoders.vae_codec import VaeCodec
 from microdit_jax.errors import UserError
 
-PART = "vae"
 RULES = [
     Rule(r"(.*/to_(?:q|k|v|out_0))/kernel", r"\1.weight", LINEAR),
     Rule(r"(.*)/kernel", r"\1.weight", CONV),
@@ -199,7 +199,7 @@ def load_codec(
     Raises:
       UserError: not a model folder of this kind, or damaged.
     """
-    found = open_folder(folder, PART, sharding=sharding)
+    found = open_folder(folder, KIND.name, sharding=sharding)
     config = config_from_dict(found.config)
     if dtype is not None:
         config = dataclasses.replace(config, dtype=dtype)
@@ -272,3 +272,19 @@ def _check_config(given: Mapping[str, Any], sizes: Mapping[str, Any]) -> None:
     if factor is not None and not (isinstance(factor, int | float) and math.isfinite(factor)):
         faults.append(f"scaling_factor {factor!r} (not a number)")
     refuse_other_config(faults)
+
+
+KIND = Kind(
+    name="vae",
+    part="vae",
+    infer_config=infer_config,
+    from_torch=from_torch,
+    to_torch=to_torch,
+    config_from_dict=config_from_dict,
+    describe=describe,
+    config_json=config_json,
+    options=("scaling_factor",),
+    config_keys=("latent_channels", "scaling_factor"),
+    stems=("diffusion_pytorch_model",),
+    subfolders=("vae",),
+)
