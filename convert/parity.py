@@ -98,7 +98,7 @@ def load(path: Path, head_dim: int | None = None) -> tuple[DiTConfig, dict[str, 
 def at_resolution(
     config: DiTConfig, tensors: Mapping[str, np.ndarray], latent_res: int
 ) -> tuple[DiTConfig, dict[str, np.ndarray]]:
-    """The same weights for latents of another size, positions stretched to the same range."""
+    """Adapts the weights to latents of another size, positions stretched to the same range."""
     memory.check_host(
         8 * config.dim * latent_res**2 // config.patch_size**2,  # positions, in float64
         what=f"a network for --latent_res={latent_res}",
@@ -110,8 +110,8 @@ def at_resolution(
     return config, {**tensors, "pos_embed": pos_embed}
 
 
-def draw_inputs(config: DiTConfig, batch: int, seed: int) -> dict[str, np.ndarray]:
-    """Inputs as the sampler gives them: unit latents and captions, noise levels log-normal."""
+def sample_inputs(config: DiTConfig, batch: int, seed: int) -> dict[str, np.ndarray]:
+    """Samples inputs like those of the sampler: unit latents and captions, log-normal noise."""
     values = config.in_channels * config.input_size**2 + CAPTION_TOKENS * config.caption_channels
     memory.check_host(
         8 * batch * values,  # float64 as they are made
@@ -280,7 +280,7 @@ def main(arguments: Sequence[str]) -> None:
     if flags.activations:
         recording = read_recording(flags.activations, config)
     else:
-        inputs = draw_inputs(config, flags.batch or 1, flags.seed or 0)
+        inputs = sample_inputs(config, flags.batch or 1, flags.seed or 0)
         mask_ratio = flags.mask_ratio or 0.0
         outputs = run_reference(flags.reference, config, tensors, inputs, mask_ratio)
         recording = Recording(inputs, mask_ratio, outputs)

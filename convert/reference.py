@@ -31,7 +31,7 @@ OURS_ONLY = ("dtype", "param_dtype", "attention", "moe_dispatch", "remat", "init
 
 
 def reference_arguments(config: DiTConfig) -> dict[str, Any]:
-    """The arguments of the reference's constructor for the same network."""
+    """Translates a config to the arguments of the reference's constructor."""
     fields = {k: v for k, v in vars(config).items() if k not in OURS_ONLY}
     return {k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()}
 
@@ -250,7 +250,7 @@ def _import_reference(folder: Path) -> types.ModuleType:
 
 
 def _empty_module(name: str) -> types.ModuleType:
-    """A module that has any class one asks for, with nothing in it."""
+    """Returns a module that has any class one asks for, with nothing in it."""
 
     def make_class(attribute: str) -> type:
         if attribute.startswith("__"):  # what Python itself looks for, such as __file__

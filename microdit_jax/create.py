@@ -9,8 +9,15 @@ from jaxtyping import Float
 
 from microdit_jax import sharding
 from microdit_jax.assets import hub
-from microdit_jax.assets import load as assets
-from microdit_jax.checkpoints import run as run_checkpoint
+from microdit_jax.assets.load import (
+    MeshChoice,
+    Model,
+    load_codec,
+    load_model,
+    load_text_encoder,
+    untrained_model,
+)
+from microdit_jax.checkpoints.run import read_run_metadata
 from microdit_jax.data import twemoji
 from microdit_jax.encoders import registry
 from microdit_jax.errors import UserError
@@ -35,7 +42,7 @@ def create_latent_diffusion(
     checkpoint: str | None = None,
     *,
     ema: bool = True,
-    mesh: assets.Place = None,
+    mesh: MeshChoice = None,
 ) -> LatentDiffusion:
     """Puts a pipeline together, with the reference's arguments and defaults.
 
@@ -60,7 +67,7 @@ def create_latent_diffusion(
     if dit_arch not in ARCHES:
         raise UserError(f"dit_arch must be one of {', '.join(ARCHES)}, found {dit_arch}")
     if checkpoint is not None:
-        model = assets.load_model(checkpoint, ema=ema, dtype=dtype, mesh=mesh)
+        model = load_model(checkpoint, ema=ema, dtype=dtype, mesh=mesh)
         if model.folder is None:
             asked = {
                 "latent_res": (latent_res, model.config.input_size),
@@ -78,7 +85,7 @@ def create_latent_diffusion(
                     )
             model = model._replace(vae=vae_name, text_encoder=text_encoder_name)
         return from_model(model, dtype=dtype)
-    text_encoder = assets.load_text_encoder(text_encoder_name, dtype=dtype)
+    text_encoder = load_text_encoder(text_encoder_name, dtype=dtype)
     config = ARCHES[dit_arch](
         input_size=latent_res,
         in_channels=in_channels,
@@ -86,7 +93,7 @@ def create_latent_diffusion(
         caption_channels=text_encoder.width,
         dtype=dtype,
     )
-    model = assets.untrained_model(config, mesh=mesh)._replace(vae=vae_name)
+    model = untrained_model(config, mesh=mesh)._replace(vae=vae_name)
     return from_model(model, dtype=dtype, text_encoder=text_encoder)
 
 
@@ -98,7 +105,7 @@ def load(
     ema: bool = True,
     dtype: str | None = None,
     fsdp: int = 0,
-) -> tuple[LatentDiffusion, assets.Model]:
+) -> tuple[LatentDiffusion, Model]:
     """Loads a network by name or path with its towers, on all local devices, for the commands.
 
     Args:
@@ -114,7 +121,7 @@ def load(
       UserError: something is not there, is damaged, or does not fit the rest.
     """
     mesh = functools.partial(fitting_mesh, fsdp=fsdp)
-    model = assets.load_model(name, ema=ema, dtype=dtype, mesh=mesh)
+    model = load_model(name, ema=ema, dtype=dtype, mesh=mesh)
     if dtype is None and model.folder is None:
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
         model = model.with_dtype(dtype)
@@ -123,7 +130,7 @@ def load(
 
 
 def from_model(
-    model: assets.Model, *, dtype: str | None = None, text_encoder: TextEncoder | None = None
+    model: Model, *, dtype: str | None = None, text_encoder: TextEncoder | None = None
 ) -> LatentDiffusion:
     """Returns the pipeline of a model, with the codec and the text encoder that it names.
 
@@ -137,14 +144,14 @@ def from_model(
     vae = _named(model.vae, "vae", model)
     if text_encoder is None:
         name = _named(model.text_encoder, "text_encoder", model)
-        text_encoder = assets.load_text_encoder(name, dtype=dtype, mesh=mesh)
+        text_encoder = load_text_encoder(name, dtype=dtype, mesh=mesh)
     if text_encoder.width != cfg.caption_channels:
         raise UserError(
             f"{model.description} takes caption embeddings {cfg.caption_channels} wide, found "
             f"{text_encoder.width} from {text_encoder.name}; give the text encoder that it was "
             "trained with"
         )
-    codec = assets.load_codec(vae, dtype=dtype, mesh=mesh)
+    codec = load_codec(vae, dtype=dtype, mesh=mesh)
     if codec.channels != cfg.in_channels:
         raise UserError(
             f"{model.description} makes latents of {cfg.in_channels} channels, found a VAE for "
@@ -155,7 +162,7 @@ def from_model(
     )
 
 
-def _named(name: str | None, flag: str, model: assets.Model) -> str:
+def _named(name: str | None, flag: str, model: Model) -> str:
     """Returns the name of a tower; raises UserError if neither the model nor a flag gave one."""
     if name is None:
         raise UserError(f"expected --{flag}, found none: {model.description} is not known for one")
@@ -183,9 +190,7 @@ def fitting_mesh(num_bytes: int, *, fsdp: int = 0) -> Mesh | None:
     return sharding.make_mesh(fsdp=fsdp, devices=devices)
 
 
-def heldout_images(
-    model: assets.Model, count: int
-) -> tuple[list[str], Float[np.ndarray, "n h w c"]]:
+def heldout_images(model: Model, count: int) -> tuple[list[str], Float[np.ndarray, "n h w c"]]:
     """Returns captions that a run was not trained on, and the latents of their images.
 
     Args:
@@ -197,7 +202,7 @@ def heldout_images(
         raise UserError(
             f"held-out captions need a training run, found {model.description}; give prompts"
         )
-    data = run_checkpoint.read_run_metadata(model.folder)["config"]["data"]
+    data = read_run_metadata(model.folder)["config"]["data"]
     if data["heldout"]["source"] != "twemoji":
         raise UserError(
             f"held-out captions are those of the embedded images, found a run with held-out data "

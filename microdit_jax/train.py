@@ -10,8 +10,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from microdit_jax import sharding
-from microdit_jax.checkpoints import run as run_checkpoint
-from microdit_jax.checkpoints.run import RunCheckpoints
+from microdit_jax.checkpoints.run import RunCheckpoints, is_run
 from microdit_jax.data.pipeline import Record
 from microdit_jax.data.prefetch import Prefetch
 from microdit_jax.diffusion import EdmConfig
@@ -226,7 +225,7 @@ def train_stages(config: ConfigDict, workdir: str | Path) -> bool:
                 _say_what_is_missing(config, config.stages[position + 1 :])
             done = int(train(stage, folder, stop).step) >= stage.train.steps
             begun = [workdir / name for name in config.stages]
-            begun = [folder for folder in begun if run_checkpoint.is_run(folder)]
+            begun = [folder for folder in begun if is_run(folder)]
             if first_process and begun:
                 report.write(begun, workdir / "report.html")
             if not done:

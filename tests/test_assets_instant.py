@@ -17,8 +17,8 @@ import microdit_jax
 from microdit_jax import create, files
 from microdit_jax import images as pictures
 from microdit_jax.assets import instant, load
-from microdit_jax.checkpoints import run as run_checkpoint
-from microdit_jax.checkpoints import weights
+from microdit_jax.checkpoints.run import read_run_metadata
+from microdit_jax.checkpoints.weights import load_run_params
 from microdit_jax.convert.dit import config_from_dict
 from microdit_jax.convert.formats.safetensors_file import read_safetensors
 from microdit_jax.data import twemoji
@@ -56,7 +56,7 @@ def test_it_ships_whole_and_small():
     losses = [line for line in card.splitlines() if "held-out EDM loss" in line]
     ratio = float(losses[0].split(": ")[1].split()[0])
     assert ratio <= 0.6 and twemoji.ATTRIBUTION in card
-    config = run_checkpoint.read_run_metadata(instant.FOLDER)["config"]
+    config = read_run_metadata(instant.FOLDER)["config"]
     assert config["train"]["mask_ratio"] == 0 and config["data"]["resolution"] == 32
 
 
@@ -99,9 +99,9 @@ def test_the_command_needs_no_model_no_network_and_no_home(tmp_path):
 
 # ------------------------------------------------------------------ how it is made and read
 def test_the_weights_are_the_runs_average_in_bfloat16(shipped):
-    config = config_from_dict(run_checkpoint.read_run_metadata(shipped / "run")["dit"])
+    config = config_from_dict(read_run_metadata(shipped / "run")["dit"])
     abstract = load.abstract_params(config)
-    average, step = weights.load_run_params(shipped / "run", abstract, ema=True)
+    average, step = load_run_params(shipped / "run", abstract, ema=True)
     model = load.load_model(str(shipped / "model"))
     assert step == 6 and flatten(model.params).keys() == flatten(average).keys()
     for found, expected in zip(
@@ -152,8 +152,8 @@ def widen(folder):
 @pytest.mark.parametrize(
     "damage, message",
     [
-        (cut, r"weights.safetensors \(\d+ bytes instead of \d+\); install"),
-        (flip, r"weights.safetensors \(contents changed\); install"),
+        (cut, r"safetensors \(\d+ bytes instead of \d+\); install"),
+        (flip, r"safetensors \(contents changed\); install"),
         (widen, r"found others \(\d+ differ, the first is blocks_0/"),
     ],
 )

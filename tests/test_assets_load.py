@@ -58,6 +58,27 @@ def test_a_replaced_file_is_converted_again(files, capsys):
     assert len(folders) == 1
 
 
+def test_a_changed_config_beside_the_same_weights_is_noticed(files):
+    assert load.load_codec(str(files / "vae")).scaling_factor == 0.13025
+    config = load_vae("vae_small").config_json | {"scaling_factor": 0.5}
+    (files / "vae" / "config.json").write_text(json.dumps(config))
+    assert load.load_codec(str(files / "vae")).scaling_factor == 0.5
+
+
+def test_towers_are_computed_in_the_type_asked_for(files):
+    codec = load.load_codec(str(files / "vae"), dtype="bfloat16")
+    encoder = load.load_text_encoder(str(files / "clip"), dtype="bfloat16")
+    assert (codec.config.dtype, encoder.config.dtype) == ("bfloat16", "bfloat16")
+
+
+def test_the_raw_weights_can_be_asked_for():
+    """The shipped model holds the moving average alone, and says so if `ema` reaches it."""
+    with pytest.raises(UserError, match="ema=False; leave out --noema"):
+        create.create_latent_diffusion(checkpoint="instant", ema=False)
+    with pytest.raises(UserError, match="ema=False; leave out --noema"):
+        create.load("instant", ema=False)
+
+
 def test_a_damaged_cache_is_noticed(files):
     load.load_model(str(files / "dit.pt"))
     (folder,) = (files / "cache" / "microdit_jax" / "models").glob("dit-*/params")

@@ -11,8 +11,7 @@ from test_checkpoints_run import (
     save_steps,
 )
 
-from microdit_jax.checkpoints import restore as run_restore
-from microdit_jax.checkpoints.restore import good_step
+from microdit_jax.checkpoints.restore import good_step, step_damage
 from microdit_jax.checkpoints.run import RunCheckpoints
 from microdit_jax.errors import UserError
 
@@ -21,12 +20,12 @@ def test_every_file_is_watched(tmp_path):
     """A flipped byte anywhere is noticed, but in the two notes of Orbax that nobody reads."""
     save_steps(tmp_path, 1)
     folder = tmp_path / "checkpoints" / "1"
-    assert not run_restore.step_damage(folder)
+    assert not step_damage(folder)
     unread = []
     for path in files_of(tmp_path, 1):
         before = path.read_bytes()
         flip(path)
-        if not run_restore.step_damage(folder):
+        if not step_damage(folder):
             unread.append(path.name)
             assert_same(restore(tmp_path)[0], make_state(1))
         path.write_bytes(before)

@@ -13,9 +13,13 @@ import numpy as np
 import optax
 import pytest
 
-from microdit_jax.checkpoints import restore as run_restore
-from microdit_jax.checkpoints import run as run_checkpoint
-from microdit_jax.checkpoints.run import RunCheckpoints
+from microdit_jax.checkpoints.restore import steps_on_disk
+from microdit_jax.checkpoints.run import (
+    RunCheckpoints,
+    is_run,
+    read_run_metadata,
+    write_run_metadata,
+)
 from microdit_jax.errors import UserError
 
 ONE = jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -69,7 +73,7 @@ def save_steps(workdir, *steps, **options):
     with RunCheckpoints(workdir, **options) as checkpoints:
         for step in steps:
             checkpoints.save(step, make_state(step), {"step": step, "seed": 18})
-    run_checkpoint.write_run_metadata(workdir, {"has_ema": True})
+    write_run_metadata(workdir, {"has_ema": True})
 
 
 def restore(workdir, **options):
@@ -174,7 +178,7 @@ def test_a_damaged_step_is_written_again(tmp_path, capfd):
     assert "moved checkpoint 10 to" in capfd.readouterr().err
     assert [path.name for path in (tmp_path / "damaged").iterdir()] == ["10"]
     assert_same(restore(tmp_path)[0], make_state(10))
-    assert run_restore.steps_on_disk(tmp_path) == [7, 10]
+    assert steps_on_disk(tmp_path) == [7, 10]
 
 
 def test_the_step_just_restored_is_left_alone(tmp_path):
@@ -250,7 +254,7 @@ def test_a_failed_save_raises_at_the_next_call(tmp_path, monkeypatch):
 
     for call in ("check", "wait", "save", "close"):
         checkpoints = RunCheckpoints(tmp_path / call)
-        monkeypatch.setattr(run_checkpoint, "checksums", fail)
+        monkeypatch.setattr("microdit_jax.checkpoints.run.checksums", fail)
         checkpoints.save(1, make_state(1), {})
         checkpoints._saving[1].exception()  # until it has failed
         monkeypatch.undo()
@@ -266,7 +270,9 @@ def test_a_failed_save_raises_at_the_next_call(tmp_path, monkeypatch):
 
 def test_a_save_that_hangs(tmp_path, monkeypatch):
     release = threading.Event()
-    monkeypatch.setattr(run_checkpoint, "checksums", lambda folder: release.wait() and {})
+    monkeypatch.setattr(
+        "microdit_jax.checkpoints.run.checksums", lambda folder: release.wait() and {}
+    )
     checkpoints = RunCheckpoints(tmp_path, timeout_seconds=1.0)
     checkpoints.save(1, make_state(1), {})
     with pytest.raises(UserError, match="expected checkpoint 1 on disk within 1 s, found it unf"):
@@ -275,10 +281,10 @@ def test_a_save_that_hangs(tmp_path, monkeypatch):
 
 
 def test_config_of_a_run(tmp_path):
-    assert not run_checkpoint.is_run(tmp_path)
+    assert not is_run(tmp_path)
     with pytest.raises(UserError, match="expected a training run"):
-        run_checkpoint.read_run_metadata(tmp_path)
-    run_checkpoint.write_run_metadata(tmp_path, {"has_ema": True})
-    assert run_checkpoint.is_run(tmp_path)
-    assert run_checkpoint.read_run_metadata(tmp_path)["has_ema"]
+        read_run_metadata(tmp_path)
+    write_run_metadata(tmp_path, {"has_ema": True})
+    assert is_run(tmp_path)
+    assert read_run_metadata(tmp_path)["has_ema"]
     assert json.loads((tmp_path / "config.json").read_text())["format"] == "microdit_jax.run"

@@ -17,7 +17,7 @@ from test_checkpoints_run import (
 )
 
 from microdit_jax.checkpoints import model_folder
-from microdit_jax.checkpoints import run as run_checkpoint
+from microdit_jax.checkpoints.run import write_run_metadata
 from microdit_jax.checkpoints.weights import load_run_params, load_weights
 from microdit_jax.errors import UserError
 from microdit_jax.models.dit import DiT
@@ -43,7 +43,7 @@ def test_weights_of_a_run(tmp_path):
     params, text = load_weights(tmp_path, abstract(make_state(0).params))
     assert_same(params, make_state(5).ema)
     assert text == f"{tmp_path}, step 5, moving average"
-    run_checkpoint.write_run_metadata(tmp_path, {"has_ema": False})
+    write_run_metadata(tmp_path, {"has_ema": False})
     params, text = load_weights(tmp_path, abstract(make_state(0).params))
     assert_same(params, make_state(5).params)
     with pytest.raises(UserError, match="expected an average of the weights"):

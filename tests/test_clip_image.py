@@ -126,6 +126,8 @@ def test_transformers_layout_holds_the_same_network():
     }  # fmt: skip
     found = clip.infer_config(older, fields)
     assert found.image == config.image
+    fields["vision_config"]["layer_norm_eps"] = 1e-6
+    assert clip.infer_config(older, fields).image.norm_eps == 1e-6
     assert dataclasses.replace(found.text, padding=0) == config.text
     back = clip.from_torch(older, found)
     jax.tree.map(np.testing.assert_array_equal, back, params)
@@ -151,12 +153,14 @@ def test_the_command(tmp_path, golden, capsys):
     write_safetensors(folder / "open_clip_model.safetensors", small_tensors())
     assert "found neither" in fails(capsys, "--kind=clip", f"--input={folder}", f"--output={model}")
     about = openclip_config(golden, "quick_gelu")
-    about["preprocess_cfg"] = {"mean": [0.5, 0.5, 0.5], "resize_mode": "squash"}
+    prepare = {"mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25], "resize_mode": "squash"}
+    about["preprocess_cfg"] = prepare
     (folder / "open_clip_config.json").write_text(json.dumps(about))
     run("--kind=clip", f"--input={folder}", f"--output={model}")
-    assert "pictures of 32 px in patches of 8" in capsys.readouterr().out
+    assert "images of 32 px in patches of 8" in capsys.readouterr().out
     stored = clip.config_from_dict(read_metadata(model)["clip"])
-    assert stored.image.mean == (0.5, 0.5, 0.5) and stored.image.resize == "squash"
+    assert stored.image.mean == (0.5, 0.5, 0.5) and stored.image.std == (0.25, 0.25, 0.25)
+    assert stored.image.resize == "squash"
     encoder = clip.load_encoder(model)
     assert encoder.name.startswith("clip:weights=") and encoder.config == stored
     back = tmp_path / "back.safetensors"

@@ -10,6 +10,7 @@ from conftest import GOLDEN, relative_l2
 from microdit_jax.convert.clip_text import from_torch
 from microdit_jax.encoders.clip_block import ACTIVATIONS
 from microdit_jax.encoders.clip_text import ClipText, ClipTextConfig, ClipTextEncoder
+from microdit_jax.encoders.known_texts import KnownTexts
 from microdit_jax.encoders.tokenizers import END_OF_TEXT, START_OF_TEXT
 from microdit_jax.errors import UserError
 
@@ -93,6 +94,34 @@ def test_text_to_vectors(tiny):
     sd1 = ClipTextEncoder("", dataclasses.replace(TINY, padding=END_OF_TEXT), tiny)
     np.testing.assert_array_equal(sd1.tokenizer([""])[0], [START_OF_TEXT] + [END_OF_TEXT] * 76)
     assert np.abs(sd1.encode_text([""])[0, 2:] - vectors[0, 2:]).max() > 1e-3
+
+
+def test_a_mask_makes_no_difference(tiny):
+    encoder = ClipTextEncoder("", TINY, tiny)
+    ids = encoder.tokenizer(["a cat"])
+    mask = (ids != 0).astype(np.int32)
+    np.testing.assert_array_equal(encoder.encode(ids, mask), encoder.encode(ids))
+
+
+def test_a_copy_on_another_device(tiny):
+    encoder, device = ClipTextEncoder("", TINY, tiny), jax.devices()[3]
+    copied = encoder.with_sharding(jax.sharding.SingleDeviceSharding(device))
+    assert jax.tree.leaves(copied.params)[0].devices() == {device}
+    assert copied.network.params is copied.params and encoder.params is tiny
+    np.testing.assert_array_equal(copied.encode_text(["a"]), encoder.encode_text(["a"]))
+
+
+def test_known_texts_give_their_own_embeddings(tiny):
+    encoder = ClipTextEncoder("tower", TINY, tiny)
+    known = KnownTexts(encoder, ["cat", "a", "cat", "b"])
+    np.testing.assert_array_equal(
+        known.encode_text(["b", "cat"]), encoder.encode_text(["b", "cat"])
+    )
+    assert (known.name, known.width, known.max_tokens, known.pretrained) == ("tower", 8, 77, True)
+    with pytest.raises(KeyError):
+        known.encode_text(["dog"])
+    with pytest.raises(ValueError, match="found token ids"):
+        known.encode(np.zeros((1, 77), np.int32))
 
 
 def test_bad_ids(tiny):

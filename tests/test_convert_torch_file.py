@@ -4,6 +4,7 @@ import os
 import pathlib
 import pickle
 import pickletools
+import struct
 import zipfile
 
 import ml_dtypes
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 
 from microdit_jax.convert.formats import torch_file
+from microdit_jax.convert.formats.safetensors_file import read_safetensors, write_safetensors
 from microdit_jax.convert.formats.torch_file import read_torch, write_torch
 from microdit_jax.errors import UserError
 
@@ -142,6 +144,40 @@ def test_a_tensor_may_not_reach_beyond_its_storage(tmp_path):
         archive.writestr("b/data/0", A.tobytes())
     with pytest.raises(UserError, match="reaches beyond its storage"):
         read_torch(tmp_path / "b.pt")
+
+
+@pytest.mark.parametrize(("offset", "stride"), [(4, -1), (0, -1), (-1, 1)])
+def test_offsets_and_strides_may_not_be_negative(tmp_path, offset, stride):
+    """They would read a tensor backwards, or bytes that lie before its storage."""
+    write_torch(tmp_path / "a.pt", {"weight": np.arange(5, dtype=np.float32)})
+    program = member(tmp_path / "a.pt", "data.pkl")
+    size = b"(J\x05\x00\x00\x00t"
+    changed = program.replace(
+        torch_file._int(0) + size + b"(" + torch_file._int(1) + b"t",
+        b"J" + struct.pack("<i", offset) + size + b"(J" + struct.pack("<i", stride) + b"t",
+    )
+    assert changed != program
+    with zipfile.ZipFile(tmp_path / "b.pt", "w") as archive:
+        archive.writestr("b/data.pkl", changed)
+        archive.writestr("b/data/0", np.arange(5, dtype=np.float32).tobytes())
+    with pytest.raises(UserError, match="reaches beyond its storage"):
+        read_torch(tmp_path / "b.pt")
+
+
+@pytest.mark.parametrize("suffix", ["pt", "safetensors"])
+def test_tensors_of_many_chunks_come_back(tmp_path, monkeypatch, suffix):
+    monkeypatch.setattr("microdit_jax.convert.formats.file_bytes.CHUNK", 64)
+    rows = np.random.default_rng(0).standard_normal((50, 30)).astype(np.float32)
+    tensors = {"whole": rows, "turned": rows.T, "backwards": rows[::-1], "cut": rows[3:, ::2]}
+    path = tmp_path / f"a.{suffix}"
+    if suffix == "pt":
+        write_torch(path, tensors)
+        found = read_torch(path)
+    else:
+        write_safetensors(path, tensors)
+        found, _ = read_safetensors(path)
+    for name, tensor in tensors.items():
+        np.testing.assert_array_equal(found[name], tensor, strict=True)
 
 
 def test_truncated_anywhere(tmp_path):

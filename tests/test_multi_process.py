@@ -92,13 +92,13 @@ def test_towers_of_two_processes(files):
     is elsewhere; and rows that hosts computed differently."""
     program = """
 import os
-from microdit_jax.assets import load as assets
+from microdit_jax.assets.load import load_codec
 from microdit_jax.machine.placement import fetch, put_rows
 os.environ["XDG_CACHE_HOME"] = sys.argv[3] + sys.argv[4] * sys.argv[2].count("1")
-codec = assets.load_codec(sys.argv[5])
+codec = load_codec(sys.argv[5])
 hosts.barrier("converted")
 if sys.argv[2] == "0":
-    assets.load_codec(sys.argv[5])
+    load_codec(sys.argv[5])
 images = codec.decode(np.zeros((1, 4, 4, 4), np.float32))
 devices = jax.NamedSharding(jax.make_mesh((8,), ("data",)), jax.P("data"))
 rows = fetch(put_rows(np.full(8, 1 + int(sys.argv[2])), devices))

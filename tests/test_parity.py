@@ -5,7 +5,7 @@ import pytest
 from conftest import GOLDEN, load_golden
 
 from convert import parity, reference
-from convert.parity import at_resolution, compare, draw_inputs, routing_difference, rows
+from convert.parity import at_resolution, compare, routing_difference, rows, sample_inputs
 from microdit_jax.convert.dit import infer_config
 from microdit_jax.convert.formats.torch_file import write_torch
 from microdit_jax.errors import UserError
@@ -89,7 +89,7 @@ def test_another_resolution():
     # Every second position of the finer grid is a position of the coarser one.
     coarse = tensors()["pos_embed"].reshape(4, 4, 32)
     np.testing.assert_allclose(moved["pos_embed"].reshape(8, 8, 32)[::2, ::2], coarse, atol=1e-6)
-    assert draw_inputs(larger, 2, 0)["x"].shape == (2, 4, 16, 16)
+    assert sample_inputs(larger, 2, 0)["x"].shape == (2, 4, 16, 16)
 
 
 @pytest.mark.parametrize(

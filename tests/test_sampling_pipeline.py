@@ -151,6 +151,20 @@ def test_given_noise_and_token_ids():
     np.testing.assert_array_equal(images, expected())
 
 
+def test_a_mask_reaches_the_text_encoder():
+    seen = []
+
+    class Watched(TokenTable):
+        def encode(self, ids, attention_mask=None):
+            seen.append(attention_mask)
+            return super().encode(ids)
+
+    pipe = dataclasses.replace(pipeline(), text_encoder=Watched(24, 7, 0))
+    ids = pipe.text_encoder.tokenizer(PROMPTS)
+    pipe.encode(tokenized_prompts=ids, attention_mask=ids != 0)
+    np.testing.assert_array_equal(seen[0], ids != 0)
+
+
 def test_progress_is_one_tick_an_evaluation():
     ticks = []
 

@@ -64,6 +64,10 @@ def test_bfloat16_is_near(golden):
     assert 1e-5 < relative_l2(found, arrays["hidden"]) < 5e-2
 
 
+def test_captions_are_cut_as_in_the_reference():
+    assert T5Config().max_tokens == 120
+
+
 def test_relative_buckets():
     table = relative_buckets(200, 32, 128)
     assert table.shape == (200, 200) and table.dtype == np.int32

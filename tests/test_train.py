@@ -14,8 +14,7 @@ from configs import demo
 from microdit_jax import sharding
 from microdit_jax import train as train_module
 from microdit_jax.assets import load
-from microdit_jax.checkpoints import run as run_checkpoint
-from microdit_jax.checkpoints.run import RunCheckpoints
+from microdit_jax.checkpoints.run import RunCheckpoints, read_run_metadata
 from microdit_jax.data import pipeline
 from microdit_jax.errors import UserError
 from microdit_jax.models.dit import DiT
@@ -82,7 +81,7 @@ def test_a_run_leaves_what_it_promises(trained):
         assert image.width > 300
     assert "samples/step_0000004.png" in (run / "report.html").read_text()
     assert list((run / "tensorboard").iterdir()) and list((run / "profile").rglob("*.xplane.pb"))
-    about = run_checkpoint.read_run_metadata(run)
+    about = read_run_metadata(run)
     assert about["has_ema"] and about["config"]["train"]["steps"] == 4
 
 

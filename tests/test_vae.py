@@ -12,7 +12,6 @@ from microdit_jax.encoders.vae import (
     AutoencoderKL,
     GroupNorm,
     VaeConfig,
-    abstract_params,
     sample_latents,
 )
 from microdit_jax.errors import UserError
@@ -96,7 +95,7 @@ def test_rectangles(small, sides):
     config = small.config
     images = jax.ShapeDtypeStruct((3, *sides, 3), np.float32)
     model = AutoencoderKL(config)
-    variables = {"params": abstract_params(config)}
+    variables = jax.eval_shape(model.init, jax.random.key(0), images)
     mean, _ = jax.eval_shape(
         lambda v, x: model.apply(v, x, method="encode_moments"), variables, images
     )
@@ -124,6 +123,16 @@ def test_the_codec_encodes_the_mode_or_a_sample(small):
     assert relative_l2(codec.encode(images, noise=noise), expected) < 2e-5
 
 
+def test_the_codec_on_another_device(small):
+    codec, device = small.codec(), jax.devices()[2]
+    copied = codec.with_sharding(jax.sharding.SingleDeviceSharding(device))
+    assert jax.tree.leaves(copied.params)[0].devices() == {device}
+    assert codec.on_device and codec.pixels_per_latent == 4
+    np.testing.assert_allclose(
+        copied.decode(small["latent"]), codec.decode(small["latent"]), atol=1e-5
+    )
+
+
 def test_bad_inputs_to_the_codec(small):
     codec = small.codec()
     with pytest.raises(
@@ -134,9 +143,9 @@ def test_bad_inputs_to_the_codec(small):
         codec.encode(np.zeros((1, 30, 32, 3), np.float32))
     with pytest.raises(UserError, match="of 3 channels .* found 32x32x1"):
         codec.encode(np.zeros((1, 32, 32, 1), np.float32))
-    with pytest.raises(UserError, match="at least one picture"):
+    with pytest.raises(UserError, match="at least one image"):
         codec.decode(np.zeros((0, 8, 8, 4), np.float32))
-    with pytest.raises(UserError, match="finite pictures from the VAE, found NaN or infinity"):
+    with pytest.raises(UserError, match="finite images from the VAE, found NaN or infinity"):
         codec.decode(np.where(np.arange(4) == 2, np.nan, small["latent"]).astype(np.float32))
     with pytest.raises(UserError, match="slice_size must be at least 1, found 0"):
         small.codec(slice_size=0)

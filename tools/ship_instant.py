@@ -22,7 +22,7 @@ import numpy as np
 
 from microdit_jax.assets import instant, load
 from microdit_jax.checkpoints import restore, weights
-from microdit_jax.checkpoints import run as run_checkpoint
+from microdit_jax.checkpoints.run import read_run_metadata
 from microdit_jax.commands.parser import Parser
 from microdit_jax.convert.dit import config_from_dict
 from microdit_jax.convert.formats.safetensors_file import write_safetensors
@@ -99,7 +99,7 @@ def ship(run: Path, out: Path, *, command: str, notes: str = "") -> None:
     Raises:
       UserError: not such a run; something else at `out`; more than 8 MB.
     """
-    metadata = run_checkpoint.read_run_metadata(run)
+    metadata = read_run_metadata(run)
     if not metadata["has_ema"] or not (run / "vae").is_dir():
         raise UserError(
             f"expected a run with an average of its weights and a codec of its own in {run}, found "
@@ -166,7 +166,7 @@ def chain(run: Path) -> list[Stage]:
     """Returns the stages that led to a run, in the order they were trained."""
     stages, workdir = [], run
     while workdir is not None:
-        config = run_checkpoint.read_run_metadata(workdir)["config"]
+        config = read_run_metadata(workdir)["config"]
         keys = ("init_from", "init_weights_from")
         full, alone = (source_path(config[key], workdir) for key in keys)
         # Steps count from where the weights began to train; of the full state they go on.

@@ -1,8 +1,8 @@
-"""What was published, and how its files get here: the released checkpoints, and Hugging Face.
+"""Released checkpoints, and files fetched from the Hugging Face Hub.
 
-A file that somebody put into `local_folder()` by hand is taken before anything is fetched, so that
-a machine without network needs nothing else. HF_HOME, HF_HUB_OFFLINE, HF_ENDPOINT and HF_TOKEN
-mean what they mean to huggingface_hub, which also shows progress and resumes broken downloads.
+Files put into `local_folder()` by hand are used before anything is fetched, so that a machine
+without network needs nothing else. HF_HOME, HF_HUB_OFFLINE, HF_ENDPOINT and HF_TOKEN mean what they
+mean to huggingface_hub, which also shows progress and resumes broken downloads.
 """
 
 import json
@@ -14,7 +14,7 @@ from typing import NamedTuple
 from microdit_jax.errors import UserError
 from microdit_jax.files import cache_folder, disk_errors
 
-INSTANT = "instant"  # the small model that comes with the package; see instant/__init__.py
+INSTANT = "instant"  # the small model in the package; see instant/__init__.py
 REPOSITORY = "VSehwag24/MicroDiT"
 SDXL_VAE = "stabilityai/stable-diffusion-xl-base-1.0"
 OSTRIS_VAE = "ostris/vae-kl-f8-d16"
@@ -51,12 +51,12 @@ _T5_FILES = (
 
 
 def local_folder(repository: str) -> Path:
-    """Where a person may put a repository's files by hand."""
+    """Folder into which a person may put a repository's files by hand."""
     return cache_folder() / "files" / repository
 
 
 def released_checkpoint(name: str) -> Path:
-    """The .pt file of a released checkpoint, fetched if need be.
+    """Returns the .pt file of a released checkpoint, fetched if it is not here.
 
     Args:
       name: a key of RELEASED, with or without ".pt".
@@ -66,7 +66,7 @@ def released_checkpoint(name: str) -> Path:
 
 
 def vae(name: str) -> Path:
-    """The folder of a VAE in diffusers' layout, fetched if need be.
+    """Returns the folder of a VAE in diffusers' layout, fetched if it is not here.
 
     Args:
       name: a repository: one VAE (Ostris's), or a pipeline with its VAE in the folder vae/.
@@ -77,7 +77,7 @@ def vae(name: str) -> Path:
 
 
 def text_encoder(name: str) -> Path:
-    """The folder of a text tower, fetched if need be.
+    """Returns the folder of a text tower, fetched if it is not here.
 
     Args:
       name: "openclip:hf-hub:" and a repository in OpenCLIP's layout, a T5 v1.1's repository, or a
@@ -96,15 +96,15 @@ def text_encoder(name: str) -> Path:
 
 
 def is_t5(name: str) -> bool:
-    """Whether a repository's name says that it is a T5."""
+    """Returns True if a repository's name says that it is a T5."""
     return "t5" in name.split("/")[-1].lower()
 
 
 def fetch(repository: str, *files: str | tuple[str, ...]) -> list[Path]:
-    """Files of a Hugging Face repository, fetched where they are not here yet.
+    """Returns files of a Hugging Face repository, fetched if they are not here yet.
 
     Args:
-      files: names in the repository; of a tuple, the first that there is.
+      files: names in the repository; a tuple stands for the first of its names that exists.
     Returns:
       Their paths, all from `local_folder` if a person put all of them there.
     Raises:
@@ -126,19 +126,19 @@ def _fetch_first(repository: str, names: Sequence[str]) -> Path:
     import huggingface_hub  # a second to import, and not needed where files are given by hand
     from huggingface_hub import constants, errors
 
-    # It tells every one of its tries; what came of them is told below.
+    # huggingface_hub would log each attempt; the error raised below says what came of them all.
     huggingface_hub.logging.set_verbosity_error()
     why: tuple[str, Exception | None] = ("it has no such file", None)
     for name in names:
         try:
-            # Without network it is half a minute until that is known.
+            # Says what is being waited for: without network the attempt takes half a minute.
             cached = isinstance(huggingface_hub.try_to_load_from_cache(repository, name), str)
             if not cached and not constants.HF_HUB_OFFLINE:
                 print(f"asking the Hugging Face Hub for {name} of {repository}", file=sys.stderr)
             return Path(huggingface_hub.hf_hub_download(repository, name))
         except errors.LocalEntryNotFoundError as error:
             why = ("no network, or offline mode", error)
-            continue  # the other one may be in the cache
+            continue  # another of the names may be in the cache
         except errors.EntryNotFoundError:
             continue
         except errors.GatedRepoError as error:
@@ -151,9 +151,9 @@ def _fetch_first(repository: str, names: Sequence[str]) -> Path:
                     raise
             why = (str(error).split("\n")[0], error)
         break
-    place = local_folder(repository)
+    folder = local_folder(repository)
     raise UserError(
         f"expected {' or '.join(names)} of the Hugging Face repository {repository}, could not "
-        f"fetch it ({why[0]}); try again, or put the repository's files into {place} by hand, as "
-        f"{place / names[0]}"
+        f"fetch it ({why[0]}); try again, or put the repository's files into {folder} by hand, as "
+        f"{folder / names[0]}"
     ) from why[1]

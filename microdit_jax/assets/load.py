@@ -1,9 +1,9 @@
-"""Networks, VAEs and text towers by name or path, each converted once and kept.
+"""Loads networks, VAEs and text encoders by name or path.
 
-What can be loaded: the model that comes with the package, a released checkpoint or a repository by
-name (hub.py fetches it), a PyTorch or safetensors file or a folder of one, a folder made by
-python -m convert, and a training run.
-PyTorch files are converted into the user's cache folder, and the next run starts from there.
+A name is that of the model in the package, of a released checkpoint, or of a repository (hub.py
+fetches it). A path is that of a PyTorch or safetensors file or a folder of one, of a model folder
+(python -m convert), or of a training run. PyTorch files are converted once, into the user's cache
+folder, where the next run finds them.
 """
 
 import dataclasses
@@ -24,8 +24,9 @@ from jax.sharding import Mesh
 
 from microdit_jax import sharding
 from microdit_jax.assets import hub, instant
-from microdit_jax.checkpoints import model_folder, weights
-from microdit_jax.checkpoints import run as run_checkpoint
+from microdit_jax.checkpoints import model_folder
+from microdit_jax.checkpoints.run import is_run, read_run_metadata
+from microdit_jax.checkpoints.weights import describe_weights, load_run_params
 from microdit_jax.convert import clip_text, t5, vae
 from microdit_jax.convert.arguments import tower_name
 from microdit_jax.convert.dit import config_from_dict
@@ -40,16 +41,18 @@ from microdit_jax.models import dit
 from microdit_jax.models.dit import DiTConfig, for_this_machine
 from microdit_jax.towers import Codec, TextEncoder
 
-# A mesh; or what gives one (or None) for so many bytes of weights; None is the first local device.
-Place = Mesh | Callable[[int], Mesh | None] | None
+# Devices for a network's weights: a mesh, None for the first local device, or a function that
+# chooses one of these by the weights' size in bytes.
+MeshChoice = Mesh | Callable[[int], Mesh | None] | None
 
 
 class Model(NamedTuple):
-    """A network with its weights, and what its maker said about it.
+    """A network with its weights and the towers that it was trained with.
 
-    folder is that of the training run or of the shipped model, which knows its data, or None; vae
-    and text_encoder are what load_codec and load_text_encoder take, or None where nobody said;
-    description tells a person what was loaded.
+    Attributes:
+      vae, text_encoder: as load_codec and load_text_encoder take them; None if unknown.
+      folder: of the training run or the shipped model, whose config.json names its data.
+      description: tells a person what was loaded.
     """
 
     config: DiTConfig
@@ -61,22 +64,22 @@ class Model(NamedTuple):
     description: str
 
     def with_dtype(self, dtype: str) -> "Model":
-        """The same model, computed in another type."""
+        """Returns the model with another dtype of the computation."""
         return self._replace(config=dataclasses.replace(self.config, dtype=dtype))
 
 
 def load_model(
-    name: str, *, ema: bool = True, dtype: str | None = None, mesh: Place = None
+    name: str, *, ema: bool = True, dtype: str | None = None, mesh: MeshChoice = None
 ) -> Model:
-    """A network by name or path.
+    """Loads a network by name or path.
 
     Args:
-      name: "instant", for the one that comes with the package; of a released checkpoint, with or
-        without ".pt"; or the path of a .pt or .safetensors file, of a model folder (python -m
+      name: "instant", the one in the package; the name of a released checkpoint, with or without
+        ".pt"; or the path of a .pt or .safetensors file, of a model folder (python -m
         convert), or of a training run.
-      ema: of a training run, the moving average of the weights, if it keeps one.
+      ema: take the moving average of a training run's weights, if it keeps one.
       dtype: type of the computation; None keeps the model's own.
-      mesh: where the weights go, by the rules of sharding.py.
+      mesh: devices for the weights, which are split by the rules of sharding.py.
     Raises:
       UserError: nothing usable there, or damaged.
     """
@@ -90,7 +93,7 @@ def load_model(
         model = model._replace(description=path.name)
     elif instant.is_shipped(path):
         model = _from_shipped(path, ema, mesh)
-    elif run_checkpoint.is_run(path):
+    elif is_run(path):
         model = _from_run(path, ema, mesh)
     elif path.is_dir():
         model = _from_folder(path, mesh)
@@ -107,15 +110,15 @@ def load_model(
     return model._replace(config=for_this_machine(model.config))
 
 
-def untrained_model(config: DiTConfig, *, mesh: Place = None) -> Model:
-    """A network as it is before training; it names no VAE and no text encoder."""
+def untrained_model(config: DiTConfig, *, mesh: MeshChoice = None) -> Model:
+    """Initialises a network; the model names no VAE and no text encoder."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_params(config, mesh))
     init = functools.partial(dit.init_params, config)
     params = jax.jit(init, out_shardings=shardings)(jax.random.key(0))
     return Model(config, params, EdmConfig(), None, None, None, "untrained")
 
 
-def abstract_params(config: DiTConfig, mesh: Place = None) -> Any:
+def abstract_params(config: DiTConfig, mesh: MeshChoice = None) -> Any:
     """Shapes, types and shardings of a network's parameters."""
     shapes = dit.abstract_params(config)
     if not isinstance(mesh, Mesh | None):
@@ -128,7 +131,7 @@ def abstract_params(config: DiTConfig, mesh: Place = None) -> Any:
     )
 
 
-def _from_folder(folder: Path, mesh: Place) -> Model:
+def _from_folder(folder: Path, mesh: MeshChoice) -> Model:
     metadata = model_folder.read_metadata(folder)
     if metadata["kind"] != "dit":
         raise UserError(
@@ -136,35 +139,34 @@ def _from_folder(folder: Path, mesh: Place) -> Model:
             "network: give it to --vae or --text_encoder"
         )
     config = config_from_dict(metadata["dit"])
-    places = jax.tree.map(lambda leaf: leaf.sharding, abstract_params(config, mesh))
-    params, _ = model_folder.load_model(folder, sharding=places)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_params(config, mesh))
+    params, _ = model_folder.load_model(folder, sharding=shardings)
     return Model(config, params, EdmConfig(), None, None, None, f"{folder}")
 
 
-def _from_shipped(path: Path, ema: bool, mesh: Place) -> Model:
+def _from_shipped(path: Path, ema: bool, mesh: MeshChoice) -> Model:
     if not ema:
         raise UserError(
             f"expected the moving average to be asked for, as {path} holds nothing else, found "
             "ema=False; leave out --noema"
         )
-    metadata = run_checkpoint.read_run_metadata(path)
+    metadata = read_run_metadata(path)
     config = config_from_dict(metadata["dit"])
     params = instant.load_params(path, abstract_params(config, mesh))
     name = "the instant model" if path == instant.FOLDER else f"{path}"
     return _of_run(metadata, config, params, path, name)
 
 
-def _from_run(path: Path, ema: bool, mesh: Place) -> Model:
-    metadata = run_checkpoint.read_run_metadata(path)
+def _from_run(path: Path, ema: bool, mesh: MeshChoice) -> Model:
+    metadata = read_run_metadata(path)
     config, ema = config_from_dict(metadata["dit"]), ema and metadata["has_ema"]
-    params, step = weights.load_run_params(path, abstract_params(config, mesh), ema=ema)
-    description = f"{path}, step {step}, {'moving average' if ema else 'raw weights'}"
-    return _of_run(metadata, config, params, path, description)
+    params, step = load_run_params(path, abstract_params(config, mesh), ema=ema)
+    return _of_run(metadata, config, params, path, describe_weights(path, step, ema=ema))
 
 
 def _of_run(metadata: dict, config: DiTConfig, params: Any, path: Path, description: str) -> Model:
-    """A run's parameters with what its config.json says, and the codec it keeps, if small."""
-    # Paths and repositories as its config gave them: its data may call what is there by a checksum.
+    """Makes the model of a run from its parameters, its config.json, and the codec it keeps."""
+    # The towers are those that its config names; its data may know them by checksums.
     kept, towers = path / "vae", metadata["config"]["data"]
     return Model(
         config,
@@ -223,8 +225,10 @@ def load_codec(name: str, *, dtype: str | None = None, mesh: Mesh | None = None)
 
 
 def names_in_data(codec: str, text_encoder: str) -> dict[str, str]:
-    """The "vae" and the "text_encoder" of data that these made, `load_codec`'s and
-    `load_text_encoder`'s own `name`: of a path its weights' checksum, else what it is called here.
+    """Returns the names that data made with these towers carry, without loading them.
+
+    They are the `name` of what `load_codec` and `load_text_encoder` load: for a path the checksum
+    of the weights, else the name given here.
     """
 
     def name(given: str, folder_of: Callable[[Path], Path]) -> str:
@@ -241,7 +245,7 @@ def _vae_folder(path: Path) -> Path:
 
 
 def _text_folder(path: Path) -> Path:
-    """The model folder of a text encoder, which its path may be itself."""
+    """Returns the model folder of a text encoder: its path itself, or the cached conversion."""
     folder = path if model_folder.is_model(path) else converted(_text_kind(path), path)
     kind = model_folder.read_metadata(folder)["kind"]
     if kind not in ("clip_text", "t5"):
@@ -250,10 +254,10 @@ def _text_folder(path: Path) -> Path:
 
 
 def converted(kind: str, path: Path) -> Path:
-    """The model folder of a PyTorch or safetensors file or folder, from the cache if it is there.
+    """Converts a PyTorch or safetensors file or folder into the cache, unless it is there already.
 
-    A file is known again by its path, size and time, without being read; what was made from an
-    older file at the same path is replaced. The folder's own files have checksums.
+    A file is recognised by its path, size and modification time, without being read. A folder that
+    was made from an older file at the same path is replaced.
     """
     source = find_input(path, get_kind(kind))
     if missing := [file.name for file in source.files if not file.is_file()]:
@@ -261,13 +265,13 @@ def converted(kind: str, path: Path) -> Path:
     stats = [(str(file.resolve()), file.stat()) for file in source.files]
     made_from = {"files": [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]}
     made_from["config"] = source.config
-    place = hashlib.sha256(json.dumps([name for name, _ in stats]).encode()).hexdigest()[:12]
-    folder = cache_folder() / "models" / f"{kind}-{source.files[0].stem}-{place}"
+    key = hashlib.sha256(json.dumps([name for name, _ in stats]).encode()).hexdigest()[:12]
+    folder = cache_folder() / "models" / f"{kind}-{source.files[0].stem}-{key}"
     with disk_errors(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with filelock.FileLock(f"{folder}.lock"):  # another process may be at it
+        with filelock.FileLock(f"{folder}.lock"):  # another process may convert the same file
             if folder.is_dir() and not _is_made_from(folder, made_from):
-                (folder / "config.json").unlink(missing_ok=True)  # no model from here on
+                (folder / "config.json").unlink(missing_ok=True)  # first: then it is no model
                 shutil.rmtree(folder)
             if not folder.is_dir():
                 print(f"converting {path}, once, into {folder}", flush=True)
@@ -287,9 +291,9 @@ def _is_made_from(folder: Path, made_from: dict[str, Any]) -> bool:
 
 
 def _outside_of_job(function: Callable, *args: Any, **kwargs: Any) -> None:
-    """Calls it in a process of its own, where several make one program.
+    """Calls a function; in a process of its own if several processes run one program.
 
-    Orbax saves with all processes of a job, and one alone of each host converts.
+    Orbax saves with all processes of a program, but only one process of each host converts.
     """
     if jax.process_count() == 1:
         function(*args, **kwargs)
@@ -300,11 +304,11 @@ def _outside_of_job(function: Callable, *args: Any, **kwargs: Any) -> None:
 
 
 def _leave_accelerators() -> None:
-    jax.config.update("jax_platforms", "cpu")  # the others are the parent's
+    jax.config.update("jax_platforms", "cpu")  # the parent holds the accelerators
 
 
 def _text_kind(path: Path) -> str:
-    """Whether weights, or a folder of them, are a CLIP's or a T5's."""
+    """Tells a T5 from a CLIP by the config.json in a folder or beside a file."""
     beside = read_config((path if path.is_dir() else path.parent) / "config.json") or {}
     return "t5" if beside.get("model_type") == "t5" or "d_kv" in beside else "clip_text"
 
@@ -314,5 +318,5 @@ def _copies(mesh: Mesh | None) -> jax.sharding.Sharding | None:
 
 
 def _tower_batch() -> int:
-    """Texts at a time: few on a CPU, where a batch gains nothing and unused rows cost."""
+    """Returns how many texts a tower embeds at a time; few on a CPU, which gains nothing."""
     return 2 if jax.default_backend() == "cpu" else 32

@@ -1,9 +1,9 @@
-"""A state as its checkpoint stores it: large arrays one by one, small ones packed together.
+"""Packs the small arrays of a state together, as its checkpoint stores them.
 
-Orbax takes about 1.5 ms of processor time for each array, however small (measured). A small
-network's state is hundreds of small arrays, a large one's has hundreds beside its matrices. So
-those are stored as a few rows of bytes, one for each of the state's fields: "packed/params",
-"packed/ema", ... An index in the checkpoint's own metadata says what is where.
+Orbax takes about 1.5 ms of processor time for each array, however small (measured), and every
+state has hundreds of small arrays. They are stored as a few rows of bytes, one for each of the
+state's fields: "packed/params", "packed/ema", ... Large arrays are stored one by one. An index in
+the checkpoint's own metadata gives each packed array's row, offset, dtype and shape.
 """
 
 import math
@@ -22,7 +22,7 @@ PACKED = "packed"
 
 
 class Packed(NamedTuple):
-    """Where a small array is: its type and shape, and its first byte in its field's row."""
+    """Dtype and shape of a small array, and the offset in bytes in its field's row."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -30,21 +30,21 @@ class Packed(NamedTuple):
 
     @property
     def num_bytes(self) -> int:
-        """Of the array."""
+        """Size of the array in bytes."""
         return math.prod(self.shape) * jnp.dtype(self.dtype).itemsize
 
 
 def pack(state: Any, memory: dict[str, np.ndarray] | None = None) -> tuple[dict, dict[str, dict]]:
-    """What to store, and the index of what it packs.
+    """Packs a state's small arrays, and makes the index of them.
 
     Args:
-      state: tree of jax arrays. Of several processes each must call; an array is packed if each
-        of them has the whole of it.
-      memory: rows (b,) of bytes of an earlier call, which are written over, and then this call's.
-        New memory takes the system many times as long to give as it takes to copy to (measured).
+      state: tree of jax arrays. Every process must call; an array is packed if each process has
+        the whole of it.
+      memory: rows (b,) of bytes of an earlier call, to be written over and updated with this
+        call's: to allocate new memory takes many times as long as to copy into it (measured).
     Returns:
-      Nested dictionaries: large arrays as they are, rows of bytes as uint8 NumPy arrays, copied,
-      so that the state may be donated. The index as JSON can hold it, for `read_index`.
+      Nested dictionaries of large arrays as they are, and rows of bytes as uint8 NumPy arrays,
+      copied, so that the state may be donated; and the index in JSON's types, for `read_index`.
     """
     large, small = {}, {}
     for path, leaf in flatten(state).items():
@@ -67,7 +67,7 @@ def pack(state: Any, memory: dict[str, np.ndarray] | None = None) -> tuple[dict,
 
 
 def read_index(metadata: Mapping[str, Any] | None) -> dict[str, Packed]:
-    """The index that `pack` made; empty for a checkpoint that packs nothing."""
+    """Reads the index that `pack` made; empty for a checkpoint that packs nothing."""
     return {
         path: Packed(dtype, tuple(shape), offset)
         for path, (dtype, shape, offset) in (metadata or {}).get(PACKED, {}).items()
@@ -75,22 +75,22 @@ def read_index(metadata: Mapping[str, Any] | None) -> dict[str, Packed]:
 
 
 def row_of(path: str) -> str:
-    """Where the array of this path is packed: with the others of the state's field."""
+    """Names the row in which the array of this path is packed: that of its field of the state."""
     return f"{PACKED}/{path.split('/')[0]}"
 
 
 def rows_of(paths: Iterable[str]) -> set[str]:
-    """The rows that hold these."""
+    """Names the rows that hold these arrays."""
     return {row_of(path) for path in paths}
 
 
 def unpack(
-    row: UInt8[np.ndarray, " b"], place: Packed, abstract: jax.ShapeDtypeStruct
+    row: UInt8[np.ndarray, " b"], packed: Packed, abstract: jax.ShapeDtypeStruct
 ) -> Shaped[jax.Array, "..."]:
-    """One array of a row of bytes, with `abstract`'s type and sharding."""
-    part = row[place.offset : place.offset + place.num_bytes]
-    array = part.view(jnp.dtype(place.dtype)).reshape(place.shape).astype(abstract.dtype)
-    # Contiguous and its own: on CPUs JAX may use the memory as it is.
+    """Returns one array of a row of bytes, with `abstract`'s dtype and sharding."""
+    part = row[packed.offset : packed.offset + packed.num_bytes]
+    array = part.view(jnp.dtype(packed.dtype)).reshape(packed.shape).astype(abstract.dtype)
+    # A copy, since JAX on CPUs may use the memory of the array that it is given.
     return jax.make_array_from_callback(
-        place.shape, abstract.sharding, lambda where: array[where].copy()
+        packed.shape, abstract.sharding, lambda where: array[where].copy()
     )

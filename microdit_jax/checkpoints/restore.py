@@ -21,18 +21,18 @@ RESTORE_GB = 8  # held by Orbax while it reads, beside the arrays themselves
 
 
 def say(message: str) -> None:
-    """A line for the person who watches the run."""
+    """Prints a line for the person who watches the run."""
     print(message, file=sys.stderr, flush=True)
 
 
 def steps_on_disk(workdir: str | os.PathLike) -> list[int]:
-    """The steps of a run that were written whole, oldest first; not checked for damage."""
+    """Returns the steps of a run that were written whole, oldest first; not checked for damage."""
     folder = Path(workdir).absolute() / "checkpoints"
     return sorted(int(path.name) for path in folder.glob("*") if path.name.isdigit())
 
 
 def step_damage(folder: Path) -> str:
-    """What is wrong with the files of one step, "" if nothing; reads every byte of them."""
+    """Says in words which files of a step are damaged, "" if none; reads every byte of them."""
     try:
         faults = damage(folder, json.loads((folder / "manifest.json").read_text())["files"])
     except FileNotFoundError:
@@ -44,9 +44,9 @@ def step_damage(folder: Path) -> str:
 
 
 def good_step(workdir: str | os.PathLike, step: int | None = None) -> tuple[int, dict]:
-    """The newest step that is as it was written, or `step` if it is, and its metadata.
+    """Finds the newest undamaged step, or checks `step`, and reads its metadata.
 
-    Process 0 checks, the others hear of it; it says in a line what is damaged and what is used.
+    Process 0 checks for all, and prints a line if a step is damaged.
 
     Raises:
       UserError: there is no step, or none without damage.
@@ -76,27 +76,27 @@ def good_step(workdir: str | os.PathLike, step: int | None = None) -> tuple[int,
 
 
 def restore_state(folder: Path, abstract: Any, *, partial: bool) -> Any:
-    """The state of a step, or a part of it, with the shapes, types and shardings of `abstract`.
+    """Restores the state of a step, or a part, with `abstract`'s shapes, dtypes and shardings.
 
     Raises:
-      UserError: arrays are missing, left over (if not `partial`), or of other shapes or types; a
-        part may change its types.
+      UserError: arrays are missing, left over (unless `partial`), or of other shapes or dtypes; a
+        part may be restored to another dtype.
     """
     handler = ocp.PyTreeCheckpointHandler(restore_concurrent_gb=RESTORE_GB)
     stored, expected = handler.metadata(folder / "state"), flatten(abstract)
     index = packing.read_index(stored.custom_metadata)
     large = {path: leaf for path, leaf in flatten(stored.tree).items() if hasattr(leaf, "shape")}
     rows = {path: large.pop(path) for path in packing.rows_of(index)}
-    _check_fit(folder, _kinds(large | index), _kinds(expected), partial)
+    _check_fit(folder, _shapes_and_dtypes(large | index), _shapes_and_dtypes(expected), partial)
     wanted = {path: leaf for path, leaf in expected.items() if path in large}
     for path in packing.rows_of(path for path in expected if path in index):
         wanted[path] = jax.ShapeDtypeStruct(rows[path].shape, rows[path].dtype)  # to NumPy
-    # One that packs nothing was stored in the state's own tree, with lists for its tuples.
+    # A checkpoint that packs nothing has the state's own tree, with lists for its tuples.
     item = unflatten(wanted) if index else abstract
     args = ocp.args.PyTreeRestore(
         item=item,
         restore_args=ocp.checkpoint_utils.construct_restore_args(item),
-        partial_restore=True,  # what fits is checked above
+        partial_restore=True,  # _check_fit has compared the trees
     )
     with ocp.Checkpointer(handler) as checkpointer:
         arrays = flatten(checkpointer.restore(folder / "state", args=args))
@@ -109,8 +109,8 @@ def restore_state(folder: Path, abstract: Any, *, partial: bool) -> Any:
     return jax.tree.unflatten(jax.tree.structure(abstract), leaves)
 
 
-def _kinds(leaves: Mapping[str, Any]) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Shape and type of each."""
+def _shapes_and_dtypes(leaves: Mapping[str, Any]) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Returns the shape and dtype of each array."""
     return {path: (tuple(leaf.shape), jnp.dtype(leaf.dtype).name) for path, leaf in leaves.items()}
 
 

@@ -4,11 +4,11 @@
   metadata/      JSON: the run's config and the position in the data
   manifest.json  size and sha256 of every file above
 
-The manifest is written before Orbax's commit, which renames the folder: a step is there whole, with
-its manifest, or not at all. A step without a good manifest was damaged later. Orbax restores a
-damaged file without a word, so restoring checks the manifest first and falls back to the newest
-step that is as it was written. With several processes the workdir must be one shared file system:
-each writes its shards, process 0 alone hashes, and its choice of the step is everybody's.
+The manifest is written before Orbax commits a step by renaming its folder: a step is there whole,
+with its manifest, or not at all, and one without a good manifest was damaged later. Orbax restores
+a damaged file without an error, so restoring checks the manifest first and falls back to the newest
+undamaged step. With several processes the workdir must be one shared file system: each writes its
+shards, and process 0 alone hashes files and chooses the step for all.
 """
 
 import concurrent.futures
@@ -34,19 +34,19 @@ from microdit_jax.machine import hosts
 from microdit_jax.machine.background import give_way
 
 RUN_FORMAT = "microdit_jax.run"
-SAVE_SECONDS = 1800.0  # for the last save to be on disk
+SAVE_SECONDS = 1800.0  # limit for one save to be on disk
 
 
 class RunCheckpoints:
     """The checkpoints of one run. Reading never changes a file; the first save makes the folder.
 
-    Saving is asynchronous: training goes on while the state is written. A failed save raises at
-    the next call, whichever it is.
+    Saving is asynchronous: training goes on while the state is written. If a save fails, the next
+    call of any method raises its error.
 
     Args:
       workdir: the run's folder.
       keep_last: how many of the newest steps stay on disk, which needs room for one more.
-      keep_every: steps that are multiples of it stay for good; 0 for none.
+      keep_every: steps that are multiples of it are never deleted; 0 for none.
       timeout_seconds: how long a save may take.
     """
 
@@ -71,14 +71,14 @@ class RunCheckpoints:
         self._executor = concurrent.futures.ThreadPoolExecutor(1, initializer=give_way)
         self._saving: tuple[int, concurrent.futures.Future] | None = None
         self._newest: int | None = None  # step last saved or restored
-        self._rows: dict[str, np.ndarray] = {}  # of small arrays; one save at a time uses them
+        self._rows: dict[str, np.ndarray] = {}  # memory for packed arrays; one save at a time
 
     def all_steps(self) -> list[int]:
-        """The steps that were written whole, oldest first; not checked for damage."""
+        """Returns the steps that were written whole, oldest first; not checked for damage."""
         return hosts.from_first("list checkpoints", lambda: steps_on_disk(self.workdir))
 
     def latest_step(self) -> int | None:
-        """The newest of `all_steps`, or None."""
+        """Returns the newest of `all_steps`; None if there is none."""
         return max(self.all_steps(), default=None)
 
     def save(self, step: int, state: Any, metadata: Mapping[str, Any]) -> None:
@@ -89,7 +89,7 @@ class RunCheckpoints:
 
         Args:
           state: tree of jax arrays; None leaves are allowed.
-          metadata: what JSON can hold, such as config, seed and step.
+          metadata: values that JSON can hold, such as config, seed and step.
         Raises:
           UserError: the save before this failed, the disk is full, or processes are missing.
         """
@@ -110,7 +110,7 @@ class RunCheckpoints:
         self._saving = step, self._executor.submit(self._manager.wait_until_finished)
 
     def check(self) -> None:
-        """Raises what a save that has failed by now raised; costs nothing, for every step."""
+        """Raises the error of a save that has failed by now; cheap enough to call every step."""
         if self._saving is not None and self._saving[1].done():
             self.wait()
 
@@ -137,13 +137,13 @@ class RunCheckpoints:
         self._newest = step
 
     def restore(self, abstract_state: Any, step: int | None = None) -> tuple[Any, dict]:
-        """A state, on whatever mesh and processes there are now, and what `save` was told of it.
+        """Restores a state onto any mesh and number of processes, and the metadata saved with it.
 
-        Nothing but the restored arrays is held: no other state of this size should be alive.
+        Memory holds the restored arrays alone; no other state of this size should be alive.
 
         Args:
           abstract_state: shapes, types and shardings, `jax.ShapeDtypeStruct`s in the state's tree.
-          step: None takes the newest that is not damaged, and says so if that is not the newest.
+          step: None takes the newest undamaged one, and prints a line if newer ones are damaged.
         Raises:
           UserError: there is none, all are damaged, or it does not fit: the config changed.
         """
@@ -168,11 +168,11 @@ class RunCheckpoints:
         if error is None:
             self.close()
             return
-        with contextlib.suppress(UserError):  # of the two, the first error is the one to see
+        with contextlib.suppress(UserError):  # the error that is being raised matters more
             self.close()
 
     def _prepare(self, step: int, num_bytes: int) -> None:
-        """Room on the disk; no newer step in the way. For process 0."""
+        """Checks for room on the disk and moves newer steps out of the way; called by process 0."""
         with disk_errors(self.folder, num_bytes):
             self.folder.mkdir(parents=True, exist_ok=True)
             oldest = -1 if self._newest is None else self._newest
@@ -187,7 +187,7 @@ class RunCheckpoints:
 
     @contextlib.contextmanager
     def _save_errors(self, step: int | None) -> Iterator[None]:
-        """Turns what Orbax raises for a failed save into a UserError; removes the half of it."""
+        """Turns Orbax's error for a failed save into a UserError, and removes the partial files."""
         try:
             yield
         except UserError:
@@ -195,7 +195,7 @@ class RunCheckpoints:
         except BaseException as error:
             if isinstance(error, KeyboardInterrupt | SystemExit):
                 raise
-            self._manager = None  # it would only raise the same again
+            self._manager = None  # it would raise the same error again
             if jax.process_index() == 0:
                 _remove_partials(self.folder)
             raise UserError(
@@ -235,9 +235,10 @@ def _manager(folder: Path, keep_last: int, keep_every: int, timeout_seconds: flo
     )
     # OCDBT packs many arrays and shards into few files; weights do not compress (8 % at a third of
     # the speed, measured).
-    # Of an array that several devices hold alike each may write a part, a program to compile for
-    # each part: so not for small ones (10 s less at a run's first save, measured).
-    # Shardings are not stored, since a run restores to its own: a quarter of a small save's time.
+    # Devices that hold copies of one array can each write a part of it, which compiles a program
+    # for each part: only for large arrays (10 s less at a run's first save, measured).
+    # Shardings are not stored, since a run restores to its own; they would take a quarter of a
+    # small save's time.
     arrays = ocp.type_handlers.ArrayHandler(
         min_slice_bytes_for_replica_parallel=64 * 2**20, enable_write_sharding_file=False
     )
@@ -255,7 +256,7 @@ def _manager(folder: Path, keep_last: int, keep_every: int, timeout_seconds: flo
 
 
 def _partials(folder: Path) -> list[Path]:
-    """Steps being written, or left by a run that was killed."""
+    """Lists the folders of steps being written, or left by a run that was killed."""
     return list(folder.glob("*.orbax-checkpoint-tmp*"))
 
 
@@ -269,7 +270,7 @@ def _remove_partials(folder: Path) -> None:
 
 
 def _reason(error: BaseException) -> str:
-    """One line of an error of Orbax or TensorStore, which can be pages."""
+    """Shortens an error of Orbax or TensorStore, which can be pages long, to one line."""
     full = ("No space left", "Disk quota exceeded", "File too large")
     if any(words in str(error) for words in full):
         return "the disk is full"
@@ -278,18 +279,18 @@ def _reason(error: BaseException) -> str:
 
 # ------------------------------------------------------------------ config.json of a run
 def is_run(folder: str | os.PathLike) -> bool:
-    """Whether the folder is a training run's workdir."""
+    """Returns True if the folder is the workdir of a training run."""
     config = Path(folder) / "config.json"
     return config.is_file() and read_json(config).get("format") == RUN_FORMAT
 
 
 def write_run_metadata(workdir: str | os.PathLike, metadata: dict) -> None:
-    """Writes a run's config.json: what a stranger needs to use its checkpoints."""
+    """Writes a run's config.json, which is all that others need to use its checkpoints."""
     write_json(Path(workdir) / "config.json", {"format": RUN_FORMAT, "version": VERSION} | metadata)
 
 
 def read_run_metadata(workdir: str | os.PathLike) -> dict:
-    """config.json of a training run."""
+    """Reads config.json of a training run; raises UserError if there is none."""
     if not is_run(workdir):
         raise UserError(f"expected the workdir of a training run at {workdir}, found none")
     return read_json(Path(workdir) / "config.json")

@@ -1,4 +1,4 @@
-"""Parameters without optimiser state: to sample with, or to start another run from."""
+"""Loads parameters without optimiser state, to sample with or to start another run from."""
 
 import os
 from pathlib import Path
@@ -19,11 +19,11 @@ from microdit_jax.trees import flatten
 def load_run_params(
     workdir: str | os.PathLike, abstract_params: Any, *, ema: bool
 ) -> tuple[Params, int]:
-    """The newest undamaged parameters of a training run alone, without its optimiser state.
+    """Loads the newest undamaged parameters of a training run, without its optimiser state.
 
     Args:
       abstract_params: shapes, types and shardings to restore to.
-      ema: the moving average rather than the raw parameters.
+      ema: load the moving average instead of the raw parameters.
     Returns:
       The parameters and the step.
     Raises:
@@ -38,10 +38,15 @@ def load_run_params(
     return restore_state(folder, {name: abstract_params}, partial=True)[name], step
 
 
+def describe_weights(workdir: str | os.PathLike, step: int, *, ema: bool) -> str:
+    """Says in words which weights of a training run were loaded."""
+    return f"{workdir}, step {step}, {'moving average' if ema else 'raw weights'}"
+
+
 def load_weights(
     source: str | os.PathLike, abstract_params: Any, *, ema: bool = True
 ) -> tuple[Params, str]:
-    """Parameters alone, of a training run or a model folder (python -m convert), to start from.
+    """Loads the parameters of a training run or a model folder (python -m convert) to start from.
 
     The network may be made for another resolution: a network's parameters do not depend on it, as
     the position embedding, which a released checkpoint stores, is computed from the config here.
@@ -49,16 +54,16 @@ def load_weights(
     Args:
       source: the run's workdir, or the folder.
       abstract_params: shapes, types and shardings to restore to.
-      ema: of a run that keeps an average of the weights, the average.
+      ema: load the moving average of a run that keeps one.
     Returns:
-      The parameters, and in words what they are.
+      The parameters, and a description of them in words.
     Raises:
       UserError: nothing usable there, damaged, or of another network.
     """
     if is_run(source):
         ema = ema and read_run_metadata(source)["has_ema"]
         params, step = load_run_params(source, abstract_params, ema=ema)
-        return params, f"{source}, step {step}, {'moving average' if ema else 'raw weights'}"
+        return params, describe_weights(source, step, ema=ema)
     metadata = model_folder.read_metadata(source)
     hosts.from_first(f"check {source}", lambda: model_folder.verify_model(source))
     arrays = read_json(Path(source) / "manifest.json")["arrays"]

@@ -1,4 +1,4 @@
-"""What the commands and the kinds of model share: flags, configs, model folders."""
+"""Parts that the kinds of model share: configs from JSON and from shapes, model folders, names."""
 
 import dataclasses
 import re
@@ -26,7 +26,7 @@ OTHER_KIND = "give such a file, or name its kind: python -m convert --kind=..."
 
 
 def config_from_fields(cls: type[Config], fields: Mapping[str, Any]) -> Config:
-    """The config dataclass `cls` from the fields of a JSON file.
+    """Makes the config dataclass `cls` from the fields of a JSON file.
 
     Raises:
       UserError: fields that `cls` does not have, or too few.
@@ -47,10 +47,10 @@ def config_from_fields(cls: type[Config], fields: Mapping[str, Any]) -> Config:
 
 
 def size_faults(given: Mapping[str, Any], sizes: Mapping[str, Any]) -> list[str]:
-    """What a config states otherwise than the tensors have it, each in words.
+    """Lists in words the sizes that a config states otherwise than the tensors have them.
 
     Args:
-      given: the config's fields; those that it lacks are no fault.
+      given: the config's fields; a missing one is no fault.
       sizes: as the tensors' shapes have them.
     """
     return [
@@ -61,7 +61,7 @@ def size_faults(given: Mapping[str, Any], sizes: Mapping[str, Any]) -> list[str]
 
 
 def refuse_other_config(faults: Sequence[str]) -> None:
-    """Raises UserError where `faults`, in words, tell that a config is not of these weights."""
+    """Raises UserError if there are faults: the config is not that of the weights."""
     if faults:
         raise UserError(
             f"expected the config of these weights, found {'; '.join(faults)}; give the two that "
@@ -72,7 +72,7 @@ def refuse_other_config(faults: Sequence[str]) -> None:
 def matrix_shapes(
     tensors: Mapping[str, Any], names: Sequence[str], what: str
 ) -> list[tuple[int, int]]:
-    """Shapes of the matrices called `names`, which tell a model's sizes.
+    """Returns the shapes of the matrices called `names`, which tell a model's sizes.
 
     Args:
       what: the model, in words.
@@ -91,7 +91,7 @@ def matrix_shapes(
 
 
 def count_blocks(tensors: Mapping[str, Any], prefix: str) -> int:
-    """How many blocks a network has whose tensors are called `prefix`.NUMBER.SOMETHING."""
+    """Counts the blocks of a network whose tensors are called `prefix`.NUMBER.SOMETHING."""
     blocks = (re.match(rf"{re.escape(prefix)}\.(\d+)\.", name) for name in tensors)
     return max((int(match[1]) + 1 for match in blocks if match), default=0)
 
@@ -124,7 +124,9 @@ def open_folder(
 
 
 def tower_name(metadata: Mapping[str, Any]) -> str:
-    """What data say made them, of a tower that came as a path: the checksum of its weights.
+    """Returns the name of a tower that was given as a path: its kind and its weights' checksum.
+
+    Datasets carry it to say what made them.
 
     Args:
       metadata: config.json of its model folder, with the sha256 of the file it was made from.

@@ -1,7 +1,7 @@
-"""A whole CLIP, for CLIP score: between OpenCLIP's or transformers' state dict and our parameters.
+"""Converts a whole CLIP, for CLIP score, between torch state dicts and our parameters.
 
-The text tower's names are those of clip_text.py; the image tower's blocks have the same ones
-elsewhere in the file.
+Both OpenCLIP's and transformers' names are known. The text tower's rules are those of clip_text.py,
+and the image tower's blocks follow the same rules under another prefix.
 """
 
 import dataclasses
@@ -30,6 +30,7 @@ from microdit_jax.convert.keymap import (
     Entry,
     Params,
     Rule,
+    abstract_params,
     build_table,
     to_params,
     to_tensors,
@@ -65,7 +66,7 @@ _OWN = {
         Rule(r"image/ln_post/bias", "vision_model.post_layernorm.bias"),
     ],
 }
-# Where a text block's name becomes an image block's.
+# The prefix of a text block and the prefix of an image block that has the same names after it.
 _MOVED = {
     "openclip": ("transformer.resblocks", "visual.transformer.resblocks"),
     "transformers": ("text_model.encoder", "vision_model.encoder"),
@@ -79,7 +80,7 @@ _IMAGE_BLOCKS["transformers"] = "vision_model.encoder.layers"
 
 
 def _rules(layout: str) -> list[Rule]:
-    """Rules of the whole, from those of the text tower."""
+    """Makes the rules of both towers from those of the text tower."""
     old, new = _MOVED[layout]
 
     def inside(tower: str, rule: Rule, rename: Callable[[str], str]) -> Rule:
@@ -98,9 +99,9 @@ def _rules(layout: str) -> list[Rule]:
 
 
 def select(state_dict: Mapping[str, Any]) -> StateDict:
-    """Without tables of positions 0, 1, 2, ... that older files have, and without a "text." prefix.
+    """Leaves out older files' tables of positions 0, 1, 2, ..., and strips the prefix "text.".
 
-    OpenCLIP's models with a text tower of their own call it "text.".
+    That is the prefix in OpenCLIP's models with a text tower of their own.
     """
     tensors = {
         name.removeprefix("text."): tensor
@@ -114,7 +115,7 @@ def select(state_dict: Mapping[str, Any]) -> StateDict:
 def infer_config(
     state_dict: Mapping[str, Any], config_json: Mapping[str, Any] | None = None
 ) -> ClipConfig:
-    """The config of the CLIP whose state dict this is.
+    """Returns the config of the CLIP whose state dict this is.
 
     Args:
       config_json: contents of open_clip_config.json, of transformers' config.json, or ClipConfig's
@@ -145,7 +146,7 @@ def from_torch(
     check_finite: bool = True,
     progress: Callable[[int], Any] | None = None,
 ) -> Params:
-    """A state dict of OpenCLIP or transformers as parameters of `Clip(config)`.
+    """Converts a state dict of OpenCLIP or transformers to parameters of `Clip(config)`.
 
     Raises:
       UserError: tensors missing, unexpected, misshapen (all listed) or not finite.
@@ -162,7 +163,10 @@ def from_torch(
 def to_torch(
     params: Params, config: ClipConfig, *, layout: str = "openclip"
 ) -> dict[str, np.ndarray]:
-    """Parameters of `Clip(config)` as a state dict in "openclip"'s or "transformers"' names.
+    """Converts parameters of `Clip(config)` to a state dict in a layout's names.
+
+    Args:
+      layout: "openclip" or "transformers".
 
     Raises:
       UserError: parameters missing, unexpected or misshapen; all are listed.
@@ -171,7 +175,7 @@ def to_torch(
 
 
 def config_from_dict(fields: Mapping[str, Any]) -> ClipConfig:
-    """A ClipConfig from the fields of a model folder's config.json.
+    """Returns a ClipConfig from the fields of a model folder's config.json.
 
     Raises:
       UserError: a field that the config does not have.
@@ -182,15 +186,15 @@ def config_from_dict(fields: Mapping[str, Any]) -> ClipConfig:
 
 
 def config_json(config: ClipConfig) -> dict[str, Any]:
-    """What infer_config needs beside the weights that to_torch gives: all fields."""
+    """Returns all fields of the config, for a config.json beside the torch weights."""
     return dataclasses.asdict(config)
 
 
 def describe(config: ClipConfig) -> str:
-    """A config in one line."""
+    """Describes a config in one line."""
     image = config.image
     return (
-        f"pictures of {image.image_size} px in patches of {image.patch_size}, {image.layers} "
+        f"images of {image.image_size} px in patches of {image.patch_size}, {image.layers} "
         f"blocks of width {image.width}; text: {clip_text.describe(config.text)}; "
         f"{config.embed_dim} in common"
     )
@@ -199,21 +203,16 @@ def describe(config: ClipConfig) -> str:
 @functools.lru_cache(maxsize=16)
 def rename_table(config: ClipConfig, layout: str) -> Sequence[Entry]:
     """Every tensor of a layout ("openclip", "transformers") with the parameter it belongs to."""
-    return tuple(build_table(_rules(layout), abstract_params(config)))
-
-
-def abstract_params(config: ClipConfig) -> Params:
-    """Shapes and types of the parameters of `Clip(config)`."""
     side = config.image.image_size
     pixels = jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32)
     ids = jax.ShapeDtypeStruct((1, config.text.context_length), jnp.int32)
-    return jax.eval_shape(Clip(config).init, jax.random.key(0), pixels, ids)["params"]
+    return tuple(build_table(_rules(layout), abstract_params(Clip(config), pixels, ids)))
 
 
 def load_encoder(
     folder: str | Path, *, batch: int = 32, sharding: Any = None, verify: bool = True
 ) -> ClipEncoder:
-    """The CLIP of a model folder made by `python -m convert --kind=clip`.
+    """Returns the CLIP of a model folder made by `python -m convert --kind=clip`.
 
     Raises:
       UserError: not a model folder of this kind, or damaged.
@@ -223,7 +222,7 @@ def load_encoder(
 
 
 def _image_fields(config_json: Mapping[str, Any]) -> dict[str, Any]:
-    """ClipImageConfig's fields as far as a JSON file states them."""
+    """Reads those of ClipImageConfig's fields that a JSON file states."""
     if "model_cfg" in config_json:
         model, prepare = config_json["model_cfg"], config_json.get("preprocess_cfg", {})
         vision = model.get("vision_cfg", {})
@@ -271,7 +270,7 @@ def _image_fields(config_json: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _image_sizes(tensors: Mapping[str, Any], layout: str) -> dict[str, int]:
-    """ClipImageConfig's sizes as the tensors' shapes have them."""
+    """Reads ClipImageConfig's sizes off the tensors' shapes."""
     found = [tuple(getattr(tensors.get(n), "shape", ())) for n in (_CONV[layout], _FFN[layout])]
     if [len(shape) for shape in found] != [4, 2]:
         names = ", ".join(list(tensors)[:5]) or "no tensor"

@@ -1,4 +1,4 @@
-"""What OpenCLIP's and transformers' config files say of a CLIP's text tower."""
+"""Reads the text tower's config out of OpenCLIP's and transformers' config files."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -8,7 +8,7 @@ from microdit_jax.encoders.clip_text import ClipTextConfig
 from microdit_jax.errors import UserError
 
 FIELDS = tuple(field.name for field in dataclasses.fields(ClipTextConfig))
-# transformers' names of activations.
+# transformers' names of activations -> ours.
 ACTIVATIONS = {
     "quick_gelu": "quick_gelu",
     "gelu": "gelu",
@@ -18,7 +18,7 @@ ACTIVATIONS = {
 
 
 def stated_fields(config_json: Mapping[str, Any]) -> dict[str, Any]:
-    """ClipTextConfig's fields as far as a JSON file states them.
+    """Reads those of ClipTextConfig's fields that a JSON file states.
 
     Args:
       config_json: contents of open_clip_config.json or of transformers' config.json, of a text

@@ -1,4 +1,4 @@
-"""CLIP's text tower: between OpenCLIP's or transformers' state dict and our parameters."""
+"""Converts CLIP's text tower between OpenCLIP's or transformers' state dict and our parameters."""
 
 import dataclasses
 import functools
@@ -26,6 +26,7 @@ from microdit_jax.convert.keymap import (
     Entry,
     Params,
     Rule,
+    abstract_params,
     build_table,
     to_params,
     to_tensors,
@@ -80,14 +81,14 @@ RULES = {
         Rule(r"ln_final/bias", "text_model.final_layer_norm.bias"),
     ],
 }
-# Where each layout has the token table, position table, and first block's feed-forward.
+# Names, by layout, of the token table, the position table and the first block's feed-forward.
 _TOKENS = {"openclip": "token_embedding.weight"}
 _TOKENS["transformers"] = "text_model.embeddings.token_embedding.weight"
 _POSITIONS = {"openclip": "positional_embedding"}
 _POSITIONS["transformers"] = "text_model.embeddings.position_embedding.weight"
 _FFN = {"openclip": f"{_BLOCK}.0.mlp.c_fc.weight", "transformers": f"{_LAYER}.0.mlp.fc1.weight"}
 _BLOCKS = {"openclip": _BLOCK, "transformers": _LAYER}
-# What a CLIP has beside the text transformer; nothing here reads it.
+# Names of a CLIP's other tensors, which are left out unread.
 _ASIDE = re.compile(
     r"(visual|vision_model|visual_projection|text_projection)\..*"
     r"|text_projection|logit_scale|logit_bias|text_model\.embeddings\.position_ids"
@@ -96,10 +97,10 @@ _HEAD_DIM = 64  # of every CLIP text tower, where no config says otherwise
 
 
 def select(state_dict: Mapping[str, Any]) -> StateDict:
-    """The text transformer's tensors alone, and notes of what else of a CLIP was left aside.
+    """Selects the text transformer's tensors, and notes what else of a CLIP was left out.
 
-    Nothing is read: of a memory-mapped file with an image tower, that part stays on disk. Names
-    that no CLIP has stay in, for from_torch to refuse.
+    The image tower of a memory-mapped file is not read. Names that no CLIP has stay in, for
+    from_torch to refuse.
     """
     tensors, aside = {}, {}
     # transformers 5 writes a text model alone without the prefix.
@@ -127,7 +128,7 @@ def infer_config(
     heads: int | None = None,
     padding: int | None = None,
 ) -> ClipTextConfig:
-    """The config of the text tower whose state dict this is.
+    """Returns the config of the text tower whose state dict this is.
 
     Sizes come from the tensors' shapes, and must be those that config_json names.
 
@@ -135,8 +136,8 @@ def infer_config(
       state_dict: of a text tower or a whole CLIP, as OpenCLIP or transformers has it.
       config_json: contents of open_clip_config.json, or of transformers' config.json, or
         ClipTextConfig's fields.
-      activation: where there is no config: it cannot be told from the weights.
-      heads: where there is no config and they are not of width 64.
+      activation: for weights without a config; the weights do not tell it.
+      heads: for weights without a config whose heads are not 64 wide.
       padding: id after a text's end. By default 0, but END_OF_TEXT for QuickGELU towers in
         transformers' layout (Stable Diffusion 1.x; huggingface/diffusers issue 2201).
     Raises:
@@ -179,7 +180,7 @@ def from_torch(
     check_finite: bool = True,
     progress: Callable[[int], Any] | None = None,
 ) -> Params:
-    """A state dict of OpenCLIP or transformers as parameters of `ClipText(config)`.
+    """Converts a state dict of OpenCLIP or transformers to parameters of `ClipText(config)`.
 
     Strict: what `select` leaves is used exactly once, in the shape the config asks for.
 
@@ -200,7 +201,7 @@ def from_torch(
 def to_torch(
     params: Params, config: ClipTextConfig, *, layout: str = "openclip"
 ) -> dict[str, np.ndarray]:
-    """Parameters of `ClipText(config)` as a state dict, views wherever possible.
+    """Converts parameters of `ClipText(config)` to a state dict, views wherever possible.
 
     Args:
       layout: whose names: "openclip", or "transformers" for its CLIPTextModel. Neither has the
@@ -212,7 +213,7 @@ def to_torch(
 
 
 def config_from_dict(fields: Mapping[str, Any]) -> ClipTextConfig:
-    """A ClipTextConfig from the fields of a model folder's config.json.
+    """Returns a ClipTextConfig from the fields of a model folder's config.json.
 
     Raises:
       UserError: a field that ClipTextConfig does not have.
@@ -221,12 +222,12 @@ def config_from_dict(fields: Mapping[str, Any]) -> ClipTextConfig:
 
 
 def config_json(config: ClipTextConfig) -> dict[str, Any]:
-    """What infer_config needs beside the weights that to_torch gives: all fields."""
+    """Returns all fields of the config, for a config.json beside the torch weights."""
     return dataclasses.asdict(config)
 
 
 def describe(config: ClipTextConfig) -> str:
-    """A config in one line."""
+    """Describes a config in one line."""
     return (
         f"{config.layers} blocks of width {config.width}, {config.heads} heads, "
         f"{config.activation}, {config.context_length} tokens padded with {config.padding}"
@@ -236,13 +237,8 @@ def describe(config: ClipTextConfig) -> str:
 @functools.lru_cache(maxsize=32)
 def rename_table(config: ClipTextConfig, layout: str) -> Sequence[Entry]:
     """Every tensor of a layout ("openclip", "transformers") with the parameter it belongs to."""
-    return tuple(build_table(RULES[layout], abstract_params(config)))
-
-
-def abstract_params(config: ClipTextConfig) -> Params:
-    """Shapes and types of the parameters of `ClipText(config)`."""
     ids = jax.ShapeDtypeStruct((1, config.context_length), jnp.int32)
-    return jax.eval_shape(ClipText(config).init, jax.random.key(0), ids)["params"]
+    return tuple(build_table(RULES[layout], abstract_params(ClipText(config), ids)))
 
 
 def load_encoder(
@@ -253,7 +249,7 @@ def load_encoder(
     batch: int = BATCH,
     **options: Any,
 ) -> ClipTextEncoder:
-    """The text tower of a model folder made by `python -m convert --kind=clip_text`.
+    """Returns the text tower of a model folder made by `python -m convert --kind=clip_text`.
 
     Args:
       name: what data and models carry to find it again; by default the weights' checksum.
@@ -271,6 +267,7 @@ def load_encoder(
 
 
 def _layout(tensors: Mapping[str, Any]) -> str:
+    """Tells "openclip" from "transformers" by the token table's name."""
     for layout, name in _TOKENS.items():
         if name in tensors:
             return layout
@@ -282,7 +279,7 @@ def _layout(tensors: Mapping[str, Any]) -> str:
 
 
 def _sizes(tensors: Mapping[str, Any], layout: str) -> dict[str, int]:
-    """ClipTextConfig's sizes as the tensors' shapes have them."""
+    """Reads ClipTextConfig's sizes off the tensors' shapes."""
     names = (_TOKENS[layout], _POSITIONS[layout], _FFN[layout])
     (vocab_size, width), (context_length, _), (ffn, _) = matrix_shapes(
         tensors, names, "a CLIP text tower"

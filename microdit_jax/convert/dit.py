@@ -1,4 +1,4 @@
-"""MicroDiT: between the reference's state dict and our parameters."""
+"""Converts MicroDiT between the reference's state dict and our parameters."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -25,7 +25,7 @@ def from_torch(
     check_finite: bool = True,
     progress: Callable[[int], Any] | None = None,
 ) -> Params:
-    """The reference's state dict as parameters of `DiT(config)`.
+    """Converts the reference's state dict to parameters of `DiT(config)`.
 
     Strict: every tensor is used exactly once, in the shape the config asks for, and the constants
     `pos_embed` and `mask_token` must be those the network computes itself.
@@ -71,7 +71,7 @@ def from_torch(
 
 
 def to_torch(params: Params, config: DiTConfig) -> dict[str, np.ndarray]:
-    """Parameters of `DiT(config)` as a state dict that the reference loads strictly.
+    """Converts parameters of `DiT(config)` to a state dict that the reference loads strictly.
 
     Returns:
       name -> array, views of the given ones wherever possible, with the constants `pos_embed` and
@@ -89,7 +89,7 @@ def to_torch(params: Params, config: DiTConfig) -> dict[str, np.ndarray]:
 
 
 def config_from_dict(fields: Mapping[str, Any]) -> DiTConfig:
-    """A DiTConfig from the fields of a JSON file.
+    """Returns a DiTConfig from the fields of a JSON file.
 
     Raises:
       UserError: a field that DiTConfig does not have.
@@ -98,7 +98,7 @@ def config_from_dict(fields: Mapping[str, Any]) -> DiTConfig:
 
 
 def describe(config: DiTConfig) -> str:
-    """A config in one line."""
+    """Describes a config in one line."""
     mixer = f"mixer {config.patch_mixer_depth} x {config.patch_mixer_dim}"
     return (
         f"{config.depth} blocks of width {config.dim}, heads of {config.head_dim}, "

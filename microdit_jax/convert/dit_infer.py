@@ -1,4 +1,4 @@
-"""Reads a MicroDiT's config off the shapes of its state dict, so that nothing is said twice."""
+"""Reads a MicroDiT's config off the shapes of its state dict, so that nobody has to state it."""
 
 import math
 import re
@@ -18,7 +18,7 @@ from microdit_jax.models.dit import DiTConfig
 from microdit_jax.models.layers import round_up, sincos_pos_embed
 
 NEEDED = ("x_embedder.proj.weight", "pos_embed", "y_embedder.y_proj.fc1.weight")
-LARGEST_HEAD = 128  # wider heads do not exist in practice, so a wider common divisor tells nothing
+LARGEST_HEAD = 128  # no wider head exists, so a larger common divisor of widths tells nothing
 
 
 def infer_config(
@@ -27,16 +27,16 @@ def infer_config(
     head_dim: int | None = None,
     expert_capacity: float = 2.0,
 ) -> DiTConfig:
-    """The config of the network whose state dict this is.
+    """Returns the config of the network whose state dict this is.
 
     Sizes come from the tensors' shapes and pos_interp_scale from pos_embed's values; XL/2 and
     Tiny/2 are recognised, any other network gets multipliers that give exactly its widths.
 
     Args:
       state_dict: the reference's bare names; tensors missing elsewhere are left to from_torch.
-      head_dim: width of a head, where shapes cannot tell: they fix only a common divisor, and for
-        a custom network the largest one is taken.
-      expert_capacity: not in the file; 2.0 in all released models.
+      head_dim: width of a head. Shapes tell only that it divides them all; None takes the largest
+        common divisor.
+      expert_capacity: 2.0 in all released models; the file does not tell.
     Raises:
       UserError: not a MicroDiT, widths no config gives, or a head_dim that shapes leave open.
     """
@@ -81,7 +81,7 @@ def infer_config(
 
 
 def interp_scale(pos_embed: Float[np.ndarray, "1 t d"]) -> float | None:
-    """The pos_interp_scale a position embedding (1, t, d) was made with; None if by none.
+    """Finds the pos_interp_scale that a position embedding (1, t, d) was made with; None if none.
 
     The last column's angles are (grid - 1) / scale times each frequency: taken from the lowest
     frequency, which never wraps, up to the highest, which is the most exact.
@@ -112,7 +112,7 @@ def interp_scale(pos_embed: Float[np.ndarray, "1 t d"]) -> float | None:
 
 
 def _blocks(shapes: Mapping[str, tuple], prefix: str, dim: int) -> list[dict[str, int]]:
-    """Each block's width, self-attention width, feed-forward width and experts (0: dense)."""
+    """Reads each block's width, attention width, feed-forward width and experts (0: dense)."""
     indices = (re.match(rf"{prefix}\.(\d+)\.", name) for name in shapes)
     depth = max((int(match[1]) + 1 for match in indices if match), default=0)
     blocks = []
@@ -124,7 +124,7 @@ def _blocks(shapes: Mapping[str, tuple], prefix: str, dim: int) -> list[dict[str
     return blocks
 
 
-# What each tensor of a block tells of its sizes; several tell the same, so that one may be missing.
+# Sizes that each tensor of a block tells; several tell the same one, so that one may be missing.
 BLOCK: dict[str, Callable[[tuple], Iterable[tuple[str, int]]]] = {
     "norm1.weight": lambda s: [("dim", s[0])],
     "attn.proj.weight": lambda s: [("dim", s[0]), ("attn", s[1])],
@@ -137,7 +137,7 @@ BLOCK: dict[str, Callable[[tuple], Iterable[tuple[str, int]]]] = {
 
 
 def _every(backbone: list[dict], mixer: list[dict]) -> int:
-    """experts_every_n from which blocks have experts."""
+    """Finds experts_every_n from which of the blocks have experts."""
     found = [bool(b["experts"]) for b in backbone], [bool(b["experts"]) for b in mixer]
     depths = len(backbone), len(mixer)
     for n in range(1, max(depths) + 2):
@@ -152,7 +152,7 @@ def _every(backbone: list[dict], mixer: list[dict]) -> int:
 
 
 def _share_that_fits(shapes: Mapping[str, tuple], config: DiTConfig) -> float:
-    """The share of a config's tensors that the file has in their shapes."""
+    """Returns the share of a config's tensors that the file has in their shapes."""
     table = rename_table(config)
     return sum(shapes.get(e.torch_name) == e.torch_shape for e in table) / len(table)
 
@@ -203,18 +203,18 @@ def _custom(shapes, dim, backbone, mixer, head_dim, common) -> DiTConfig:
 
 
 def _inner(block: dict[str, int]) -> int:
-    """int(d * ratio) that gives the block's feed-forward width: SwiGLU takes two thirds of it."""
+    """Finds int(d * ratio) from a feed-forward width: SwiGLU takes two thirds of it."""
     return block["ffn"] if block["experts"] else math.ceil(1.5 * block["ffn"])
 
 
 def _ratio(inner: int, dim: int) -> float:
-    """A ratio with int(dim * ratio) == inner."""
+    """Returns a ratio with int(dim * ratio) == inner."""
     ratio = inner / dim
     return ratio if int(dim * ratio) == inner else math.nextafter(ratio, math.inf)
 
 
 def _mixer_ratio(mixer: list[dict], multiple: int) -> float | None:
-    """The one mlp_ratio that gives all mixer blocks' widths, dense and experts; None if none."""
+    """Finds the mlp_ratio that gives all mixer blocks' widths, dense and experts; None if none."""
     if not mixer:
         return 4.0
     highest = max(_inner(b) for b in mixer)

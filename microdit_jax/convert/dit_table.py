@@ -8,7 +8,7 @@ from microdit_jax.models.dit import DiTConfig, abstract_params
 
 
 def rules(config: DiTConfig) -> list[Rule]:
-    """How the network's parameters are named and laid out in the reference."""
+    """Rules for the names and layouts of the parameters in the reference."""
     return [
         Rule(
             r"x_embedder/proj/kernel",
@@ -29,6 +29,6 @@ def rename_table(config: DiTConfig) -> Sequence[Entry]:
 
 
 def buffer_shapes(config: DiTConfig) -> dict[str, tuple[int, ...]]:
-    """The reference's constants, which its state dict holds beside the parameters."""
+    """Shapes of the reference's constants, which its state dict holds beside the parameters."""
     values = config.patch_size**2 * config.in_channels
     return {"pos_embed": (1, config.num_tokens, config.dim), "mask_token": (1, 1, values)}

@@ -1,4 +1,4 @@
-"""The FID network: between the public PyTorch conversion of Inception-v3 and our parameters."""
+"""Converts the FID network between the public PyTorch port of Inception-v3 and our parameters."""
 
 import functools
 import re
@@ -16,6 +16,7 @@ from microdit_jax.convert.keymap import (
     Entry,
     Params,
     Rule,
+    abstract_params,
     build_table,
     to_params,
     to_tensors,
@@ -33,7 +34,7 @@ def _dotted(match: re.Match) -> str:
     return match[1].replace("/", ".")
 
 
-# exact: names such as branch5x5_1 are no list's.
+# exact: the _1 of branch5x5_1 is part of a name and no index of a list.
 RULES = [
     Rule(r"(.*)/conv/kernel", lambda m: f"{_dotted(m)}.conv.weight", CONV, exact=True),
     Rule(r"(.*)/bn/(\w+)", lambda m: f"{_dotted(m)}.bn.{_NORM[m[2]]}", exact=True),
@@ -43,14 +44,14 @@ RULES = [
 
 
 def select(state_dict: Mapping[str, Any]) -> StateDict:
-    """Without the counters of training batches, which PyTorch adds to batch norms."""
+    """Leaves out the counters of training batches that PyTorch adds to batch norms."""
     tensors = {k: v for k, v in state_dict.items() if not k.endswith(".num_batches_tracked")}
     counters = len(state_dict) - len(tensors)
     return StateDict(tensors, [f"ignored {counters} num_batches_tracked"] if counters else [])
 
 
 def infer_config(state_dict: Mapping[str, Any]) -> InceptionConfig:
-    """The config of the network whose state dict this is.
+    """Returns the config of the network whose state dict this is.
 
     Raises:
       UserError: not an Inception-v3, or torchvision's, which is another network.
@@ -77,7 +78,7 @@ def from_torch(
     check_finite: bool = True,
     progress: Callable[[int], Any] | None = None,
 ) -> Params:
-    """The public state dict as parameters of `Inception`; statistics of batch norms are kept.
+    """Converts the public state dict to parameters of `Inception`, batch statistics included.
 
     Raises:
       UserError: tensors missing, unexpected, misshapen (all listed) or not finite.
@@ -87,7 +88,7 @@ def from_torch(
 
 
 def to_torch(params: Params, config: InceptionConfig) -> dict[str, np.ndarray]:
-    """Parameters of `Inception` as a state dict, views wherever possible.
+    """Converts parameters of `Inception` to a state dict, views wherever possible.
 
     Raises:
       UserError: parameters missing, unexpected or misshapen; all are listed.
@@ -96,25 +97,20 @@ def to_torch(params: Params, config: InceptionConfig) -> dict[str, np.ndarray]:
 
 
 def config_from_dict(fields: Mapping[str, Any]) -> InceptionConfig:
-    """An InceptionConfig from the fields of a model folder's config.json."""
+    """Returns an InceptionConfig from the fields of a model folder's config.json."""
     return config_from_fields(InceptionConfig, fields)
 
 
 def describe(config: InceptionConfig) -> str:
-    """A config in one line."""
+    """Describes a config in one line."""
     return f"Inception-v3 for FID, {2048 // config.divisor} features, {config.classes} classes"
 
 
 @functools.lru_cache(maxsize=8)
 def rename_table(config: InceptionConfig) -> Sequence[Entry]:
     """Every parameter of the network with its torch name, both shapes and the transform."""
-    return tuple(build_table(RULES, abstract_params(config)))
-
-
-def abstract_params(config: InceptionConfig) -> Params:
-    """Shapes and types of the parameters of `Inception`."""
-    x = jax.ShapeDtypeStruct((1, 299, 299, 3), jnp.float32)
-    return jax.eval_shape(make_inception(config).init, jax.random.key(0), x)["params"]
+    pixels = jax.ShapeDtypeStruct((1, 299, 299, 3), jnp.float32)
+    return tuple(build_table(RULES, abstract_params(make_inception(config), pixels)))
 
 
 KIND = Kind(

@@ -32,7 +32,7 @@ class Input(NamedTuple):
 
 
 def find_input(path: Path, kind: Kind) -> Input:
-    """The weights and the config of one model.
+    """Finds the weights and the config of one model.
 
     Args:
       path: a file; a folder in the layout of diffusers, transformers or OpenCLIP (config.json and
@@ -43,7 +43,7 @@ def find_input(path: Path, kind: Kind) -> Input:
     if not kind.config_keys:
         return Input((path,), None, "", [])
     if not path.is_dir():
-        # A config.json of another kind of model, beside a single file, belongs to something else.
+        # A config.json of another kind of model beside the file belongs to another file.
         if beside := _find_config(path.parent, kind):
             return Input((path,), *beside, [])
         text = read_note(path, CONFIG)
@@ -63,7 +63,7 @@ def find_input(path: Path, kind: Kind) -> Input:
 
 
 def _find_config(folder: Path, kind: Kind) -> tuple[dict[str, Any], str] | None:
-    """The contents and the path of the config that describes a kind's model in a folder."""
+    """Reads the config that describes a kind's model in a folder: its contents and path."""
     for file in (folder / name for name in kind.config_files):
         config = read_config(file)
         if config and set(kind.config_keys) & set(config):
@@ -72,7 +72,7 @@ def _find_config(folder: Path, kind: Kind) -> tuple[dict[str, Any], str] | None:
 
 
 def read_tensors(files: Sequence[Path], part: str | None) -> StateDict:
-    """The tensors of all files together.
+    """Reads the tensors of all files together.
 
     Raises:
       UserError: a file cannot be read, or a tensor is in two of them.
@@ -93,9 +93,9 @@ def read_tensors(files: Sequence[Path], part: str | None) -> StateDict:
 
 
 def describe_source(files: Sequence[Path]) -> dict[str, Any]:
-    """Name, size and checksum of the weights; of several files, the checksum of all checksums."""
+    """Returns name, size and checksum of the weights; for several files, of all checksums."""
     for file in files:
-        map_bytes(file)  # that it exists and is not empty
+        map_bytes(file)  # raises unless it exists and is not empty
     digests = [sha256(file) for file in files]
     digest = digests[0] if len(files) == 1 else hashlib.sha256("".join(digests).encode())
     return {
@@ -106,7 +106,7 @@ def describe_source(files: Sequence[Path]) -> dict[str, Any]:
 
 
 def read_config(path: Path) -> dict[str, Any] | None:
-    """A JSON file's object, or None where there is none.
+    """Reads a JSON file's object; None if there is no file, or another JSON value in it.
 
     Raises:
       UserError: it is not JSON.
@@ -121,7 +121,7 @@ def read_config(path: Path) -> dict[str, Any] | None:
 
 
 def read_note(path: Path, name: str) -> str | None:
-    """What python -m convert wrote into a file beside its tensors, or None."""
+    """Reads a note that python -m convert wrote into a file beside its tensors; None if none."""
     if not path.is_file() or path.stat().st_size < 9:
         return None
     if path.suffix == ".safetensors" or looks_like_safetensors(path):
@@ -133,6 +133,7 @@ def read_note(path: Path, name: str) -> str | None:
 
 
 def _weights(folder: Path, stems: Sequence[str]) -> tuple[Path, ...]:
+    """Finds the best weights in a folder, as one file or as the shards of an index."""
     for stem in stems:
         for suffix in SUFFIXES:
             file = folder / f"{stem}{suffix}"
@@ -141,6 +142,6 @@ def _weights(folder: Path, stems: Sequence[str]) -> tuple[Path, ...]:
             index = folder / f"{stem}{suffix}.index.json"
             if index.is_file():
                 names = sorted(set((read_config(index) or {}).get("weight_map", {}).values()))
-                # A shard must lie in this very folder.
+                # basename: shards outside of this folder are not followed.
                 return tuple(folder / os.path.basename(name) for name in names)
     return ()

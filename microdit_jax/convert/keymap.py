@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import flax.linen as nn
 import jax
 import numpy as np
 from jaxtyping import Shaped
@@ -26,7 +27,7 @@ Params = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Transform:
-    """How one array is laid out on either side; both directions return views where they can.
+    """The layout of one array on either side; both directions return views where they can.
 
     Attributes:
       torch_shape: the torch tensor's shape, from the Flax parameter's.
@@ -51,7 +52,7 @@ CONV = Transform(
 
 
 def patch_conv(channels: int, patch: int) -> Transform:
-    """A convolution whose stride is its size: weight (d, C, p, p) <-> kernel (C p p, d)."""
+    """Layout of a convolution with stride = size: weight (d, C, p, p) <-> kernel (C p p, d)."""
     return Transform(
         lambda shape: (shape[1], channels, patch, patch),
         lambda a, shape: a.reshape(shape[1], shape[0]).T,
@@ -91,13 +92,22 @@ class Entry:
     part: tuple[int, int] = (0, 1)
 
 
+def abstract_params(network: nn.Module, *inputs: jax.ShapeDtypeStruct) -> Params:
+    """Returns the shapes and dtypes of a network's parameters, computing none.
+
+    Args:
+      inputs: shapes and dtypes of the arguments of its call.
+    """
+    return jax.eval_shape(network.init, jax.random.key(0), *inputs)["params"]
+
+
 def torch_name(path: str) -> str:
-    """blocks_3/attn/qkv -> blocks.3.attn.qkv."""
+    """Translates a Flax path to a torch name: blocks_3/attn/qkv -> blocks.3.attn.qkv."""
     return re.sub(r"_(\d+)(?=[/.]|$)", r".\1", path).replace("/", ".")
 
 
 def build_table(rules: Sequence[Rule], expected: Mapping[str, Any]) -> list[Entry]:
-    """The rename table for the parameters that a Flax model expects.
+    """Returns the rename table for the parameters that a Flax model expects.
 
     Args:
       rules: the first whose pattern matches a path applies.
@@ -121,7 +131,7 @@ def build_table(rules: Sequence[Rule], expected: Mapping[str, Any]) -> list[Entr
 
 
 def _entries(rule: Rule, match: re.Match, shape: Shape) -> list[Entry]:
-    """The table's lines for the parameter whose path is `match`."""
+    """Returns the table's lines for the parameter whose path is `match`."""
     templates = [rule.name] if callable(rule.name) or isinstance(rule.name, str) else rule.name
     names = [name(match) if callable(name) else match.expand(name) for name in templates]
     if not rule.exact:
@@ -137,10 +147,10 @@ def _entries(rule: Rule, match: re.Match, shape: Shape) -> list[Entry]:
 
 
 def is_finite(tensor: Shaped[np.ndarray, "..."]) -> bool:
-    """Whether no value is NaN or infinite, looked at a few MB at a time."""
+    """Returns True if no value is NaN or infinite; reads a few MB at a time."""
     if tensor.dtype.kind not in "fV" or not tensor.size:
         return True
-    # In the order of memory, whichever way the axes are turned.
+    # Axes sorted by stride, so that memory is read in order however the axes are transposed.
     by_stride = tensor.transpose(np.argsort([-s for s in tensor.strides], kind="stable"))
     rows = by_stride.reshape(-1) if by_stride.flags.c_contiguous else by_stride
     step = max(1, CHUNK * len(rows) // (rows.size * rows.itemsize)) if rows.ndim else 1
@@ -148,7 +158,7 @@ def is_finite(tensor: Shaped[np.ndarray, "..."]) -> bool:
         part = rows[start : start + step] if rows.ndim else rows
         if part.itemsize < 4:
             part = part.astype(np.float32)
-        # NaN wins in min and max, so the two tell without a temporary array.
+        # min and max propagate NaN, so that they test all values without a temporary array.
         if not (np.isfinite(part.min()) and np.isfinite(part.max())):
             return False
     return True
@@ -176,7 +186,7 @@ def _account(
     wanted: Mapping[str, Shape],
     what: str,
 ) -> None:
-    """Every wanted name once, in its shape, and nothing else; one error lists all that is wrong."""
+    """Raises UserError, listing all faults, unless each wanted name is there once, in its shape."""
     missing = [f"{name} {shape}" for name, shape in wanted.items() if name not in found]
     unexpected = [f"{name} {tuple(found[name].shape)}" for name in found if name not in wanted]
     misshapen = [
@@ -201,7 +211,7 @@ def to_params(
     check_finite: bool = True,
     progress: Callable[[int], Any] | None = None,
 ) -> Params:
-    """A state dict as Flax parameters, float32; views of its tensors wherever those are float32.
+    """Converts a state dict to Flax parameters, float32; views where the tensors are float32.
 
     Fused parameters are copies.
 
@@ -225,7 +235,7 @@ def to_params(
 
 
 def to_tensors(params: Mapping[str, Any], table: Sequence[Entry]) -> dict[str, np.ndarray]:
-    """Flax parameters as a state dict, in the table's order; views wherever possible.
+    """Converts Flax parameters to a state dict, in the table's order; views wherever possible.
 
     Raises:
       UserError: parameters are missing, unexpected or misshapen; all are listed.
@@ -244,7 +254,7 @@ def to_tensors(params: Mapping[str, Any], table: Sequence[Entry]) -> dict[str, n
 
 
 def _by_path(table: Sequence[Entry]) -> dict[str, list[Entry]]:
-    """The table's lines by parameter, the parts of a fused one in order."""
+    """Groups the table's lines by parameter, the parts of a fused one in order."""
     groups: dict[str, list[Entry]] = {}
     for entry in table:
         groups.setdefault(entry.path, []).append(entry)

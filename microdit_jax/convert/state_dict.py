@@ -12,21 +12,24 @@ from microdit_jax.convert.formats.safetensors_file import looks_like_safetensors
 from microdit_jax.convert.formats.torch_file import read_torch
 from microdit_jax.errors import UserError
 
-# Where a state dict may lie: as it is, one level down, or in the training framework's nesting.
+# Keys under which a state dict may lie: the training framework's, one level down, or none.
 NESTINGS = (("state", "model"), ("state_dict",), ("model",), ("module",), ())
-# What data parallelism, torch.compile and FSDP insert into names.
+# Parts that data parallelism, torch.compile and FSDP insert into names.
 WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module")
 
 
 class StateDict(NamedTuple):
-    """Named tensors, and what was unwrapped or left aside to find them."""
+    """Named tensors, and notes of what was unwrapped or left out to find them."""
 
     tensors: dict[str, np.ndarray]
     notes: list[str]
 
 
 def find_tensors(contents: Any, path: str = "the checkpoint") -> StateDict:
-    """The mapping of names to tensors inside the contents of the checkpoint at `path`.
+    """Finds the mapping of names to tensors inside the contents of a checkpoint.
+
+    Args:
+      path: the checkpoint, for errors.
 
     Raises:
       UserError: there is none.
@@ -96,7 +99,7 @@ def read_state_dict(path: str | os.PathLike, part: str | None = None) -> StateDi
     Raises:
       UserError: the file cannot be read, or holds no state dict.
     """
-    map_bytes(path)  # that it exists and is not empty
+    map_bytes(path)  # raises unless it exists and is not empty
     if Path(path).suffix == ".safetensors" or looks_like_safetensors(path):
         found = StateDict(read_safetensors(path)[0], [])
     else:

@@ -1,4 +1,4 @@
-"""The T5 v1.1 encoder: between transformers' state dict and our parameters."""
+"""Converts the T5 v1.1 encoder between transformers' state dict and our parameters."""
 
 import dataclasses
 import functools
@@ -24,6 +24,7 @@ from microdit_jax.convert.keymap import (
     Entry,
     Params,
     Rule,
+    abstract_params,
     build_table,
     to_params,
     to_tensors,
@@ -47,7 +48,7 @@ RULES = [
 _TIED = "encoder.embed_tokens.weight"  # the token table once more, in some files
 _ASIDE = re.compile(r"(decoder)\..*|(lm_head)\..*")
 
-# What config.json may say of the network that the tensors' shapes do not.
+# Values that config.json must have where it states them; the tensors' shapes do not tell them.
 _REQUIRED = {
     "model_type": "t5",
     "feed_forward_proj": "gated-gelu",
@@ -68,7 +69,7 @@ _FIELDS = {
 
 
 def select(state_dict: Mapping[str, Any]) -> StateDict:
-    """The encoder's tensors alone, and notes of what else of a T5 was left aside, unread."""
+    """Selects the encoder's tensors, and notes what else of a T5 was left out, unread."""
     tensors, aside = {}, {}
     for name, tensor in state_dict.items():
         if _ASIDE.fullmatch(name):
@@ -87,7 +88,7 @@ def infer_config(
     *,
     max_tokens: int | None = None,
 ) -> T5Config:
-    """The config of the encoder whose state dict this is.
+    """Returns the config of the encoder whose state dict this is.
 
     Sizes come from the tensors' shapes, and must be those that config_json names; the rest is
     T5 v1.1's where config_json does not say otherwise.
@@ -95,7 +96,7 @@ def infer_config(
     Args:
       state_dict: of an encoder or a whole T5, as transformers has it.
       config_json: contents of its config.json, or T5Config's fields.
-      max_tokens: to which texts are cut; 120 as in the reference.
+      max_tokens: length to which texts are cut; None: 120, as in the reference.
     Raises:
       UserError: not a T5 v1.1 encoder, or a config of another network.
     """
@@ -122,7 +123,7 @@ def from_torch(
     check_finite: bool = True,
     progress: Callable[[int], Any] | None = None,
 ) -> Params:
-    """transformers' state dict as parameters of `T5(config)`.
+    """Converts transformers' state dict to parameters of `T5(config)`.
 
     Strict: what `select` leaves is used exactly once, in the shape the config asks for; the second
     copy of the token table, where there is one, must equal the first.
@@ -149,7 +150,7 @@ def from_torch(
 
 
 def to_torch(params: Params, config: T5Config) -> dict[str, np.ndarray]:
-    """Parameters of `T5(config)` as a state dict that transformers' T5EncoderModel loads.
+    """Converts parameters to a state dict that transformers' T5EncoderModel loads.
 
     Raises:
       UserError: parameters missing, unexpected or misshapen; all are listed.
@@ -158,7 +159,7 @@ def to_torch(params: Params, config: T5Config) -> dict[str, np.ndarray]:
 
 
 def config_from_dict(fields: Mapping[str, Any]) -> T5Config:
-    """A T5Config from the fields of a model folder's config.json.
+    """Returns a T5Config from the fields of a model folder's config.json.
 
     Raises:
       UserError: a field that T5Config does not have.
@@ -167,13 +168,13 @@ def config_from_dict(fields: Mapping[str, Any]) -> T5Config:
 
 
 def config_json(config: T5Config) -> dict[str, Any]:
-    """The config.json that transformers' T5EncoderModel.from_pretrained reads."""
+    """Returns the config.json that transformers' T5EncoderModel.from_pretrained reads."""
     names = {theirs: getattr(config, ours) for theirs, ours in _FIELDS.items()}
     return {"architectures": ["T5EncoderModel"], **_REQUIRED, **names}
 
 
 def describe(config: T5Config) -> str:
-    """A config in one line."""
+    """Describes a config in one line."""
     return (
         f"{config.layers} blocks of width {config.width}, {config.heads} heads of "
         f"{config.head_dim}, feed-forward {config.ffn}, {config.max_tokens} tokens"
@@ -183,14 +184,9 @@ def describe(config: T5Config) -> str:
 @functools.lru_cache(maxsize=32)
 def rename_table(config: T5Config) -> Sequence[Entry]:
     """Every tensor of the encoder with the parameter it is."""
-    return tuple(build_table(RULES, abstract_params(config)))
-
-
-def abstract_params(config: T5Config) -> Params:
-    """Shapes and types of the parameters of `T5(config)`."""
     ids = jax.ShapeDtypeStruct((1, config.max_tokens), jnp.int32)
-    mask = jax.ShapeDtypeStruct((1, config.max_tokens), bool)
-    return jax.eval_shape(T5(config).init, jax.random.key(0), ids, mask)["params"]
+    mask = jax.ShapeDtypeStruct(ids.shape, bool)
+    return tuple(build_table(RULES, abstract_params(T5(config), ids, mask)))
 
 
 def load_encoder(
@@ -202,7 +198,7 @@ def load_encoder(
     batch: int = BATCH,
     **options: Any,
 ) -> T5Encoder:
-    """The encoder of a model folder made by `python -m convert --kind=t5`.
+    """Returns the encoder of a model folder made by `python -m convert --kind=t5`.
 
     Args:
       name: what data and models carry to find it again; by default the weights' checksum.
@@ -222,7 +218,7 @@ def load_encoder(
 
 
 def _sizes(tensors: Mapping[str, Any]) -> dict[str, int]:
-    """T5Config's sizes as the tensors' shapes have them."""
+    """Reads T5Config's sizes off the tensors' shapes."""
     first = f"{_BLOCK}.0."
     if f"{first}{_FFN}.wi.weight" in tensors:
         raise UserError(

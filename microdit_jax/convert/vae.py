@@ -1,4 +1,4 @@
-"""The image autoencoder: between diffusers' AutoencoderKL and our parameters."""
+"""Converts the image autoencoder between diffusers' AutoencoderKL and our parameters."""
 
 import dataclasses
 import functools
@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from microdit_jax.convert.arguments import (
@@ -23,12 +25,13 @@ from microdit_jax.convert.keymap import (
     Entry,
     Params,
     Rule,
+    abstract_params,
     build_table,
     to_params,
 )
 from microdit_jax.convert.keymap import to_tensors as table_to_tensors
 from microdit_jax.convert.kinds import Kind
-from microdit_jax.encoders.vae import VaeConfig, abstract_params
+from microdit_jax.encoders.vae import AutoencoderKL, VaeConfig
 from microdit_jax.encoders.vae_codec import VaeCodec
 from microdit_jax.errors import UserError
 
@@ -43,7 +46,8 @@ OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_o
 OLD_NAME = re.compile(rf"(.*\.attentions\.\d+)\.({'|'.join(OLD_NAMES)})\.(weight|bias)")
 LINEAR_NAME = re.compile(r".*\.attentions\.\d+\.to_(q|k|v|out\.0)\.weight")
 
-# What config.json may say beside VaeConfig's fields: values the network here has, ...
+# config.json may state these beside VaeConfig's fields; only the values that our network has are
+# accepted.
 REQUIRED = {
     "_class_name": "AutoencoderKL",
     "act_fn": "silu",
@@ -55,8 +59,8 @@ REQUIRED = {
     "latents_mean": None,
     "latents_std": None,
 }
-# ... and what changes neither the network nor its latents. MicroDiT multiplies raw latents by
-# scaling_factor alone, whatever shift_factor says.
+# Fields of config.json that change neither the network nor its latents. MicroDiT multiplies raw
+# latents by scaling_factor alone, whatever shift_factor says.
 WITHOUT_EFFECT = (
     "_diffusers_version",
     "_name_or_path",
@@ -73,7 +77,7 @@ def infer_config(
     *,
     scaling_factor: float | None = None,
 ) -> VaeConfig:
-    """The config of the autoencoder whose state dict this is.
+    """Returns the config of the autoencoder whose state dict this is.
 
     Sizes come from the tensors' shapes, and must be those that config.json names; norm_num_groups
     and scaling_factor come from config.json.
@@ -82,7 +86,7 @@ def infer_config(
       state_dict: names as diffusers has them, old or new.
       config_json: contents of the model's config.json. Without it there are 32 groups, as
         diffusers has it.
-      scaling_factor: where config.json does not have one; never guessed.
+      scaling_factor: for a config.json without one; it is never guessed.
     Raises:
       UserError: not an AutoencoderKL, no scaling_factor, or a config.json of another network.
     """
@@ -105,7 +109,7 @@ def infer_config(
         **sizes,
         norm_num_groups=given.get("norm_num_groups", 32),
         scaling_factor=float(scaling_factor if found is None else found),
-        dtype=given.get("dtype", "float32"),  # ours alone: a model folder's config has it
+        dtype=given.get("dtype", "float32"),  # only in a model folder's config, which is ours
     )
 
 
@@ -116,7 +120,7 @@ def from_torch(
     check_finite: bool = True,
     progress: Callable[[int], Any] | None = None,
 ) -> Params:
-    """diffusers' state dict as parameters of `AutoencoderKL(config)`.
+    """Converts diffusers' state dict to parameters of `AutoencoderKL(config)`.
 
     Strict: every tensor is used exactly once, in the shape the config asks for. The attention's
     layers may have their old names (query, key, value, proj_attn), and be 1x1 convolutions.
@@ -136,7 +140,7 @@ def from_torch(
 
 
 def to_torch(params: Params, config: VaeConfig) -> dict[str, np.ndarray]:
-    """Parameters of `AutoencoderKL(config)` as a state dict that diffusers loads, in its new names.
+    """Converts parameters to a state dict that diffusers loads, in its new names.
 
     Raises:
       UserError: parameters missing, unexpected or misshapen; all are listed.
@@ -145,7 +149,7 @@ def to_torch(params: Params, config: VaeConfig) -> dict[str, np.ndarray]:
 
 
 def config_from_dict(fields: Mapping[str, Any]) -> VaeConfig:
-    """A VaeConfig from the fields of a model folder's config.json.
+    """Returns a VaeConfig from the fields of a model folder's config.json.
 
     Raises:
       UserError: fields that VaeConfig does not have, or too few.
@@ -154,7 +158,7 @@ def config_from_dict(fields: Mapping[str, Any]) -> VaeConfig:
 
 
 def config_json(config: VaeConfig) -> dict[str, Any]:
-    """The config.json that diffusers' AutoencoderKL.from_pretrained reads."""
+    """Returns the config.json that diffusers' AutoencoderKL.from_pretrained reads."""
     levels = len(config.block_out_channels)
     return {
         "_class_name": "AutoencoderKL",
@@ -167,7 +171,7 @@ def config_json(config: VaeConfig) -> dict[str, Any]:
 
 
 def describe(config: VaeConfig) -> str:
-    """A config in one line."""
+    """Describes a config in one line."""
     return (
         f"widths {', '.join(map(str, config.block_out_channels))}, {config.layers_per_block} "
         f"resnets a level, {config.norm_num_groups} groups, {config.latent_channels} latent "
@@ -178,7 +182,9 @@ def describe(config: VaeConfig) -> str:
 @functools.lru_cache(maxsize=32)
 def rename_table(config: VaeConfig) -> Sequence[Entry]:
     """Every parameter of the network with its torch name, both shapes and the transform."""
-    return tuple(build_table(RULES, abstract_params(config)))
+    side = config.factor
+    images = jax.ShapeDtypeStruct((1, side, side, config.in_channels), jnp.float32)
+    return tuple(build_table(RULES, abstract_params(AutoencoderKL(config), images)))
 
 
 def load_codec(
@@ -189,12 +195,12 @@ def load_codec(
     slice_size: int = 1,
     sharding: Any = None,
 ) -> VaeCodec:
-    """The codec of a model folder made by `python -m convert --kind=vae`.
+    """Returns the codec of a model folder made by `python -m convert --kind=vae`.
 
     Args:
       name: what data and models carry to find it again; by default the weights' checksum.
       dtype: type of the computation, "float32" or "bfloat16"; None keeps the model's own.
-      slice_size: pictures in one call of the network.
+      slice_size: images in one call of the network.
       sharding: where the parameters go, as for microdit_jax.checkpoints.model_folder.load_model.
     Raises:
       UserError: not a model folder of this kind, or damaged.
@@ -207,7 +213,7 @@ def load_codec(
 
 
 def _modern(state_dict: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The state dict in diffusers' new names, its attention's 1x1 convolutions as matrices."""
+    """Renames tensors to diffusers' new names; attention's 1x1 convolutions become matrices."""
     tensors: dict[str, np.ndarray] = {}
     for name, tensor in state_dict.items():
         if match := OLD_NAME.fullmatch(name):
@@ -224,7 +230,7 @@ def _modern(state_dict: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def _sizes(state_dict: Mapping[str, Any]) -> dict[str, Any]:
-    """VaeConfig's sizes as the tensors' shapes have them."""
+    """Reads VaeConfig's sizes off the tensors' shapes."""
     shapes = {name: tuple(tensor.shape) for name, tensor in state_dict.items()}
     if "encoder.down.0.block.0.conv1.weight" in shapes:
         raise UserError(

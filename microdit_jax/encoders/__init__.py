@@ -1,1 +1,1 @@
-"""Frozen towers: what turns pictures into latents and captions into embeddings, and back."""
+"""Frozen towers: codecs of images, and encoders of texts and images (towers.py)."""

@@ -26,7 +26,7 @@ class ClipConfig:
 
 
 class Clip(nn.Module):
-    """Embeddings (n, e) of pixels and of token ids, not yet of length 1."""
+    """Embeds pixels and token ids as (n, e), not normalised."""
 
     config: ClipConfig
 
@@ -36,16 +36,16 @@ class Clip(nn.Module):
         for name, tower in (("text", cfg.text), ("image", cfg.image)):
             shape = (tower.width, cfg.embed_dim)
             setattr(self, f"{name}_projection", self.param(f"{name}_projection", init, shape))
-        # Of the training loss; no score uses it, but a checkpoint has it.
+        # The training loss's temperature; no score uses it, but checkpoints have it.
         self.logit_scale = self.param("logit_scale", nn.initializers.zeros, ())
 
     def encode_image(self, pixels: Float32[Array, "n H W 3"]) -> Float32[Array, "n e"]:
-        """Embeddings of prepared pixels."""
+        """Embeds prepared pixels."""
         return _project(self.image(pixels), self.image_projection)
 
     def encode_text(self, ids: Int[Array, "n l"]) -> Float32[Array, "n e"]:
-        """Embeddings of token ids, each at its end marker."""
-        # The end marker has the highest id: its first place is where the text ends.
+        """Embeds token ids, each text at its end marker."""
+        # The end marker has the highest id, so argmax finds its first position.
         tokens, end = self.text(ids), jnp.argmax(ids, axis=1)
         return _project(tokens[jnp.arange(len(ids)), end], self.text_projection)
 
@@ -60,14 +60,14 @@ def _project(x: Float32[Array, "n d"], kernel: Float32[Array, "d e"]) -> Float32
 
 
 class ClipEncoder:
-    """A frozen CLIP with its tokenizer and picture preparation, on the devices of its weights.
+    """A frozen CLIP with its tokenizer and image preparation, on the devices of its weights.
 
     Attributes:
-      name: what results carry to say which CLIP it was.
+      name: that scores carry to say which CLIP gave them.
     """
 
     def __init__(self, name: str, config: ClipConfig, params: Any, *, batch: int = 32):
-        """Pictures and texts are taken `batch` at a time, the last batch filled up."""
+        """Embeds images and texts `batch` at a time, the last batch filled up."""
         self.name, self.config, self.params, self._batch = name, config, params, batch
         self.tokenizer = ClipTokenizer(config.text.context_length, padding=config.text.padding)
         apply = Clip(config).apply
@@ -77,11 +77,11 @@ class ClipEncoder:
     def encode_images(
         self, images: Sequence[UInt8[np.ndarray, "_ _ 3"]]
     ) -> Float32[np.ndarray, "n e"]:
-        """Embeddings of pictures of bytes, of any size."""
+        """Embeds uint8 images of any size."""
         return self._embed(self._image, images, lambda part: to_pixels(part, self.config.image))
 
     def encode_texts(self, texts: Sequence[str]) -> Float32[np.ndarray, "n e"]:
-        """Embeddings of texts, each cut to what the tower takes."""
+        """Embeds texts, each cut to the context length."""
         return self._embed(self._text, texts, lambda part: self.tokenizer(list(part)))
 
     def _embed(self, function, items, prepare):

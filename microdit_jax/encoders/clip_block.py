@@ -1,4 +1,4 @@
-"""What CLIP's two towers share: sizes, and the pre-norm transformer block.
+"""Parts that CLIP's two towers share: sizes, and the pre-norm transformer block.
 
 Alphabet as in microdit_jax.models: n batch, l tokens, d width, h heads, c head dim, f ffn hidden.
 """
@@ -23,16 +23,16 @@ ACTIVATIONS = {
 
 @dataclasses.dataclass(frozen=True)
 class TowerConfig:
-    """Sizes of a tower, and how it is computed.
+    """Sizes of a tower, and the types of its computation.
 
     Attributes:
       width: d of a token's vector.
       layers: transformer blocks.
       heads: attention heads.
-      activation: "quick_gelu", "gelu" or "gelu_tanh"; the weights do not tell which.
+      activation: "quick_gelu", "gelu" or "gelu_tanh"; not to be told from the weights.
       norm_eps: epsilon of every layer norm.
       ffn: hidden width f; None for 4 d.
-      dtype: type of the matrix products; residual stream, norms and softmax stay float32.
+      dtype: type of the matmuls; residual stream, norms and softmax stay float32.
       param_dtype: type the parameters are stored in.
     """
 
@@ -86,12 +86,12 @@ class Block(nn.Module):
 
 
 def linear(config: TowerConfig, features: int, name: str) -> nn.Dense:
-    """A linear layer with bias, in the tower's types."""
+    """Returns a linear layer with bias, in the tower's types."""
     return nn.Dense(features, dtype=config.dtype, param_dtype=config.param_dtype, name=name)
 
 
 def norm(config: TowerConfig, name: str) -> nn.LayerNorm:
-    """A layer norm in float32."""
+    """Returns a layer norm in float32."""
     return nn.LayerNorm(
         config.norm_eps,
         dtype=jnp.float32,

@@ -22,12 +22,12 @@ RESIZES = ("shortest", "squash")
 
 @dataclasses.dataclass(frozen=True)
 class ClipImageConfig(TowerConfig):
-    """Sizes of an image tower and how it takes pictures; the defaults are ViT-H/14's.
+    """Sizes of an image tower and its image preparation; the defaults are ViT-H/14's.
 
     Attributes:
       image_size: pixels of a side.
       patch_size: pixels of a patch's side.
-      mean, std: of each colour in [0, 1]; what pictures are normalised by.
+      mean, std: of each colour in [0, 1], to normalise images by.
       resize: "shortest" scales the shorter side and crops the centre, "squash" scales both sides.
     """
 
@@ -55,12 +55,12 @@ class ClipImageConfig(TowerConfig):
 
     @property
     def tokens(self) -> int:
-        """The class token and one for each whole patch."""
+        """Number of tokens: the class token and one for each whole patch."""
         return (self.image_size // self.patch_size) ** 2 + 1
 
 
 class ClipImage(nn.Module):
-    """Pixels (n, side, side, 3), as `to_pixels` gives them -> ln_post of the class token (n, d)."""
+    """Maps pixels (n, side, side, 3) of `to_pixels` to ln_post of the class token (n, d)."""
 
     config: ClipImageConfig
 
@@ -90,7 +90,7 @@ class ClipImage(nn.Module):
 def to_pixels(
     images: Iterable[UInt8[np.ndarray, "_ _ 3"]], config: ClipImageConfig
 ) -> Float32[np.ndarray, "n {config.image_size} {config.image_size} 3"]:
-    """Pictures of any size as the tower takes them: Pillow's bicubic, centre crop, normalised."""
+    """Prepares images of any size: Pillow's bicubic resize, centre crop, normalisation."""
     mean, std = (np.asarray(value, np.float32) for value in (config.mean, config.std))
 
     def one(image):

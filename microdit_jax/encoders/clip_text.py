@@ -1,4 +1,4 @@
-"""CLIP's text transformer, of OpenCLIP and of Stable Diffusion: texts to a vector a token.
+"""CLIP's text transformer, as in OpenCLIP and Stable Diffusion: one vector for each token.
 
 Alphabet as in microdit_jax.models: n batch, l tokens, d width.
 """
@@ -37,9 +37,9 @@ class ClipTextConfig(TowerConfig):
 
 
 class ClipText(nn.Module):
-    """Token ids (n, l) -> ln_final over all tokens (n, l, d): no pooling and no projection.
+    """Maps token ids (n, l) to ln_final of all tokens (n, l, d), without pooling or projection.
 
-    Radford et al. 2021 (CLIP), section 2.4; padding is seen like any token, as it was in training.
+    Radford et al. 2021 (CLIP), section 2.4. Padding is attended to like any token, as in training.
     """
 
     config: ClipTextConfig
@@ -65,14 +65,14 @@ class ClipTextEncoder:
     """A frozen CLIP text tower with its tokenizer, compiled once for each length of text.
 
     Attributes:
-      name: what data and models carry to find it again.
-      tokenizer: its ClipTokenizer; `tokenizer.dropped(texts)` tells what `encode_text` cuts off.
+      name: that datasets and models carry to find the encoder again.
+      tokenizer: its ClipTokenizer; `tokenizer.dropped(texts)` counts the tokens that are cut off.
     """
 
     def __init__(
         self, name: str, config: ClipTextConfig, params: Mapping[str, Any], *, batch: int = BATCH
     ):
-        """Texts are encoded `batch` at a time, the last batch filled up; params: `ClipText`'s."""
+        """Encodes texts `batch` at a time, the last batch filled up; params: `ClipText`'s."""
         self.name = name
         self.config = config
         self.params = params
@@ -81,7 +81,7 @@ class ClipTextEncoder:
         self._apply = jax.jit(self.forward)
 
     def forward(self, params: Mapping[str, Any], ids: Int[Array, "n l"]) -> Float32[Array, "n l d"]:
-        """Vectors of token ids as a pure function, for programs that embed captions themselves."""
+        """Embeds token ids as a pure function, for programs that embed captions themselves."""
         return ClipText(self.config).apply({"params": params}, ids)
 
     @property
@@ -96,7 +96,7 @@ class ClipTextEncoder:
 
     @property
     def pretrained(self) -> bool:
-        """True."""
+        """True: CLIP was trained on captions."""
         return True
 
     @property
@@ -126,7 +126,7 @@ class ClipTextEncoder:
         return in_batches(self._apply, self.params, ids, size=self._batch)
 
     def encode_text(self, texts: Any) -> Float32[np.ndarray, "n l d"]:
-        """Vectors (n, context_length, width) float32 of a list of texts; raises as ClipTokenizer.
+        """Embeds a list of texts: (n, context_length, width) float32; raises as ClipTokenizer.
 
         A text that is too long is cut, with END_OF_TEXT last.
         """

@@ -1,8 +1,7 @@
 """A linear stand-in for the VAE: principal components of image patches.
 
-Encodes each p x p patch of an image as a few numbers, so small models can train on small pictures
-without any pretrained weights. It has a VAE's interface: raw latents out of `encode`, which the
-diffusion model sees multiplied by `scaling_factor`, and `decode` of the raw latents.
+Encodes each p x p patch of an image as a few numbers, so that small models can train on small
+images without pretrained weights. A Codec of towers.py.
 """
 
 import dataclasses
@@ -25,7 +24,7 @@ class PatchPCA:
     """A fitted codec; make one with `fit` or `load`.
 
     Attributes:
-      name: says what latents are compatible with, as a VAE's name does.
+      name: that datasets and models carry to find the codec again.
       patch: side of a patch, in pixels.
       mean: (p*p*3,) mean patch, flattened in (row, column, colour) order.
       basis: (p*p*3, c) orthonormal columns, by falling variance.
@@ -69,9 +68,9 @@ class PatchPCA:
     ) -> "PatchPCA":
         """Principal components of all patches of `images`; the same images give the same codec.
 
-        Each component is divided by the square root of its standard deviation, halfway between
-        latent distances that are pixel distances (the mean colour drowns the detail) and equal
-        deviations (the rarest detail weighs as much as the mean colour).
+        Each component is divided by the square root of its standard deviation. That lies halfway
+        between two extremes: latent distances equal to pixel distances, where the mean colour
+        drowns the detail, and equal deviations, where all detail weighs as much as the mean colour.
 
         Args:
           images: in [-1, 1]; sides must be multiples of `patch`.
@@ -120,7 +119,7 @@ class PatchPCA:
         return ((patches - self.mean) @ self.basis) * self.gain
 
     def decode(self, latents: Float[np.ndarray, "n h w c"]) -> Float[np.ndarray, "n H W 3"]:
-        """Raw latents (n, h, w, channels) -> images (n, h*p, w*p, 3), float32 in [-1, 1]."""
+        """Decodes raw latents (n, h, w, channels) to float32 images (n, h*p, w*p, 3) in [-1, 1]."""
         n, h, w, c = latents.shape
         if c != self.channels:
             raise UserError(
@@ -174,7 +173,7 @@ class PatchPCA:
 
 
 def _to_patches(images: np.ndarray, patch: int) -> np.ndarray:
-    """(n, H, W, 3) -> (n, H/p, W/p, p*p*3) float32, flattened in (row, column, colour) order."""
+    """Cuts (n, H, W, 3) into patches (n, H/p, W/p, p*p*3), in (row, column, colour) order."""
     n, height, width, colours = images.shape
     if height % patch or width % patch or colours != 3:
         raise UserError(

@@ -1,4 +1,4 @@
-"""Text encoders and image codecs by the names that data and models carry."""
+"""Opens the text encoders and codecs that need no pretrained weights, by name or folder."""
 
 from pathlib import Path
 

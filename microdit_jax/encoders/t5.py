@@ -1,4 +1,4 @@
-"""The T5 v1.1 encoder and its tokenizer: texts to a vector a token.
+"""The T5 v1.1 encoder and its tokenizer: one vector for each token.
 
 Alphabet as in microdit_jax.models: n batch, l tokens, d width, h heads, c head dim, f ffn hidden.
 """
@@ -30,12 +30,12 @@ from microdit_jax.towers import TextNetwork, no_tokenizer
 
 PADDING = 0
 _MARKERS = ("<pad>", "</s>", "<unk>", "▁")
-MAX_TOKENS = 120  # what the reference cuts captions to
+MAX_TOKENS = 120  # to which the reference cuts captions
 
 
 @dataclasses.dataclass(frozen=True)
 class T5Config:
-    """Sizes of a T5 v1.1 encoder, and how it is computed; the defaults are those of XXL.
+    """Sizes of a T5 v1.1 encoder, and the types of its computation; the defaults are XXL's.
 
     Attributes:
       width: d of a token's vector.
@@ -44,11 +44,11 @@ class T5Config:
       head_dim: width c of a head; h c may differ from d.
       ffn: hidden width f of the gated feed-forward.
       vocab_size: rows of the token table.
-      buckets: rows of the table of relative positions, half of them for what comes after.
-      max_distance: from here on all distances share a bucket.
+      buckets: rows of the table of relative positions, half of them for keys after the query.
+      max_distance: distances from here on share one bucket.
       norm_eps: epsilon of every norm.
       max_tokens: tokens l of a text, the end marker included.
-      dtype: type of the matrix products, "float32" or "bfloat16": T5 overflows in float16. The
+      dtype: type of the matmuls, "float32" or "bfloat16": T5 overflows in float16. The
         residual stream, norms and softmax stay float32.
       param_dtype: type the parameters are stored in.
     """
@@ -81,10 +81,10 @@ class T5Config:
 
 
 def relative_buckets(length: int, buckets: int, max_distance: int) -> Int32[np.ndarray, "l l"]:
-    """The bucket of every (query, key) pair (Raffel et al. 2020, section 2.1).
+    """Returns the bucket of every (query, key) pair (Raffel et al. 2020, section 2.1).
 
-    Half of the buckets is for keys after the query. Of each half, half holds one distance each, and
-    the rest grow geometrically up to max_distance; the last one takes all beyond.
+    Half of the buckets are for keys after the query. In each half, the first half hold one distance
+    each; the others grow geometrically up to max_distance, and the last takes all larger ones.
     """
     position = np.arange(length)
     offset = position[None, :] - position[:, None]  # key - query
@@ -132,9 +132,9 @@ class Block(nn.Module):
 
 
 class T5(nn.Module):
-    """Token ids (n, l) and which of them are text -> (n, l, d), after the final norm.
+    """Maps token ids (n, l) and a mask, true at text, to vectors (n, l, d) after the final norm.
 
-    Padding is seen by nobody, but has a vector too. Raffel et al. 2020 with the changes of v1.1.
+    No token attends to padding, which gets vectors too. Raffel et al. 2020 with v1.1's changes.
     """
 
     config: T5Config
@@ -170,7 +170,7 @@ class T5Tokenizer:
 
     def __init__(self, source: str, max_tokens: int = MAX_TOKENS):
         """Raises UserError where there is no T5 tokenizer at `source`, or no way to read it."""
-        # It would tell that PyTorch is missing, which nothing here needs.
+        # Else transformers warns that PyTorch is missing, which is not needed here.
         os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
         try:
             from transformers import AutoTokenizer
@@ -180,7 +180,7 @@ class T5Tokenizer:
             ) from error
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(source)
-        # Whatever the library meets, from a missing file to one of another tokenizer.
+        # The library raises errors of many types, for a missing file as for another tokenizer's.
         except Exception as error:
             raise UserError(
                 f"expected a T5 tokenizer (tokenizer.json or spiece.model) at {source}, found "
@@ -192,7 +192,7 @@ class T5Tokenizer:
                 f"expected T5's padding 0 and end marker 1 in the tokenizer of {source}, found "
                 f"{self._tokenizer.pad_token_id} and {self._tokenizer.eos_token_id}"
             )
-        # Without its vocabulary's file the library makes one up of markers alone.
+        # Without a vocabulary file the library makes up a vocabulary of markers alone.
         if all(w in _MARKERS or w.startswith("<extra_id_") for w in self._tokenizer.get_vocab()):
             raise UserError(
                 f"expected T5's vocabulary (tokenizer.json or spiece.model) at {source}, found "
@@ -222,7 +222,7 @@ class T5Tokenizer:
         return ids, mask
 
     def dropped(self, texts: Any) -> Int32[np.ndarray, " n"]:
-        """How many tokens of each text `__call__` cuts off (n,) int32; raises as that does."""
+        """Counts the tokens of each text that `__call__` cuts off: (n,) int32."""
         lengths = np.array([len(tokens) for tokens in self._encode(texts)], np.int32)
         return np.maximum(lengths - np.int32(self.max_tokens), np.int32(0))
 
@@ -235,8 +235,8 @@ class T5Encoder:
     """A frozen T5 encoder, compiled once for each length of text.
 
     Attributes:
-      name: what data and models carry to find it again.
-      tokenizer: its T5Tokenizer, or None: then only `encode` works.
+      name: that datasets and models carry to find the encoder again.
+      tokenizer: its T5Tokenizer; None: only `encode` works.
     """
 
     def __init__(
@@ -248,7 +248,7 @@ class T5Encoder:
         *,
         batch: int = BATCH,
     ):
-        """Texts are encoded `batch` at a time, the last batch filled up; params: `T5`'s."""
+        """Encodes texts `batch` at a time, the last batch filled up; params: `T5`'s."""
         self.name = name
         self.config = config
         self.params = params
@@ -262,7 +262,7 @@ class T5Encoder:
         ids: Int[Array, "n l"],
         mask: Bool[Array, "n l"] | None = None,
     ) -> Float32[Array, "n l d"]:
-        """Vectors of token ids as a pure function; the mask is as `encode` takes it."""
+        """Embeds token ids as a pure function; the mask is as `encode` takes it."""
         mask = ids != PADDING if mask is None else mask
         return T5(self.config).apply({"params": params}, ids, mask)
 
@@ -278,7 +278,7 @@ class T5Encoder:
 
     @property
     def pretrained(self) -> bool:
-        """True."""
+        """True: T5 was trained on text."""
         return True
 
     @property
@@ -297,7 +297,7 @@ class T5Encoder:
         ids: Int32[np.ndarray, "n l"],
         attention_mask: Shaped[np.ndarray, "..."] | None = None,
     ) -> Float32[np.ndarray, "n l d"]:
-        """Vectors (n, l, width) float32 of token ids.
+        """Embeds token ids: (n, l, width) float32.
 
         Args:
           attention_mask: (n, l), nonzero where there is text; None: where the id is not padding.
@@ -313,7 +313,7 @@ class T5Encoder:
         return in_batches(self._apply, self.params, ids, mask, size=self._batch)
 
     def encode_text(self, texts: Any) -> Float32[np.ndarray, "n l d"]:
-        """Vectors (n, max_tokens, width) float32 of a list of texts; raises as T5Tokenizer."""
+        """Embeds a list of texts: (n, max_tokens, width) float32; raises as T5Tokenizer."""
         if self.tokenizer is None:
             raise no_tokenizer(self.name)
         return self.encode(*self.tokenizer.with_mask(texts))

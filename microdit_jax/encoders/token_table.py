@@ -1,7 +1,7 @@
-"""A text encoder that needs no download: a fixed random vector per token, and its position.
+"""A text encoder that needs no download: a fixed random vector for each token and position.
 
-Enough to learn by on small data (two captions differ where their words do); it knows nothing of
-meaning, so use a trained tower for anything else.
+A network can learn from it on small data, since captions differ where their words do. It knows
+nothing of meaning: use a pretrained encoder for anything else.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from jaxtyping import Float32, Int32, Shaped, UInt64
 from microdit_jax.encoders.tokenizers import PADDING, VOCABULARY_SIZE, ClipTokenizer
 from microdit_jax.errors import UserError
 
-# Share of a token vector's variance that says which token it is; the rest says where it stands.
+# Share of a vector's variance that tells the token; the rest tells its position.
 _TOKEN_SHARE = 0.75
 
 
@@ -26,7 +26,7 @@ class TokenTable:
     Attributes:
       width: of a token vector; even.
       max_tokens: length to which `encode_text` pads and cuts, both markers included.
-      seed: of the table; a row depends on (seed, id, width) alone, on no library's generator.
+      seed: of the table; a row depends on (seed, id, width) alone, not on a library's generator.
     Raises:
       UserError: an odd width, no room for the markers, a seed outside [0, 2**32).
     """
@@ -45,12 +45,12 @@ class TokenTable:
 
     @property
     def name(self) -> str:
-        """The string that `from_name` reads, e.g. "table:width=256,tokens=24,seed=0"."""
+        """String that `from_name` reads, e.g. "table:width=256,tokens=24,seed=0"."""
         return f"table:width={self.width},tokens={self.max_tokens},seed={self.seed}"
 
     @classmethod
     def from_name(cls, name: str) -> "TokenTable":
-        """The encoder of this name; raises UserError where it is not of the form of `name`."""
+        """Makes the encoder of this name; raises UserError for a name of another form."""
         match = re.fullmatch(r"table:width=(\d+),tokens=(\d+),seed=(\d+)", name, re.ASCII)
         if match is None:
             raise UserError(
@@ -75,7 +75,7 @@ class TokenTable:
 
     @property
     def tokenizer(self) -> ClipTokenizer:
-        """Its tokenizer; `tokenizer.dropped(texts)` tells what `encode_text` cuts off."""
+        """CLIP's tokenizer; `tokenizer.dropped(texts)` counts the tokens that are cut off."""
         return ClipTokenizer(self.max_tokens)
 
     def encode(
@@ -85,10 +85,9 @@ class TokenTable:
     ) -> Float32[np.ndarray, "n l {self.width}"]:
         """Embeds tokens: (n, l, width) float32, of rms 1 in expectation at each token.
 
-        Padding, which is the zeros after a row's last token, gives zero vectors without position:
-        the network has no padding mask, so all padding is one vector that says nothing, as in a
-        dropped caption, and the mean over tokens is the sum over the real ones. A zero amid the
-        text is a real token ("!" glued to what follows).
+        The zeros after a row's last token are padding and give zero vectors, like a dropped
+        caption: the network has no padding mask, and so the mean over tokens is that of the real
+        ones, scaled. A zero amid the text is a real token ("!" glued to the next word).
 
         Args:
           attention_mask: makes no difference: the ids say which of them are padding.
@@ -110,11 +109,11 @@ class TokenTable:
         return np.where(real[:, :, None], vectors, np.float32(0))
 
     def encode_text(self, texts: Any) -> Float32[np.ndarray, "n {self.max_tokens} {self.width}"]:
-        """Vectors (n, max_tokens, width) float32 of a list of texts; raises as ClipTokenizer."""
+        """Embeds a list of texts: (n, max_tokens, width) float32; raises as ClipTokenizer."""
         return self.encode(self.tokenizer(texts))
 
     def _rows(self, ids: Int32[np.ndarray, " u"]) -> Float32[np.ndarray, "u {self.width}"]:
-        """N(0, 1) rows: Box-Muller on hashes of (seed, id, pair)."""
+        """Makes N(0, 1) rows by Box-Muller on hashes of (seed, id, pair)."""
         pairs = np.arange(self.width // 2, dtype=np.uint64)
         row = np.uint64(self.seed) << np.uint64(32) | ids.astype(np.uint64)
         bits = _splitmix64(_splitmix64(row)[:, None] + pairs)  # (u, width / 2)
@@ -131,7 +130,7 @@ class TokenTable:
 
 
 def _splitmix64(x: UInt64[np.ndarray, "..."]) -> UInt64[np.ndarray, "..."]:
-    """The mixing function of SplitMix64 (Steele, Lea and Flood 2014): 64 bits to 64, one to one."""
+    """Mixes 64 bits to 64, one to one, by SplitMix64's function (Steele, Lea and Flood 2014)."""
     x = x + np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ x >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ x >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)

@@ -1,4 +1,4 @@
-"""What the text towers share: attention with an additive bias, and padded batches."""
+"""Parts that the text towers share: attention with an additive bias, and full batches."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Float32, Int32, Shaped
 from microdit_jax.errors import UserError
 from microdit_jax.machine.placement import map_batches
 
-BATCH = 2  # texts a tower takes at once, unless told otherwise: a prompt and the empty one
+BATCH = 2  # texts that a tower embeds at once by default: a prompt and the empty text
 # Added to a score; finite, so that a row of nothing but padding gives a mean and not NaN.
 MASKED = np.finfo(np.float32).min
 
@@ -26,7 +26,7 @@ def attend(
     heads: int,
     scale: float,
 ) -> Float[Array, "n t f"]:
-    """softmax(scale q k^T + bias) v for each head, f = h c; scores and softmax in float32."""
+    """Computes softmax(scale q k^T + bias) v for each head; scores and softmax in float32."""
     q, k, v = (rearrange(x, "n s (h c) -> n s h c", h=heads) for x in (q, k, v))
     scores = jnp.einsum("nthc,nlhc->nhtl", q, k, preferred_element_type=jnp.float32) * scale
     weights = jax.nn.softmax(scores + jnp.broadcast_to(bias, scores.shape), axis=-1)
@@ -35,7 +35,7 @@ def attend(
 
 
 def check_ids(ids: Int32[np.ndarray, "n l"], length: int, vocab_size: int, name: str) -> None:
-    """Raises UserError where a tower's positions or vocabulary do not cover the ids."""
+    """Raises UserError if a tower's positions or vocabulary do not cover the ids."""
     if ids.shape[1] > length:
         raise UserError(
             f"{name}: expected at most {length} tokens, found {ids.shape[1]}; cut the texts"
@@ -48,7 +48,7 @@ def check_ids(ids: Int32[np.ndarray, "n l"], length: int, vocab_size: int, name:
 
 
 def check_texts(texts: Any) -> None:
-    """Raises UserError for what is no list of strings."""
+    """Raises UserError unless `texts` is a list of strings."""
     if not isinstance(texts, list | tuple | np.ndarray):
         raise UserError(
             f"texts: expected a list of strings; found {type(texts).__name__}; put it in a list"
@@ -64,10 +64,10 @@ def check_texts(texts: Any) -> None:
 def in_batches(
     function: Callable[..., Array], params: Any, *arrays: Shaped[np.ndarray, "n l"], size: int
 ) -> Float32[np.ndarray, "n l d"]:
-    """function(params, *arrays) in batches of exactly `size` rows, so that it compiles once.
+    """Applies function(params, *arrays) in batches of exactly `size` rows: one compiled program.
 
-    The last batch is filled up, and the results of what fills it are cut off. On a mesh, `size` is
-    rounded up to its number of devices.
+    The last batch is filled up, and the filling's results are cut off. On a mesh, `size` is rounded
+    up to a multiple of its devices.
     """
     n = len(arrays[0])
     # Without rows, one of zeros tells the shape of the results.

@@ -1,4 +1,4 @@
-"""The image autoencoder of latent diffusion (AutoencoderKL): pictures to latents and back.
+"""The image autoencoder of latent diffusion (AutoencoderKL): images to latents and back.
 
 The network of Rombach et al. 2022 (arXiv:2112.10752, appendix G) in the layout of diffusers, whose
 module names it keeps. Channels last; group norms and the softmax in float32.
@@ -7,7 +7,6 @@ module names it keeps. Channels last; group norms and the softmax in float32.
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -25,11 +24,11 @@ class VaeConfig:
     """Sizes of an autoencoder; fields are named as in diffusers' config.json.
 
     Attributes:
-      block_out_channels: width of each level, from the picture inwards; each level but the last
+      block_out_channels: width of each level, from the image inwards; each level but the last
         halves the sides.
       layers_per_block: residual blocks of an encoder's level; a decoder's has one more.
-      scaling_factor: what latents are multiplied by before diffusion; the network does not use it.
-      dtype: type of the convolutions and matrix products, "float32" or "bfloat16".
+      scaling_factor: factor on latents before diffusion; the network itself does not use it.
+      dtype: type of the convolutions and matmuls, "float32" or "bfloat16".
     Raises:
       UserError: a value out of range.
     """
@@ -65,12 +64,12 @@ class VaeConfig:
 
     @property
     def factor(self) -> int:
-        """Pixels to a latent along one side."""
+        """Pixels along a side of the image for one latent."""
         return 2 ** (len(self.block_out_channels) - 1)
 
 
 class GroupNorm(nn.Module):
-    """Group norm (Wu & He 2018) over height, width and a group's channels, in and to float32."""
+    """Group norm (Wu & He 2018) over height, width and a group's channels; all in float32."""
 
     groups: int
 
@@ -159,7 +158,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Doubles both sides: every pixel twice, then a convolution."""
+    """Doubles both sides: repeats each pixel, then convolves."""
 
     config: VaeConfig
 
@@ -190,7 +189,7 @@ class Level(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Picture -> mean and log variance side by side, before the quantisation convolution."""
+    """Maps an image to mean and log variance side by side, before the quantisation convolution."""
 
     config: VaeConfig
 
@@ -208,7 +207,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latents, after the post-quantisation convolution -> picture."""
+    """Maps latents, after the post-quantisation convolution, to an image."""
 
     config: VaeConfig
 
@@ -240,7 +239,7 @@ class AutoencoderKL(nn.Module):
     def encode_moments(
         self, images: Float[Array, "n H W colours"]
     ) -> tuple[Float[Array, "n h w c"], Float[Array, "n h w c"]]:
-        """The normal distribution of each picture's latents.
+        """Returns the normal distribution of each image's latents.
 
         Args:
           images: in [-1, 1]; sides must be multiples of `config.factor`.
@@ -253,7 +252,7 @@ class AutoencoderKL(nn.Module):
         factor = self.config.factor
         if height % factor or width % factor or channels != self.config.in_channels:
             raise UserError(
-                f"expected pictures of {self.config.in_channels} channels with sides in multiples "
+                f"expected images of {self.config.in_channels} channels with sides in multiples "
                 f"of {factor} pixels, found {height}x{width}x{channels}; resize them"
             )
         moments = self.quant_conv(self.encoder(images)).astype(jnp.float32)
@@ -261,7 +260,7 @@ class AutoencoderKL(nn.Module):
         return mean, jnp.clip(logvar, -30, 20)
 
     def decode(self, latents: Float[Array, "n h w c"]) -> Float[Array, "n H W 3"]:
-        """Raw latents -> pictures (n, h*factor, w*factor, 3) float32, about [-1, 1], not clipped.
+        """Decodes raw latents to images (n, h*factor, w*factor, 3) float32, about in [-1, 1].
 
         Raises:
           UserError: latents with another number of channels.
@@ -274,18 +273,12 @@ class AutoencoderKL(nn.Module):
         return self.decoder(self.post_quant_conv(latents)).astype(jnp.float32)
 
     def __call__(self, images: Float[Array, "n H W colours"]) -> Float[Array, "n H W 3"]:
-        """Pictures through the latents' mean and back."""
+        """Reconstructs images from the mean of their latents."""
         return self.decode(self.encode_moments(images)[0])
 
 
 def sample_latents(
     mean: Float[Array, "n h w c"], logvar: Float[Array, "n h w c"], noise: Float[Array, "n h w c"]
 ) -> Float[Array, "n h w c"]:
-    """Latents drawn from the encoder's distribution with the given standard normal noise."""
+    """Samples latents from the encoder's distribution with the given standard normal noise."""
     return mean + jnp.exp(0.5 * logvar) * noise
-
-
-def abstract_params(config: VaeConfig) -> Any:
-    """Shapes and types of the parameters, without computing any."""
-    images = jax.ShapeDtypeStruct((1, config.factor, config.factor, config.in_channels), np.float32)
-    return jax.eval_shape(AutoencoderKL(config).init, jax.random.key(0), images)["params"]

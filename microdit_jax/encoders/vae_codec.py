@@ -1,4 +1,4 @@
-"""The autoencoder with its weights as the pipeline sees one: pictures in, latents out, and back."""
+"""The autoencoder with its weights, as a Codec of towers.py: images to latents and back."""
 
 import dataclasses
 import functools
@@ -22,14 +22,14 @@ def _apply(params: Any, x: Float[Array, "n H W c"], *, model: AutoencoderKL, met
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class VaeCodec:
-    """An autoencoder with its weights, as the pipeline uses one.
+    """An autoencoder with its weights: a Codec.
 
     Attributes:
-      name: says what latents are compatible with.
+      name: that datasets and models carry to find the codec again.
       config: sizes, and the type of the computation.
-      params: parameters of `AutoencoderKL(config)`, on whatever devices are to compute.
-      slice_size: pictures for each device in one call of the network. Memory grows with it: about
-        1 GB each at 512 px in float32 (0.9 GB measured on CPU).
+      params: parameters of `AutoencoderKL(config)`, on the devices that are to compute.
+      slice_size: images for each device in one call of the network, which takes about 1 GB for
+        each image at 512 px in float32 (0.9 GB measured on CPU).
     """
 
     name: str
@@ -43,7 +43,7 @@ class VaeCodec:
 
     @property
     def scaling_factor(self) -> float:
-        """What raw latents are multiplied by before the diffusion model sees them."""
+        """Factor on raw latents before the diffusion model sees them."""
         return self.config.scaling_factor
 
     @property
@@ -86,19 +86,19 @@ class VaeCodec:
         return latents
 
     def decode(self, latents: Float[np.ndarray, "n h w c"]) -> Float[np.ndarray, "n H W 3"]:
-        """Raw latents (n, h, w, channels) -> pictures (n, H, W, 3), float32 in [-1, 1].
+        """Decodes raw latents (n, h, w, channels) to images (n, H, W, 3), float32 in [-1, 1].
 
         Raises:
-          UserError: another number of channels, or pictures that are not finite.
+          UserError: another number of channels, or images that are not finite.
         """
         (images,) = self._in_slices(latents, "decode")
-        _check_finite(images, "pictures", self.config)
+        _check_finite(images, "images", self.config)
         return np.clip(images, -1.0, 1.0)
 
     def _in_slices(self, x: np.ndarray, method: str) -> list[np.ndarray]:
-        """The network's outputs; the last slice is filled up so that all run one program."""
+        """Runs the network slice by slice; the last is filled up, so that all run one program."""
         if not len(x):
-            raise UserError("expected at least one picture for the VAE, found none")
+            raise UserError("expected at least one image for the VAE, found none")
         _, devices = rows_sharding(self.params)
         size = devices * min(self.slice_size, -(-len(x) // devices))
         model = AutoencoderKL(self.config)

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from microdit_jax.checkpoints import run as run_checkpoint
+from microdit_jax.checkpoints.run import read_run_metadata
 from microdit_jax.errors import UserError
 from microdit_jax.evaluate import results
 from microdit_jax.evaluate.instruments import Instruments, make_instruments
@@ -217,7 +217,7 @@ def _attribution(subject: Subject) -> str:
     """Returns what the licence of a run's training images asks to be shown with samples."""
     if subject.model.folder is None:
         return ""
-    return run_checkpoint.read_run_metadata(subject.model.folder).get("attribution", "")
+    return read_run_metadata(subject.model.folder).get("attribution", "")
 
 
 def _about_prompts(prompts: PromptSet | None) -> dict[str, Any] | None:

@@ -1,4 +1,4 @@
-"""Where the rows of a batch go: to the devices that hold the weights."""
+"""Puts the rows of a batch on the devices that hold the weights."""
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
@@ -12,11 +12,11 @@ from jaxtyping import Int, Shaped
 
 
 def rows_sharding(params: Any) -> tuple[Sharding, int]:
-    """The sharding of a batch's leading axis, and the number that its rows must divide by.
+    """Returns the sharding of a batch's leading axis, and the divisor of its number of rows.
 
     Args:
-      params: weights; on a mesh, rows are dealt out over all of its devices, whether the weights
-        are copied or split there.
+      params: weights. On a mesh, rows are spread over all of its devices, whether the weights are
+        copied or split there.
     """
     leaf = jax.tree.leaves(params)[0]
     if not isinstance(leaf, jax.Array):
@@ -27,17 +27,17 @@ def rows_sharding(params: Any) -> tuple[Sharding, int]:
     return leaf.sharding, 1
 
 
-def put_rows(rows: Shaped[np.ndarray, "n ..."], place: Sharding) -> Shaped[jax.Array, "n ..."]:
-    """The rows where `rows_sharding` says; of several processes each puts its own devices' part.
+def put_rows(rows: Shaped[np.ndarray, "n ..."], sharding: Sharding) -> Shaped[jax.Array, "n ..."]:
+    """Puts rows on devices by `rows_sharding`; each process puts those of its own devices.
 
-    jax.device_put would compare all of them between processes, and end the program where two hosts
+    jax.device_put would compare all rows between processes, and end the program if two hosts
     rounded a caption's embedding differently.
     """
-    return jax.make_array_from_callback(rows.shape, place, rows.__getitem__)
+    return jax.make_array_from_callback(rows.shape, sharding, rows.__getitem__)
 
 
 def fetch(array: Shaped[jax.Array, "..."]) -> Shaped[np.ndarray, "..."]:
-    """A whole array in this host's memory, also where other hosts hold parts of it."""
+    """Copies a whole array to this host's memory, even if other hosts hold parts of it."""
     if not array.is_fully_addressable:
         array = _everywhere(array.sharding.mesh)(array)
     return np.asarray(array)
@@ -68,7 +68,7 @@ def full_batches(count: int, size: int) -> Iterator[FullBatch]:
 
 
 def round_up(size: int, multiple: int) -> int:
-    """The smallest multiple of `multiple` that is at least `size`."""
+    """Returns the smallest multiple of `multiple` that is at least `size`."""
     return -(-size // multiple) * multiple
 
 

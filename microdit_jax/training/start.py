@@ -11,9 +11,8 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from microdit_jax.checkpoints import run as run_checkpoint
-from microdit_jax.checkpoints import weights
-from microdit_jax.checkpoints.run import RunCheckpoints
+from microdit_jax.checkpoints.run import RunCheckpoints, is_run, read_run_metadata
+from microdit_jax.checkpoints.weights import load_weights
 from microdit_jax.errors import UserError
 from microdit_jax.machine import hosts
 from microdit_jax.models.dit import DiT
@@ -86,7 +85,7 @@ def starting_state(
     # ---------------------------------------------------------------- 3. weights alone
     if alone:
         _check_source("init_weights_from", alone, made_by)
-        params, description = weights.load_weights(alone, abstract.params)
+        params, description = load_weights(alone, abstract.params)
         create = functools.partial(TrainState.create, optimizer=optimizer, with_ema=with_ema)
         shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
         state = jax.jit(create, out_shardings=shardings, donate_argnums=0)(params)
@@ -105,7 +104,7 @@ def source_path(name: str, workdir: str | Path) -> str:
 
 def _full_state(source: str, abstract: TrainState) -> TrainState:
     """Restores another run's newest state; adds or drops the average, as this run's config says."""
-    has_ema = run_checkpoint.read_run_metadata(source)["has_ema"]
+    has_ema = read_run_metadata(source)["has_ema"]
     with RunCheckpoints(source) as earlier:
         state, _ = earlier.restore(abstract.replace(ema=abstract.params if has_ema else None))
     if abstract.ema is None:
@@ -121,8 +120,8 @@ def _check_source(key: str, source: str, made_by: dict[str, str]) -> None:
     """Raises UserError if there is nothing, or a run trained with another VAE or text encoder."""
 
     def names() -> dict[str, str]:
-        if run_checkpoint.is_run(source):
-            metadata = run_checkpoint.read_run_metadata(source)
+        if is_run(source):
+            metadata = read_run_metadata(source)
             return {kind: metadata[kind] for kind in made_by}
         if key == "init_from" or not Path(source).exists():
             raise UserError(

@@ -7,7 +7,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from microdit_jax.checkpoints import run as run_checkpoint
+from microdit_jax.checkpoints.run import write_run_metadata
 from microdit_jax.files import disk_errors
 from microdit_jax.training.data import RunData
 
@@ -34,7 +34,7 @@ def begin_workdir(
             "attribution": data.attribution,
             "config": config.to_dict(),
         }
-        run_checkpoint.write_run_metadata(workdir, networks | about)
+        write_run_metadata(workdir, networks | about)
     if resumed is not None:
         for change in changes(resumed["config"], config.to_dict()):
             print(f"{workdir}: since step {resumed['step']} the config changed: {change}")

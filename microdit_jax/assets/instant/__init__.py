@@ -1,8 +1,8 @@
-"""A small trained network that comes with the package, so that a picture needs no download.
+"""A small trained network that comes with the package, so that an image needs no download.
 
   pipe = microdit_jax.create_latent_diffusion(checkpoint="instant")
 
-It is a training run without what only training needs, in a folder of its own form:
+Its folder holds what sampling needs of a training run:
 
   config.json          the run's: network, noise levels, codec, text encoder, data, attribution
   weights.safetensors  the moving average of the weights alone, in bfloat16
@@ -30,12 +30,12 @@ WEIGHTS, MANIFEST = "weights.safetensors", "manifest.json"
 
 
 def is_shipped(folder: str | os.PathLike) -> bool:
-    """Whether the folder is of this form."""
+    """Returns True if the folder has the layout above."""
     return all((Path(folder) / name).is_file() for name in ("config.json", WEIGHTS, MANIFEST))
 
 
 def load_params(folder: str | os.PathLike, abstract_params: Any) -> Params:
-    """The weights, each file compared with its checksum first.
+    """Reads the weights, after comparing each file with its checksum.
 
     Args:
       abstract_params: shapes, types and shardings of the network's parameters.

@@ -14,7 +14,7 @@ CHUNK = 1 << 24  # bytes handled at a time, so that no second copy of a file is 
 
 
 def map_bytes(path: str | os.PathLike) -> UInt8[np.ndarray, " b"]:
-    """The file as a read-only uint8 array, read page by page when touched.
+    """Maps a file into memory as a read-only uint8 array, read page by page when touched.
 
     Raises:
       UserError: there is no such file, or it is a folder or empty.
@@ -30,9 +30,9 @@ def map_bytes(path: str | os.PathLike) -> UInt8[np.ndarray, " b"]:
 
 
 def byte_chunks(tensor: Shaped[np.ndarray, "..."], dtype: np.dtype) -> Iterator[memoryview]:
-    """The tensor's bytes in row-major order as `dtype`, a few MB at a time.
+    """Yields a tensor's bytes in row-major order as `dtype`, a few MB at a time.
 
-    Works for transposed views too, without a contiguous copy of the whole.
+    A transposed view is copied chunk by chunk too, never as a whole.
     """
     if not tensor.size:
         return

@@ -1,4 +1,4 @@
-"""The format of PyTorch before 1.6, which public weights of those years are still in.
+"""Reads the format of PyTorch before 1.6, which some public weights still have.
 
 Five pickles (a magic number, the version, the machine, the object, the keys of its storages), then
 for each key the number of elements and the bytes. Where a storage lies is known only after the
@@ -19,7 +19,7 @@ from microdit_jax.errors import UserError
 MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # the first pickle
 VERSION = 1001
 
-# key, type, elements -> what the unpickler takes for a storage; bytes, type, swapped -> the same
+# (key, dtype, elements) -> a storage for the unpickler; (bytes, dtype, swapped) -> the same
 FindStorage = Callable[[str, np.dtype, int], Any]
 MakeStorage = Callable[[np.ndarray, np.dtype, bool], Any]
 
@@ -35,7 +35,7 @@ def load_legacy(
     load: Callable[[io.BufferedIOBase, FindStorage], Any],
     make_storage: MakeStorage,
 ) -> Any:
-    """What such a file holds.
+    """Reads the contents of such a file.
 
     Args:
       data: the file's bytes, mapped; tensors are views of them.
@@ -49,7 +49,7 @@ def load_legacy(
         if dtype is None or count < 0 or count * dtype.itemsize > len(data):
             raise _truncated(path)
         sizes[key] = _Sizes(dtype, count)
-        # As large as the real one, and never touched.
+        # A stand-in of the real one's size, whose memory is never touched.
         return make_storage(np.empty(count * dtype.itemsize, np.uint8), dtype, False)
 
     # A buffered file, in which the unpickler stops where a pickle ends.

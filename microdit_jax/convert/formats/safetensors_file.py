@@ -42,7 +42,7 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 def read_safetensors(
     path: str | os.PathLike,
 ) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """The tensors, as read-only views of the memory-mapped file, and the metadata strings.
+    """Reads the tensors, as read-only views of the memory-mapped file, and the metadata strings.
 
     Raises:
       UserError: the file is truncated or not in this format.
@@ -126,7 +126,7 @@ def write_safetensors(
 
 
 def looks_like_safetensors(path: str | os.PathLike) -> bool:
-    """Whether the file begins as this format does, whatever its name."""
+    """Returns True if the file begins as this format does, whatever its name."""
     with Path(path).open("rb") as file:
         head = file.read(9)
     return len(head) == 9 and head[8:] == b"{" and int.from_bytes(head[:8], "little") < 2**32

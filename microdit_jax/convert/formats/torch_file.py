@@ -2,9 +2,8 @@
 
 Since version 1.6 such a file is an uncompressed zip (legacy_torch_file.py has the older format):
 `NAME/data.pkl` pickles the objects, and every tensor's storage is a member `NAME/data/KEY` of plain
-bytes, which can be memory-mapped where it lies. Only the few names that tensors are pickled with
-are known here; all are mapped to functions of ours, so a file that wants to run anything else is
-refused by construction.
+bytes, which can be memory-mapped where it lies. torch_pickle.py knows the few names that tensors
+are pickled with, so a file that wants to run anything else is refused by construction.
 """
 
 import io
@@ -12,10 +11,9 @@ import os
 import pickle
 import struct
 import zipfile
-from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -23,139 +21,11 @@ from jaxtyping import Shaped
 
 from microdit_jax.convert.formats.file_bytes import byte_chunks, map_bytes
 from microdit_jax.convert.formats.legacy_torch_file import MAGIC, load_legacy
+from microdit_jax.convert.formats.torch_pickle import DTYPES, STORAGES, Storage, Unpickler
 from microdit_jax.errors import UserError
 from microdit_jax.files import atomic_file
 
-# torch.X -> numpy, and the class that older pickles name a storage of that type by.
-DTYPES = {
-    "float32": (np.float32, "FloatStorage"),
-    "float64": (np.float64, "DoubleStorage"),
-    "float16": (np.float16, "HalfStorage"),
-    "bfloat16": (ml_dtypes.bfloat16, "BFloat16Storage"),
-    "int64": (np.int64, "LongStorage"),
-    "int32": (np.int32, "IntStorage"),
-    "int16": (np.int16, "ShortStorage"),
-    "int8": (np.int8, "CharStorage"),
-    "uint8": (np.uint8, "ByteStorage"),
-    "bool": (np.bool_, "BoolStorage"),
-    "uint16": (np.uint16, None),
-    "uint32": (np.uint32, None),
-    "uint64": (np.uint64, None),
-    "float8_e4m3fn": (ml_dtypes.float8_e4m3fn, None),
-    "float8_e5m2": (ml_dtypes.float8_e5m2, None),
-}
-STORAGES = {storage: np.dtype(kind) for kind, storage in DTYPES.values() if storage}
-ALIGNMENT = 64  # of each storage within the file, as torch.save has it
-
-
-# --- the names a pickle may use ----------------------------------------------------------------
-
-
-class _StandIn:
-    """A callable that a pickle can call but not change."""
-
-    __slots__ = ("_call",)
-
-    def __init__(self, call: Callable):
-        object.__setattr__(self, "_call", call)
-
-    def __call__(self, *args):
-        return self._call(*args)
-
-    def __setattr__(self, name, value):
-        raise pickle.UnpicklingError("a stand-in cannot be changed")
-
-
-class Opaque:
-    """Something in a training checkpoint that is not a tensor (a date, a random state): unread."""
-
-    __slots__ = ()
-
-    def __init__(self, *args: Any):
-        pass
-
-    def __setstate__(self, state):
-        pass
-
-
-class _Storage(NamedTuple):
-    data: np.ndarray  # (bytes,) uint8, in the mapped file
-    dtype: np.dtype | None  # None: untyped
-    swapped: bool
-
-
-def _view(storage: _Storage, dtype: np.dtype, offset: int, size: tuple, stride: tuple):
-    """The tensor at offset (in elements) of a storage, checked to lie within it."""
-    count = len(storage.data) // dtype.itemsize
-    last = offset + sum((s - 1) * t for s, t in zip(size, stride, strict=True))
-    if 0 in size:
-        return np.zeros(size, dtype)
-    if offset < 0 or min(size, default=1) < 0 or min(stride, default=0) < 0 or last >= count:
-        raise pickle.UnpicklingError(f"a tensor {size} reaches beyond its storage of {count}")
-    flat = storage.data[: count * dtype.itemsize]
-    if storage.swapped:
-        flat = flat.reshape(count, dtype.itemsize)[:, ::-1].reshape(-1)
-    flat = flat.view(dtype)[offset:]
-    strides = [t * dtype.itemsize for t in stride]
-    return np.lib.stride_tricks.as_strided(flat, size, strides, writeable=False)
-
-
-def _rebuild_tensor(storage, offset, size, stride, *_):
-    return _view(storage, storage.dtype, offset, tuple(size), tuple(stride))
-
-
-def _rebuild_untyped(storage, offset, size, stride, requires_grad, hooks, dtype, *_):
-    return _view(storage, dtype, offset, tuple(size), tuple(stride))
-
-
-_GLOBALS: dict[tuple[str, str], Any] = {
-    ("collections", "OrderedDict"): OrderedDict,
-    ("torch._utils", "_rebuild_tensor"): _StandIn(_rebuild_tensor),
-    ("torch._utils", "_rebuild_tensor_v2"): _StandIn(_rebuild_tensor),
-    ("torch._utils", "_rebuild_tensor_v3"): _StandIn(_rebuild_untyped),
-    ("torch._utils", "_rebuild_parameter"): _StandIn(lambda data, *_: data),
-    ("torch._utils", "_rebuild_parameter_with_state"): _StandIn(lambda data, *_: data),
-    ("torch._tensor", "_rebuild_from_type_v2"): _StandIn(lambda call, kind, args, _: call(*args)),
-    ("torch.nn.parameter", "Parameter"): _StandIn(lambda data=None, *_: data),
-    ("torch", "Tensor"): _StandIn(lambda data=None, *_: data),
-    ("torch", "Size"): _StandIn(tuple),
-    ("torch", "device"): _StandIn(lambda *args: ":".join(map(str, args))),
-    ("torch.storage", "UntypedStorage"): None,
-    ("torch", "UntypedStorage"): None,
-    ("_codecs", "encode"): _StandIn(lambda text, _: text.encode("latin1")),  # how bytes are kept
-}
-_GLOBALS |= {("torch", name): dtype for name, dtype in STORAGES.items()}
-_GLOBALS |= {("torch", name): np.dtype(dtype) for name, (dtype, _) in DTYPES.items()}
-_GLOBALS |= {
-    (module, name): Opaque
-    for module, names in {
-        "numpy": ("dtype", "ndarray"),
-        "numpy.core.multiarray": ("_reconstruct", "scalar"),
-        "numpy._core.multiarray": ("_reconstruct", "scalar"),
-        "datetime": ("datetime", "timedelta", "timezone"),
-    }.items()
-    for name in names
-}
-
-
-class _Unpickler(pickle.Unpickler):
-    def __init__(self, file: io.BufferedIOBase, path: Path, storage: Callable):
-        super().__init__(file, encoding="utf-8")
-        self._path, self._storage = path, storage
-
-    def find_class(self, module: str, name: str):
-        if (module, name) not in _GLOBALS:
-            raise UserError(
-                f"{self._path} is refused: expected tensors only, found that it wants to run code, "
-                f"{module}.{name}; save the state dict alone, torch.save(model.state_dict(), FILE)"
-            )
-        return _GLOBALS[module, name]
-
-    def persistent_load(self, pid):
-        kind, dtype, key, _location, count, *view = pid  # before 1.6 there is a view, of None
-        if kind != "storage" or not (dtype is None or isinstance(dtype, np.dtype)) or any(view):
-            raise pickle.UnpicklingError(f"unknown persistent id {kind!r}")
-        return self._storage(key, dtype, count)
+ALIGNMENT = 64  # bytes; of each storage within the file, as torch.save has it
 
 
 # --- reading -----------------------------------------------------------------------------------
@@ -206,7 +76,7 @@ class _Archive:
 
 
 def read_torch(path: str | os.PathLike) -> Any:
-    """What `torch.save` wrote: usually a dict, nested as saved, of numpy arrays.
+    """Reads what `torch.save` wrote: usually a dict, nested as saved, of NumPy arrays.
 
     Tensors are read-only views of the memory-mapped file, in the type and with the strides they
     were saved with; tensors that shared a storage share it again. bfloat16 is ml_dtypes'.
@@ -218,9 +88,9 @@ def read_torch(path: str | os.PathLike) -> Any:
     if bytes((data := map_bytes(path))[: len(MAGIC)]) == MAGIC:
 
         def load(file: io.BufferedIOBase, storage: Callable) -> Any:
-            return _Unpickler(file, path, storage).load()
+            return Unpickler(file, path, storage).load()
 
-        return _undamaged(path, lambda: load_legacy(path, data, load, _Storage))
+        return _undamaged(path, lambda: load_legacy(path, data, load, Storage))
     archive = _Archive(path)
     pickles = [name for name in archive.members if name.split("/")[1:] == ["data.pkl"]]
     if len(pickles) != 1:
@@ -232,15 +102,15 @@ def read_torch(path: str | os.PathLike) -> Any:
     order = f"{root}/byteorder"
     swapped = order in archive.members and bytes(archive[order]).strip() == b"big"
 
-    def storage(key: str, dtype: np.dtype | None, _: int) -> _Storage:
-        return _Storage(archive[f"{root}/data/{key}"], dtype, swapped)
+    def storage(key: str, dtype: np.dtype | None, _: int) -> Storage:
+        return Storage(archive[f"{root}/data/{key}"], dtype, swapped)
 
     file = io.BytesIO(archive[pickles[0]].tobytes())
-    return _undamaged(path, lambda: _Unpickler(file, path, storage).load())
+    return _undamaged(path, lambda: Unpickler(file, path, storage).load())
 
 
 def _undamaged(path: Path, load: Callable[[], Any]) -> Any:
-    """What `load` gives; a UserError where the pickle or a storage is not whole."""
+    """Calls `load`; raises UserError if the pickle or a storage is damaged."""
     try:
         return load()
     except UserError:
@@ -290,7 +160,7 @@ def _pickle_tensor(key: str, shape: tuple[int, ...], storage: str) -> bytes:
 
 
 def _member(archive: zipfile.ZipFile, name: str, size: int) -> zipfile.ZipInfo:
-    """A stored member's header, padded so that its bytes begin at a multiple of ALIGNMENT."""
+    """Makes a stored member's header, padded so that its bytes begin at a multiple of ALIGNMENT."""
     info = zipfile.ZipInfo(name, date_time=(1980, 1, 1, 0, 0, 0))
     info.file_size = size
     zip64 = 20 if size * 1.05 > zipfile.ZIP64_LIMIT else 0  # zipfile adds that field itself
@@ -346,6 +216,6 @@ def write_torch(
 
 
 def output_dtype(tensor: Shaped[np.ndarray, "..."], dtype: str | None) -> np.dtype:
-    """The type a tensor is written in: `dtype` for floating ones, else its own."""
+    """Returns the type a tensor is written in: `dtype` for floating ones, else its own."""
     is_float = tensor.dtype.kind == "f" or tensor.dtype == ml_dtypes.bfloat16
     return np.dtype(DTYPES[dtype][0]) if dtype and is_float else tensor.dtype.newbyteorder("=")
