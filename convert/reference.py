@@ -57,7 +57,7 @@ def run_reference(
       UserError: no torch, or no checkout in the folder.
     """
     _require_torch("; or compare with a recorded file: --activations")
-    import torch
+    import torch  # pyright: ignore[reportMissingImports]  # an extra that only this file needs
 
     model = _make_model(folder, config, state_dict)
     model.eval()
@@ -116,7 +116,7 @@ def _require_checkout(folder: Path) -> None:
 
 
 def _make_model(folder: Path, config: DiTConfig, state_dict: Mapping[str, np.ndarray]) -> Any:
-    import torch
+    import torch  # pyright: ignore[reportMissingImports]  # an extra that only this file needs
 
     module = _import_reference(folder)
     with torch.device("meta"):  # no memory and no time for weights that are replaced at once
@@ -132,7 +132,7 @@ def _make_model(folder: Path, config: DiTConfig, state_dict: Mapping[str, np.nda
 
 
 class ReferenceWork:
-    """The reference's network at work on the CPU in float32, to be timed beside ours.
+    """The reference's network on the CPU in float32, to be timed beside ours.
 
     Its training step is the recipe's: EDM loss on kept patches, the gradient's norm clipped, and
     torch.optim.AdamW as the reference's configurations name it, with PyTorch's own defaults.
@@ -145,32 +145,33 @@ class ReferenceWork:
           UserError: no torch, or no checkout in the folder.
         """
         _require_torch()
-        import torch
+        import torch  # pyright: ignore[reportMissingImports]  # an extra that only this file needs
 
         self._torch, self._config = torch, config
         self._model = _make_model(folder, config, state_dict)
         self._optimizer = torch.optim.AdamW(self._model.parameters(), lr=2.4e-4, weight_decay=0.1)
 
     def set_threads(self, count: int) -> None:
-        """Processor threads that PyTorch computes with."""
+        """Sets the number of processor threads that PyTorch computes with."""
         self._torch.set_num_threads(count)
 
     def _tensors(self, *arrays: np.ndarray) -> list[Any]:
-        """Ours as the reference has them: latents channels first, captions with an axis more."""
+        """Converts our arrays: latents become channels-first, captions get one more axis."""
         x, *rest, y = (self._torch.from_numpy(np.array(a)) for a in arrays)
         return [x.movedim(-1, 1).contiguous(), *rest, y[:, None]]
 
     def train_step(
         self, x: Float[np.ndarray, "n h w c"], y: Float[np.ndarray, "n l d"], mask_ratio: float
     ) -> float:
-        """One step on latents x (n, h, w, channels) and captions y; returns the loss."""
+        """Trains one step on latents x (n, h, w, channels) and captions y; returns the loss."""
         torch = self._torch
-        x, y = self._tensors(x, y)
+        latents, captions = self._tensors(x, y)
         self._model.train()
-        sigma = torch.exp(torch.randn(x.shape[0], 1, 1, 1) * 1.2 - 0.6)
-        out = self._denoise(x + torch.randn_like(x) * sigma, sigma, y, mask_ratio=mask_ratio)
+        sigma = torch.exp(torch.randn(len(latents), 1, 1, 1) * 1.2 - 0.6)
+        noisy = latents + torch.randn_like(latents) * sigma
+        out = self._denoise(noisy, sigma, captions, mask_ratio=mask_ratio)
         weight = (sigma**2 + SIGMA_DATA**2) / (sigma * SIGMA_DATA) ** 2
-        error = (weight * (out["sample"] - x) ** 2).mean(dim=1)
+        error = (weight * (out["sample"] - latents) ** 2).mean(dim=1)
         patches = torch.nn.functional.avg_pool2d(error, self._config.patch_size).flatten(1)
         kept = torch.ones_like(patches) if out["mask"] is None else 1 - out["mask"]
         loss = ((patches * kept).sum(dim=1) / kept.sum(dim=1)).mean()
@@ -192,7 +193,7 @@ class ReferenceWork:
         t: Float[np.ndarray, " n"],
         y: Float[np.ndarray, "n l d"],
     ) -> Float[np.ndarray, "n h w c"]:
-        """One evaluation without masking; (n, h, w, channels)."""
+        """Evaluates the network without masking: (n, h, w, channels)."""
         with self._torch.inference_mode():
             out = self._model(*self._tensors(x, t, y))["sample"]
         return out.movedim(1, -1).numpy()
@@ -204,19 +205,19 @@ class ReferenceWork:
         sigmas: Float[np.ndarray, " steps"],
         guidance: float,
     ) -> Float[np.ndarray, "n h w c"]:
-        """Heun's method with guidance from standard normal x; one evaluation after the last."""
+        """Samples by Heun's method with guidance, from standard normal x (n, h, w, channels)."""
         torch = self._torch
-        x, y = self._tensors(x, y)
+        noise, captions = self._tensors(x, y)
         with torch.inference_mode():
-            x = x.double() * sigmas[0]
+            sample = noise.double() * sigmas[0]
             for i, (sigma, following) in enumerate(zip(sigmas[:-1], sigmas[1:], strict=True)):
-                slope = self._slope(x, sigma, y, guidance)
-                x_next = x + (following - sigma) * slope
+                slope = self._slope(sample, sigma, captions, guidance)
+                x_next = sample + (following - sigma) * slope
                 if i < len(sigmas) - 2:
-                    second = self._slope(x_next, following, y, guidance)
-                    x_next = x + (following - sigma) * (slope + second) / 2
-                x = x_next
-        return x.movedim(1, -1).numpy()
+                    second = self._slope(x_next, following, captions, guidance)
+                    x_next = sample + (following - sigma) * (slope + second) / 2
+                sample = x_next
+        return sample.movedim(1, -1).numpy()
 
     def _slope(self, x: Any, sigma: float, y: Any, guidance: float) -> Any:
         level = self._torch.full((1, 1, 1, 1), sigma, dtype=self._torch.float32)
@@ -225,7 +226,7 @@ class ReferenceWork:
 
 
 def _sub_modules(model: Any) -> Iterator[tuple[str, Any]]:
-    """Every child with parameters, and every block of the two lists of blocks."""
+    """Yields every child with parameters, and every block of the two lists of blocks."""
     for name, child in model.named_children():
         if name in ("blocks", "patch_mixer"):
             yield from ((f"{name}.{i}", block) for i, block in enumerate(child))
@@ -237,11 +238,11 @@ def _import_reference(folder: Path) -> types.ModuleType:
     _require_checkout(folder)
     stand_ins = {name: _empty_module(name) for name in UNUSED}
     try:
-        import timm.models.vision_transformer  # noqa: F401
+        import timm.models.vision_transformer  # noqa: F401  # pyright: ignore[reportMissingImports]
     except ImportError:  # absent, or without the torchvision it needs
         names = ("timm", "timm.models", "timm.models.vision_transformer")
         stand_ins |= {name: types.ModuleType(name) for name in names}
-        stand_ins[names[-1]].PatchEmbed = _patch_embed_class()
+        vars(stand_ins[names[-1]])["PatchEmbed"] = _patch_embed_class()
     with (
         unittest.mock.patch.dict(sys.modules, stand_ins),
         unittest.mock.patch.object(sys, "path", [str(folder.absolute()), *sys.path]),
@@ -250,20 +251,20 @@ def _import_reference(folder: Path) -> types.ModuleType:
 
 
 def _empty_module(name: str) -> types.ModuleType:
-    """Returns a module that has any class one asks for, with nothing in it."""
+    """Makes a module in which every name is an empty class."""
 
     def make_class(attribute: str) -> type:
-        if attribute.startswith("__"):  # what Python itself looks for, such as __file__
+        if attribute.startswith("__"):  # Python looks for some itself, such as __file__
             raise AttributeError(attribute)
         return type(attribute, (), {})
 
     module = types.ModuleType(name)
-    module.__getattr__ = make_class
+    vars(module)["__getattr__"] = make_class
     return module
 
 
 def _patch_embed_class() -> type:
-    import torch
+    import torch  # pyright: ignore[reportMissingImports]  # an extra that only this file needs
 
     class PatchEmbed(torch.nn.Module):
         """(n, C, H, W) -> (n, t, d) by a convolution whose stride is its size."""

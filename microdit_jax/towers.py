@@ -22,22 +22,27 @@ class Codec(Protocol):
     @property
     def name(self) -> str:
         """Name that datasets and models carry to find the codec again."""
+        ...
 
     @property
     def channels(self) -> int:
         """Channels c of the latents."""
+        ...
 
     @property
     def scaling_factor(self) -> float:
         """Factor on raw latents before the diffusion model sees them."""
+        ...
 
     @property
     def pixels_per_latent(self) -> int:
         """Pixels along a side of the image for one latent, 8 for Stable Diffusion's."""
+        ...
 
     @property
     def on_device(self) -> bool:
         """True if JAX computes it on the device of its weights, False for NumPy on the host."""
+        ...
 
     def encode(
         self,
@@ -100,14 +105,17 @@ class TextEncoder(Protocol):
     @property
     def name(self) -> str:
         """Name that datasets and models carry to find the encoder again."""
+        ...
 
     @property
     def width(self) -> int:
         """Width of a token's embedding."""
+        ...
 
     @property
     def max_tokens(self) -> int:
         """Length l to which `encode_text` pads and cuts."""
+        ...
 
     @property
     def pretrained(self) -> bool:
@@ -115,14 +123,17 @@ class TextEncoder(Protocol):
 
         Only networks trained on the embedded emoji images use one.
         """
+        ...
 
     @property
     def tokenizer(self) -> Tokenizer | None:
         """Its tokenizer; None if it was loaded without: then only ids can be encoded."""
+        ...
 
     @property
     def network(self) -> TextNetwork | None:
         """Its network as a pure function; None if embeddings are looked up on the host."""
+        ...
 
     def encode(
         self,
@@ -156,6 +167,7 @@ class ImageEncoder(Protocol):
     @property
     def name(self) -> str:
         """Name that scores carry to say which network gave them."""
+        ...
 
     def encode_images(
         self, images: Sequence[UInt8[np.ndarray, "_ _ 3"]]

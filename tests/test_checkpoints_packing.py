@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from test_checkpoints_run import abstract, assert_same, make_state, mesh, split
+from support.checkpoints import abstract, assert_same, make_state, mesh, split
 
 from microdit_jax.checkpoints import packing, restore
 from microdit_jax.checkpoints.packing import SMALL, pack, read_index, unpack

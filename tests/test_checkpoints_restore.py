@@ -1,6 +1,6 @@
 import jax.numpy as jnp
 import pytest
-from test_checkpoints_run import (
+from support.checkpoints import (
     abstract,
     assert_same,
     files_of,

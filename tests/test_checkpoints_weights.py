@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import tiny_model
-from test_checkpoints_run import (
+from support.checkpoints import (
     abstract,
     assert_same,
     flip,

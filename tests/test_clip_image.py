@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import GOLDEN, relative_l2
-from support.synthetic import synthetic_state_dict
-from test_convert_main import fails, run
+from support.convert_command import fails, run
+from support.small_clip import openclip_config, small_config, small_tensors
 
 from microdit_jax.checkpoints.model_folder import read_metadata
 from microdit_jax.convert import clip
@@ -39,24 +39,6 @@ def golden():
     """What open_clip 3.3.0 computes with synthetic weights."""
     with np.load(GOLDEN / "clip_small.npz") as file:
         return {key: file[key] for key in file.files}
-
-
-def openclip_config(golden, activation: str) -> dict:
-    cfg = json.loads(str(golden["config"]))
-    return {"model_cfg": cfg | {"quick_gelu": activation == "quick_gelu"}}
-
-
-def small_config(activation: str = "quick_gelu") -> ClipConfig:
-    text = ClipTextConfig(width=16, layers=2, heads=2, vocab_size=64, activation=activation)
-    image = ClipImageConfig(
-        width=32, layers=2, heads=4, image_size=32, patch_size=8, activation=activation
-    )
-    return ClipConfig(text, image, 24)
-
-
-def small_tensors(layout: str = "openclip") -> dict[str, np.ndarray]:
-    table = clip.rename_table(small_config(), layout)
-    return synthetic_state_dict({e.torch_name: e.torch_shape for e in table}, 3)
 
 
 def inputs(side: int, n: int, vocab: int):

@@ -3,7 +3,7 @@ import json
 import numpy as np
 import pytest
 from conftest import GOLDEN
-from test_convert_main import fails, run
+from support.convert_command import fails, run
 
 from microdit_jax.checkpoints.model_folder import load_model, read_metadata
 from microdit_jax.convert.__main__ import OPTIONS

@@ -4,10 +4,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 from conftest import load_golden
+from support.convert_command import fails, run
 
 from microdit_jax.checkpoints.model_folder import load_model, read_metadata
-from microdit_jax.commands.boundary import outcome
-from microdit_jax.convert.__main__ import main
 from microdit_jax.convert.formats.safetensors_file import read_safetensors, write_safetensors
 from microdit_jax.convert.formats.torch_file import read_torch, write_torch
 from microdit_jax.models.dit import DiTConfig
@@ -25,18 +24,6 @@ def tensors():
 def file(tmp_path, tensors):
     write_torch(tmp_path / "dit.pt", tensors)
     return tmp_path / "dit.pt"
-
-
-def run(*arguments) -> None:
-    main([str(argument) for argument in arguments])
-
-
-def fails(capsys, *arguments) -> str:
-    """The one line on stderr of a command that ends with status 2."""
-    assert outcome(lambda: run(*arguments)) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ") and error.count("\n") == 1
-    return error
 
 
 @pytest.mark.parametrize("suffix", ["pt", "safetensors"])

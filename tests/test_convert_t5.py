@@ -5,7 +5,8 @@ import math
 import numpy as np
 import pytest
 from conftest import relative_l2
-from test_convert_text import assert_same_bits, of_zeros, recorded, run
+from support.convert_command import run
+from support.recorded import assert_same_bits, of_zeros, recorded
 
 from microdit_jax.convert import clip_text, t5
 from microdit_jax.convert.formats.safetensors_file import write_safetensors

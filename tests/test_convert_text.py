@@ -6,9 +6,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 from conftest import GOLDEN, relative_l2
+from support.convert_command import run
+from support.recorded import assert_same_bits, of_zeros, recorded
 
 from microdit_jax.convert import clip_text, t5
-from microdit_jax.convert.__main__ import main
 from microdit_jax.convert.formats.safetensors_file import read_safetensors, write_safetensors
 from microdit_jax.convert.formats.torch_file import write_torch
 from microdit_jax.convert.keymap import flatten
@@ -49,30 +50,9 @@ HUGGING_FACE = {
 }
 
 
-def recorded(name: str) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """A golden file's state dict, and its other arrays."""
-    with np.load(GOLDEN / f"{name}.npz") as file:
-        arrays = {key: file[key] for key in file.files}
-    prefix = "state_dict/"
-    tensors = {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}
-    return tensors, {k: v for k, v in arrays.items() if not k.startswith(prefix)}
-
-
 @pytest.fixture
 def tensors():
     return recorded("openclip_text_small")[0]
-
-
-def of_zeros(shapes) -> dict[str, np.ndarray]:
-    """A state dict of the right shapes that takes no memory."""
-    return {name: np.broadcast_to(np.float32(0), shape) for name, shape in shapes.items()}
-
-
-def assert_same_bits(found, expected):
-    assert set(found) == set(expected)
-    for name, tensor in expected.items():
-        assert found[name].dtype == np.float32
-        np.testing.assert_array_equal(found[name].view(np.uint32), tensor.view(np.uint32))
 
 
 def with_image_tower(tensors: dict) -> dict:
@@ -250,10 +230,6 @@ def test_what_is_not_a_clip():
 
 
 # --- the command --------------------------------------------------------------------------------
-
-
-def run(*arguments) -> None:
-    main([str(argument) for argument in arguments])
 
 
 @pytest.mark.parametrize("layout", ["whole", "custom text"])

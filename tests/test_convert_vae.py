@@ -6,8 +6,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 from conftest import relative_l2
+from support.convert_command import fails, run
 from support.golden_vae import load_vae
-from test_convert_main import fails, run
 
 from microdit_jax.checkpoints.model_folder import read_metadata
 from microdit_jax.convert.formats.safetensors_file import read_safetensors, write_safetensors

@@ -10,7 +10,7 @@ from conftest import GOLDEN
 from PIL import Image
 from support.evaluation import ask, make_subject, references
 from support.inception import NARROW, synthetic_tensors
-from test_clip_image import openclip_config, small_tensors
+from support.small_clip import openclip_config, small_tensors
 
 from microdit_jax.convert.formats.safetensors_file import write_safetensors
 from microdit_jax.convert.formats.torch_file import write_torch

@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import GOLDEN, relative_l2
+from support.convert_command import run
 from support.inception import FULL, NARROW, synthetic_tensors
-from test_convert_main import run
 
 from microdit_jax.checkpoints.model_folder import load_model, read_metadata
 from microdit_jax.convert.formats.torch_file import read_torch, write_torch

@@ -5,8 +5,8 @@ import shutil
 
 import numpy as np
 import pytest
+from support.checkpoints import assert_same, flip, largest, make_state, restore
 from support.train_command import Command, lines, prepare_emoji, state_of
-from test_checkpoints_run import assert_same, flip, largest, make_state, restore
 from test_machine_hosts import finish, free_port, start
 
 from microdit_jax.checkpoints.restore import steps_on_disk
@@ -16,7 +16,7 @@ STEPS, STATE = (
     20,
     """
 sys.path.insert(0, "tests")
-from test_checkpoints_run import RunCheckpoints, abstract, make_state, mesh, split
+from support.checkpoints import RunCheckpoints, abstract, make_state, mesh, split
 
 def place(leaf):
     return split(leaf, mesh(2, 2, 2))

@@ -111,8 +111,8 @@ def fetch(repository: str, *files: str | tuple[str, ...]) -> list[Path]:
       UserError: one is not here and cannot be had: no network, no such file, no permission.
     """
     choices = [(file,) if isinstance(file, str) else file for file in files]
-    local = [_first_local(repository, names) for names in choices]
-    if all(local):
+    local = [path for names in choices if (path := _first_local(repository, names))]
+    if len(local) == len(choices):
         return local
     return [_fetch_first(repository, names) for names in choices]
 

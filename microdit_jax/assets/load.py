@@ -263,8 +263,10 @@ def converted(kind: str, path: Path) -> Path:
     if missing := [file.name for file in source.files if not file.is_file()]:
         raise UserError(f"expected all files of {path}, found no {', '.join(missing)}; fetch it")
     stats = [(str(file.resolve()), file.stat()) for file in source.files]
-    made_from = {"files": [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]}
-    made_from["config"] = source.config
+    made_from = {
+        "files": [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats],
+        "config": source.config,
+    }
     key = hashlib.sha256(json.dumps([name for name, _ in stats]).encode()).hexdigest()[:12]
     folder = cache_folder() / "models" / f"{kind}-{source.files[0].stem}-{key}"
     with disk_errors(folder):

@@ -34,7 +34,9 @@ class Packed(NamedTuple):
         return math.prod(self.shape) * jnp.dtype(self.dtype).itemsize
 
 
-def pack(state: Any, memory: dict[str, np.ndarray] | None = None) -> tuple[dict, dict[str, dict]]:
+def pack(
+    state: Any, memory: dict[str, np.ndarray] | None = None
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """Packs a state's small arrays, and makes the index of them.
 
     Args:

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
+from etils import epath
 
 from microdit_jax.checkpoints import packing
 from microdit_jax.errors import UserError
@@ -83,7 +84,7 @@ def restore_state(folder: Path, abstract: Any, *, partial: bool) -> Any:
         part may be restored to another dtype.
     """
     handler = ocp.PyTreeCheckpointHandler(restore_concurrent_gb=RESTORE_GB)
-    stored, expected = handler.metadata(folder / "state"), flatten(abstract)
+    stored, expected = handler.metadata(epath.Path(folder / "state")), flatten(abstract)
     index = packing.read_index(stored.custom_metadata)
     large = {path: leaf for path, leaf in flatten(stored.tree).items() if hasattr(leaf, "shape")}
     rows = {path: large.pop(path) for path in packing.rows_of(index)}

@@ -213,7 +213,7 @@ class _Manager(ocp.CheckpointManager):
 
 
 def _manager(folder: Path, keep_last: int, keep_every: int, timeout_seconds: float) -> _Manager:
-    keep = [policies.LatestN(keep_last)]
+    keep: list[policies.PreservationPolicy] = [policies.LatestN(keep_last)]
     if keep_every:
         keep.append(policies.EveryNSteps(keep_every))
 

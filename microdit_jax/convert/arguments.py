@@ -20,7 +20,7 @@ __all__ = [
     "size_faults",
 ]
 
-Config = TypeVar("Config")
+Config = TypeVar("Config", bound="DataclassInstance")
 # The fix where tensors are those of another kind of model.
 OTHER_KIND = "give such a file, or name its kind: python -m convert --kind=..."
 
@@ -87,7 +87,7 @@ def matrix_shapes(
             f"expected {what}'s matrices, which tell its sizes, found {pairs} among {len(tensors)} "
             f"tensors ({found}, ...); are all shards there? Else {OTHER_KIND}"
         )
-    return shapes
+    return [(rows, columns) for rows, columns in shapes]
 
 
 def count_blocks(tensors: Mapping[str, Any], prefix: str) -> int:

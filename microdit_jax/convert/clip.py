@@ -19,8 +19,10 @@ from microdit_jax.convert.arguments import (
     OTHER_KIND,
     config_from_fields,
     count_blocks,
+    matrix_shapes,
     open_folder,
     refuse_other_config,
+    shape_of,
     size_faults,
 )
 from microdit_jax.convert.clip_config import ACTIVATIONS
@@ -84,8 +86,9 @@ def _rules(layout: str) -> list[Rule]:
     old, new = _MOVED[layout]
 
     def inside(tower: str, rule: Rule, rename: Callable[[str], str]) -> Rule:
-        names = rule.name
-        names = rename(names) if isinstance(names, str) else [rename(name) for name in names]
+        assert not callable(rule.name)  # the text tower's rules are templates
+        templates = [rule.name] if isinstance(rule.name, str) else rule.name
+        names = [rename(template) for template in templates]
         return dataclasses.replace(rule, pattern=f"{tower}/{rule.pattern}", name=names)
 
     text = clip_text.RULES[layout]
@@ -134,9 +137,11 @@ def infer_config(
     faults = size_faults(given, sizes)
     refuse_other_config(faults)
     text = clip_text.infer_config(tensors, config_json.get("text", config_json))
-    projection = tensors.get("text_projection", tensors.get("text_projection.weight"))
-    embed_dim = projection.shape[0 if layout == "transformers" else 1]
-    return ClipConfig(text, ClipImageConfig(**given | sizes), int(embed_dim))
+    # (d, e) in OpenCLIP, a linear layer's (e, d) in transformers
+    name = {"openclip": "text_projection", "transformers": "text_projection.weight"}[layout]
+    ((rows, columns),) = matrix_shapes(tensors, [name], "a CLIP")
+    embed_dim = rows if layout == "transformers" else columns
+    return ClipConfig(text, config_from_fields(ClipImageConfig, given | sizes), embed_dim)
 
 
 def from_torch(
@@ -271,16 +276,15 @@ def _image_fields(config_json: Mapping[str, Any]) -> dict[str, Any]:
 
 def _image_sizes(tensors: Mapping[str, Any], layout: str) -> dict[str, int]:
     """Reads ClipImageConfig's sizes off the tensors' shapes."""
-    found = [tuple(getattr(tensors.get(n), "shape", ())) for n in (_CONV[layout], _FFN[layout])]
-    if [len(shape) for shape in found] != [4, 2]:
+    conv, dense = shape_of(tensors, _CONV[layout]), shape_of(tensors, _FFN[layout])
+    if (len(conv), len(dense)) != (4, 2):
         names = ", ".join(list(tensors)[:5]) or "no tensor"
         raise UserError(
             f"expected a CLIP with both towers ({' or '.join(_CONV.values())}), found neither among"
             f" {len(tensors)} tensors ({names}, ...); {OTHER_KIND}"
         )
-    (width, _, patch, _), (ffn, _) = found
     layers = count_blocks(tensors, _IMAGE_BLOCKS[layout])
-    return {"width": width, "patch_size": patch, "ffn": ffn, "layers": layers}
+    return {"width": conv[0], "patch_size": conv[2], "ffn": dense[0], "layers": layers}
 
 
 KIND = Kind(

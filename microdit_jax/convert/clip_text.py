@@ -170,7 +170,7 @@ def infer_config(
         "heads": sizes["width"] // _HEAD_DIM,
         "padding": END_OF_TEXT if hf_openai else PADDING,
     }
-    return ClipTextConfig(**computed | given | sizes)
+    return config_from_fields(ClipTextConfig, computed | given | sizes)
 
 
 def from_torch(

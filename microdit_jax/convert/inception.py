@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from microdit_jax.convert.arguments import config_from_fields
+from microdit_jax.convert.arguments import config_from_fields, shape_of
 from microdit_jax.convert.keymap import (
     CONV,
     LINEAR,
@@ -56,8 +56,8 @@ def infer_config(state_dict: Mapping[str, Any]) -> InceptionConfig:
     Raises:
       UserError: not an Inception-v3, or torchvision's, which is another network.
     """
-    shapes = [tuple(getattr(state_dict.get(name), "shape", ())) for name in (_FIRST, _LAST)]
-    if [len(shape) for shape in shapes] != [4, 2] or WIDTH % max(1, shapes[0][0]):
+    first, last = shape_of(state_dict, _FIRST), shape_of(state_dict, _LAST)
+    if (len(first), len(last)) != (4, 2) or WIDTH % max(1, first[0]):
         found = ", ".join(list(state_dict)[:3]) or "no tensor"
         raise UserError(
             f"expected Inception-v3 with {_FIRST} and {_LAST}, found {len(state_dict)} tensors "
@@ -68,7 +68,7 @@ def infer_config(state_dict: Mapping[str, Any]) -> InceptionConfig:
             "expected the FID network of 2015, found torchvision's Inception-v3 with its auxiliary "
             "head; give pt_inception-2015-12-05-6726825d.pth, other weights give another FID"
         )
-    return InceptionConfig(classes=shapes[1][0], divisor=WIDTH // shapes[0][0])
+    return InceptionConfig(classes=last[0], divisor=WIDTH // first[0])
 
 
 def from_torch(

@@ -153,9 +153,10 @@ def is_finite(tensor: Shaped[np.ndarray, "..."]) -> bool:
     # Axes sorted by stride, so that memory is read in order however the axes are transposed.
     by_stride = tensor.transpose(np.argsort([-s for s in tensor.strides], kind="stable"))
     rows = by_stride.reshape(-1) if by_stride.flags.c_contiguous else by_stride
-    step = max(1, CHUNK * len(rows) // (rows.size * rows.itemsize)) if rows.ndim else 1
-    for start in range(0, len(rows), step) if rows.ndim else [...]:
-        part = rows[start : start + step] if rows.ndim else rows
+    rows = np.atleast_1d(rows)
+    step = max(1, CHUNK * len(rows) // (rows.size * rows.itemsize))
+    for start in range(0, len(rows), step):
+        part = rows[start : start + step]
         if part.itemsize < 4:
             part = part.astype(np.float32)
         # min and max propagate NaN, so that they test all values without a temporary array.

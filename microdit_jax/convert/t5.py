@@ -113,7 +113,7 @@ def infer_config(
     refuse_other_config(faults)
     if max_tokens is not None:
         fields["max_tokens"] = max_tokens
-    return T5Config(**fields | sizes)
+    return config_from_fields(T5Config, fields | sizes)
 
 
 def from_torch(

@@ -94,7 +94,8 @@ def infer_config(
     given = dict(config_json or {})
     _check_config(given, sizes)
     found = given.get("scaling_factor")
-    if found is None and scaling_factor is None:
+    factor = scaling_factor if found is None else found
+    if factor is None:
         raise UserError(
             "expected the VAE's scaling_factor in a config.json beside its weights, found none; "
             "add that file, or convert it first: python -m convert --kind=vae "
@@ -108,7 +109,7 @@ def infer_config(
     return VaeConfig(
         **sizes,
         norm_num_groups=given.get("norm_num_groups", 32),
-        scaling_factor=float(scaling_factor if found is None else found),
+        scaling_factor=float(factor),
         dtype=given.get("dtype", "float32"),  # only in a model folder's config, which is ours
     )
 

@@ -80,6 +80,7 @@ class Block(nn.Module):
         scale = (config.width // config.heads) ** -0.5
         h = attend(q, k, v, bias[None, None], heads=config.heads, scale=scale)
         x = x + linear(config, config.width, "attn_out_proj")(h).astype(jnp.float32)
+        assert config.ffn is not None  # __post_init__ sets it
         h = linear(config, config.ffn, "mlp_c_fc")(norm(config, "ln_2")(x))  # (n, l, f)
         h = ACTIVATIONS[config.activation](h)
         return x + linear(config, config.width, "mlp_c_proj")(h).astype(jnp.float32)

@@ -82,7 +82,7 @@ class ClipTextEncoder:
 
     def forward(self, params: Mapping[str, Any], ids: Int[Array, "n l"]) -> Float32[Array, "n l d"]:
         """Embeds token ids as a pure function, for programs that embed captions themselves."""
-        return ClipText(self.config).apply({"params": params}, ids)
+        return jnp.asarray(ClipText(self.config).apply({"params": params}, ids))
 
     @property
     def width(self) -> int:

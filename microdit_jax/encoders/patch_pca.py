@@ -99,10 +99,10 @@ class PatchPCA:
         deviation = np.sqrt(np.maximum(variance, 1e-12))
         gain = deviation**-0.5
         scaling_factor = EdmConfig().sigma_data / np.sqrt(np.mean((deviation * gain) ** 2))
-        arrays = (a.astype(np.float32) for a in (mean, basis, gain))
+        mean, basis, gain = (a.astype(np.float32) for a in (mean, basis, gain))
         size = "x".join(map(str, images.shape[:3]))
         name = f"patch_pca:patch={patch},channels={channels},images={size}"
-        return cls(name, patch, *arrays, float(scaling_factor))
+        return cls(name, patch, mean, basis, gain, float(scaling_factor))
 
     def encode(
         self,
@@ -156,9 +156,9 @@ class PatchPCA:
             about = json.loads((folder / "codec.json").read_text())
             found = (about["format"], about["version"])
             with np.load(folder / "codec.npz") as file:
-                arrays = [file[key] for key in ("mean", "basis", "gain")]
-            codec = cls(about["name"], about["patch"], *arrays, about["scaling_factor"])
-            whole = arrays[1].shape == (3 * about["patch"] ** 2, about["channels"])
+                mean, basis, gain = (file[key] for key in ("mean", "basis", "gain"))
+            codec = cls(about["name"], about["patch"], mean, basis, gain, about["scaling_factor"])
+            whole = basis.shape == (3 * about["patch"] ** 2, about["channels"])
         except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
             raise UserError(
                 f"expected codec.json and codec.npz of a patch codec in {folder}, could not read "
@@ -167,7 +167,7 @@ class PatchPCA:
         if found != ("patch_pca", _FORMAT_VERSION) or not whole:
             raise UserError(
                 f"expected a whole patch_pca codec, version {_FORMAT_VERSION}, in {folder}, found "
-                f"{found} with a basis of shape {arrays[1].shape}: prepare the data again"
+                f"{found} with a basis of shape {basis.shape}: prepare the data again"
             )
         return codec
 

@@ -5,6 +5,7 @@ Alphabet as in microdit_jax.models: n batch, l tokens, d width, h heads, c head 
 
 import copy
 import dataclasses
+import functools
 import math
 import os
 from collections.abc import Mapping
@@ -142,10 +143,10 @@ class T5(nn.Module):
     @nn.compact
     def __call__(self, ids: Int[Array, "n l"], mask: Bool[Array, "n l"]) -> Float32[Array, "n l d"]:
         config, l = self.config, ids.shape[1]  # noqa: E741
-        kinds = {"param_dtype": config.param_dtype}
-        x = nn.Embed(config.vocab_size, config.width, name="shared", **kinds)(ids)
+        embed = functools.partial(nn.Embed, param_dtype=config.param_dtype)
+        x = embed(config.vocab_size, config.width, name="shared")(ids)
         x = x.astype(jnp.float32)
-        table = nn.Embed(config.buckets, config.heads, name="relative_attention_bias", **kinds)
+        table = embed(config.buckets, config.heads, name="relative_attention_bias")
         near = table(relative_buckets(l, config.buckets, config.max_distance))  # (l, l, h)
         near = near.transpose(2, 0, 1)[None].astype(jnp.float32)
         unseen = jnp.where(mask, jnp.float32(0), MASKED)[:, None, None]
@@ -157,8 +158,9 @@ class T5(nn.Module):
 
 
 def _linear(config: T5Config, features: int, name: str) -> nn.Dense:
-    kinds = {"dtype": config.dtype, "param_dtype": config.param_dtype}
-    return nn.Dense(features, use_bias=False, name=name, **kinds)
+    return nn.Dense(
+        features, use_bias=False, dtype=config.dtype, param_dtype=config.param_dtype, name=name
+    )
 
 
 def _norm(config: T5Config, name: str) -> RMSNorm:
@@ -264,7 +266,7 @@ class T5Encoder:
     ) -> Float32[Array, "n l d"]:
         """Embeds token ids as a pure function; the mask is as `encode` takes it."""
         mask = ids != PADDING if mask is None else mask
-        return T5(self.config).apply({"params": params}, ids, mask)
+        return jnp.asarray(T5(self.config).apply({"params": params}, ids, mask))
 
     @property
     def width(self) -> int:

@@ -39,6 +39,7 @@ def put_rows(rows: Shaped[np.ndarray, "n ..."], sharding: Sharding) -> Shaped[ja
 def fetch(array: Shaped[jax.Array, "..."]) -> Shaped[np.ndarray, "..."]:
     """Copies a whole array to this host's memory, even if other hosts hold parts of it."""
     if not array.is_fully_addressable:
+        assert isinstance(array.sharding, NamedSharding)  # as all of this project's are
         array = _everywhere(array.sharding.mesh)(array)
     return np.asarray(array)
 

@@ -43,7 +43,7 @@ MUTANTS = [
     {
         "name": "a config.json that changed beside the same weights: the old conversion is used",
         "file": "microdit_jax/assets/load.py",
-        "old": '    made_from["config"] = source.config\n',
+        "old": '        "config": source.config,\n',
         "new": "",
         "tests": _LOAD,
     },

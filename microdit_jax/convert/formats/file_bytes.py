@@ -43,4 +43,4 @@ def byte_chunks(tensor: Shaped[np.ndarray, "..."], dtype: np.dtype) -> Iterator[
         step = max(1, CHUNK * len(tensor) // (tensor.size * dtype.itemsize))
     for start in range(0, len(rows), step):
         part = np.ascontiguousarray(rows[start : start + step]).astype(dtype, copy=False)
-        yield memoryview(part.reshape(-1).view(np.uint8))
+        yield part.reshape(-1).view(np.uint8).data

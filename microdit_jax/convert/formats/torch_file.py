@@ -164,6 +164,7 @@ def _member(archive: zipfile.ZipFile, name: str, size: int) -> zipfile.ZipInfo:
     info = zipfile.ZipInfo(name, date_time=(1980, 1, 1, 0, 0, 0))
     info.file_size = size
     zip64 = 20 if size * 1.05 > zipfile.ZIP64_LIMIT else 0  # zipfile adds that field itself
+    assert archive.fp is not None  # it is open
     start = archive.fp.tell() + 30 + len(name.encode()) + zip64 + 4
     info.extra = b"FB" + struct.pack("<H", -start % ALIGNMENT) + b"Z" * (-start % ALIGNMENT)
     return info
