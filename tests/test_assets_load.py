@@ -71,14 +71,6 @@ def test_towers_are_computed_in_the_type_asked_for(files):
     assert (codec.config.dtype, encoder.config.dtype) == ("bfloat16", "bfloat16")
 
 
-def test_the_raw_weights_can_be_asked_for():
-    """The shipped model holds the moving average alone, and says so if `ema` reaches it."""
-    with pytest.raises(UserError, match="ema=False; leave out --noema"):
-        create.create_latent_diffusion(checkpoint="instant", ema=False)
-    with pytest.raises(UserError, match="ema=False; leave out --noema"):
-        create.load("instant", ema=False)
-
-
 def test_a_damaged_cache_is_noticed(files):
     load.load_model(str(files / "dit.pt"))
     (folder,) = (files / "cache" / "microdit_jax" / "models").glob("dit-*/params")

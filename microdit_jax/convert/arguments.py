@@ -4,19 +4,21 @@ import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from microdit_jax.checkpoints.model_folder import load_model
-from microdit_jax.commands.parser import Parser
 from microdit_jax.errors import UserError
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
 __all__ = [
-    "Parser",
     "config_from_fields",
     "count_blocks",
     "matrix_shapes",
     "open_folder",
     "refuse_other_config",
+    "shape_of",
     "size_faults",
 ]
 
@@ -69,6 +71,11 @@ def refuse_other_config(faults: Sequence[str]) -> None:
         )
 
 
+def shape_of(tensors: Mapping[str, Any], name: str) -> tuple[int, ...]:
+    """Returns the shape of the tensor called `name`, () if there is none."""
+    return tuple(tensors[name].shape) if name in tensors else ()
+
+
 def matrix_shapes(
     tensors: Mapping[str, Any], names: Sequence[str], what: str
 ) -> list[tuple[int, int]]:
@@ -79,7 +86,7 @@ def matrix_shapes(
     Raises:
       UserError: one of them is missing, or no matrix.
     """
-    shapes = [tuple(tensors[name].shape) if name in tensors else () for name in names]
+    shapes = [shape_of(tensors, name) for name in names]
     if any(len(shape) != 2 for shape in shapes):
         pairs = ", ".join(f"{n} {s or '(missing)'}" for n, s in zip(names, shapes, strict=True))
         found = ", ".join(list(tensors)[:5]) or "no tensor"

@@ -139,15 +139,15 @@ MUTANTS = [
     {
         "name": "create_latent_diffusion ignores ema",
         "file": "microdit_jax/create.py",
-        "old": "model = assets.load_model(checkpoint, ema=ema, dtype=dtype, mesh=mesh)",
-        "new": "model = assets.load_model(checkpoint, dtype=dtype, mesh=mesh)",
+        "old": "model = load_model(checkpoint, ema=ema, dtype=dtype, mesh=mesh)",
+        "new": "model = load_model(checkpoint, dtype=dtype, mesh=mesh)",
         "tests": ["tests/test_create.py"],
     },
     {
         "name": "create.load ignores ema",
         "file": "microdit_jax/create.py",
-        "old": "model = assets.load_model(name, ema=ema, dtype=dtype, mesh=mesh)",
-        "new": "model = assets.load_model(name, dtype=dtype, mesh=mesh)",
+        "old": "model = load_model(name, ema=ema, dtype=dtype, mesh=mesh)",
+        "new": "model = load_model(name, dtype=dtype, mesh=mesh)",
         "tests": ["tests/test_create.py"],
     },
     {

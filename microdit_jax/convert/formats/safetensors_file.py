@@ -5,6 +5,7 @@ The format (huggingface/safetensors): 8 bytes of header length, a JSON header
 """
 
 import json
+import math
 import os
 import struct
 from collections.abc import Callable, Mapping
@@ -64,6 +65,7 @@ def read_safetensors(
                 f"expected {end} bytes of tensors in {path}, found {len(body)}; "
                 "the file is truncated: fetch it again"
             )
+        _check_layout(header)
         tensors = {}
         for name, entry in header.items():
             begin, end = entry["data_offsets"]
@@ -76,6 +78,18 @@ def read_safetensors(
             f"({type(error).__name__}: {error}); fetch it again"
         ) from error
     return tensors, metadata
+
+
+def _check_layout(header: Mapping[str, Any]) -> None:
+    """Raises ValueError unless the tensors lie one after the other, each as large as its shape."""
+    position = 0
+    for name, entry in sorted(header.items(), key=lambda item: tuple(item[1]["data_offsets"])):
+        (begin, end), shape = entry["data_offsets"], entry["shape"]
+        if not all(isinstance(size, int) and size >= 0 for size in shape):
+            raise ValueError(f"{name} has the shape {shape}")
+        if begin != position or end - begin != math.prod(shape) * DTYPES[entry["dtype"]].itemsize:
+            raise ValueError(f"{name} of shape {shape} has the bytes {begin} to {end}")
+        position = end
 
 
 def write_safetensors(
