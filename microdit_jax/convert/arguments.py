@@ -4,13 +4,10 @@ import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from microdit_jax.checkpoints.model_folder import load_model
 from microdit_jax.errors import UserError
-
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
 
 __all__ = [
     "config_from_fields",
@@ -22,7 +19,7 @@ __all__ = [
     "size_faults",
 ]
 
-Config = TypeVar("Config", bound="DataclassInstance")
+Config = TypeVar("Config")  # a dataclass
 # The fix where tensors are those of another kind of model.
 OTHER_KIND = "give such a file, or name its kind: python -m convert --kind=..."
 
@@ -33,7 +30,8 @@ def config_from_fields(cls: type[Config], fields: Mapping[str, Any]) -> Config:
     Raises:
       UserError: fields that `cls` does not have, or too few.
     """
-    known = {field.name: field for field in dataclasses.fields(cls)}
+    fields_of = dataclasses.fields(cls)  # pyright: ignore[reportArgumentType]  # a dataclass
+    known = {field.name: field for field in fields_of}
     unknown = ", ".join(name for name in fields if name not in known)
     missing = ", ".join(
         name
