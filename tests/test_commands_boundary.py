@@ -34,6 +34,10 @@ BASE = {
     "microdit_jax.training.report": ["--runs=."],
     "microdit_jax.commands.environment": ["cpu"],
 }
+PATHS = (
+    "input", "output", "config", "workdir", "prompts", "again", "out", "captions", "activations",
+    "record", "json", "report", "reports", "runs", "dump", "geneval_prompts", "reference",
+)  # fmt: skip
 CASES = 155  # of each of the 13 commands: 2,000 in all
 # The flags of a command that its own work begins after, and where that is cut off.
 WORK = {
@@ -148,7 +152,9 @@ def test_no_argument_leads_to_a_traceback(name, places, tmp_path, monkeypatch):
         monkeypatch.setattr(target, begin)
     known = sorted(flags_of(name) | {"", "nothing"})
     value = words | st.sampled_from(places)
+    paths = [flag for flag in PATHS if flag in known] or ["nothing"]
     argument = st.one_of(
+        st.builds("--{}={}".format, st.sampled_from(paths), st.sampled_from(places)),
         st.builds("--{}={}".format, st.sampled_from(known), value),
         st.builds("--{}".format, st.sampled_from(known)),
         value,
