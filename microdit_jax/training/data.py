@@ -21,7 +21,7 @@ from microdit_jax.data.twemoji import ATTRIBUTION
 from microdit_jax.encoders import registry
 from microdit_jax.encoders.patch_pca import PatchPCA
 from microdit_jax.errors import UserError
-from microdit_jax.machine import hosts
+from microdit_jax.machine import hosts, memory
 from microdit_jax.models.dit import DiTConfig
 from microdit_jax.prepare.emoji_set import prepare_emoji_set
 from microdit_jax.training import rules
@@ -72,7 +72,18 @@ class RunData(NamedTuple):
         return self.heldout[index]["caption"]
 
     def batches(self, config: ConfigDict, start: int) -> Iterator[Record]:
-        """Yields this process's part of the batches of steps `start` + 1, `start` + 2, ..."""
+        """Yields this process's part of the batches of steps `start` + 1, `start` + 2, ...
+
+        Raises:
+          UserError: a batch needs more memory than this host has.
+        """
+        values = (value for value in self.sources[0][0].values() if not isinstance(value, str))
+        share = config.train.batch_size // jax.process_count()
+        memory.check_host(
+            share * sum(np.asarray(value).nbytes for value in values),
+            what=f"a batch of train.batch_size={config.train.batch_size}",
+            fix="take a smaller one",
+        )
         dataset = pipeline.make_dataset(
             self.sources,
             self.weights,
