@@ -102,17 +102,17 @@ def test_datasets_that_do_not_belong_together(tmp_path, second, message):
 def test_the_instant_model_sees_a_thing_three_times_as_often_as_a_person_of_some_tone(
     tmp_path, monkeypatch
 ):
-    pictures = [*twemoji.list_images()[:20], *twemoji.list_images()[1000:1120]]
-    monkeypatch.setattr(twemoji, "list_images", lambda: pictures)
+    images = [*twemoji.list_images()[:20], *twemoji.list_images()[1000:1120]]
+    monkeypatch.setattr(twemoji, "list_images", lambda: images)
     config = instant.get_config("stage1")
     for entry in (*config.data.datasets, config.data.heldout):
         entry["folder"] = str(tmp_path / "data")
     data = load_data(config, MESH)
     both, untoned = data.sources
     assert 0 < len(untoned) < len(both) and data.weights == [len(both), 2 * len(untoned)]
-    captions = [p.caption for p in pictures]
+    captions = [p.caption for p in images]
     kept_out = twemoji.heldout_mask(captions)
-    shown = [p for p, out in zip(pictures, kept_out, strict=True) if not out]
+    shown = [p for p, out in zip(images, kept_out, strict=True) if not out]
     things = [i for i, p in enumerate(shown) if "skin tone" not in p.caption]
     for i, thing in enumerate(things):
         np.testing.assert_array_equal(untoned[i]["latents"], both[thing]["latents"])

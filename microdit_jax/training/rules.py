@@ -1,4 +1,4 @@
-"""What each value of a run configuration may be, for `training.config.check`."""
+"""Rules for the values of a run configuration, which `training.config.check` applies."""
 
 import math
 import re
