@@ -1,1 +1,1 @@
-"""What makes the pages of docs/ from code: figures, the executed notebook, the API's pages."""
+"""Commands that make pages of docs/ from code: figures, the executed notebook, the API's pages."""

@@ -71,7 +71,7 @@ class ClipTokenizer:
         return ids
 
     def dropped(self, texts: Any) -> Int32[np.ndarray, " n"]:
-        """How many tokens of each text `__call__` cuts off (n,) int32; raises as that does."""
+        """Counts the tokens of each text that `__call__` cuts off: (n,) int32; raises alike."""
         lengths = np.array([len(tokens) for tokens in _encode(texts)], np.int32)
         return np.maximum(lengths - np.int32(self.context_length - 2), np.int32(0))
 

@@ -1,4 +1,4 @@
-"""Instruments of an evaluation: feature networks, reference statistics, a CLIP."""
+"""What an evaluation measures images with: feature networks, reference statistics, a CLIP."""
 
 import dataclasses
 from collections.abc import Callable
@@ -48,7 +48,7 @@ class Measurement:
 
 @dataclasses.dataclass
 class Instruments:
-    """The measurements of an evaluation, with their descriptions.
+    """All measurements of an evaluation.
 
     Attributes:
       features, reference, clip: what result.json says of them; None where there is none.

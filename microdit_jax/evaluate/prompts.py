@@ -46,7 +46,7 @@ def read_prompts(source: str, count: int = 0) -> PromptSet:
     """
     metadata: list[dict[str, Any]] = []
     if source in RUN_SPLITS:
-        texts = [picture.caption for picture in twemoji.images_of(source)]
+        texts = [image.caption for image in twemoji.images_of(source)]
         if count > len(texts):
             texts = list(np.resize(np.array(texts), count))
     else:

@@ -174,7 +174,7 @@ IMPLEMENTATIONS = {"xla": plain, "looped": looped, "cudnn": cudnn, "splash": spl
 # ------------------------------------------------------------------------------ modules
 @dataclasses.dataclass(frozen=True)
 class AttentionOptions:
-    """What all attention layers of one network share.
+    """Options that all attention layers of one network share.
 
     Attributes:
       head_dim: width c of a head.

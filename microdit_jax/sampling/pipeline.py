@@ -1,4 +1,4 @@
-"""From prompts to images: a text tower, the network in its sampler, and a VAE."""
+"""Turns prompts into images: a text encoder, the network in its sampler, and a VAE."""
 
 import contextlib
 import dataclasses

@@ -1,4 +1,4 @@
-"""Records a run's configuration in its folder, and prints what changed since the last start."""
+"""What a run's folder says of the run: its configuration, and what of it changed on a resume."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""The interface of evaluators, and the context of the run that they evaluate."""
+"""What every evaluator is, and what it may use of the run it belongs to."""
 
 import dataclasses
 import functools
@@ -36,7 +36,7 @@ class Evaluator(Protocol):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class EvaluationContext:
-    """Parts of a run that its evaluators use.
+    """What an evaluator may use of its run.
 
     Attributes:
       writer: records figures; None on processes that do not write.
