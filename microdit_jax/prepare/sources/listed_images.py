@@ -49,10 +49,14 @@ class ImageSource(Protocol):
     """
 
     @property
-    def parts(self) -> Sequence[str]: ...
+    def parts(self) -> Sequence[str]:
+        """Names of the parts."""
+        ...
 
     @property
-    def attribution(self) -> str: ...
+    def attribution(self) -> str:
+        """Text that the licence of the images wants shown, "" if none."""
+        ...
 
     def read(self, part: int) -> Iterator[SourceImage]:
         """Yields the images of the part with this number."""
