@@ -1,4 +1,4 @@
-"""All four stages, one after the other; the same command again goes on in the right one.
+"""All four stages, one after the other; the same command again resumes in the right one.
 
   python train_main.py --config=configs/recipe.py --workdir=runs/all
   python train_main.py --config=configs/recipe.py:runlocal --workdir=runs/small    # on a CPU

@@ -89,7 +89,7 @@ def test_more_prompts_than_a_benchmark_has(tmp_path):
         ({"metrics": ("fid",)}, "--inception is needed for fid, found none; or take frechet_small"),
         ({"metrics": ("clip_score",)}, "--clip is needed for clip_score"),
         ({"metrics": ("fid", "frechet_small"), "inception": "x"}, "goes without fid"),
-        ({"metrics": ("geneval",)}, "geneval needs --geneval_prompts to draw"),
+        ({"metrics": ("geneval",)}, "geneval needs --geneval_prompts to sample"),
         ({"metrics": ("geneval",), "geneval_results": "x", "seeds": (1, 2)}, "found 2 sets"),
         ({"clip": "x"}, "--clip is for --metrics=clip_score, found --metrics=frechet_small; ask"),
         ({"inception": "x"}, "--inception is for --metrics=fid,kid,precision_recall, found"),
@@ -141,9 +141,9 @@ def test_a_reference_is_computed_once_and_known_by_its_inputs(tmp_path):
 def test_the_embedded_images_as_reference(tmp_path):
     network = small_features()
     found = get_reference("heldout", network, tmp_path, resolution=32)
-    pictures = twemoji.images_of("heldout")
+    emoji = twemoji.images_of("heldout")
     expected = network(list(np.round(
-        (twemoji.read_images(pictures, 32) / 2 + 0.5) * 255).astype(np.uint8)))  # fmt: skip
+        (twemoji.read_images(emoji, 32) / 2 + 0.5) * 255).astype(np.uint8)))  # fmt: skip
     np.testing.assert_allclose(found.features, expected, rtol=1e-5, atol=1e-6)
     # A file of another network's statistics is refused.
     save_reference(tmp_path / "x.npz", np.eye(112, dtype=np.float32), name="other", inputs="")

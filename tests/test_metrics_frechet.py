@@ -11,7 +11,7 @@ from microdit_jax.metrics.feature_sets import kernel_distance, precision_recall
 from microdit_jax.metrics.frechet import RunningStatistics, Statistics, frechet_distance
 
 # What pytorch-fid 0.3.0 and torch-fidelity 0.4.0 give for `pair`; in half of them a covariance is
-# singular (fewer pictures than features, or features that are zero).
+# singular (fewer images than features, or features that are zero).
 ROWS = json.loads((GOLDEN / "frechet.json").read_text())
 
 

@@ -102,17 +102,17 @@ def test_datasets_that_do_not_belong_together(tmp_path, second, message):
 def test_the_instant_model_sees_a_thing_three_times_as_often_as_a_person_of_some_tone(
     tmp_path, monkeypatch
 ):
-    pictures = [*twemoji.list_images()[:20], *twemoji.list_images()[1000:1120]]
-    monkeypatch.setattr(twemoji, "list_images", lambda: pictures)
+    images = [*twemoji.list_images()[:20], *twemoji.list_images()[1000:1120]]
+    monkeypatch.setattr(twemoji, "list_images", lambda: images)
     config = instant.get_config("stage1")
     for entry in (*config.data.datasets, config.data.heldout):
         entry["folder"] = str(tmp_path / "data")
     data = load_data(config, MESH)
     both, untoned = data.sources
     assert 0 < len(untoned) < len(both) and data.weights == [len(both), 2 * len(untoned)]
-    captions = [p.caption for p in pictures]
+    captions = [p.caption for p in images]
     kept_out = twemoji.heldout_mask(captions)
-    shown = [p for p, out in zip(pictures, kept_out, strict=True) if not out]
+    shown = [p for p, out in zip(images, kept_out, strict=True) if not out]
     things = [i for i, p in enumerate(shown) if "skin tone" not in p.caption]
     for i, thing in enumerate(things):
         np.testing.assert_array_equal(untoned[i]["latents"], both[thing]["latents"])
@@ -172,22 +172,31 @@ NOT_A_NUMBER, INFINITY = math.nan, math.inf
         ({"seed": -1}, "seed must be at least 0 and at most 4294967295, found -1"),
         ({"seed": 2**32}, "seed must be at least 0 and at most 4294967295, found 4294967296"),
         # numbers
-        ({"optim.learning_rate": NOT_A_NUMBER}, "learning_rate must be at least 0, found nan"),
-        ({"optim.learning_rate": INFINITY}, "learning_rate must be at least 0, found inf"),
+        (
+            {"optim.learning_rate": NOT_A_NUMBER},
+            "learning_rate must be finite and at least 0, found nan",
+        ),
+        (
+            {"optim.learning_rate": INFINITY},
+            "learning_rate must be finite and at least 0, found inf",
+        ),
         ({"optim.learning_rate": -1e-4}, "learning_rate must be at least 0, found -0.0001"),
-        ({"optim.final_ratio": INFINITY}, "final_ratio must be at least 0, found inf"),
-        ({"optim.weight_decay": NOT_A_NUMBER}, "weight_decay must be at least 0, found nan"),
+        ({"optim.final_ratio": INFINITY}, "final_ratio must be finite and at least 0, found inf"),
+        (
+            {"optim.weight_decay": NOT_A_NUMBER},
+            "weight_decay must be finite and at least 0, found nan",
+        ),
         ({"optim.expert_multiplier": -1.0}, "expert_multiplier must be at least 0, found -1"),
         ({"optim.clip_norm": 0.0}, "optim.clip_norm must be above 0, found 0"),
         ({"optim.clip_norm": NOT_A_NUMBER}, "optim.clip_norm must be above 0, found nan"),
         ({"optim.decay_steps": 3, "optim.warmup_steps": 3}, r"must exceed warmup_steps \(3\)"),
         ({"ema.smoothing": 1.0}, "ema.smoothing must be at least 0 and below 1, found 1"),
-        ({"ema.smoothing": NOT_A_NUMBER}, "ema.smoothing must be at least 0 and below 1, found"),
+        ({"ema.smoothing": NOT_A_NUMBER}, "ema.smoothing must be finite and at least 0 and below"),
         ({"edm.P_std": 0.0}, "edm.P_std must be above 0, found 0"),
         ({"edm.P_mean": NOT_A_NUMBER}, "edm.P_mean must be a finite number, found nan"),
         ({"edm.sigma_data": -0.5}, "edm.sigma_data must be above 0, found -0.5"),
         ({"train.mask_ratio": 1.0}, "train.mask_ratio must be at least 0 and below 1, found 1"),
-        ({"train.mask_ratio": NOT_A_NUMBER}, "train.mask_ratio must be at least 0 and below 1"),
+        ({"train.mask_ratio": NOT_A_NUMBER}, "train.mask_ratio must be finite and at least 0"),
         ({"data.caption_drop": 1.1}, "caption_drop must be at least 0 and at most 1, found 1.1"),
         ({"eval.guidance_scale": INFINITY}, "eval.guidance_scale must be a finite number, found"),
         # what goes together

@@ -1,4 +1,4 @@
-"""Lines, events and pictures of a run, cut back on resume."""
+"""Lines, events and images of a run, cut back on resume."""
 
 import json
 import struct

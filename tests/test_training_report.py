@@ -1,4 +1,4 @@
-"""From a run's files to a page and a picture."""
+"""From a run's files to a page and an image."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""What an evaluation measures images with: feature networks, reference statistics, a CLIP."""
+"""Instruments of an evaluation: feature networks, reference statistics, a CLIP."""
 
 import dataclasses
 from collections.abc import Callable
@@ -48,7 +48,7 @@ class Measurement:
 
 @dataclasses.dataclass
 class Instruments:
-    """All measurements of an evaluation.
+    """The measurements of an evaluation, with their descriptions.
 
     Attributes:
       features, reference, clip: what result.json says of them; None where there is none.

@@ -1,4 +1,4 @@
-"""The evaluation of one model: what is loaded, sampled, scored and written, top to bottom."""
+"""Evaluates one model, read top to bottom: load, sample, score, write."""
 
 import dataclasses
 import functools
@@ -38,9 +38,12 @@ def evaluate(
 
 @dataclasses.dataclass(frozen=True)
 class _Plan:
-    """All that one evaluation works with.
+    """Inputs of one evaluation.
 
-    prompts are those of all metrics but GenEval, which has its own; None where not asked for.
+    Attributes:
+      made_by: what the images are a function of beside prompts and sampler.
+      prompts: for all metrics but GenEval, None if there are none such.
+      geneval_prompts: GenEval's own, None if its images are not to be sampled.
     """
 
     subject: Subject

@@ -1,4 +1,4 @@
-"""What is evaluated, and what a person asks for."""
+"""The subject of an evaluation, and the request: the command's flags."""
 
 import dataclasses
 import math
@@ -28,7 +28,10 @@ class Subject(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationRequest:
-    """What to evaluate and how: the command's flags, checked against one another."""
+    """Metrics, prompts and settings of an evaluation; checks them against one another.
+
+    The fields are the flags of python -m microdit_jax.evaluate.
+    """
 
     metrics: tuple[str, ...] = ("frechet_small",)
     prompts: str = "train"
@@ -69,7 +72,7 @@ class EvaluationRequest:
         if inception and "frechet_small" in self.metrics:
             raise UserError(f"frechet_small goes without {', '.join(inception)}; ask for one")
         if "geneval" in self.metrics and not (self.geneval_prompts or self.geneval_results):
-            raise UserError("geneval needs --geneval_prompts to draw, or --geneval_results")
+            raise UserError("geneval needs --geneval_prompts to sample, or --geneval_results")
         sets = len(self.guidance_scales) * len(self.seeds)
         if self.geneval_results and sets != 1:
             raise UserError(

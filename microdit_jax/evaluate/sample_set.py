@@ -35,7 +35,7 @@ Measure = Callable[[Sequence[np.ndarray], Sequence[str]], np.ndarray]
 
 @dataclasses.dataclass(frozen=True)
 class SamplerSettings:
-    """How the images of a set are sampled."""
+    """Seed and settings that the images of a set are sampled with."""
 
     seed: int
     guidance_scale: float

@@ -1,4 +1,4 @@
-"""What measures a run while it trains: the evaluators that config.eval.evaluators names.
+"""Evaluators that measure a run while it trains, as config.eval.evaluators names them.
 
 To add one, write a class like those in training/evaluators, and give it a line in EVALUATORS.
 """
@@ -14,7 +14,7 @@ from microdit_jax.training.evaluators.samples import SampleGrid, SampleScores
 
 
 class Entry(NamedTuple):
-    """How an evaluator is made; it is left out where the count `switch` of config.eval is 0."""
+    """An evaluator's constructor; it is left out if the count `switch` of config.eval is 0."""
 
     make: Callable[[EvaluationContext], Evaluator]
     switch: str | None = None

@@ -1,4 +1,4 @@
-"""What each value of a run configuration may be, for `training.config.check`."""
+"""Rules for the values of a run configuration, which `training.config.check` applies."""
 
 import math
 import re
@@ -136,7 +136,8 @@ def check_ranges(config: ConfigDict) -> None:
         part, _, key = name.rpartition(".")
         value = config[part][key] if part else config[key]
         if not allowed.holds(value):
-            raise UserError(f"{name} must be {allowed}, found {value}")
+            finite = "" if math.isfinite(value) or allowed == FINITE else "finite and "
+            raise UserError(f"{name} must be {finite}{allowed}, found {value}")
     # Infinity is no limit at all, which may be wanted.
     if not config.optim.clip_norm > 0:
         raise UserError(f"optim.clip_norm must be above 0, found {config.optim.clip_norm}")

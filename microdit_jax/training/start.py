@@ -58,15 +58,11 @@ def starting_state(
       made_by: names of the VAE and the text encoder of this run's data; another run's must be the
         same in 2 and 3.
     Raises:
-      UserError: both 2 and 3 are given; nothing usable there, or of another network or data.
+      UserError: nothing usable there, or of another network or data.
     """
     with_ema = config.ema.enabled
     abstract = train_step.abstract_state(model, optimizer, mesh, with_ema=with_ema)
     full, alone = (source_path(config[key], workdir) for key in ("init_from", "init_weights_from"))
-    if full and alone:
-        raise UserError(
-            f"give one of config.init_from and config.init_weights_from, found {full} and {alone}"
-        )
     # ---------------------------------------------------------------- 1. resume
     if checkpoints.latest_step() is not None:
         state, saved = checkpoints.restore(abstract)

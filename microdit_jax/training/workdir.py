@@ -1,4 +1,4 @@
-"""What a run's folder says of the run: its configuration, and what of it changed on a resume."""
+"""Records a run's configuration in its folder, and prints what changed since the last start."""
 
 import json
 import shutil

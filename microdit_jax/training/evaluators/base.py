@@ -1,4 +1,4 @@
-"""What every evaluator is, and what it may use of the run it belongs to."""
+"""The interface of evaluators, and the context of the run that they evaluate."""
 
 import dataclasses
 import functools
@@ -36,7 +36,7 @@ class Evaluator(Protocol):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class EvaluationContext:
-    """What an evaluator may use of its run.
+    """Parts of a run that its evaluators use.
 
     Attributes:
       writer: records figures; None on processes that do not write.
