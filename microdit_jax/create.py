@@ -22,7 +22,7 @@ from microdit_jax.data import twemoji
 from microdit_jax.encoders import registry
 from microdit_jax.errors import UserError
 from microdit_jax.machine import memory
-from microdit_jax.machine.placement import rows_sharding
+from microdit_jax.machine.placement import mesh_of
 from microdit_jax.models import ARCHES, arch_of
 from microdit_jax.models.dit import DiT
 from microdit_jax.sampling.pipeline import LatentDiffusion
@@ -140,7 +140,7 @@ def from_model(
     Raises:
       UserError: one of them is not there, or does not fit the network.
     """
-    cfg, mesh = model.config, getattr(rows_sharding(model.params)[0], "mesh", None)
+    cfg, mesh = model.config, mesh_of(model.params)
     vae = _named(model.vae, "vae", model)
     if text_encoder is None:
         name = _named(model.text_encoder, "text_encoder", model)

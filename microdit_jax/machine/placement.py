@@ -11,6 +11,15 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Int, Shaped
 
 
+def mesh_of(params: Any) -> Mesh | None:
+    """Returns the mesh that weights are on; None for a single device's and for NumPy arrays."""
+    leaf = jax.tree.leaves(params)[0]
+    if isinstance(leaf, jax.Array) and isinstance(leaf.sharding, NamedSharding):
+        assert isinstance(leaf.sharding.mesh, Mesh)  # not an abstract one: the weights exist
+        return leaf.sharding.mesh
+    return None
+
+
 def rows_sharding(params: Any) -> tuple[Sharding, int]:
     """Returns the sharding of a batch's leading axis, and the divisor of its number of rows.
 
@@ -18,13 +27,12 @@ def rows_sharding(params: Any) -> tuple[Sharding, int]:
       params: weights. On a mesh, rows are spread over all of its devices, whether the weights are
         copied or split there.
     """
-    leaf = jax.tree.leaves(params)[0]
-    if not isinstance(leaf, jax.Array):
-        return jax.sharding.SingleDeviceSharding(jax.local_devices()[0]), 1
-    if isinstance(leaf.sharding, NamedSharding):
-        mesh = leaf.sharding.mesh
+    if (mesh := mesh_of(params)) is not None:
         return NamedSharding(mesh, P(mesh.axis_names)), mesh.size
-    return leaf.sharding, 1
+    leaf = jax.tree.leaves(params)[0]
+    if isinstance(leaf, jax.Array):
+        return leaf.sharding, 1
+    return jax.sharding.SingleDeviceSharding(jax.local_devices()[0]), 1
 
 
 def put_rows(rows: Shaped[np.ndarray, "n ..."], sharding: Sharding) -> Shaped[jax.Array, "n ..."]:

@@ -10,7 +10,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float32, UInt8
 
-from microdit_jax.machine.placement import map_batches
+from microdit_jax.machine.placement import map_batches, mesh_of
 from microdit_jax.metrics.inception import Activations, InceptionConfig, make_inception
 from microdit_jax.metrics.resize import resize, to_inputs
 
@@ -45,11 +45,7 @@ class FeatureNetwork:
           batch: images at a time; the last batch is filled up.
         """
         self.name, self.width, self._prepare, self._batch = name, width, prepare, batch
-        placed = any(
-            isinstance(getattr(leaf, "sharding", None), NamedSharding)
-            for leaf in jax.tree.leaves(params)
-        )
-        self._params = params if placed else on_all_devices(params)
+        self._params = on_all_devices(params) if mesh_of(params) is None else params
         self._apply = jax.jit(apply)
 
     def __call__(

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 from microdit_jax import diffusion, sharding
 from microdit_jax.diffusion import EdmConfig, HeunState
 from microdit_jax.machine import memory
-from microdit_jax.machine.placement import rows_sharding
+from microdit_jax.machine.placement import mesh_of, rows_sharding
 from microdit_jax.models.dit import Caption, DiT
 from microdit_jax.sampling import guidance
 
@@ -92,7 +92,7 @@ def compile_programs(
     """
     cfg, (row_sharding, _) = model.config, rows_sharding(params)
     rows = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32, sharding=row_sharding)
-    static = {"model": model, "guide": guide, "mesh": getattr(row_sharding, "mesh", None)}
+    static = {"model": model, "guide": guide, "mesh": mesh_of(params)}
     y = rows((size, length, cfg.caption_channels))
     encode = encode_captions.lower(params, y, **static).compile()
     caption = jax.tree.map(
