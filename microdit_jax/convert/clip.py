@@ -8,7 +8,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -68,22 +68,39 @@ _OWN = {
         Rule(r"image/ln_post/bias", "vision_model.post_layernorm.bias"),
     ],
 }
-# The prefix of a text block and the prefix of an image block that has the same names after it.
-_MOVED = {
-    "openclip": ("transformer.resblocks", "visual.transformer.resblocks"),
-    "transformers": ("text_model.encoder", "vision_model.encoder"),
+
+
+class _Names(NamedTuple):
+    """Names in one layout of the image tower's tensors that tell its sizes, and of its blocks.
+
+    A text block's prefix, `text_blocks`, becomes an image block's, `blocks`; the same names follow.
+    """
+
+    conv: str
+    first_ffn: str
+    blocks: str
+    text_blocks: str
+
+
+_NAMES = {
+    "openclip": _Names(
+        "visual.conv1.weight",
+        "visual.transformer.resblocks.0.mlp.c_fc.weight",
+        "visual.transformer.resblocks",
+        "transformer.resblocks",
+    ),
+    "transformers": _Names(
+        f"{_EMBEDDINGS}.patch_embedding.weight",
+        "vision_model.encoder.layers.0.mlp.fc1.weight",
+        "vision_model.encoder.layers",
+        "text_model.encoder.layers",
+    ),
 }
-_CONV = {"openclip": "visual.conv1.weight"}
-_CONV["transformers"] = f"{_EMBEDDINGS}.patch_embedding.weight"
-_FFN = {"openclip": "visual.transformer.resblocks.0.mlp.c_fc.weight"}
-_FFN["transformers"] = "vision_model.encoder.layers.0.mlp.fc1.weight"
-_IMAGE_BLOCKS = {"openclip": "visual.transformer.resblocks"}
-_IMAGE_BLOCKS["transformers"] = "vision_model.encoder.layers"
 
 
 def _rules(layout: str) -> list[Rule]:
     """Makes the rules of both towers from those of the text tower."""
-    old, new = _MOVED[layout]
+    old, new = _NAMES[layout].text_blocks, _NAMES[layout].blocks
 
     def inside(tower: str, rule: Rule, rename: Callable[[str], str]) -> Rule:
         assert not callable(rule.name)  # the text tower's rules are templates
@@ -132,7 +149,7 @@ def infer_config(
             "add that file: the weights do not tell the activation and the heads"
         )
     tensors = select(state_dict).tensors
-    layout = "transformers" if _CONV["transformers"] in tensors else "openclip"
+    layout = _layout(tensors)
     sizes, given = _image_sizes(tensors, layout), _image_fields(config_json)
     faults = size_faults(given, sizes)
     refuse_other_config(faults)
@@ -157,7 +174,7 @@ def from_torch(
       UserError: tensors missing, unexpected, misshapen (all listed) or not finite.
     """
     tensors = select(state_dict).tensors
-    layout = "transformers" if _CONV["transformers"] in tensors else "openclip"
+    layout = _layout(tensors)
     # transformers kept the scale as a vector of one for a while
     if "logit_scale" in tensors and tensors["logit_scale"].shape == (1,):
         tensors["logit_scale"] = tensors["logit_scale"].reshape(())
@@ -226,6 +243,11 @@ def load_encoder(
     return ClipEncoder(found.name, config_from_dict(found.config), found.params, batch=batch)
 
 
+def _layout(tensors: Mapping[str, Any]) -> str:
+    """Tells "transformers" from "openclip" by the name of the image tower's first convolution."""
+    return "transformers" if _NAMES["transformers"].conv in tensors else "openclip"
+
+
 def _image_fields(config_json: Mapping[str, Any]) -> dict[str, Any]:
     """Reads those of ClipImageConfig's fields that a JSON file states."""
     if "model_cfg" in config_json:
@@ -276,14 +298,16 @@ def _image_fields(config_json: Mapping[str, Any]) -> dict[str, Any]:
 
 def _image_sizes(tensors: Mapping[str, Any], layout: str) -> dict[str, int]:
     """Reads ClipImageConfig's sizes off the tensors' shapes."""
-    conv, dense = shape_of(tensors, _CONV[layout]), shape_of(tensors, _FFN[layout])
+    names = _NAMES[layout]
+    conv, dense = shape_of(tensors, names.conv), shape_of(tensors, names.first_ffn)
     if (len(conv), len(dense)) != (4, 2):
-        names = ", ".join(list(tensors)[:5]) or "no tensor"
+        wanted = " or ".join(names.conv for names in _NAMES.values())
+        found = ", ".join(list(tensors)[:5]) or "no tensor"
         raise UserError(
-            f"expected a CLIP with both towers ({' or '.join(_CONV.values())}), found neither among"
-            f" {len(tensors)} tensors ({names}, ...); {OTHER_KIND}"
+            f"expected a CLIP with both towers ({wanted}), found neither among {len(tensors)} "
+            f"tensors ({found}, ...); {OTHER_KIND}"
         )
-    layers = count_blocks(tensors, _IMAGE_BLOCKS[layout])
+    layers = count_blocks(tensors, names.blocks)
     return {"width": conv[0], "patch_size": conv[2], "ffn": dense[0], "layers": layers}
 
 

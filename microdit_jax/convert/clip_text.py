@@ -5,7 +5,7 @@ import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -81,13 +81,28 @@ RULES = {
         Rule(r"ln_final/bias", "text_model.final_layer_norm.bias"),
     ],
 }
-# Names, by layout, of the token table, the position table and the first block's feed-forward.
-_TOKENS = {"openclip": "token_embedding.weight"}
-_TOKENS["transformers"] = "text_model.embeddings.token_embedding.weight"
-_POSITIONS = {"openclip": "positional_embedding"}
-_POSITIONS["transformers"] = "text_model.embeddings.position_embedding.weight"
-_FFN = {"openclip": f"{_BLOCK}.0.mlp.c_fc.weight", "transformers": f"{_LAYER}.0.mlp.fc1.weight"}
-_BLOCKS = {"openclip": _BLOCK, "transformers": _LAYER}
+
+
+class _Names(NamedTuple):
+    """Names in one layout of the tensors that tell a text tower's sizes, and its blocks' prefix."""
+
+    tokens: str
+    positions: str
+    first_ffn: str
+    blocks: str
+
+
+_NAMES = {
+    "openclip": _Names(
+        "token_embedding.weight", "positional_embedding", f"{_BLOCK}.0.mlp.c_fc.weight", _BLOCK
+    ),
+    "transformers": _Names(
+        "text_model.embeddings.token_embedding.weight",
+        "text_model.embeddings.position_embedding.weight",
+        f"{_LAYER}.0.mlp.fc1.weight",
+        _LAYER,
+    ),
+}
 # Names of a CLIP's other tensors, which are left out unread.
 _ASIDE = re.compile(
     r"(visual|vision_model|visual_projection|text_projection)\..*"
@@ -268,25 +283,26 @@ def load_encoder(
 
 def _layout(tensors: Mapping[str, Any]) -> str:
     """Tells "openclip" from "transformers" by the token table's name."""
-    for layout, name in _TOKENS.items():
-        if name in tensors:
+    for layout, names in _NAMES.items():
+        if names.tokens in tensors:
             return layout
+    wanted = " or ".join(names.tokens for names in _NAMES.values())
     found = ", ".join(list(tensors)[:5]) or "no tensor"
     raise UserError(
-        f"expected a CLIP text tower with {' or '.join(_TOKENS.values())}, found neither among "
-        f"{len(tensors)} tensors ({found}, ...); {OTHER_KIND}"
+        f"expected a CLIP text tower with {wanted}, found neither among {len(tensors)} "
+        f"tensors ({found}, ...); {OTHER_KIND}"
     )
 
 
 def _sizes(tensors: Mapping[str, Any], layout: str) -> dict[str, int]:
     """Reads ClipTextConfig's sizes off the tensors' shapes."""
-    names = (_TOKENS[layout], _POSITIONS[layout], _FFN[layout])
+    names = _NAMES[layout]
     (vocab_size, width), (context_length, _), (ffn, _) = matrix_shapes(
-        tensors, names, "a CLIP text tower"
+        tensors, (names.tokens, names.positions, names.first_ffn), "a CLIP text tower"
     )
     return {
         "width": width,
-        "layers": count_blocks(tensors, _BLOCKS[layout]),
+        "layers": count_blocks(tensors, names.blocks),
         "context_length": context_length,
         "vocab_size": vocab_size,
         "ffn": ffn,
