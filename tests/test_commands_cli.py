@@ -31,7 +31,7 @@ DEMO = "--config=configs/demo.py:pretrain"
         (["train_main.py", DEMO, "--workdir=x", "--bogus"], "Unknown command line flag 'bogus'"),
         (
             ["train_main.py", DEMO, "--workdir=x", "--config.train.mask_ratio=1.0"],
-            "mask_ratio must be in [0, 1), found 1.0",
+            "train.mask_ratio must be at least 0 and below 1, found 1.0",
         ),
         (["sample_main.py", "--model=nope", "--prompt=a"], "found nothing at nope"),
         (["sample_main.py", "--model=pyproject.toml", "--prompt=a"], "pyproject.toml"),
