@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from support.checkpoints import (
+    ONE,
     abstract,
     assert_same,
     flip,
@@ -211,7 +212,7 @@ def test_a_save_that_hangs(tmp_path, monkeypatch):
 
 def test_config_of_a_run(tmp_path):
     assert not is_run(tmp_path)
-    with pytest.raises(UserError, match="expected a training run"):
+    with pytest.raises(UserError, match="expected the workdir of a training run"):
         read_run_metadata(tmp_path)
     write_run_metadata(tmp_path, {"has_ema": True})
     assert is_run(tmp_path)

@@ -2,6 +2,7 @@
 
 import ast
 import functools
+import importlib
 import pathlib
 import re
 
@@ -93,6 +94,8 @@ def flags_of(module: str) -> frozenset[str]:
         name = ast.unparse(node.func)
         if re.search(r"DEFINE_|add_argument$|^add$", name) and node.args:
             flag = words(node.args[0]).removeprefix("--")
+            if flag == "{}":  # flags by a table of the module
+                found |= set(importlib.import_module(module).OPTIONS)
             found |= {flag, f"no{flag}"} if "boolean" in name else {flag}
         if "adopt_module_key_flags" in name:
             found |= flags_of(f"microdit_jax.{ast.unparse(node.args[0])}")
