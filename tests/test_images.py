@@ -5,6 +5,8 @@ import json
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
 
 from microdit_jax import images
@@ -54,10 +56,10 @@ def test_images_of_others_are_refused(tmp_path):
 
 
 def test_settings_of_an_image_come_back(tmp_path):
-    settings = images.ImageSettings.from_dict(GOOD)
-    assert dataclasses.asdict(settings) == GOOD
+    expected = images.ImageSettings.from_dict(GOOD)
+    assert dataclasses.asdict(expected) == GOOD
     images.save_png(tmp_path / "x.png", IMAGE, GOOD | {"later": "a key of a later version"})
-    assert images.ImageSettings.from_dict(images.read_settings(tmp_path / "x.png")) == settings
+    assert images.ImageSettings.from_dict(images.read_settings(tmp_path / "x.png")) == expected
 
 
 @pytest.mark.parametrize(
@@ -93,6 +95,26 @@ def test_settings_of_strangers_are_refused(wrong, message):
     with pytest.raises(UserError, match=message) as error:
         images.ImageSettings.from_dict(GOOD | wrong)
     assert len(str(error.value)) < 250 and "\n" not in str(error.value)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=4,
+)
+
+
+# Hypothesis builds its table of characters first, which takes seconds on a busy machine.
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.dictionaries(st.sampled_from(list(GOOD)), JSON, max_size=3))
+def test_any_settings_are_taken_or_refused_in_one_line(changed):
+    try:
+        taken = images.ImageSettings.from_dict(GOOD | changed)
+    except UserError as error:
+        assert len(str(error).splitlines()) == 1 and str(error).isascii()
+    else:
+        assert dataclasses.asdict(taken) == GOOD | changed
+        json.dumps(dataclasses.asdict(taken), ensure_ascii=False).encode()
 
 
 def test_a_grid_is_not_the_png_of_one_image():
