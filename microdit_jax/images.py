@@ -17,7 +17,7 @@ from microdit_jax.errors import UserError
 from microdit_jax.files import write_bytes
 
 KEY = "microdit_jax"  # of the PNG text that holds the settings
-OPTIONAL = ("vae", "text_encoder", "made_with")  # texts that may be None
+OPTIONAL = ("vae", "text_encoder")  # texts that may be None
 MAX_STEPS = 100_000  # of the sampler, in an image's settings
 SURROGATES = re.compile("[\ud800-\udfff]")  # JSON can hold them alone, UTF-8 cannot
 
@@ -70,8 +70,10 @@ class ImageSettings:
                 "take one from the folder images/"
             )
         values: dict[str, Any] = {name: found[name] for name in names if name in found}
+        made_with = values.get("made_with", "")
         _check_text(values, "model", "prompt")
         _check_text({name: text for name, text in values.items() if text is not None}, *OPTIONAL)
+        _check(values | {"made_with": made_with}, "made_with", "a text", _is_encodable)
         _check(values, "ema", "true or false", lambda value: isinstance(value, bool))
         _check_one_of(values, "dtype", [None, "float32", "bfloat16"])
         _check_one_of(values, "noise", noise.KINDS)
@@ -85,12 +87,13 @@ class ImageSettings:
 
 
 def _check_text(values: dict[str, Any], *names: str) -> None:
-    def is_text(value: Any) -> bool:
-        return isinstance(value, str) and bool(value.strip()) and not SURROGATES.search(value)
-
     for name in names:
         if name in values:
-            _check(values, name, "a text", is_text)
+            _check(values, name, "a text", lambda value: _is_encodable(value) and value.strip())
+
+
+def _is_encodable(value: Any) -> bool:
+    return isinstance(value, str) and not SURROGATES.search(value)
 
 
 def _check_one_of(values: dict[str, Any], name: str, choices: Sequence[Any]) -> None:

@@ -57,7 +57,7 @@ MUTANTS = [
         "file": PIPELINE,
         "old": "max(indices, default=-1) + 1 if total is None else total",
         "new": "max(indices, default=-1) + 1",
-        "tests": [f"{TESTS}::test_any_part_of_a_set_in_any_batches"],
+        "tests": [f"{TESTS}::test_noise_of_torch_is_that_of_the_whole_set"],
     },
     {
         "name": "the schedule of a network's own noise levels is ignored",
