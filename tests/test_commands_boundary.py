@@ -295,9 +295,9 @@ hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)
 SWALLOWED = """
 class Held:
     def __del__(self):
+        print("at work", flush=True)
         while True:
             time.sleep(0.01)
-print("at work", flush=True)
 Held()
 print("went on")
 """
