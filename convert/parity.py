@@ -25,9 +25,8 @@ from microdit_jax.convert import dit
 from microdit_jax.convert.keymap import torch_name
 from microdit_jax.convert.state_dict import read_state_dict
 from microdit_jax.errors import UserError
-from microdit_jax.files import atomic_file, check_writable
+from microdit_jax.files import atomic_file, check_writable, read_npz
 from microdit_jax.machine import memory
-from microdit_jax.metrics.statistics import read_npz
 from microdit_jax.models.dit import DiT, DiTConfig
 from microdit_jax.models.layers import sincos_pos_embed
 

@@ -18,6 +18,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
+
 from microdit_jax.errors import UserError
 
 
@@ -215,6 +217,21 @@ def read_json(path: str | os.PathLike) -> dict[str, Any]:
             "again"
         )
     return contents
+
+
+def read_npz(path: Path) -> dict[str, np.ndarray]:
+    """Reads all arrays of an .npz; never unpickles.
+
+    Raises:
+      OSError: the file cannot be opened.
+      ValueError: it is damaged, or no .npz.
+    """
+    with path.open("rb") as file:
+        try:
+            with np.load(file, allow_pickle=False) as arrays:
+                return {name: arrays[name] for name in arrays.files}
+        except Exception as error:  # damage is raised by zipfile, zlib, the header's parser, ...
+            raise ValueError(f"{type(error).__name__}: {error}") from error
 
 
 # ------------------------------------------------------------------ checksums

@@ -21,6 +21,8 @@ from jaxtyping import install_import_hook  # noqa: E402
 # Before anything of ours is imported: every jaxtyping annotation is checked at run time.
 install_import_hook(["microdit_jax", "convert"], "beartype.beartype")
 
+import contextlib  # noqa: E402
+import ctypes  # noqa: E402
 import functools  # noqa: E402
 import gc  # noqa: E402
 import json  # noqa: E402
@@ -123,9 +125,16 @@ def files(tmp_path, monkeypatch) -> pathlib.Path:
     return tmp_path
 
 
-@pytest.fixture(autouse=True, scope="module")
+LARGE = 1_200_000_000  # bytes of a worker, from which it gives back what it can
+
+
+@pytest.fixture(autouse=True)
 def forget_programs():
-    """Frees compiled programs after each module: a worker would grow to several GB of them."""
+    """Frees compiled programs where a worker has many: it would grow to several GB of them."""
     yield
-    jax.clear_caches()
-    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):  # Linux with glibc alone
+        pages = int(pathlib.Path("/proc/self/statm").read_text().split()[1])
+        if pages * os.sysconf("SC_PAGE_SIZE") > LARGE:
+            jax.clear_caches()
+            gc.collect()
+            ctypes.CDLL(None).malloc_trim(0)

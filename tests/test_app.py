@@ -139,7 +139,8 @@ def test_sampled_in_order_with_previews_and_settings(studio):
     assert studio.image("nobody's") is None
 
 
-def test_previews_end_at_the_images(studio):
+def test_previews_end_at_the_images(studio, monkeypatch):
+    monkeypatch.setattr("microdit_jax.app.studio.PREVIEW_SHARE", 1e9)  # on a busy machine too
     studio.start()
     _, listener = ask(studio, count=3)
     names = listener.end()["images"]

@@ -98,7 +98,3 @@ def test_what_cannot_be_embedded_is_refused(stored):
     batch["tokens"][2, 3] = 49_408
     with pytest.raises(UserError, match="expected token ids 0 to 49407, found 0 to 49408"):
         data.check_batch(batch)
-    config.data.datasets[0]["source"] = config.data.heldout.source = "twemoji"
-    config.data.vae = "patch_pca:patch=4,channels=8,resolution=32"
-    with pytest.raises(UserError, match="twemoji stores embeddings, found data.captions='tokens'"):
-        load_data(config, mesh)

@@ -97,3 +97,4 @@ def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(metric_writer, "print", full, raising=False)
     with pytest.raises(UserError, match="free some space"):
         writer.write(1, {"loss": 0.5})
+    writer.close()

@@ -44,6 +44,22 @@ def make_context(tmp_path, **settings):
     return context, said
 
 
+@pytest.fixture(autouse=True)
+def close_writers(monkeypatch):
+    """Closes the writers that a test's contexts opened."""
+    made = []
+    init = MetricWriter.__init__
+
+    def remembered(self, *args, **options):
+        init(self, *args, **options)
+        made.append(self)
+
+    monkeypatch.setattr(MetricWriter, "__init__", remembered)
+    yield
+    for writer in made:
+        writer.close()
+
+
 def state_of(params, ema=None):
     return TrainState(step=5, params=params, opt_state=(), ema=ema, skipped=0)
 

@@ -4,7 +4,6 @@ This package knows no codecs: `load_prepared` is handed a function that reads on
 """
 
 import json
-import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +13,7 @@ from jaxtyping import Float, Int
 
 from microdit_jax.data.records import check_made_by
 from microdit_jax.errors import UserError
+from microdit_jax.files import read_npz
 from microdit_jax.towers import Codec
 
 FORMAT, FORMAT_VERSION = "microdit_jax prepared latents", 2
@@ -117,11 +117,11 @@ def load_prepared(folder: Path, load_codec: Callable[[Path], Codec]) -> Prepared
         captions = json.loads((folder / "captions.json").read_text())
         sources = {}
         for split in ("train", "heldout"):
-            with np.load(folder / f"{split}.npz") as file:
-                sources[split] = LatentSource(
-                    file["latents"], file["caption_latents"], captions[split], **names
-                )
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            arrays = read_npz(folder / f"{split}.npz")
+            sources[split] = LatentSource(
+                arrays["latents"], arrays["caption_latents"], captions[split], **names
+            )
+    except (OSError, ValueError, KeyError) as error:
         raise UserError(
             f"expected whole prepared data in {folder}, could not read them ({error}): "
             f"delete the folder and prepare the data again"

@@ -6,7 +6,6 @@ images without pretrained weights. A Codec of towers.py.
 
 import dataclasses
 import json
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +14,7 @@ from jaxtyping import Float
 
 from microdit_jax.diffusion import EdmConfig
 from microdit_jax.errors import UserError
+from microdit_jax.files import read_npz
 
 _FORMAT_VERSION = 1
 
@@ -155,11 +155,11 @@ class PatchPCA:
         try:
             about = json.loads((folder / "codec.json").read_text())
             found = (about["format"], about["version"])
-            with np.load(folder / "codec.npz") as file:
-                mean, basis, gain = (file[key] for key in ("mean", "basis", "gain"))
+            arrays = read_npz(folder / "codec.npz")
+            mean, basis, gain = (arrays[key] for key in ("mean", "basis", "gain"))
             codec = cls(about["name"], about["patch"], mean, basis, gain, about["scaling_factor"])
             whole = basis.shape == (3 * about["patch"] ** 2, about["channels"])
-        except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(
                 f"expected codec.json and codec.npz of a patch codec in {folder}, could not read "
                 f"them ({error!r}): delete the folder and prepare the data again"

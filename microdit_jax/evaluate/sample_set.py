@@ -20,10 +20,10 @@ from jaxtyping import UInt8
 
 from microdit_jax.errors import UserError
 from microdit_jax.evaluate.prompts import PromptSet
-from microdit_jax.files import write_text
+from microdit_jax.files import read_npz, write_text
 from microdit_jax.images import is_made_so, read_png, save_png, to_uint8
 from microdit_jax.machine import hosts
-from microdit_jax.metrics.statistics import read_npz, write_npz
+from microdit_jax.metrics.statistics import write_npz
 from microdit_jax.sampling.pipeline import LatentDiffusion
 
 COUNT = "count"  # images of a chunk, in its file beside what was measured

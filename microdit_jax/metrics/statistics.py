@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Float, Float32
 
 from microdit_jax.errors import UserError
-from microdit_jax.files import atomic_file
+from microdit_jax.files import atomic_file, read_npz
 from microdit_jax.metrics.frechet import Statistics
 
 ABOUT = "about"  # key of the JSON in our files that describes features and inputs
@@ -97,21 +97,6 @@ def load_reference(path: Path) -> Reference:
         f"expected arrays mu and sigma, or feats, in {path}, found {', '.join(arrays) or 'none'}; "
         "give a file of pytorch-fid, clean-fid, torch-fidelity or ours"
     )
-
-
-def read_npz(path: Path) -> dict[str, np.ndarray]:
-    """Reads all arrays of an .npz; never unpickles.
-
-    Raises:
-      OSError: the file cannot be opened.
-      ValueError: it is damaged, or no .npz.
-    """
-    with path.open("rb") as file:
-        try:
-            with np.load(file, allow_pickle=False) as arrays:
-                return {name: arrays[name] for name in arrays.files}
-        except Exception as error:  # damage is raised by zipfile, zlib, the header's parser, ...
-            raise ValueError(f"{type(error).__name__}: {error}") from error
 
 
 def write_npz(path: Path, arrays: Mapping[str, np.ndarray]) -> None:

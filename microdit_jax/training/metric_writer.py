@@ -44,6 +44,8 @@ class MetricWriter:
     ):
         self._path = Path(workdir) / METRICS_FILE
         self._tensorboard = self._wandb = None
+        if wandb_project:
+            import_wandb()  # before anything is opened
         with disk_errors(self._path):
             keep_until(self._path, restored_step)
             self._file = open(self._path, "a")
