@@ -117,3 +117,46 @@ def test_contributing_has_every_module():
     assert places - {"__init__.py"} - mapped == set()
     gone = {n for n in mapped if not (package / n).exists() and not (ROOT / n).exists()}
     assert gone == set()
+
+
+# ------------------------------------------------------------------ words
+# A first line that opens so needs the name above it, or the sentence before it, to be understood.
+HEADLESS = re.compile(
+    r"(Of|What|Whether|As|By|That|Which|How|Who|Whose|Where|When|And|But|Also|Likewise|So|Same|It|"
+    r"In|On|For|From|To|With|Without|If|Else|Nothing|Only)\b"
+)
+# The field says image, matmul, roofline, collective, sample (CONTRIBUTING, Style).
+FOREIGN = re.compile(
+    r"\b(pictures?|matrix products?|bound at the peaks|exchanges? between|draws? (?:a |the )?"
+    r"(?:pictures?|images?|samples?))\b",
+    re.IGNORECASE,
+)
+
+
+def docstrings(file: pathlib.Path) -> list[tuple[str, str]]:
+    """Names and docstrings of everything in a file that has one, the module first."""
+    found = []
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            if text := ast.get_docstring(node):
+                found.append((getattr(node, "name", "module"), text))
+    return found
+
+
+def test_docstrings_begin_with_a_noun_or_a_verb():
+    found = [
+        f"{file.relative_to(ROOT)}: {name}: {text.splitlines()[0]}"
+        for file in sources("microdit_jax", "convert", "configs", "tools", "benchmarks")
+        for name, text in docstrings(file)
+        if HEADLESS.match(text)
+    ]
+    assert not found, "\n".join(found)
+
+
+def test_the_words_are_the_fields():
+    found = []
+    for file in sources("microdit_jax", "convert", "configs", "tools", "benchmarks"):
+        for number, line in enumerate(file.read_text().splitlines(), 1):
+            if match := FOREIGN.search(line):
+                found.append(f"{file.relative_to(ROOT)}:{number}: {match[0]}")
+    assert not found, "\n".join(found)
