@@ -1,7 +1,8 @@
 """Faults in how commands begin, fail and end."""
 
 _BOUNDARY = "tests/test_commands_boundary.py"
-_SIGNALS = [f"{_BOUNDARY}::test_signals_end_a_command_soon"]
+_PROCESSES = "tests/test_commands_processes.py"
+_SIGNALS = [f"{_PROCESSES}::test_signals_end_a_command_soon"]
 
 MUTANTS = [
     {
@@ -16,7 +17,7 @@ MUTANTS = [
         "file": "microdit_jax/commands/boundary.py",
         "old": "        interrupts.end(error.number)",
         "new": "        return",
-        "tests": [f"{_BOUNDARY}::test_a_swallowed_signal_ends_the_process_at_once"],
+        "tests": [f"{_PROCESSES}::test_a_swallowed_signal_ends_the_process_at_once"],
     },
     {
         "name": "SIGTERM ends a command with the status of Ctrl-C",
@@ -30,42 +31,42 @@ MUTANTS = [
         "file": "microdit_jax/machine/interrupts.py",
         "old": "        if signal.getsignal(number) is not signal.SIG_IGN:",
         "new": "        if True:",
-        "tests": [f"{_BOUNDARY}::test_ignored_signals_stay_ignored"],
+        "tests": [f"{_PROCESSES}::test_ignored_signals_stay_ignored"],
     },
     {
         "name": "a forked child writes its signals into its parent's pipe",
         "file": "microdit_jax/machine/interrupts.py",
         "old": "    os.register_at_fork(after_in_child=_release)\n",
         "new": "",
-        "tests": [f"{_BOUNDARY}::test_a_child_process_has_its_own_signals"],
+        "tests": [f"{_PROCESSES}::test_a_child_process_has_its_own_signals"],
     },
     {
         "name": "a reader that goes away ends the command",
         "file": "microdit_jax/commands/output.py",
         "old": "            self._lose(error)\n            return len(text)",
         "new": "            raise",
-        "tests": [f"{_BOUNDARY}::test_a_reader_that_goes_away_ends_nothing"],
+        "tests": [f"{_PROCESSES}::test_a_reader_that_goes_away_ends_nothing"],
     },
     {
         "name": "output lost on a full disk is a success",
         "file": "microdit_jax/commands/boundary.py",
         "old": "        status = status or 2",
         "new": "        pass",
-        "tests": [f"{_BOUNDARY}::test_output_that_cannot_be_written"],
+        "tests": [f"{_PROCESSES}::test_output_that_cannot_be_written"],
     },
     {
         "name": "a file takes the number of a closed standard output",
         "file": "microdit_jax/commands/output.py",
         "old": "            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)",
         "new": "            pass",
-        "tests": [f"{_BOUNDARY}::test_closed_streams"],
+        "tests": [f"{_PROCESSES}::test_closed_streams"],
     },
     {
         "name": "a character that the terminal lacks ends the command",
         "file": "microdit_jax/commands/output.py",
         "old": 'errors="backslashreplace"',
         "new": 'errors="strict"',
-        "tests": [f"{_BOUNDARY}::test_a_terminal_that_cannot_show_it"],
+        "tests": [f"{_PROCESSES}::test_a_terminal_that_cannot_show_it"],
     },
     {
         "name": "a defect looks like bad input",
