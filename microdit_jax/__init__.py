@@ -1,6 +1,9 @@
 """MicroDiT (arXiv 2407.15811) in JAX and Flax Linen."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from microdit_jax.create import create_latent_diffusion
 
 __all__ = ["create_latent_diffusion"]
 
