@@ -199,6 +199,15 @@ def test_a_wrong_index_is_named(folder, changes, message):
         MdsReader(folder / "plain")[7]
 
 
+def test_a_shard_that_goes_on_after_its_last_sample_is_damaged(folder):
+    path = folder / "plain/shard.00000.mds"
+    path.write_bytes(path.read_bytes() + b"x")
+    raw = entry(folder / "plain", 0)
+    change_index(folder / "plain", number=0, raw_data=raw | {"bytes": raw["bytes"] + 1})
+    with pytest.raises(UserError, match="expected rising offsets up to 3971 bytes"):
+        MdsReader(folder / "plain")[0]
+
+
 def test_damage_within_a_value_is_found_by_hashes_alone(folder):
     path = folder / "gz/shard.00000.mds"
     MdsReader(folder / "gz")[0]

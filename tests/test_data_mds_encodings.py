@@ -40,6 +40,8 @@ def there_and_back(name, value):
 @FEW
 @given(ARRAYS)
 @example(np.zeros((1, 300), np.int8))  # an axis that takes two bytes
+@example(np.zeros(255, np.int8))
+@example(np.zeros(256, np.int8))  # the first that does
 @example(np.zeros((1,) * 40, np.uint8))
 def test_arrays_of_any_type_and_shape_come_back(array):
     shape = ",".join(map(str, array.shape))
