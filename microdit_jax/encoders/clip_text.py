@@ -3,7 +3,6 @@
 Alphabet as in microdit_jax.models: n batch, l tokens, d width.
 """
 
-import copy
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
@@ -12,13 +11,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Sharding
 from jaxtyping import Array, Float32, Int, Int32, Shaped
 
 from microdit_jax.encoders.clip_block import Block, TowerConfig, norm
 from microdit_jax.encoders.tokenizers import PADDING, VOCABULARY_SIZE, ClipTokenizer
-from microdit_jax.encoders.transformer import BATCH, check_ids, in_batches
-from microdit_jax.towers import TextNetwork
+from microdit_jax.encoders.transformer import BATCH, PretrainedTextEncoder, check_ids, in_batches
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +58,7 @@ class ClipText(nn.Module):
         return norm(config, "ln_final")(x)
 
 
-class ClipTextEncoder:
+class ClipTextEncoder(PretrainedTextEncoder):
     """A frozen CLIP text tower with its tokenizer, compiled once for each length of text.
 
     Attributes:
@@ -85,30 +82,9 @@ class ClipTextEncoder:
         return jnp.asarray(ClipText(self.config).apply({"params": params}, ids))
 
     @property
-    def width(self) -> int:
-        """Width of a token's vector."""
-        return self.config.width
-
-    @property
     def max_tokens(self) -> int:
         """Length to which `encode_text` pads and cuts."""
         return self.config.context_length
-
-    @property
-    def pretrained(self) -> bool:
-        """True: CLIP was trained on captions."""
-        return True
-
-    @property
-    def network(self) -> TextNetwork:
-        """The tower as a pure function of its weights and token ids."""
-        return TextNetwork(self.forward, self.params, self.config.vocab_size)
-
-    def with_sharding(self, sharding: Sharding) -> "ClipTextEncoder":
-        """Returns the encoder with its weights laid out by `sharding`."""
-        copied = copy.copy(self)  # the compiled program comes along
-        copied.params = jax.device_put(self.params, sharding)
-        return copied
 
     def encode(
         self,

@@ -3,7 +3,6 @@
 Alphabet as in microdit_jax.models: n batch, l tokens, d width, h heads, c head dim, f ffn hidden.
 """
 
-import copy
 import dataclasses
 import functools
 import math
@@ -15,19 +14,19 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Sharding
 from jaxtyping import Array, Bool, Float32, Int, Int32, Shaped
 
 from microdit_jax.encoders.transformer import (
     BATCH,
     MASKED,
+    PretrainedTextEncoder,
     attend,
     check_ids,
     check_texts,
     in_batches,
 )
 from microdit_jax.errors import UserError
-from microdit_jax.towers import TextNetwork, no_tokenizer
+from microdit_jax.towers import no_tokenizer
 
 PADDING = 0
 _MARKERS = ("<pad>", "</s>", "<unk>", "▁")
@@ -233,7 +232,7 @@ class T5Tokenizer:
         return self._tokenizer(list(texts), **options)["input_ids"] if len(texts) else []
 
 
-class T5Encoder:
+class T5Encoder(PretrainedTextEncoder):
     """A frozen T5 encoder, compiled once for each length of text.
 
     Attributes:
@@ -269,30 +268,9 @@ class T5Encoder:
         return jnp.asarray(T5(self.config).apply({"params": params}, ids, mask))
 
     @property
-    def width(self) -> int:
-        """Width of a token's vector."""
-        return self.config.width
-
-    @property
     def max_tokens(self) -> int:
         """Length to which `encode_text` pads and cuts."""
         return self.config.max_tokens
-
-    @property
-    def pretrained(self) -> bool:
-        """True: T5 was trained on text."""
-        return True
-
-    @property
-    def network(self) -> TextNetwork:
-        """The encoder as a pure function of its weights and token ids; padding is not seen."""
-        return TextNetwork(self.forward, self.params, self.config.vocab_size)
-
-    def with_sharding(self, sharding: Sharding) -> "T5Encoder":
-        """Returns the encoder with its weights laid out by `sharding`."""
-        copied = copy.copy(self)  # the compiled program comes along
-        copied.params = jax.device_put(self.params, sharding)
-        return copied
 
     def encode(
         self,

@@ -1,20 +1,58 @@
 """Parts that the text towers share: attention with an additive bias, and full batches."""
 
+import copy
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
+from jax.sharding import Sharding
 from jaxtyping import Array, Float, Float32, Int32, Shaped
 
 from microdit_jax.errors import UserError
 from microdit_jax.machine.placement import map_batches
+from microdit_jax.towers import TextNetwork
 
 BATCH = 2  # texts that a tower embeds at once by default: a prompt and the empty text
 # Added to a score; finite, so that a row of nothing but padding gives a mean and not NaN.
 MASKED = np.finfo(np.float32).min
+
+
+class PretrainedTextEncoder:
+    """Members that CLIP's and T5's encoders share (part of `towers.TextEncoder`).
+
+    Attributes:
+      config: sizes, with `width` and `vocab_size`.
+      params: the network's weights, on the devices that compute.
+      forward: (params, ids (n, l)) -> embeddings (n, l, width) float32, a pure function.
+    """
+
+    config: Any
+    params: Any
+    forward: Callable[..., Any]
+
+    @property
+    def width(self) -> int:
+        """Width of a token's vector."""
+        return self.config.width
+
+    @property
+    def pretrained(self) -> bool:
+        """True: it was trained on text."""
+        return True
+
+    @property
+    def network(self) -> TextNetwork:
+        """The encoder as a pure function of its weights and token ids."""
+        return TextNetwork(self.forward, self.params, self.config.vocab_size)
+
+    def with_sharding(self, sharding: Sharding) -> Self:
+        """Returns the encoder with its weights laid out by `sharding`."""
+        copied = copy.copy(self)  # the compiled program comes along
+        copied.params = jax.device_put(self.params, sharding)
+        return copied
 
 
 def attend(
