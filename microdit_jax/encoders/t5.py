@@ -3,6 +3,7 @@
 Alphabet as in microdit_jax.models: n batch, l tokens, d width, h heads, c head dim, f ffn hidden.
 """
 
+import copy
 import dataclasses
 import functools
 import math
@@ -14,6 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Sharding
 from jaxtyping import Array, Bool, Float32, Int, Int32, Shaped
 
 from microdit_jax.encoders.transformer import (
@@ -271,6 +273,12 @@ class T5Encoder(PretrainedTextEncoder):
     def max_tokens(self) -> int:
         """Length to which `encode_text` pads and cuts."""
         return self.config.max_tokens
+
+    def with_sharding(self, sharding: Sharding) -> "T5Encoder":
+        """Returns the encoder with its weights laid out by `sharding`."""
+        copied = copy.copy(self)  # the compiled program comes along
+        copied.params = jax.device_put(self.params, sharding)
+        return copied
 
     def encode(
         self,

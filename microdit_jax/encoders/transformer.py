@@ -1,14 +1,12 @@
 """Parts that the text towers share: attention with an additive bias, and full batches."""
 
-import copy
 from collections.abc import Callable
-from typing import Any, Self
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
-from jax.sharding import Sharding
 from jaxtyping import Array, Float, Float32, Int32, Shaped
 
 from microdit_jax.errors import UserError
@@ -47,12 +45,6 @@ class PretrainedTextEncoder:
     def network(self) -> TextNetwork:
         """The encoder as a pure function of its weights and token ids."""
         return TextNetwork(self.forward, self.params, self.config.vocab_size)
-
-    def with_sharding(self, sharding: Sharding) -> Self:
-        """Returns the encoder with its weights laid out by `sharding`."""
-        copied = copy.copy(self)  # the compiled program comes along
-        copied.params = jax.device_put(self.params, sharding)
-        return copied
 
 
 def attend(
