@@ -12,16 +12,13 @@ from conftest import ROOT
 from test_commands_flags import COMMANDS
 
 
-def default_signals() -> None:
-    """Undoes what nohup or a shell's `&` did to pytest, whose children inherit it."""
-    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
-        signal.signal(number, signal.SIG_DFL)
+# Undoes what nohup or a shell's `&` did to pytest, whose children inherit it.
+DEFAULT_SIGNALS = "--default-signal=INT,HUP,TERM"
 
 
-def start(*command: str, **options) -> subprocess.Popen:
+def start(*command: str, signals: str = DEFAULT_SIGNALS, **options) -> subprocess.Popen:
     defaults = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": ROOT}
-    defaults["preexec_fn"] = default_signals
-    return subprocess.Popen([sys.executable, *command], **defaults | options)
+    return subprocess.Popen(["env", signals, sys.executable, *command], **defaults | options)
 
 
 SCRIPT = """
@@ -118,7 +115,7 @@ def test_the_line_stands_below_a_progress_bar(ending):
 def test_ignored_signals_stay_ignored():
     process = script(
         "import signal\nos.kill(os.getpid(), signal.SIGHUP); print(boundary.program())",
-        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN),
+        signals="--ignore-signal=HUP",
     )
     assert process.communicate(timeout=30) == ("-c\n", "")
 
