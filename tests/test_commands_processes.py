@@ -11,7 +11,6 @@ import pytest
 from conftest import ROOT
 from test_commands_flags import COMMANDS
 
-
 # Undoes what nohup or a shell's `&` did to pytest, whose children inherit it.
 DEFAULT_SIGNALS = "--default-signal=INT,HUP,TERM"
 
@@ -146,10 +145,10 @@ LINES = "for i in range(100_000): print('line', i)\nprint('done', file=sys.stder
 
 
 def test_a_reader_that_goes_away_ends_nothing():
-    process = script(LINES)
-    assert process.stdout.readline() == "line 0\n"
-    process.stdout.close()
-    assert process.stderr.read() == "done\n" and process.wait(timeout=30) == 0
+    with script(LINES) as process:
+        assert process.stdout.readline() == "line 0\n"
+        process.stdout.close()
+        assert process.stderr.read() == "done\n" and process.wait(timeout=30) == 0
 
 
 def test_output_that_cannot_be_written():

@@ -29,6 +29,7 @@ from microdit_jax.errors import UserError
 from microdit_jax.machine import memory
 
 if TYPE_CHECKING:  # loading these takes a second, and --help should not
+    from microdit_jax.app.limits import Limits
     from microdit_jax.app.studio import PageModel
     from microdit_jax.sampling.pipeline import LatentDiffusion
 
@@ -61,16 +62,15 @@ PHOTOS = [
 
 @absl_command(words="a model goes into --model")
 def main():
-    try:
-        import uvicorn
+    try:  # before minutes of loading
+        import uvicorn  # noqa: F401
 
-        from microdit_jax.app.server import make_app
+        from microdit_jax.app import server  # noqa: F401
     except ModuleNotFoundError as error:
         raise UserError(
             f"the page needs the package {error.name}, found none; pip install 'microdit_jax[ui]'"
         ) from error
     from microdit_jax.app.limits import Limits
-    from microdit_jax.app.studio import Studio
 
     limits = Limits(
         prompt_characters=MAX_PROMPT.value,
@@ -83,7 +83,17 @@ def main():
         what=f"a request for --max_count={MAX_COUNT.value} images",
         fix="allow fewer",
     )
-    listening = listen(HOST.value, PORT.value)  # before minutes of loading
+    with listen(HOST.value, PORT.value) as listening:
+        _serve(listening, limits)
+
+
+def _serve(listening: socket.socket, limits: "Limits") -> None:
+    """Loads the models and answers at the socket until a signal comes."""
+    import uvicorn
+
+    from microdit_jax.app.server import make_app
+    from microdit_jax.app.studio import Studio
+
     studio = Studio(_load(), limits=limits, batch_size=BATCH.value)
     start = time.perf_counter()
     sides = studio.warm_up()
@@ -123,10 +133,10 @@ def listen(host: str, port: int) -> socket.socket:
             return socket.create_server((host, port))
         both = host == "::" and socket.has_dualstack_ipv6()
         return socket.create_server((host, port), family=socket.AF_INET6, dualstack_ipv6=both)
-    except OSError as error:
+    except (OSError, UnicodeError) as error:  # UnicodeError: no name of a machine
+        reason = error.strerror if isinstance(error, OSError) else error
         raise UserError(
-            f"could not listen at {host}, port {port}: {error.strerror}; give another --port or "
-            "--host"
+            f"could not listen at {host}, port {port}: {reason}; give another --port or --host"
         ) from error
 
 
