@@ -39,7 +39,7 @@ WORK = {
     "train_main": ["microdit_jax.train.train", "microdit_jax.train.train_stages"],
     "sample_main": ["microdit_jax.create.load"],
     "microdit_jax.evaluate.__main__": ["microdit_jax.create.load"],
-    "microdit_jax.app.__main__": ["microdit_jax.create.load"],
+    "microdit_jax.app.__main__": ["microdit_jax.create.load", "microdit_jax.app.__main__.listen"],
     "microdit_jax.prepare.__main__": ["microdit_jax.assets.load.load_codec"],
     "microdit_jax.xla.aot.__main__": [
         "microdit_jax.xla.topologies.get",  # after it has read the name
@@ -146,9 +146,6 @@ def test_no_argument_leads_to_a_traceback(name, places, tmp_path, monkeypatch):
     monkeypatch.setattr("microdit_jax.machine.hosts.preflight", begin)
     monkeypatch.setattr(cli, "use_compilation_cache", lambda: None)
     monkeypatch.setattr("microdit_jax.xla.topologies.prepare", lambda name: None)
-    monkeypatch.setattr("microdit_jax.app.__main__.listen", begin, raising=False)
-    for target in WORK.get(name, ()):
-        monkeypatch.setattr(target, begin)
     known = sorted(flags_of(name))
     if "config" in known and "workdir" in known or "topology" in known:
         known += ["config.nothing", "config.train.nothing", "config.model.options.nothing"]
@@ -171,6 +168,9 @@ def test_no_argument_leads_to_a_traceback(name, places, tmp_path, monkeypatch):
     )  # fmt: skip
 
     with command(name) as main:
+        # Here, since these import commands, whose flags must not meet those of other tests'.
+        for target in WORK.get(name, ()):
+            monkeypatch.setattr(target, begin)
 
         @settings(
             max_examples=CASES, derandomize=True, deadline=None, database=None,
