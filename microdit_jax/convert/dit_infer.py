@@ -13,9 +13,10 @@ from jaxtyping import Float
 from microdit_jax.convert.arguments import OTHER_KIND
 from microdit_jax.convert.dit_table import rename_table
 from microdit_jax.errors import UserError
+from microdit_jax.machine.placement import round_up
 from microdit_jax.models import ARCHES, arch_of
 from microdit_jax.models.dit import DiTConfig
-from microdit_jax.models.layers import round_up, sincos_pos_embed
+from microdit_jax.models.layers import sincos_pos_embed
 
 NEEDED = ("x_embedder.proj.weight", "pos_embed", "y_embedder.y_proj.fc1.weight")
 LARGEST_HEAD = 128  # no wider head exists, so a larger common divisor of widths tells nothing

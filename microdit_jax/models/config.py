@@ -8,9 +8,10 @@ import jax
 import numpy as np
 
 from microdit_jax.errors import UserError
+from microdit_jax.machine.placement import round_up
 from microdit_jax.models import attention, moe
 from microdit_jax.models.attention import AttentionOptions
-from microdit_jax.models.layers import Precision, round_up
+from microdit_jax.models.layers import Precision
 
 # A block keeps for its backward pass: everything; nothing but its input; or the results of its
 # weight matrices.

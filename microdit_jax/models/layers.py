@@ -36,11 +36,6 @@ class Precision:
         return dataclasses.replace(self, dtype="float32")
 
 
-def round_up(value: int, multiple: int) -> int:
-    """The smallest multiple of `multiple` that is at least `value`."""
-    return multiple * math.ceil(value / multiple)
-
-
 def gelu_tanh(x: Float[Array, "..."]) -> Float[Array, "..."]:
     """The tanh form of GELU: every GELU of the network but the experts'."""
     return jax.nn.gelu(x, approximate=True)
