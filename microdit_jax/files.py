@@ -99,30 +99,40 @@ def _partial_of(path: Path) -> Path:
 
 
 @contextlib.contextmanager
-def atomic_file(path: str | os.PathLike, num_bytes: int = 0) -> Iterator[BinaryIO]:
+def atomic_file(
+    path: str | os.PathLike, num_bytes: int = 0, *, replace: bool = True
+) -> Iterator[BinaryIO]:
     """Opens a file for writing that takes the name `path` once it is complete and on disk.
 
     Args:
       num_bytes: how much will be written; refused at once when the disk has less.
+      replace: as `atomic_path` takes it.
     Raises:
       UserError: the disk is full or may not be written; nothing is left behind.
     """
-    with atomic_path(path, num_bytes) as partial, partial.open("wb") as file:
+    with atomic_path(path, num_bytes, replace=replace) as partial, partial.open("wb") as file:
         yield file
         file.flush()
         os.fsync(file.fileno())
 
 
 @contextlib.contextmanager
-def atomic_path(path: str | os.PathLike, num_bytes: int = 0) -> Iterator[Path]:
-    """A path for a library to write a file at, which is named `path` when the block ends well."""
+def atomic_path(
+    path: str | os.PathLike, num_bytes: int = 0, *, replace: bool = True
+) -> Iterator[Path]:
+    """A path for a library to write a file at, which is named `path` when the block ends well.
+
+    Args:
+      replace: if false, a file that is there by then stays, and the new one is dropped.
+    """
     path = Path(path)
     partial = _partial_of(path)
     with disk_errors(path, num_bytes):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             yield partial
-            partial.replace(path)
+            if replace or not _link(partial, path):
+                partial.replace(path)
         finally:
             partial.unlink(missing_ok=True)
 
@@ -161,20 +171,8 @@ def atomic_folder(
 
 def write_bytes(path: str | os.PathLike, data: bytes, *, replace: bool = True) -> None:
     """Writes a file whole or not at all; with `replace` false, a file that is there stays."""
-    path = Path(path)
-    if replace:
-        with atomic_file(path, len(data)) as file:
-            file.write(data)
-        return
-    with disk_errors(path, len(data)):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = _partial_of(path)
-        try:
-            partial.write_bytes(data)
-            if not _link(partial, path):
-                partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+    with atomic_file(path, len(data), replace=replace) as file:
+        file.write(data)
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
