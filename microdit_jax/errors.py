@@ -1,4 +1,7 @@
-"""The one exception that users are meant to see."""
+"""The one exception that users are meant to see, and how texts of unknown origin are shown."""
+
+import os
+import unicodedata
 
 
 class UserError(ValueError):
@@ -9,3 +12,27 @@ class UserError(ValueError):
 
     def __init__(self, message: str):
         super().__init__(" ".join(str(message).split()))
+
+
+def visible(text: object, most: int = 500) -> str:
+    """Returns a text of unknown origin as it may be printed: on one line, without hidden effects.
+
+    Line ends, terminal escapes, marks that reverse the writing direction and lone surrogates show
+    as their escapes (\\n, \\x1b, \\u202e), so that a name cannot forge a line of a log.
+
+    Args:
+      text: a name, prompt or path; anything else is shown by its `str`.
+      most: characters that are shown; the rest is cut off and said to be.
+    """
+    if isinstance(text, os.PathLike):
+        text = os.fspath(text)
+    whole = text.decode(errors="backslashreplace") if isinstance(text, bytes) else str(text)
+    shown = "".join(c if _is_shown(c) else repr(c)[1:-1] for c in whole[:most])
+    return shown if len(whole) <= most else f"{shown}... ({len(whole):,} characters)"
+
+
+def _is_shown(character: str) -> bool:
+    # Besides what Python calls printable: all spaces, and the joiner of emoji.
+    return (
+        character.isprintable() or character == "\u200d" or unicodedata.category(character) == "Zs"
+    )

@@ -115,7 +115,7 @@ def test_nothing_half_written(tmp_path, monkeypatch):
     def stop(_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("microdit_jax.files.sha256", stop)
+    monkeypatch.setattr("microdit_jax.files.integrity.sha256", stop)
     with pytest.raises(KeyboardInterrupt):
         save_model(tmp_path / "model", PARAMS, METADATA)
     assert not list(tmp_path.iterdir())

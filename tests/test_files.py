@@ -6,7 +6,7 @@ import os
 import pytest
 
 from microdit_jax import files
-from microdit_jax.errors import UserError
+from microdit_jax.errors import UserError, visible
 
 
 def fail(*arguments, **options):
@@ -148,3 +148,60 @@ def test_places_are_tried_before_the_work(tmp_path):
         with pytest.raises(UserError, match=f"could not write .*{reason}"):
             files.check_writable(path, folder=folder)
     assert sorted(os.listdir(tmp_path)) == here and file.read_text() == "old"
+
+
+# ---------------------------------------------------- files that anybody may have made
+def test_pipes_devices_and_folders_are_no_files(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", "/dev/zero"):
+        with pytest.raises(UserError, match="a pipe or device"):
+            files.read_bytes(path)
+    with pytest.raises(IsADirectoryError):
+        files.read_bytes(tmp_path)
+
+
+def test_reads_are_bounded(tmp_path):
+    (tmp_path / "a").write_bytes(b"12345")
+    assert files.read_bytes(tmp_path / "a", 5) == b"12345"
+    with pytest.raises(UserError, match=r"at most 4 bytes in .*a, found more"):
+        files.read_bytes(tmp_path / "a", 4)
+
+
+@pytest.mark.parametrize(
+    "name", ["../a", "/etc/passwd", "x/../../a", "link/a", "out", "", ".", "\0"]
+)
+def test_no_name_leads_out_of_its_folder(tmp_path, name):
+    root = tmp_path / "root"
+    root.mkdir()
+    (root / "link").symlink_to(tmp_path)
+    (root / "out").symlink_to("/etc/hostname")
+    with pytest.raises(UserError, match="expected .* file .*root"):
+        files.inside(root, name)
+
+
+def test_names_and_links_that_stay_inside_are_taken(tmp_path):
+    (tmp_path / "b").mkdir()
+    (tmp_path / "link").symlink_to("b")
+    assert files.inside(tmp_path, "link/c") == tmp_path / "link" / "c"
+    assert files.inside(tmp_path, "b/../d") == tmp_path / "b/../d"
+
+
+@pytest.mark.parametrize(
+    "text", ["[" * 200_000, b"\xff", r'"\ud800"', r'{"\udfff": 1}', "1" * 9999]
+)
+def test_json_that_breaks_a_parser_is_a_value_error(text):
+    with pytest.raises(ValueError):
+        files.parse_json(text)
+
+
+def test_json_of_any_language_is_read():
+    assert files.parse_json(rb'["\ud83d\ude00", "caf\u00e9"]') == ["\U0001f600", "caf\u00e9"]
+
+
+def test_texts_of_unknown_origin_have_no_hidden_effect():
+    hostile = "a\x1b[31m\r\n\u202eb\ud800\u2028\x9b"
+    assert visible(hostile) == r"a\x1b[31m\r\n\u202eb\ud800\u2028\x9b"
+    assert visible("cr\u00e8me\u00a0br\u00fbl\u00e9e \U0001f468\u200d\U0001f469") == (
+        "cr\u00e8me\u00a0br\u00fbl\u00e9e \U0001f468\u200d\U0001f469"
+    )
+    assert visible("x" * 600) == "x" * 500 + "... (600 characters)"

@@ -77,14 +77,14 @@ MUTANTS = [
     },
     {
         "name": "a loop of links is found after the work",
-        "file": "microdit_jax/files.py",
+        "file": "microdit_jax/files/writing.py",
         "old": "            with contextlib.suppress(FileNotFoundError):\n                if stat",
         "new": "            with contextlib.suppress(OSError):\n                if stat",
         "tests": ["tests/test_files.py"],
     },
     {
         "name": "write_json writes in place",
-        "file": "microdit_jax/files.py",
+        "file": "microdit_jax/files/writing.py",
         "old": '    write_text(path, json.dumps(contents, indent=1, ensure_ascii=False) + "\\n")',
         "new": "    Path(path).write_text(json.dumps(contents, indent=1))",
         "tests": ["tests/test_files.py"],

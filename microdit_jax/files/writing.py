@@ -1,4 +1,4 @@
-"""Every path that is read or written: writes that are whole or not there, checksums, JSON, cache.
+"""Writes that are whole or not there.
 
 A file or folder takes its name only when it is complete, so a killed process or a full disk leaves
 what was there before. Names that end in ".partial" are unfinished work and may be deleted.
@@ -6,7 +6,6 @@ what was there before. Names that end in ".partial" are unfinished work and may 
 
 import contextlib
 import errno
-import hashlib
 import json
 import os
 import secrets
@@ -14,32 +13,12 @@ import shutil
 import stat
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
-
-import numpy as np
 
 from microdit_jax.errors import UserError
 
 
-def cache_folder() -> Path:
-    """The user's cache folder of this project: converted checkpoints and compiled programs."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "microdit_jax"
-
-
-def shipped(name: str) -> Path:
-    """A file or folder of the checkout's top level that a wheel carries inside the package.
-
-    The installed copy comes first; in a checkout there is none, and the top level's own is used.
-    """
-    package = Path(__file__).parent
-    inside = package / name
-    return inside if inside.exists() else package.parent / name
-
-
-# ------------------------------------------------------------------ writing
 @contextlib.contextmanager
 def disk_errors(path: str | os.PathLike, num_bytes: int = 0) -> Iterator[None]:
     """Turns any failure to write `path` into a UserError with the path, the reason and the fix.
@@ -194,72 +173,3 @@ def _link(partial: Path, path: Path) -> bool:
     except OSError:
         return False
     return True
-
-
-# ------------------------------------------------------------------ reading
-def read_json(path: str | os.PathLike) -> dict[str, Any]:
-    """Reads a JSON object.
-
-    Raises:
-      UserError: damaged, or not an object.
-    """
-    try:
-        contents = json.loads(Path(path).read_bytes())
-    except ValueError as error:
-        raise UserError(
-            f"expected JSON in {path}, found damage ({error}); make or fetch it again"
-        ) from error
-    if not isinstance(contents, dict):
-        raise UserError(
-            f"expected a JSON object in {path}, found {type(contents).__name__}; make or fetch it "
-            "again"
-        )
-    return contents
-
-
-def read_npz(path: Path) -> dict[str, np.ndarray]:
-    """Reads all arrays of an .npz; never unpickles.
-
-    Raises:
-      OSError: the file cannot be opened.
-      ValueError: it is damaged, or no .npz.
-    """
-    with path.open("rb") as file:
-        try:
-            with np.load(file, allow_pickle=False) as arrays:
-                return {name: arrays[name] for name in arrays.files}
-        except Exception as error:  # damage is raised by zipfile, zlib, the header's parser, ...
-            raise ValueError(f"{type(error).__name__}: {error}") from error
-
-
-# ------------------------------------------------------------------ checksums
-def sha256(path: str | os.PathLike) -> str:
-    """The file's sha256 in hexadecimal digits."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def checksums(folder: Path) -> dict[str, list]:
-    """Size in bytes and sha256 of every file in the folder and below, by its relative path."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    with ThreadPoolExecutor() as pool:
-        sums = pool.map(lambda path: [path.stat().st_size, sha256(path)], files)
-        return {
-            path.relative_to(folder).as_posix(): found
-            for path, found in zip(files, sums, strict=True)
-        }
-
-
-def damage(folder: Path, files: Mapping[str, list]) -> list[str]:
-    """Names every file of `checksums` that is missing or has changed, with what is wrong."""
-
-    def fault(name: str) -> str | None:
-        path, (size, digest) = folder / name, files[name]
-        if not path.is_file():
-            return f"{name} (missing)"
-        if path.stat().st_size != size:
-            return f"{name} ({path.stat().st_size} bytes instead of {size})"
-        return None if sha256(path) == digest else f"{name} (contents changed)"
-
-    with ThreadPoolExecutor() as pool:
-        return [fault for fault in pool.map(fault, files) if fault]
