@@ -107,7 +107,7 @@ MUTANTS = [
     {
         "name": "arrays that TFDS encodes otherwise are read as raw bytes",
         "file": "microdit_jax/data/arrayrecord.py",
-        "old": "if feature.shape and not as_bytes:",
+        "old": 'if feature.shape and feature.encoding != "bytes":',
         "new": "if False:",
         "tests": ["tests/test_prepare_arrayrecord_writer.py"],
     },

@@ -1,12 +1,14 @@
 """Captioned images of a TFDS dataset in a random-access format, read without TensorFlow."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from microdit_jax.data.arrayrecord import open_builder
-from microdit_jax.errors import UserError
+from microdit_jax.data.arrayrecord import Example
+from microdit_jax.data.tfds_folder import Feature, open_records, read_features
+from microdit_jax.errors import UserError, visible
 from microdit_jax.prepare.sources.listed_images import SourceImage, skipped_image
 
 _PART = 1000
@@ -14,7 +16,10 @@ _CAPTIONS = ("caption", "captions", "text")
 
 
 class TfdsImages:
-    """A source whose parts are runs of 1,000 records."""
+    """A source whose parts are runs of 1,000 records.
+
+    Images are taken as the files that TFDS stores, and decoded as all others are.
+    """
 
     attribution = ""
 
@@ -25,20 +30,16 @@ class TfdsImages:
         Raises:
           UserError: no such dataset or split, or none with an image and a caption.
         """
-        try:
-            builder = open_builder(folder)
-            self._records = builder.as_data_source(split)
-        except Exception as error:  # TFDS has no error class of its own
+        self._records = open_records(folder, split)
+        features = read_features(folder)
+        caption = next((name for name in _CAPTIONS if name in features), None)
+        if "image" not in features or caption is None:
             raise UserError(
-                f"expected a TFDS dataset with a split {split!r} in ArrayRecord files in {folder}, "
-                f"could not open it ({error}); prepare it with file_format=array_record"
-            ) from error
-        names = list(builder.info.features)
-        self._caption = next((name for name in _CAPTIONS if name in names), None)
-        if "image" not in names or self._caption is None:
-            raise UserError(
-                f"expected the features image and caption in {folder}, found {', '.join(names)}"
+                f"expected the features image and caption in {visible(folder)}, found "
+                f"{visible(', '.join(features))}"
             )
+        self._loader = _loader(features["image"], folder)
+        self._caption = _stored_name(caption, features[caption])
         starts = range(0, len(self._records), _PART)
         self.parts = [f"records {i} to {min(i + _PART, len(self._records)) - 1}" for i in starts]
 
@@ -46,19 +47,48 @@ class TfdsImages:
         """Yields the images of one part."""
         for index in range(part * _PART, min((part + 1) * _PART, len(self._records))):
             try:
-                record = self._records[index]
-                caption = _text(record[self._caption])
-            except (RuntimeError, ValueError, OSError, KeyError) as error:
+                stored = Example.FromString(self._records[index]).features.feature
+                # The first of several; an empty text where there is none
+                caption = (*stored[self._caption].bytes_list.value, b"")[0].decode(errors="replace")
+                load = self._loader(stored["image"])
+            except Exception as error:  # array_record, protobuf and NumPy have their own
                 yield skipped_image(str(index), f"damaged record ({type(error).__name__})")
                 continue
-            pixels = np.squeeze(record["image"])
-            yield SourceImage(str(index), caption, lambda pixels=pixels: Image.fromarray(pixels))
+            yield SourceImage(str(index), caption, load)
 
 
-def _text(value: object) -> str:
-    """Returns a text, or the first of several: bytes, a list, or a dictionary of a "text" list."""
-    if isinstance(value, dict):
-        value = value["text"]
-    if isinstance(value, list | np.ndarray) and len(np.shape(value)):
-        value = value[0] if len(value) else ""
-    return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
+def _stored_name(name: str, feature: Feature) -> str:
+    """Returns the name under which TFDS stores a text, which may be in a list or dictionary."""
+    while feature.children:
+        if "" in feature.children:
+            feature = feature.children[""]
+        elif "text" in feature.children:
+            name, feature = f"{name}/text", feature.children["text"]
+        else:
+            raise UserError(
+                f"expected texts in the feature {visible(name)}, found "
+                f"{visible(', '.join(feature.children))}"
+            )
+    return name
+
+
+def _loader(image: Feature, folder: str) -> Callable[[Any], Callable[[], bytes | Image.Image]]:
+    """Returns what makes a function that gives an image, of its stored feature."""
+    if image.kind in ("Image", "LabeledImage") and image.dtype in ("", "uint8", "uint16"):
+        return lambda stored: lambda data=stored.bytes_list.value[0]: data
+    if image.kind != "Tensor" or image.dtype != "uint8" or image.encoding not in ("none", "bytes"):
+        raise UserError(
+            f"expected files or bytes in the feature image of {visible(folder)}, found "
+            f"{visible(f'{image.kind} {image.dtype} {image.encoding}')}; write it as "
+            "tfds.features.Image"
+        )
+
+    def pixels(stored: Any) -> Callable[[], Image.Image]:
+        if image.encoding == "bytes":
+            values = np.frombuffer(stored.bytes_list.value[0], np.uint8)
+        else:
+            values = np.array(stored.int64_list.value, np.uint8)
+        array = np.squeeze(values.reshape(image.shape))
+        return lambda: Image.fromarray(array)
+
+    return pixels
