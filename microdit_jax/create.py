@@ -20,7 +20,7 @@ from microdit_jax.assets.load import (
 from microdit_jax.checkpoints.run import read_run_metadata
 from microdit_jax.data import twemoji
 from microdit_jax.encoders import registry
-from microdit_jax.errors import UserError
+from microdit_jax.errors import UserError, visible
 from microdit_jax.machine import memory
 from microdit_jax.machine.placement import mesh_of
 from microdit_jax.models import ARCHES, arch_of
@@ -29,6 +29,7 @@ from microdit_jax.sampling.pipeline import LatentDiffusion
 from microdit_jax.towers import TextEncoder
 
 DEFAULT_ARCH = next(iter(ARCHES))
+MAX_RESOLUTION = 4096  # pixels of a side of a run's images, held out of its training
 
 
 def create_latent_diffusion(
@@ -202,11 +203,17 @@ def heldout_images(model: Model, count: int) -> tuple[list[str], Float[np.ndarra
         raise UserError(
             f"held-out captions need a training run, found {model.description}; give prompts"
         )
-    data = read_run_metadata(model.folder)["config"]["data"]
+    needed = ("config.data.heldout.source", "config.data.resolution")
+    data = read_run_metadata(model.folder, *needed)["config"]["data"]
     if data["heldout"]["source"] != "twemoji":
         raise UserError(
             f"held-out captions are those of the embedded images, found a run with held-out data "
-            f"from {data['heldout']['source'] or 'nowhere'}; give prompts"
+            f"from {visible(data['heldout']['source']) or 'nowhere'}; give prompts"
+        )
+    if not 1 <= data["resolution"] <= MAX_RESOLUTION:
+        raise UserError(
+            f"expected a run on images of up to {MAX_RESOLUTION} pixels, found "
+            f"{data['resolution']}; give prompts"
         )
     images = twemoji.images_of("heldout")
     if not 1 <= count <= len(images):

@@ -28,7 +28,7 @@ from microdit_jax.checkpoints import model_folder
 from microdit_jax.checkpoints.run import is_run, read_run_metadata
 from microdit_jax.checkpoints.weights import describe_weights, load_run_params
 from microdit_jax.convert import clip_text, t5, vae
-from microdit_jax.convert.arguments import tower_name
+from microdit_jax.convert.arguments import config_from_fields, tower_name
 from microdit_jax.convert.dit import config_from_dict
 from microdit_jax.convert.inputs import find_input, read_config
 from microdit_jax.convert.kinds import get_kind
@@ -139,9 +139,15 @@ def _from_folder(folder: Path, mesh: MeshChoice) -> Model:
             "network: give it to --vae or --text_encoder"
         )
     config = config_from_dict(metadata["dit"])
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_params(config, mesh))
+    abstract = abstract_params(config, mesh)
+    model_folder.check_network(folder, abstract)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     params, _ = model_folder.load_model(folder, sharding=shardings)
     return Model(config, params, EdmConfig(), None, None, None, f"{folder}")
+
+
+# Parts of a run's config.json that a model is made from
+_NEEDED = ("dit", "edm", "has_ema", "config.data.vae", "config.data.text_encoder")
 
 
 def _from_shipped(path: Path, ema: bool, mesh: MeshChoice) -> Model:
@@ -150,7 +156,7 @@ def _from_shipped(path: Path, ema: bool, mesh: MeshChoice) -> Model:
             f"expected the moving average to be asked for, as {path} holds nothing else, found "
             "ema=False; leave out --noema"
         )
-    metadata = read_run_metadata(path)
+    metadata = read_run_metadata(path, *_NEEDED)
     config = config_from_dict(metadata["dit"])
     params = instant.load_params(path, abstract_params(config, mesh))
     name = "the instant model" if path == instant.FOLDER else f"{path}"
@@ -158,7 +164,7 @@ def _from_shipped(path: Path, ema: bool, mesh: MeshChoice) -> Model:
 
 
 def _from_run(path: Path, ema: bool, mesh: MeshChoice) -> Model:
-    metadata = read_run_metadata(path)
+    metadata = read_run_metadata(path, *_NEEDED)
     config, ema = config_from_dict(metadata["dit"]), ema and metadata["has_ema"]
     params, step = load_run_params(path, abstract_params(config, mesh), ema=ema)
     return _of_run(metadata, config, params, path, describe_weights(path, step, ema=ema))
@@ -171,7 +177,7 @@ def _of_run(metadata: dict, config: DiTConfig, params: Any, path: Path, descript
     return Model(
         config,
         params,
-        EdmConfig(**metadata["edm"]),
+        config_from_fields(EdmConfig, metadata["edm"]),
         str(kept) if kept.is_dir() else towers["vae"],
         towers["text_encoder"],
         path,

@@ -4,12 +4,17 @@
   params/        the parameters, written by Orbax: one uncompressed array a file
   manifest.json  every array's type and shape, every file's size and sha256
 
-Orbax restores a damaged file without an error, so loading checks the manifest first.
+Orbax restores a damaged file without an error, so loading checks the manifest first. The folder may
+be a stranger's: each file of params/ must be listed and be a plain file inside it, and arrays are
+stored as `save_model` stores them, so that they take no more memory than their files.
 """
 
+import contextlib
 import logging
+import math
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +22,16 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from microdit_jax.errors import UserError
+from microdit_jax.errors import UserError, visible
 from microdit_jax.files import atomic_folder, checksums, damage, read_json, write_json
 from microdit_jax.trees import flatten, unflatten
 
 FORMAT, VERSION = "microdit_jax.model", 1
 CONCURRENT_GB = 1  # held by Orbax while it writes or reads, beside the arrays themselves
+DTYPES = re.compile("bool|bfloat16|float(16|32|64)|u?int(8|16|32|64)")  # that a manifest may name
+PATH = re.compile(r"\w[\w-]*(/\w[\w-]*)*", re.ASCII)  # of an array; a part becomes a folder's name
+MAX_AXES = 16
+MAX_NAMED = 20  # damaged files in an error
 
 Params = dict[str, Any]
 
@@ -82,22 +91,21 @@ def load_model(
       UserError: not a model folder, or of a newer version, or a file is missing or damaged.
     """
     folder = Path(folder).absolute()
-    metadata, manifest = read_metadata(folder), read_json(folder / "manifest.json")
+    metadata, arrays = read_metadata(folder), read_arrays(folder)
     if verify:
         verify_model(folder)
     if sharding is None:
         sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     single = isinstance(sharding, jax.sharding.Sharding)
-    shardings = {} if single else flatten(sharding)
+    shardings = dict.fromkeys(arrays, sharding) if single else flatten(sharding)
+    _check_same_arrays(folder, dict.fromkeys(arrays), dict.fromkeys(shardings))
     abstract = unflatten(
         {
-            path: jax.ShapeDtypeStruct(
-                tuple(shape), np.dtype(dtype), sharding=sharding if single else shardings[path]
-            )
-            for path, (dtype, shape) in manifest["arrays"].items()
+            path: jax.ShapeDtypeStruct(shape, np.dtype(dtype), sharding=shardings[path])
+            for path, (dtype, shape) in arrays.items()
         }
     )
-    with _checkpointer() as checkpointer:
+    with reading_errors(folder), _checkpointer() as checkpointer:
         args = ocp.args.PyTreeRestore(
             item=abstract, restore_args=ocp.checkpoint_utils.construct_restore_args(abstract)
         )
@@ -111,11 +119,119 @@ def verify_model(folder: str | os.PathLike) -> None:
       UserError: files are missing or damaged; it names them.
     """
     folder = Path(folder).absolute()
-    if faults := damage(folder, read_json(folder / "manifest.json")["files"]):
+    files = _read_manifest(folder)["files"]
+    if faults := damage(folder, files, complete=("config.json", "params")):
         raise UserError(
-            f"expected the files of {folder} as they were written, found damage in "
-            f"{', '.join(faults)}; convert the checkpoint again or restore the folder"
+            f"expected the files of {visible(folder)} as they were written, found damage in "
+            f"{', '.join(faults[:MAX_NAMED])}{', ...' * (len(faults) > MAX_NAMED)}; convert the "
+            "checkpoint again or restore the folder (a copy of links: cp -rL)"
         )
+    stored = sum(size for name, (size, _) in files.items() if name.startswith("params/"))
+    needed = sum(math.prod(s) * np.dtype(d).itemsize for d, s in read_arrays(folder).values())
+    if needed > max(2 * stored, 1 << 20):
+        raise UserError(
+            f"expected {needed:,} bytes of arrays in {visible(folder)} by its manifest.json, found "
+            f"files of {stored:,}; convert the checkpoint again"
+        )
+    for name in files:
+        if name.startswith("params/"):
+            _check_stored_plainly(folder, name, stored)
+
+
+def read_arrays(folder: str | os.PathLike) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Reads the type and shape of every array of a model folder, by path.
+
+    Raises:
+      UserError: manifest.json is damaged, or says what no array can be.
+    """
+    arrays = _read_manifest(Path(folder))["arrays"]
+    for path, array in arrays.items():
+        if not PATH.fullmatch(path) or not _is_array(array):
+            raise UserError(
+                f"expected the type and shape of arrays in {visible(folder)}/manifest.json, found "
+                f"{visible(array, 60)} for {visible(path, 60)}; convert the checkpoint again"
+            )
+    return {path: (dtype, tuple(shape)) for path, (dtype, shape) in arrays.items()}
+
+
+def check_network(folder: str | os.PathLike, abstract_params: Any) -> None:
+    """Raises UserError unless a model folder has the arrays of this network, in their shapes."""
+    found = {path: shape for path, (_, shape) in read_arrays(folder).items()}
+    expected = {path: tuple(leaf.shape) for path, leaf in flatten(abstract_params).items()}
+    _check_same_arrays(Path(folder), found, expected)
+
+
+def _check_same_arrays(folder: Path, found: dict[str, Any], expected: dict[str, Any]) -> None:
+    if differing := sorted({path for path, _ in found.items() ^ expected.items()}):
+        raise UserError(
+            f"expected the parameters of this config's network in {visible(folder)}, found others "
+            f"({len(differing)} differ, the first is {visible(differing[0])}); set model.arch "
+            "and options as in its config.json"
+        )
+
+
+def _read_manifest(folder: Path) -> dict:
+    manifest = read_json(folder / "manifest.json")
+    if not all(isinstance(manifest.get(key), dict) for key in ("arrays", "files")):
+        raise UserError(
+            f"expected the arrays and the files of the model in {visible(folder)}/manifest.json, "
+            "found something else; convert the checkpoint again or restore the folder"
+        )
+    return manifest
+
+
+def _is_array(value: Any) -> bool:
+    if not isinstance(value, list) or len(value) != 2:
+        return False
+    dtype, shape = value
+    return (
+        isinstance(dtype, str)
+        and DTYPES.fullmatch(dtype) is not None
+        and isinstance(shape, list)
+        and len(shape) <= MAX_AXES
+        and all(type(n) is int and 0 <= n < 2**40 for n in shape)
+    )
+
+
+def _check_stored_plainly(folder: Path, name: str, stored: int) -> None:
+    """Raises UserError if a file makes Orbax read arrays otherwise than we write them.
+
+    A compressed array, or one in pieces larger than all files together, may be of any size in
+    memory; an OCDBT database has paths of its own.
+    """
+    base = os.path.basename(name)
+    fault = base == "zarr.json" or base.endswith(".ocdbt")
+    if base == ".zarray":
+        about = read_json(folder / name, 1 << 20)
+        chunks = about.get("chunks")
+        whole = isinstance(chunks, list) and all(type(n) is int and n >= 0 for n in chunks)
+        fault = about.get("compressor") is not None or bool(about.get("filters")) or not whole
+        fault = fault or math.prod(chunks or ()) > max(stored, 1)
+    if fault:
+        raise UserError(
+            f"expected uncompressed arrays in {visible(folder)}, found others in {visible(name)}; "
+            "convert the checkpoint again"
+        )
+
+
+@contextlib.contextmanager
+def reading_errors(folder: str | os.PathLike) -> Iterator[None]:
+    """Turns whatever Orbax and TensorStore raise for arrays that they cannot read into UserError.
+
+    The files' checksums are right by then: another project, or a newer version, wrote them.
+    """
+    try:
+        yield
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:
+        if "RESOURCE_EXHAUSTED" in str(error):  # memory, which is told as such
+            raise
+        reason = f"{type(error).__name__}: {visible(error, 200)}"
+        raise UserError(
+            f"expected arrays as microdit_jax writes them in {visible(folder)}, could not read "
+            f"them ({reason}); make or copy the folder again"
+        ) from error
 
 
 def is_model(folder: str | os.PathLike) -> bool:
@@ -133,16 +249,30 @@ def read_metadata(folder: str | os.PathLike) -> dict:
     if not is_model(folder):
         found = "another folder" if folder.is_dir() else "a file" if folder.exists() else "nothing"
         raise UserError(
-            f"expected a model folder (config.json, params/, manifest.json) at {folder}, found "
-            f"{found}; convert a checkpoint first: python -m convert --help"
+            f"expected a model folder (config.json, params/, manifest.json) at {visible(folder)}, "
+            f"found {found}; convert a checkpoint first: python -m convert --help"
         )
     metadata = read_json(folder / "config.json")
-    if metadata.get("format") != FORMAT or metadata.get("version") != VERSION:
+    found = metadata.get("format"), metadata.get("version")
+    if found != (FORMAT, VERSION):
         raise UserError(
-            f"expected {FORMAT} version {VERSION} in {folder}, found {metadata.get('format')} "
-            f"version {metadata.get('version')}; convert the checkpoint again"
+            f"expected {FORMAT} version {VERSION} in {visible(folder)}, found "
+            f"{visible(found[0], 60)} version {visible(found[1], 60)}; convert the checkpoint again"
         )
-    return metadata
+    kind = metadata.get("kind")
+    source = metadata.get("source", {})
+    if (
+        not isinstance(kind, str)
+        or not isinstance(metadata.get(kind, {}), dict)
+        or type(metadata.get("parameters")) is not int
+        or not isinstance(source, dict)
+        or not isinstance(source.get("sha256", ""), str)
+    ):
+        raise UserError(
+            f"expected the kind of a model, its config and its source in {visible(folder)}/"
+            f"config.json, found other values for {visible(kind, 60)}; convert the checkpoint again"
+        )
+    return {kind: {}} | metadata
 
 
 def _checkpointer() -> ocp.Checkpointer:

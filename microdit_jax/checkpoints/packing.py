@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Shaped, UInt8
 
+from microdit_jax.checkpoints.model_folder import DTYPES
 from microdit_jax.trees import flatten, unflatten
 
 SMALL = 2**20  # bytes; writing this many takes about as long as Orbax takes for an array
@@ -69,11 +70,21 @@ def pack(
 
 
 def read_index(metadata: Mapping[str, Any] | None) -> dict[str, Packed]:
-    """Reads the index that `pack` made; empty for a checkpoint that packs nothing."""
-    return {
+    """Reads the index that `pack` made; empty for a checkpoint that packs nothing.
+
+    Raises:
+      ValueError: the index is not of `pack`'s form.
+    """
+    index = {
         path: Packed(dtype, tuple(shape), offset)
         for path, (dtype, shape, offset) in (metadata or {}).get(PACKED, {}).items()
     }
+    for path, (dtype, shape, offset) in index.items():
+        if not DTYPES.fullmatch(dtype) or not all(
+            type(n) is int and n >= 0 for n in (*shape, offset)
+        ):
+            raise ValueError(f"a packed array {path} of {dtype} {shape} at {offset}")
+    return index
 
 
 def row_of(path: str) -> str:

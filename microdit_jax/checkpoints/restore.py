@@ -1,7 +1,7 @@
 """Reading the steps of a training run: which are there, which are good, and their arrays."""
 
-import json
 import os
+import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,12 +13,14 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from microdit_jax.checkpoints import packing
+from microdit_jax.checkpoints.model_folder import reading_errors
 from microdit_jax.errors import UserError
 from microdit_jax.files import damage, read_json
 from microdit_jax.machine import hosts
 from microdit_jax.trees import flatten, unflatten
 
 RESTORE_GB = 8  # held by Orbax while it reads, beside the arrays themselves
+STEP = re.compile("[0-9]{1,18}")  # name of a step's folder
 
 
 def say(message: str) -> None:
@@ -29,16 +31,19 @@ def say(message: str) -> None:
 def steps_on_disk(workdir: str | os.PathLike) -> list[int]:
     """Returns the steps of a run that were written whole, oldest first; not checked for damage."""
     folder = Path(workdir).absolute() / "checkpoints"
-    return sorted(int(path.name) for path in folder.glob("*") if path.name.isdigit())
+    return sorted(int(path.name) for path in folder.glob("*") if STEP.fullmatch(path.name))
 
 
 def step_damage(folder: Path) -> str:
     """Says in words which files of a step are damaged, "" if none; reads every byte of them."""
+    if folder.is_symlink():
+        return "a link to another folder"
     try:
-        faults = damage(folder, json.loads((folder / "manifest.json").read_text())["files"])
+        files = read_json(folder / "manifest.json").get("files")
+        faults = damage(folder, files, complete=("state", "metadata"))
     except FileNotFoundError:
         return "manifest.json is missing"
-    except (ValueError, LookupError, TypeError, AttributeError):
+    except (ValueError, OSError):
         return "manifest.json is damaged"
     more = f" and {len(faults) - 2} more" if len(faults) > 2 else ""
     return ", ".join(faults[:2]) + more
@@ -83,6 +88,11 @@ def restore_state(folder: Path, abstract: Any, *, partial: bool) -> Any:
       UserError: arrays are missing, left over (unless `partial`), or of other shapes or dtypes; a
         part may be restored to another dtype.
     """
+    with reading_errors(folder):
+        return _restore(folder, abstract, partial)
+
+
+def _restore(folder: Path, abstract: Any, partial: bool) -> Any:
     handler = ocp.PyTreeCheckpointHandler(restore_concurrent_gb=RESTORE_GB)
     stored, expected = handler.metadata(epath.Path(folder / "state")), flatten(abstract)
     index = packing.read_index(stored.custom_metadata)

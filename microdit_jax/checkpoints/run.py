@@ -28,7 +28,7 @@ from orbax.checkpoint import checkpoint_managers as policies
 from microdit_jax.checkpoints import packing
 from microdit_jax.checkpoints.model_folder import VERSION
 from microdit_jax.checkpoints.restore import good_step, restore_state, say, steps_on_disk
-from microdit_jax.errors import UserError
+from microdit_jax.errors import UserError, visible
 from microdit_jax.files import checksums, disk_errors, read_json, write_json
 from microdit_jax.machine import hosts
 from microdit_jax.machine.background import give_way
@@ -278,6 +278,13 @@ def _reason(error: BaseException) -> str:
 
 
 # ------------------------------------------------------------------ config.json of a run
+_METADATA = {  # types of its parts
+    "dit": dict, "edm": dict, "has_ema": bool, "vae": str, "text_encoder": str, "attribution": str,
+    "config": dict, "config.data": dict, "config.data.vae": str, "config.data.text_encoder": str,
+    "config.data.resolution": int, "config.data.heldout": dict, "config.data.heldout.source": str,
+}  # fmt: skip
+
+
 def is_run(folder: str | os.PathLike) -> bool:
     """Returns True if the folder is the workdir of a training run."""
     config = Path(folder) / "config.json"
@@ -289,8 +296,27 @@ def write_run_metadata(workdir: str | os.PathLike, metadata: dict) -> None:
     write_json(Path(workdir) / "config.json", {"format": RUN_FORMAT, "version": VERSION} | metadata)
 
 
-def read_run_metadata(workdir: str | os.PathLike) -> dict:
-    """Reads config.json of a training run; raises UserError if there is none."""
+def read_run_metadata(workdir: str | os.PathLike, *needed: str) -> dict:
+    """Reads config.json of a training run, which may be a stranger's.
+
+    Args:
+      needed: parts that must be there, such as "dit" or "config.data.vae".
+    Raises:
+      UserError: there is none, or its parts are missing or of other types than runs write.
+    """
     if not is_run(workdir):
-        raise UserError(f"expected the workdir of a training run at {workdir}, found none")
-    return read_json(Path(workdir) / "config.json")
+        raise UserError(f"expected the workdir of a training run at {visible(workdir)}, found none")
+    path = Path(workdir) / "config.json"
+    metadata = read_json(path)
+    for name, kind in _METADATA.items():
+        part: Any = metadata
+        for key in name.split("."):
+            part = part.get(key) if isinstance(part, dict) else None
+        if part is None and name not in needed:
+            continue
+        if not isinstance(part, kind):
+            raise UserError(
+                f"expected {name} in {visible(path)} of type {kind.__name__}, found "
+                f"{visible(repr(part), 60)}; copy the run again"
+            )
+    return metadata

@@ -11,9 +11,7 @@ from microdit_jax.checkpoints.model_folder import Params
 from microdit_jax.checkpoints.restore import good_step, restore_state
 from microdit_jax.checkpoints.run import is_run, read_run_metadata
 from microdit_jax.errors import UserError
-from microdit_jax.files import read_json
 from microdit_jax.machine import hosts
-from microdit_jax.trees import flatten
 
 
 def load_run_params(
@@ -31,7 +29,7 @@ def load_run_params(
     """
     step, _ = good_step(workdir)
     folder, name = Path(workdir).absolute() / "checkpoints" / str(step), "ema" if ema else "params"
-    if ema and not read_run_metadata(workdir)["has_ema"]:
+    if ema and not read_run_metadata(workdir, "has_ema")["has_ema"]:
         raise UserError(
             f"expected an average of the weights in {workdir}, found none; use ema=False"
         )
@@ -61,20 +59,12 @@ def load_weights(
       UserError: nothing usable there, damaged, or of another network.
     """
     if is_run(source):
-        ema = ema and read_run_metadata(source)["has_ema"]
+        ema = ema and read_run_metadata(source, "has_ema")["has_ema"]
         params, step = load_run_params(source, abstract_params, ema=ema)
         return params, describe_weights(source, step, ema=ema)
     metadata = model_folder.read_metadata(source)
     hosts.from_first(f"check {source}", lambda: model_folder.verify_model(source))
-    arrays = read_json(Path(source) / "manifest.json")["arrays"]
-    found = {path: tuple(shape) for path, (_, shape) in arrays.items()}
-    expected = {path: leaf.shape for path, leaf in flatten(abstract_params).items()}
-    if differing := sorted(dict(found.items() ^ expected.items())):
-        raise UserError(
-            f"expected the parameters of this config's network in {source}, found others "
-            f"({len(differing)} differ, the first is {differing[0]}); set model.arch and options "
-            "as in its config.json"
-        )
+    model_folder.check_network(source, abstract_params)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_params)
     params, _ = model_folder.load_model(source, sharding=shardings, verify=False)
     params = jax.tree.map(lambda p, leaf: p.astype(leaf.dtype), params, abstract_params)

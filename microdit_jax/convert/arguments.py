@@ -1,13 +1,17 @@
 """Parts that the kinds of model share: configs from JSON and from shapes, model folders, names."""
 
+import collections.abc
 import dataclasses
 import re
+import types
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import numpy as np
 
 from microdit_jax.checkpoints.model_folder import load_model
-from microdit_jax.errors import UserError
+from microdit_jax.errors import UserError, visible
 
 __all__ = [
     "config_from_fields",
@@ -20,6 +24,8 @@ __all__ = [
 ]
 
 Config = TypeVar("Config")  # a dataclass
+MAX_SIZE, MAX_LAYERS = 2**24, 512  # of a network that a file describes
+LAYERS = ("depth", "patch_mixer_depth", "layers", "layers_per_block")
 # The fix where tensors are those of another kind of model.
 OTHER_KIND = "give such a file, or name its kind: python -m convert --kind=..."
 
@@ -28,7 +34,7 @@ def config_from_fields(cls: type[Config], fields: Mapping[str, Any]) -> Config:
     """Makes the config dataclass `cls` from the fields of a JSON file.
 
     Raises:
-      UserError: fields that `cls` does not have, or too few.
+      UserError: fields that `cls` does not have, or too few, or values that they cannot have.
     """
     fields_of = dataclasses.fields(cls)  # pyright: ignore[reportArgumentType]  # a dataclass
     known = {field.name: field for field in fields_of}
@@ -41,9 +47,40 @@ def config_from_fields(cls: type[Config], fields: Mapping[str, Any]) -> Config:
     if unknown or missing:
         found = f"unknown {unknown or 'none'}, missing {missing}" if missing else unknown
         raise UserError(
-            f"expected fields of {cls.__name__} ({', '.join(known)}), found {found}; correct them"
+            f"expected fields of {cls.__name__} ({', '.join(known)}), found {visible(found)}; "
+            "correct them"
         )
-    return cls(**fields)
+    for name, hint in get_type_hints(cls).items():
+        most = MAX_LAYERS if name in LAYERS else MAX_SIZE
+        if name in fields and not _fits(fields[name], hint, most):
+            kind = getattr(hint, "__name__", hint)
+            raise UserError(
+                f"expected {name} of {cls.__name__} as {kind} of at most {most:,}, found "
+                f"{visible(repr(fields[name]), 60)}; correct it"
+            )
+    try:
+        return cls(**fields)
+    except UserError:
+        raise
+    except (ValueError, TypeError, ArithmeticError) as error:
+        raise UserError(
+            f"expected a {cls.__name__} that can be, found {error}; correct it"
+        ) from error
+
+
+def _fits(value: Any, hint: Any, most: int) -> bool:
+    """Returns True if a value of any origin is of a field's type, and no number above `most`."""
+    if get_origin(hint) in (Union, types.UnionType):
+        return any(_fits(value, choice, most) for choice in get_args(hint))
+    if get_origin(hint) in (collections.abc.Sequence, tuple, list):
+        item = get_args(hint)[0]
+        short = isinstance(value, list | tuple) and len(value) <= MAX_LAYERS
+        return short and all(_fits(part, item, most) for part in value)
+    if hint in (int, float):
+        kinds = (int, np.integer) if hint is int else (int, float, np.number)
+        number = isinstance(value, kinds) and not isinstance(value, bool)
+        return number and bool(-most <= value <= most)
+    return isinstance(value, hint)
 
 
 def size_faults(given: Mapping[str, Any], sizes: Mapping[str, Any]) -> list[str]:

@@ -8,17 +8,19 @@ import errno
 import json
 import os
 import stat
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
 from microdit_jax.errors import UserError, visible
 
 MAX_TEXT = 256 << 20  # bytes of a JSON or text file that is read whole
+MAX_ARRAYS = 1 << 30  # bytes of an .npz's arrays, if its file is not half as large
 
 
-def open_regular(path: str | os.PathLike) -> BinaryIO:
+def open_regular(path: str | os.PathLike) -> BufferedReader:
     """Opens a regular file for reading; a pipe, a device or a folder is refused and not waited for.
 
     Raises:
@@ -126,16 +128,19 @@ def read_json(path: str | os.PathLike, num_bytes: int = MAX_TEXT) -> dict[str, A
     return contents
 
 
-def read_npz(path: Path) -> dict[str, np.ndarray]:
+def read_npz(path: str | os.PathLike) -> dict[str, np.ndarray]:
     """Reads all arrays of an .npz; never unpickles.
 
     Raises:
       OSError: the file cannot be opened.
-      ValueError: it is damaged, or no .npz.
+      ValueError: it is damaged, no .npz, or compressed so well that it would fill the memory.
     """
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         try:
             with np.load(file, allow_pickle=False) as arrays:
+                stated = sum(member.file_size for member in arrays.zip.infolist())
+                if stated > max(MAX_ARRAYS, 2 * os.fstat(file.fileno()).st_size):
+                    raise ValueError(f"{stated:,} bytes of arrays in a small file")
                 return {name: arrays[name] for name in arrays.files}
         except Exception as error:  # damage is raised by zipfile, zlib, the header's parser, ...
             raise ValueError(f"{type(error).__name__}: {error}") from error

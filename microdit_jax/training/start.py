@@ -100,7 +100,7 @@ def source_path(name: str, workdir: str | Path) -> str:
 
 def _full_state(source: str, abstract: TrainState) -> TrainState:
     """Restores another run's newest state; adds or drops the average, as this run's config says."""
-    has_ema = read_run_metadata(source)["has_ema"]
+    has_ema = read_run_metadata(source, "has_ema")["has_ema"]
     with RunCheckpoints(source) as earlier:
         state, _ = earlier.restore(abstract.replace(ema=abstract.params if has_ema else None))
     if abstract.ema is None:
@@ -117,7 +117,7 @@ def _check_source(key: str, source: str, made_by: dict[str, str]) -> None:
 
     def names() -> dict[str, str]:
         if is_run(source):
-            metadata = read_run_metadata(source)
+            metadata = read_run_metadata(source, *made_by)
             return {kind: metadata[kind] for kind in made_by}
         if key == "init_from" or not Path(source).exists():
             raise UserError(

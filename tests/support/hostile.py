@@ -1,5 +1,6 @@
 """Runs a command on hostile input, in a process of its own that cannot take the machine with it."""
 
+import json
 import os
 import resource
 import subprocess
@@ -47,3 +48,33 @@ def assert_refused(done: subprocess.CompletedProcess[str]) -> str:
     assert len(lines) == 1 and "Traceback" not in done.stderr, done.stderr[-2000:]
     assert lines[0].isprintable(), ascii(lines[0])
     return lines[0]
+
+
+def outcomes(call: str, arguments: Sequence[str], cwd: Path) -> list[tuple[int, str]]:
+    """Calls "module:function" on each argument, all in one process with the limits above.
+
+    Returns:
+      What a command would have ended with for each: the status, and the line that tells why.
+    """
+    done = run_hostile(["-c", _TRY_EACH, call, *arguments], cwd)
+    assert done.returncode == 0, (done.returncode, done.stdout[-2000:], done.stderr[-2000:])
+    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
+    assert len(found) == len(arguments)
+    return [(status, line) for status, line in found]
+
+
+_TRY_EACH = """
+import importlib, json, sys, traceback
+from microdit_jax.commands import boundary
+module, name = sys.argv[1].split(":")
+function = getattr(importlib.import_module(module), name)
+for argument in sys.argv[2:]:
+    try:
+        function(argument)
+        found = 0, "done"
+    except BaseException as error:
+        found = boundary.describe(error)
+        if found[0] != 2:
+            traceback.print_exc()
+    print(json.dumps(found), flush=True)
+"""

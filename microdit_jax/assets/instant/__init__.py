@@ -21,12 +21,13 @@ import jax
 
 from microdit_jax.checkpoints.model_folder import Params
 from microdit_jax.convert.formats.safetensors_file import read_safetensors
-from microdit_jax.errors import UserError
+from microdit_jax.errors import UserError, visible
 from microdit_jax.files import damage, read_json
 from microdit_jax.trees import flatten, unflatten
 
 FOLDER = Path(__file__).parent / "model"
 WEIGHTS, MANIFEST = "weights.safetensors", "manifest.json"
+CONTENTS = ("config.json", WEIGHTS, "vae")  # each with a checksum in the manifest
 
 
 def is_shipped(folder: str | os.PathLike) -> bool:
@@ -43,10 +44,10 @@ def load_params(folder: str | os.PathLike, abstract_params: Any) -> Params:
       UserError: a file is missing or damaged, or the weights are not this network's.
     """
     folder, expected = Path(folder), flatten(abstract_params)
-    if faults := damage(folder, read_json(folder / MANIFEST)):
+    if faults := damage(folder, read_json(folder / MANIFEST), complete=CONTENTS):
         raise UserError(
-            f"expected the files of {folder} as they were shipped, found damage in "
-            f"{', '.join(faults)}; install microdit_jax again"
+            f"expected the files of {visible(folder)} as they were shipped, found damage in "
+            f"{', '.join(faults[:20])}; install microdit_jax again"
         )
     arrays, _ = read_safetensors(folder / WEIGHTS)
     shapes = {path: leaf.shape for path, leaf in expected.items()}
