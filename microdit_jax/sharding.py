@@ -26,6 +26,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Float, Int
 
 from microdit_jax.errors import UserError
+from microdit_jax.machine import slices
 
 AXES = ("data", "fsdp", "expert")
 EXPERT_WEIGHTS = ("w1", "w2")  # (e, d, f) and (e, f, d); dense layers call theirs "kernel"
@@ -39,12 +40,15 @@ def make_mesh(
     data: int = -1,
     fsdp: int = 1,
     expert: int = 1,
-    devices: Sequence[jax.Device] | None = None,  # pyright: ignore[reportInvalidTypeForm]
+    devices: Sequence[Any] | None = None,
 ) -> Mesh:
     """The mesh (data, fsdp, expert) over `devices`, by default all of every process.
 
+    `data` goes across slices, which on GPUs are nodes, fsdp and expert inside one (`slices`).
+
     Args:
       data, fsdp, expert: sizes of the axes; one of them may be -1, the devices left over.
+      devices: real ones, or those of a topology to compile for.
     Raises:
       UserError: sizes that do not multiply to the number of devices.
     """
@@ -65,9 +69,8 @@ def make_mesh(
             f" choose sizes whose product is {count}, such as mesh=-1x1x1 (-1: the rest)"
         )
     # Auto: sharding stays out of the arrays' types, and Flax and Optax need not know of it.
-    return jax.make_mesh(
-        tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices
-    )
+    arranged = slices.arrange(devices, tuple(sizes.values()))
+    return Mesh(arranged, AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def param_spec(

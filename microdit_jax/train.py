@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import gc
+import sys
 from pathlib import Path
 
 import jax
@@ -14,7 +15,7 @@ from microdit_jax.checkpoints.run import RunCheckpoints, is_run
 from microdit_jax.data.pipeline import Record
 from microdit_jax.data.prefetch import Prefetch
 from microdit_jax.diffusion import EdmConfig
-from microdit_jax.machine import hosts, memory
+from microdit_jax.machine import hosts, memory, slices
 from microdit_jax.machine.chips import chip_of
 from microdit_jax.machine.signals import StopRequest
 from microdit_jax.models import flops
@@ -82,6 +83,9 @@ def train(config: ConfigDict, workdir: str | Path, stop: StopRequest | None = No
         start = int(state.step)
         if first_process:
             print(sharding.table(state, mesh))
+            size = sum(leaf.nbytes for leaf in jax.tree.leaves(state.params))
+            if warning := slices.crossing_warning(mesh, size):
+                print(f"warning: {warning}", file=sys.stderr, flush=True)
             print(f"{workdir}: {origin}; {describe(config, start, mesh, data)}", flush=True)
         if start >= run.steps:
             if first_process:
@@ -190,7 +194,7 @@ def describe(config: ConfigDict, start: int, mesh: Mesh, data: RunData) -> str:
         f"step {start} of {run.steps}; {sum(map(len, data.sources)):,} training and "
         f"{len(data.heldout):,} held-out images; mask ratio {run.mask_ratio}; {parts} "
         f"micro-batches of {run.batch_size // mesh.size // parts} images on each of {mesh.size} "
-        f"devices, {jax.devices()[0].device_kind}"
+        f"devices, {jax.devices()[0].device_kind}{slices.described()}"
     )
 
 

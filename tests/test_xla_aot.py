@@ -8,36 +8,24 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax.sharding import AbstractMesh
+from support import counted_program
+from support.counted_program import CHIP, H100, SLICES
 
 from configs import res_256_pretrain
 from microdit_jax import sharding
 from microdit_jax.errors import UserError
 from microdit_jax.machine import compile_options
-from microdit_jax.machine.chips import chip_of
 from microdit_jax.models import dit, flops
 from microdit_jax.xla import plot, roofline, topologies
 from microdit_jax.xla.aot import analysis, compile, figures, programs, search, shallow, table
 from microdit_jax.xla.aot.programs import Program
 from microdit_jax.xla.bench import rows, workloads
-from microdit_jax.xla.hlo.collectives import Collective
-from microdit_jax.xla.hlo.count import Counts, Kernel
-from microdit_jax.xla.topologies import Topology
 
-H100 = Topology("h100:16", "cuda", tuple(range(16)), chip_of("NVIDIA H100 80GB HBM3"), 2)
-
-
-# ------------------------------------------------------------------------------ counts
-COUNTS = Counts(
-    kernels=(
-        Kernel("matmul", "dot", "", 2, {"bf16": 989e9}, 335e6),  # 1 ms of matmul, 0.1 of memory
-        Kernel("sum", "fusion", "", 3, {}, 3.35e9),  # 1 ms of memory
-    ),
-    collectives=(
-        Collective("all-gather", 1, 450e6, tuple(range(8)), {}, ()),  # 1 ms within a host
-        Collective("all-reduce", 1, 50e6, (0, 8), {}, ()),  # 1 ms between hosts
-    ),
-    uncounted={},
+COUNTS = dataclasses.replace(
+    counted_program.COUNTS,
+    collectives=tuple(dataclasses.replace(c, times=1) for c in counted_program.COUNTS.collectives),
 )
+TIME = roofline.step_time(COUNTS, CHIP, SLICES)
 
 
 # ------------------------------------------------------------------------------ extrapolation
@@ -102,16 +90,17 @@ def test_find_the_largest_micro_batch(monkeypatch):
 
 # ------------------------------------------------------------------------------ reports
 def full_report() -> dict:
-    program = Program(lambda: None, 2048, 2, 10**11, 3, 0.5, {"all-gather": 4e8}, 10**9)
+    program = Program(lambda: None, 2048, 2, 10**11, 3, 0.5, {"all-gather": 4e8}, 10**9, SLICES)
     found = {
         "memory": {"arguments": 2e9, "outputs": 2e9, "aliased": 2e9, "temporaries": 8e10},
         "flops": COUNTS.flops,
         "bytes_moved": COUNTS.num_bytes,
         "kernels": 5,
         "collectives": {"all-gather": {"instructions": 1, "runs": 1, "bytes": 4.5e8}},
+        "received": {"inside": 9e8, "across": 1.5e8},
         "compile_seconds": 100.0,
     }
-    found = figures.complete(found, program, H100, roofline.step_time(COUNTS, H100), steps=86_400)
+    found = figures.complete(found, program, H100, TIME, steps=86_400)
     mesh = AbstractMesh((2, 8, 1), ("data", "fsdp", "expert"))
     return figures.header("stage1", "train_step", H100, mesh) | found
 
@@ -127,6 +116,8 @@ def test_what_follows_from_the_counts():
     assert found["mfu_bound"] == pytest.approx(3 * 10**11 * 128 / 5e-3 / 989e12)
     assert found["seconds"]["kernels"] == pytest.approx(5e-3)
     assert found["seconds"]["exposed"] == pytest.approx(2e-3)
+    assert found["seconds"]["inside"] == found["seconds"]["across"] == pytest.approx(1e-3)
+    assert found["slices"] == 2
     assert found["bytes_moved"] == pytest.approx(2 * 335e6 + 3 * 3.35e9)
     assert found["days"] == pytest.approx(5e-3)
     assert found["dollars"] == pytest.approx(5e-3 * 24 * 16 * 3.79)
@@ -135,9 +126,11 @@ def test_what_follows_from_the_counts():
 @pytest.mark.parametrize("peak, fits", [(78.1e9, True), (78.2e9, False)])
 def test_the_runtime_keeps_its_share_of_the_memory(peak, fits):
     """An H100 has 84.9 GB, and XLA is given 92 % of it."""
-    program = Program(lambda: None, 16, 1, 10**11, 3, 0.0, {}, 10**9)
+    program = Program(lambda: None, 16, 1, 10**11, 3, 0.0, {}, 10**9, SLICES)
     memory = {"arguments": 0, "outputs": 0, "aliased": 0, "temporaries": peak}
-    found = figures.complete(figures.measure(memory, {}, COUNTS), program, H100, None, steps=None)
+    found = figures.complete(
+        figures.measure(memory, {}, COUNTS, SLICES), program, H100, None, steps=None
+    )
     assert found["memory"]["fits"] is fits
 
 
@@ -149,9 +142,9 @@ def compiled(monkeypatch):
     def compile_and_count(program, topology, label, dump):
         labels.append(label)
         memory = {"arguments": 1, "outputs": 1, "aliased": 1, "temporaries": 1}
-        found = figures.measure(memory, {}, COUNTS)
+        found = figures.measure(memory, {}, COUNTS, SLICES)
         found |= {"trace_seconds": 1.0, "compile_seconds": 10.0}
-        return compile.Compiled(found, roofline.step_time(COUNTS, H100), [])
+        return compile.Compiled(found, TIME, [])
 
     monkeypatch.setattr(analysis, "compile_and_count", compile_and_count)
     return labels
@@ -176,6 +169,7 @@ def test_extrapolated_reports_say_what_was_spent(compiled):
     assert len(compiled) == 4 and "mixer 4, backbone 3" in compiled
     assert found["flops"] == COUNTS.flops and found["compile_seconds"] == 40.0
     assert found["seconds"]["exposed"] == pytest.approx(2e-3)
+    assert found["seconds"]["inside"] == found["seconds"]["across"] == pytest.approx(1e-3)
     assert found["extrapolated"]["from"].startswith("1.00 x base")
 
 
@@ -264,7 +258,8 @@ def test_a_count_far_off_is_called_doubtful():
 
 def test_kernels_that_nobody_can_count_are_named():
     memory = {"arguments": 1, "outputs": 1, "aliased": 1, "temporaries": 1}
-    found = figures.measure(memory, {}, dataclasses.replace(COUNTS, uncounted={"my_kernel": 12}))
+    counts = dataclasses.replace(COUNTS, uncounted={"my_kernel": 12})
+    found = figures.measure(memory, {}, counts, SLICES)
     reports = pathlib.Path(__file__).parent.parent / "docs" / "aot"
     whole = json.loads((reports / "res_256_pretrain_h100_8.json").read_text())
     assert "WITHOUT" not in table.render(whole)

@@ -3,29 +3,15 @@
 import dataclasses
 
 import pytest
+from support.counted_program import CHIP, COUNTS, SLICES
 
 from microdit_jax.machine.chips import chip_of
 from microdit_jax.xla import roofline
 from microdit_jax.xla.hlo.collectives import Collective
-from microdit_jax.xla.hlo.count import Counts, Kernel
-from microdit_jax.xla.topologies import Topology
-
-H100 = Topology("h100:16", "cuda", tuple(range(16)), chip_of("NVIDIA H100 80GB HBM3"), 2)
-COUNTS = Counts(
-    kernels=(
-        Kernel("matmul", "dot", "", 2, {"bf16": 989e9}, 335e6),  # 1 ms of matmul, 0.1 of memory
-        Kernel("sum", "fusion", "", 3, {}, 3.35e9),  # 1 ms of memory
-    ),
-    collectives=(
-        Collective("all-gather", 2, 450e6, tuple(range(8)), {}, ()),  # 1 ms within a host
-        Collective("all-reduce", 3, 50e6, (0, 8), {}, ()),  # 1 ms between hosts
-    ),
-    uncounted={},
-)
 
 
 def test_step_time():
-    time = roofline.step_time(COUNTS, H100)
+    time = roofline.step_time(COUNTS, CHIP, SLICES)
     assert time.matmuls == pytest.approx(2e-3) and time.memory == pytest.approx(3.2e-3)
     assert time.kernels == pytest.approx(5e-3) and time.communication == pytest.approx(5e-3)
     assert time.lower_bound == pytest.approx(5e-3)
@@ -35,13 +21,23 @@ def test_step_time():
 
 def test_float32_matmuls_take_twice_the_time():
     kernels = (dataclasses.replace(COUNTS.kernels[0], flops={"f32": 989e9}),)
-    time = roofline.step_time(dataclasses.replace(COUNTS, kernels=kernels), H100)
+    time = roofline.step_time(dataclasses.replace(COUNTS, kernels=kernels), CHIP, SLICES)
     assert time.matmuls == time.kernels == pytest.approx(4e-3)
 
 
-def test_unknown_peaks_are_refused():
-    with pytest.raises(ValueError, match="expected a chip whose peaks are known, found cpu:8"):
-        roofline.step_time(COUNTS, Topology("cpu:8", "cpu", tuple(range(8)), None, 1))
+def test_links_inside_a_slice_and_the_network_across():
+    time = roofline.step_time(COUNTS, CHIP, SLICES)
+    assert time.inside == pytest.approx(2e-3) and time.across == pytest.approx(3e-3)
+    # The order of the mesh decides, not the number of the device: here 0 and 8 share a node.
+    time = roofline.step_time(COUNTS, CHIP, (0, 1) * 8)
+    assert time.inside == pytest.approx(3 * 50e6 / 450e9)
+    assert time.across == pytest.approx(2 * 450e6 / 50e9)
+
+
+def test_unknown_rates_give_no_times():
+    assert roofline.is_known(CHIP, SLICES) and not roofline.is_known(None, SLICES)
+    v5p = chip_of("TPU v5p")  # the network between its slices was not looked up
+    assert roofline.is_known(v5p, (0, 0)) and not roofline.is_known(v5p, (0, 1))
 
 
 def collective(started: int, finished: int) -> Collective:

@@ -16,8 +16,8 @@ class Chip:
       memory_bandwidth: bytes per second to the chip's own memory; 0 if not looked up.
       link_bandwidth: bytes per second received from neighbours over all links together, half of the
         figure that is printed for both directions; 0 if not looked up.
-      network_bandwidth: bytes per second received from another host's chips; equal to
-        link_bandwidth where links join all chips.
+      network_bandwidth: bytes per second received from chips of another slice; on GPUs a slice is
+        a host, on TPUs all chips that the links join. 0 if not looked up.
       dollars_per_hour: price of one chip without commitment; None if there is none to quote.
       price_source: whose price it is, and when.
     """
@@ -67,17 +67,16 @@ CHIPS = (
         memory_bytes=32 * 2.0**30,
         memory_bandwidth=1200e9,
         link_bandwidth=300e9,
-        network_bandwidth=300e9,
     ),
     Chip(
         "TPU v5e",
         ("TPU v5 lite", "TPU v5e"),
         197e12,
-        _TPU.format("v5e"),
+        _TPU.format("v5e") + "; network there: 6.4 Tb/s of a pod's 256 chips",
         memory_bytes=16 * 2.0**30,
         memory_bandwidth=819e9,
         link_bandwidth=200e9,
-        network_bandwidth=200e9,
+        network_bandwidth=3.125e9,
         dollars_per_hour=1.20,
         price_source=_TPU_PRICE,
     ),
@@ -89,7 +88,6 @@ CHIPS = (
         memory_bytes=95 * 2.0**30,
         memory_bandwidth=2765e9,
         link_bandwidth=600e9,
-        network_bandwidth=600e9,
         dollars_per_hour=4.20,
         price_source=_TPU_PRICE,
     ),
@@ -97,11 +95,11 @@ CHIPS = (
         "TPU v6e",
         ("TPU v6 lite", "TPU v6e"),
         918e12,
-        _TPU.format("v6e"),
+        _TPU.format("v6e") + "; network there: 25.6 Tb/s of a pod's 256 chips",
         memory_bytes=32 * 2.0**30,
         memory_bandwidth=1600e9,
         link_bandwidth=400e9,
-        network_bandwidth=400e9,
+        network_bandwidth=12.5e9,
         dollars_per_hour=2.70,
         price_source=_TPU_PRICE,
     ),

@@ -6,7 +6,7 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float32, UInt8
 
@@ -59,10 +59,7 @@ class FeatureNetwork:
 
 def on_all_devices(params: Any) -> Any:
     """Copies the parameters to each device of this process."""
-    mesh = jax.make_mesh(
-        (jax.local_device_count(),), ("data",), axis_types=(AxisType.Auto,),
-        devices=jax.local_devices(),
-    )  # fmt: skip
+    mesh = Mesh(np.asarray(jax.local_devices()), ("data",), axis_types=(AxisType.Auto,))
     return jax.device_put(params, NamedSharding(mesh, P()))
 
 

@@ -8,11 +8,11 @@ latency, and matmuls too small to fill the chip cost nothing here: real steps ta
 import collections
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import TypeGuard
 
 from microdit_jax.machine.chips import Chip
 from microdit_jax.xla.hlo.collectives import Collective
 from microdit_jax.xla.hlo.count import Counts
-from microdit_jax.xla.topologies import GPUS_PER_HOST, Topology
 
 # Rates over bfloat16's. float32 matmuls run at half of it: TF32 on H100, several passes on TPUs.
 RATE = {"bf16": 1.0, "f16": 1.0, "f8e4m3fn": 2.0, "f8e5m2": 2.0}
@@ -27,15 +27,22 @@ class StepTime:
       matmuls: all matmul operations at the chip's peak.
       memory: all bytes at the memory's bandwidth.
       kernels: sum over kernels of the longer of the two.
-      communication: all collectives at the links' bandwidth, one after the other.
+      inside: collectives within a slice at its links' bandwidth, one after the other.
+      across: collectives between slices at the network's bandwidth, one after the other.
       exposed: time in which kernels wait for collectives, by the order of the compiled program.
     """
 
     matmuls: float
     memory: float
     kernels: float
-    communication: float
+    inside: float
+    across: float
     exposed: float
+
+    @property
+    def communication(self) -> float:
+        """All collectives, one after the other."""
+        return self.inside + self.across
 
     @property
     def lower_bound(self) -> float:
@@ -48,27 +55,36 @@ class StepTime:
         return self.kernels + self.communication
 
 
-def step_time(counts: Counts, topology: Topology) -> StepTime:
-    """Computes the lower bounds of a program on a topology.
+def is_known(chip: Chip | None, slices: Sequence[int]) -> TypeGuard[Chip]:
+    """True if all rates are known that `step_time` needs."""
+    network = chip is not None and (len(set(slices)) == 1 or chip.network_bandwidth > 0)
+    return network and chip is not None and chip.memory_bandwidth > 0
 
-    Raises:
-      ValueError: the peaks of the topology's chip are not known.
+
+def step_time(counts: Counts, chip: Chip, slices: Sequence[int]) -> StepTime:
+    """Computes the lower bounds of a program on each of some chips.
+
+    Args:
+      chip: one that `is_known`.
+      slices: slice of each device, in the mesh's order, by which collectives name devices.
     """
-    chip = topology.chip
-    if chip is None or not chip.memory_bandwidth:
-        raise ValueError(f"expected a chip whose peaks are known, found {topology.name}")
     kernels = [
         k.times * max(_matmul_seconds(k.flops, chip), k.num_bytes / chip.memory_bandwidth)
         for k in counts.kernels
     ]
+    across = [is_across(c, slices) for c in counts.collectives]
     communication = [
-        c.times * c.num_bytes / _bandwidth(c.devices, topology, chip) for c in counts.collectives
+        c.times * c.num_bytes / (chip.network_bandwidth if crosses else chip.link_bandwidth)
+        for c, crosses in zip(counts.collectives, across, strict=True)
     ]
+    total = sum(communication, 0.0)
+    between = sum((t for t, crosses in zip(communication, across, strict=True) if crosses), 0.0)
     return StepTime(
         matmuls=_matmul_seconds(counts.flops_by_type, chip),
         memory=counts.num_bytes / chip.memory_bandwidth,
         kernels=sum(kernels, 0.0),
-        communication=sum(communication, 0.0),
+        inside=total - between,
+        across=between,
         exposed=exposed(kernels, communication, counts.collectives),
     )
 
@@ -107,8 +123,6 @@ def _matmul_seconds(flops: Mapping[str, float], chip: Chip) -> float:
     return sum(seconds, 0.0)
 
 
-def _bandwidth(devices: Sequence[int], topology: Topology, chip: Chip) -> float:
-    """Returns the links' bandwidth, or the network's for a group that spans hosts."""
-    if topology.hosts == 1 or len({device // GPUS_PER_HOST for device in devices}) == 1:
-        return chip.link_bandwidth
-    return chip.network_bandwidth
+def is_across(found: Collective, slices: Sequence[int]) -> bool:
+    """True if a collective's group has devices of several slices."""
+    return len({slices[device] for device in found.devices}) > 1

@@ -1,8 +1,11 @@
 """Devices of machines that are not here, to compile for.
 
-  topologies.prepare("h100:8")            # before JAX opens any device
-  topology = topologies.get("h100:8")
+  topologies.prepare("h100:8x8")          # before JAX opens any device
+  topology = topologies.get("h100:8x8")   # eight nodes of eight
   mesh = sharding.make_mesh(fsdp=8, devices=topology.devices)
+
+Names are CHIP:SIZES: the nodes and GPUs of each (h100:8 is one node), or the shape of a TPU slice
+(v5e:4x4), of which there may be several (2*v5e:4x4).
 
 The compilers of TPUs (the wheel libtpu) and NVIDIA GPUs (jax[cuda12]) run on any CPU host. Programs
 can be compiled for such devices, but no array can be put on them.
@@ -17,7 +20,7 @@ import os
 import re
 import sys
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax.experimental import topologies as jax_topologies
@@ -26,7 +29,7 @@ from microdit_jax.errors import UserError
 from microdit_jax.machine import compile_options, memory
 from microdit_jax.machine.chips import Chip, chip_of
 
-GPUS_PER_HOST = 8
+GPUS_PER_NODE = 8
 # TPU generation -> dimensions of its slices; the number of chips is their product.
 TPU_DIMENSIONS = {"v4": 3, "v5e": 2, "v5p": 3, "v6e": 2}
 # Wheels that compile, beside jaxlib. cuDNN plans attention kernels, nvcc brings ptxas.
@@ -39,7 +42,7 @@ COMPILERS = {
         for name in ("jax-cuda{}-pjrt", "nvidia-cudnn-cu{}", "nvidia-cuda-nvcc-cu{}")
     ),
 }
-EXPECTED = "h100:8, v5e:4x4, v5p:2x2x4, v6e:4x4 or cpu:8"
+EXPECTED = "h100:8, h100:8x8, v5e:4x4, v5p:2x2x4, v6e:4x4, 2*v5e:4x4 or cpu:8"
 INSTALL = "pip install 'microdit_jax[aot]'"
 
 
@@ -48,18 +51,15 @@ class Topology:
     """Devices that a program can be compiled for.
 
     Attributes:
-      name: name that the user gave, "h100:8".
+      name: "h100:8x8"; "h100:64" is the same, and named like this here.
       platform: "cuda", "tpu" or "cpu".
       chip: peaks of each device; None for CPUs.
-      hosts: number of machines with a slower network between them; 1 for a TPU slice, whose links
-        are the same everywhere.
     """
 
     name: str
     platform: str
     devices: tuple[Any, ...]
     chip: Chip | None
-    hosts: int
 
     @property
     def compiler_options(self) -> dict[str, Any]:
@@ -73,28 +73,60 @@ class Topology:
         return ", ".join(f"{wheel} {found}" for wheel in wheels if (found := _version(wheel)))
 
 
-def split_name(name: str) -> tuple[str, tuple[int, ...]]:
-    """Splits "v5e:4x4" into ("v5e", (4, 4)).
+class Shape(NamedTuple):
+    """Contents of a topology's name: the number of slices of a kind of chip, and their sizes."""
+
+    kind: str
+    slices: int
+    sizes: tuple[int, ...]
+
+    @property
+    def devices(self) -> int:
+        """Number of all devices."""
+        return self.slices * math.prod(self.sizes)
+
+    @property
+    def name(self) -> str:
+        """Name in one of its spellings, the same for every spelling."""
+        sizes = "x".join(map(str, self.sizes))
+        if self.slices == 1:
+            return f"{self.kind}:{sizes}"
+        return (
+            f"{self.kind}:{self.slices}x{sizes}"
+            if self.kind == "h100"
+            else (f"{self.slices}*{self.kind}:{sizes}")
+        )
+
+
+def parse_name(name: str) -> Shape:
+    """Parses "v5e:4x4", "2*v5e:4x4", "h100:8x8", "h100:64".
 
     Raises:
       UserError: the name is malformed.
     """
-    match = re.fullmatch(r"(h100|cpu|v4|v5e|v5p|v6e):(\d+(?:x\d+)*)", name)
+    match = re.fullmatch(r"(?:(\d{1,6})\*)?(h100|cpu|v4|v5e|v5p|v6e):(\d{1,9}(?:x\d{1,9})*)", name)
     if not match:
         raise UserError(f"a topology is named like {EXPECTED}, found {name!r}")
-    kind, sizes = match[1], tuple(map(int, match[2].split("x")))
+    kind, sizes, slices = match[2], tuple(map(int, match[3].split("x"))), int(match[1] or 1)
     dimensions = TPU_DIMENSIONS.get(kind, 1)
-    if len(sizes) != dimensions or min(sizes) < 1:
-        shape = "x".join("ABC"[:dimensions])
+    nodes = kind == "h100" and len(sizes) == 2 and not match[1]
+    if not (len(sizes) == dimensions or nodes) or min(*sizes, slices) < 1:
+        shape = "x".join("ABC"[:dimensions]) + " or h100:NODESxA" * (kind == "h100")
         raise UserError(
             f"the topology {kind} is named {kind}:{shape}, numbers of at least 1, found {name!r}"
         )
-    if kind == "h100" and sizes[0] > GPUS_PER_HOST and sizes[0] % GPUS_PER_HOST:
-        raise UserError(
-            f"more than {GPUS_PER_HOST} GPUs are hosts of {GPUS_PER_HOST}; expected a multiple, "
-            f"found {name!r}"
-        )
-    return kind, sizes
+    if kind == "cpu" and match[1]:
+        raise UserError(f"simulated CPUs are one slice, cpu:8; found {name!r}")
+    if nodes:
+        slices, sizes = sizes[0], sizes[1:]
+    if kind == "h100" and sizes[0] > GPUS_PER_NODE:
+        if sizes[0] % GPUS_PER_NODE or slices > 1:
+            raise UserError(
+                f"more than {GPUS_PER_NODE} GPUs are nodes of {GPUS_PER_NODE}; expected a multiple "
+                f"of them, as h100:64 or h100:8x8, found {name!r}"
+            )
+        slices, sizes = sizes[0] // GPUS_PER_NODE, (GPUS_PER_NODE,)
+    return Shape(kind, slices, sizes)
 
 
 def prepare(name: str) -> None:
@@ -103,16 +135,17 @@ def prepare(name: str) -> None:
     Raises:
       UserError: a malformed name, or the compiler is not installed.
     """
-    kind, sizes = split_name(name)
+    shape = parse_name(name)
+    kind = shape.kind
     memory.check_host(
-        math.prod(sizes) * 2**20,  # of each device's description and threads, more or less
+        shape.devices * 2**20,  # of each device's description and threads, more or less
         what=f"the compiler's model of {name}",
         fix=f"compile for fewer devices; names are like {EXPECTED}",
     )
     # The program is for another machine: an accelerator of this one is left alone.
     jax.config.update("jax_platforms", "cpu")
     if kind == "cpu":
-        jax.config.update("jax_num_cpu_devices", sizes[0])
+        jax.config.update("jax_num_cpu_devices", shape.devices)
         return
     if kind == "h100":
         if not any(map(_installed, ("jax_plugins.xla_cuda12", "jax_plugins.xla_cuda13"))):
@@ -166,8 +199,8 @@ def get(name: str) -> Topology:
     Raises:
       UserError: a malformed name, or a shape that the compiler does not know.
     """
-    kind, sizes = split_name(name)
-    count = math.prod(sizes)
+    shape = parse_name(name)
+    kind, count = shape.kind, shape.devices
     if kind == "cpu":
         found = jax.devices("cpu")
         if len(found) < count:
@@ -175,19 +208,22 @@ def get(name: str) -> Topology:
                 f"{name} needs {count} simulated devices, found {len(found)}; run with "
                 f"XLA_FLAGS=--xla_force_host_platform_device_count={count}"
             )
-        return Topology(name, "cpu", tuple(found[:count]), None, 1)
+        return Topology(name, "cpu", tuple(found[:count]), None)
     if kind == "h100":
-        hosts = math.ceil(count / GPUS_PER_HOST)
         # What a real device reports about itself: NVIDIA H100 80GB HBM3, CUDA 12.9, cuDNN 9.8.
         target = importlib.resources.files("microdit_jax.xla") / "h100_target_config.txtpb"
-        options = {
+        options: dict[str, Any] = {
             "platform": "cuda",
             "topology_name": "H100",
             "target_config": target.read_text(),
-            "topology": f"1x{hosts}x{count // hosts}",  # slices, hosts, devices of each
+            # Slices, hosts of a slice, devices of a host: to JAX each node is a slice.
+            "topology": f"{shape.slices}x1x{shape.sizes[0]}",
         }
     else:
-        hosts, options = 1, {"platform": "tpu", "topology_name": name}
+        one = shape._replace(slices=1).name
+        options = {"platform": "tpu", "topology_name": one}
+        if shape.slices > 1:
+            options["num_slices"] = shape.slices
     try:
         devices = tuple(jax_topologies.get_topology_desc(**options).devices)
     except (RuntimeError, ValueError) as error:
@@ -195,4 +231,4 @@ def get(name: str) -> Topology:
         raise UserError(
             f"the compiler knows no topology {name!r} ({reason}); names are like {EXPECTED}"
         ) from error
-    return Topology(name, options["platform"], devices, chip_of(devices[0].device_kind), hosts)
+    return Topology(shape.name, options["platform"], devices, chip_of(devices[0].device_kind))

@@ -28,7 +28,7 @@ from microdit_jax.errors import UserError
 from microdit_jax.files import check_writable
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/, with its variants.")
-TOPOLOGY = flags.DEFINE_string("topology", None, "h100:8, v5e:4x4, v5p:2x2x4, v6e:4x4, cpu:8, ...")
+TOPOLOGY = flags.DEFINE_string("topology", None, "h100:8, h100:8x8, v5e:4x4, 2*v5e:4x4, cpu:8, ...")
 WHAT = flags.DEFINE_enum("what", "train_step", ["train_step", "sampler"], "What to compile.")
 IMAGES = flags.DEFINE_integer("images", 64, "Images sampled at a time, over all chips.")
 START = flags.DEFINE_integer("start_step", 0, "Step at which the stage starts, for its days.")

@@ -8,11 +8,12 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from microdit_jax import sharding
+from microdit_jax.machine import slices
 from microdit_jax.models.config import DiTConfig
 from microdit_jax.training import config as run_config
 from microdit_jax.xla import roofline
 from microdit_jax.xla.aot import figures, programs, shallow
-from microdit_jax.xla.aot.compile import Compiled, compile_and_count
+from microdit_jax.xla.aot.compile import Compiled, compile_and_count, say
 from microdit_jax.xla.topologies import Topology
 
 NETWORK_OPTIONS = ("input_size", "dtype", "attention", "moe_dispatch", "remat")
@@ -56,6 +57,8 @@ def analyse(request: CompileRequest) -> dict[str, Any]:
         steps = config.train.steps - request.start_step
     else:
         program = programs.sampling(config, mesh, images=request.images)
+    if warning := slices.crossing_warning(mesh, 4 * program.num_params):  # float32
+        say(f"warning: {warning}")
     if request.reduced_depth and training:
         compiled = _extrapolated(request, mesh)
     else:

@@ -75,11 +75,12 @@ def compile_and_count(
             file.write_text(found["text"])
     with progress(f"{label}: counting"):
         counts = count(found["text"])
-        known = topology.chip is not None and topology.chip.memory_bandwidth > 0
-        step_time = roofline.step_time(counts, topology) if known else None
+        chip, slices = topology.chip, program.slices
+        known = roofline.is_known(chip, slices)
+        step_time = roofline.step_time(counts, chip, slices) if known else None
     seconds = {"trace_seconds": traced, "compile_seconds": found["compile_seconds"]}
-    measured = figures.measure(found["memory"], found["cost"], counts)
-    return Compiled(measured | seconds, step_time, figures.by_size(counts))
+    measured = figures.measure(found["memory"], found["cost"], counts, program.slices)
+    return Compiled(measured | seconds, step_time, figures.by_size(counts, program.slices))
 
 
 def _compile(lowered: jax.stages.Lowered, topology: Topology) -> dict[str, Any]:

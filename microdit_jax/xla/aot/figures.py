@@ -1,14 +1,16 @@
 """Figures of a compiled program, as the dictionary that a report's JSON holds."""
 
 import datetime
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 from jax.sharding import AbstractMesh, Mesh
 
+from microdit_jax.machine.slices import slice_of
 from microdit_jax.xla.aot.programs import Program
 from microdit_jax.xla.hlo.count import Counts
-from microdit_jax.xla.roofline import StepTime
+from microdit_jax.xla.roofline import StepTime, is_across
 from microdit_jax.xla.topologies import Topology
 
 # Share of a chip's memory that a program may take; the runtime needs the rest. For GPUs it is
@@ -17,19 +19,24 @@ USABLE = {"cuda": 0.92, "tpu": 0.98}
 DAY = 24 * 3600
 
 
-def measure(memory: dict[str, Any], cost: dict[str, Any], counts: Counts) -> dict[str, Any]:
+def measure(
+    memory: dict[str, Any], cost: dict[str, Any], counts: Counts, slices: Sequence[int]
+) -> dict[str, Any]:
     """Collects the figures of one run on one device that grow linearly with the number of blocks.
 
     Args:
       memory: bytes by the compiler: "arguments", "outputs", "aliased", "temporaries".
       cost: the compiler's cost analysis: "flops" and "optimal_seconds", if it has them.
+      slices: slice of each device, in the mesh's order.
     """
+    received = {"inside": 0.0, "across": 0.0}
     collectives: dict[str, dict[str, float]] = {}
     for c in counts.collectives:
         entry = collectives.setdefault(c.kind, {"instructions": 0, "runs": 0, "bytes": 0.0})
         entry["instructions"] += 1
         entry["runs"] += c.times
         entry["bytes"] += c.times * c.num_bytes
+        received["across" if is_across(c, slices) else "inside"] += c.times * c.num_bytes
     found = {
         "memory": dict(memory),
         "flops": counts.flops,
@@ -38,6 +45,7 @@ def measure(memory: dict[str, Any], cost: dict[str, Any], counts: Counts) -> dic
         "kernels": sum(k.times for k in counts.kernels),
         "uncounted": dict(counts.uncounted),
         "collectives": collectives,
+        "received": received,
     }
     if cost.get("optimal_seconds", -1) > 0:
         found["compiler_optimal_seconds"] = cost["optimal_seconds"]
@@ -101,6 +109,8 @@ def complete(
             "memory": time.memory,
             "kernels": time.kernels,
             "communication": time.communication,
+            "inside": time.inside,
+            "across": time.across,
             "exposed": time.exposed,
             "lower_bound": time.lower_bound,
             "without_overlap": time.without_overlap,
@@ -124,7 +134,7 @@ def header(
         "config": config_name,
         "topology": topology.name,
         "devices": len(topology.devices),
-        "hosts": topology.hosts,
+        "slices": len(set(map(slice_of, topology.devices))),
         "mesh": dict(mesh.shape),
         "chip": None
         if chip is None
@@ -144,14 +154,19 @@ def header(
     }
 
 
-def by_size(counts: Counts) -> list[dict[str, Any]]:
-    """Lists every collective with what it carries, the one that moves most bytes first."""
+def by_size(counts: Counts, slices: Sequence[int]) -> list[dict[str, Any]]:
+    """Lists every collective with what it carries, the one that moves most bytes first.
+
+    Args:
+      slices: slice of each device, in the mesh's order.
+    """
     rows = [
         {
             "kind": c.kind,
             "times": c.times,
             "bytes": c.num_bytes,
             "devices": len(c.devices),
+            "slices": len({slices[device] for device in c.devices}),
             "types": sorted(c.bytes_by_type),
             "carries": list(c.carries),
         }

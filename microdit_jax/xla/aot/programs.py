@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from microdit_jax import diffusion, sharding
 from microdit_jax.diffusion import HeunState
 from microdit_jax.errors import UserError
+from microdit_jax.machine.slices import slices_of
 from microdit_jax.models import dit, flops
 from microdit_jax.models.dit import DiT
 from microdit_jax.sampling import programs as sampler
@@ -36,6 +37,7 @@ class Program(NamedTuple):
       needed_communication: {"all-gather": bytes, "reduce-scatter": bytes} that one device must
         receive: each sharded weight once, each of its gradients once for each micro-batch.
       num_params: parameters of the network.
+      slices: slice of each device, in the mesh's order.
     """
 
     lower: Callable[[], jax.stages.Lowered]
@@ -46,6 +48,7 @@ class Program(NamedTuple):
     recomputed: float
     needed_communication: dict[str, float]
     num_params: int
+    slices: tuple[int, ...]
 
 
 def training(config: ConfigDict, mesh: Mesh, *, caption_length: int = CLIP_TOKENS) -> Program:
@@ -84,6 +87,7 @@ def training(config: ConfigDict, mesh: Mesh, *, caption_length: int = CLIP_TOKEN
         flops.recomputed_share(cfg, mask_ratio, caption_length),
         needed_communication(state.params, model, mesh, parts),
         _count(state.params),
+        slices_of(mesh),
     )
 
 
@@ -142,6 +146,7 @@ def sampling(
         0.0,
         needed_communication(params, None, mesh, 0),
         _count(params),
+        slices_of(mesh),
     )
 
 

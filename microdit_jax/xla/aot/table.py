@@ -17,7 +17,8 @@ def render(found: dict[str, Any]) -> str:
         rows.append((name, value))
 
     add("program", f"{found['what']} of {found['config']}")
-    add("devices", f"{found['devices']} ({found['topology']}), mesh {mesh}")
+    slices = f" in {found['slices']} slices" if found.get("slices", 1) > 1 else ""
+    add("devices", f"{found['devices']} ({found['topology']}){slices}, mesh {mesh}")
     add("parameters", f"{found['parameters']:,}")
     add(
         "batch",
@@ -48,6 +49,8 @@ def render(found: dict[str, Any]) -> str:
             f"{entry['instructions']:,.0f} instructions, {entry['runs']:,.0f} runs, "
             f"{entry['bytes'] / 1e9:.3f} GB received",
         )
+    if found.get("slices", 1) > 1:
+        add("received", ", ".join(_link(found, name) for name in ("inside", "across")))
     ratio = found["weight_communication"]["ratio"]
     if ratio is not None:
         add("weights, gradients", f"{ratio:.3f} x the bytes that sharding needs")
@@ -61,6 +64,15 @@ def render(found: dict[str, Any]) -> str:
         add("extrapolated from", found["extrapolated"]["from"])
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name.ljust(width)}  {value}" for name, value in rows)
+
+
+def _link(found: dict[str, Any], name: str) -> str:
+    """Formats bytes, bandwidth and time over the links inside a slice or the network across."""
+    text = f"{found['received'][name] / 1e9:.3f} GB {name} slices"
+    if "seconds" not in found:
+        return text
+    bandwidth = found["chip"]["link_bandwidth" if name == "inside" else "network_bandwidth"]
+    return f"{text} ({1e3 * found['seconds'][name]:.1f} ms at {bandwidth / 1e9:g} GB/s)"
 
 
 def _times(found: dict[str, Any]) -> list[tuple[str, str]]:
