@@ -29,7 +29,7 @@ from absl import flags
 
 from microdit_jax import model_flags
 from microdit_jax.assets import hub
-from microdit_jax.commands.cli import absl_command, compiled_programs
+from microdit_jax.commands.cli import absl_command
 from microdit_jax.errors import UserError
 
 if TYPE_CHECKING:  # loading these takes a second, and --help should not
@@ -86,6 +86,7 @@ def main():
     from microdit_jax import create, images
     from microdit_jax.files import check_writable
     from microdit_jax.machine import memory
+    from microdit_jax.machine.compilation_cache import compiled_programs
     from microdit_jax.sampling import guidance
 
     again = _take_settings(Path(AGAIN.value)) if AGAIN.value else None

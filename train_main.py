@@ -13,6 +13,8 @@ if __name__ == "__main__":
 
     run_command(__file__)
 
+from pathlib import Path
+
 from absl import flags
 from ml_collections import config_flags
 
@@ -45,6 +47,8 @@ def main():
         timeout_seconds=TIMEOUT.value,
         heartbeat_seconds=HEARTBEAT.value,
     ):
+        from microdit_jax.machine import compilation_cache
         from microdit_jax.train import train, train_stages
 
+        compilation_cache.share(Path(workdir))
         (train_stages if "stages" in config else train)(config, workdir)

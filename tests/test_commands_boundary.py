@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_commands_flags import COMMANDS, flags_of
 
-from microdit_jax.commands import boundary, cli
+from microdit_jax.commands import boundary
 from microdit_jax.errors import UserError
 
 # What makes the rest of the arguments matter.
@@ -144,7 +144,7 @@ def test_no_argument_leads_to_a_traceback(name, places, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("microdit_jax.machine.hosts.preflight", begin)
-    monkeypatch.setattr(cli, "use_compilation_cache", lambda: None)
+    monkeypatch.setattr("microdit_jax.machine.compilation_cache.enable", lambda: None)
     monkeypatch.setattr("microdit_jax.xla.topologies.prepare", lambda name: None)
     known = sorted(flags_of(name))
     if "config" in known and "workdir" in known or "topology" in known:

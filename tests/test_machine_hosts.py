@@ -1,58 +1,15 @@
 """Processes on one machine, started as a cluster would start them."""
 
-import os
-import pathlib
 import re
 import socket
-import subprocess
-import sys
-import textwrap
 import threading
 import time
 
 import pytest
+from support.processes import finish, free_port, start
 
 from microdit_jax.errors import UserError
 from microdit_jax.machine import hosts
-
-ROOT = pathlib.Path(__file__).parent.parent
-
-PROLOGUE = """
-import os, signal, sys, time
-import jax, numpy as np
-from microdit_jax.commands import boundary
-from microdit_jax.errors import UserError
-from microdit_jax.machine import hosts, signals
-"""
-
-
-def free_port() -> int:
-    with socket.create_server(("localhost", 0)) as server:
-        return server.getsockname()[1]
-
-
-def start(program: str, *arguments, devices: int = 4, **environment) -> subprocess.Popen:
-    """A Python process with its own simulated devices."""
-    env = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-        "PYTHONPATH": str(ROOT),
-    }
-    return subprocess.Popen(
-        [sys.executable, "-c", PROLOGUE + textwrap.dedent(program), *map(str, arguments)],
-        env=env | environment, cwd=ROOT, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
-
-
-def finish(processes, timeout=120) -> list[tuple[int, str, str]]:
-    """Exit status, stdout and stderr of each; none outlives the test."""
-    try:
-        texts = [process.communicate(timeout=timeout) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    return [(p.returncode, *text) for p, text in zip(processes, texts, strict=True)]
 
 
 # ------------------------------------------------------------------ who is there
@@ -75,24 +32,6 @@ def test_nothing_to_join():
 def test_flags_that_cannot_be(flags, words):
     with pytest.raises(UserError, match=words):
         hosts.initialize(*flags)
-
-
-SLURM = {
-    "SLURM_JOB_ID": "70001", "SLURM_STEP_NODELIST": "gpu[07-09]", "SLURM_NTASKS": "3",
-    "SLURM_PROCID": "2", "SLURM_LOCALID": "0",
-}  # fmt: skip
-
-
-def test_slurm(monkeypatch):
-    for name, value in SLURM.items():
-        monkeypatch.setenv(name, value)
-    address = f"gpu07:{65535 - 4096 + 1 + 70001 % 4096}"
-    assert hosts.find_job(None, None, None) == hosts.Job(address, 3, 2, [0])
-    # One task a node is given all of its devices, not JAX's default, the first.
-    monkeypatch.setenv("SLURM_STEP_TASKS_PER_NODE", "1(x3)")
-    assert hosts.find_job(None, None, None) == hosts.Job(address, 3, 2, None)
-    monkeypatch.setenv("SLURM_STEP_TASKS_PER_NODE", "2(x3),1")
-    assert hosts.find_job(None, None, None).local_device_ids == [0]
 
 
 def preflights(*jobs: hosts.Job, seconds: float = 1.5) -> list[str]:
@@ -186,8 +125,10 @@ def test_two_processes_as_slurm_starts_them():
     except UserError as error:
         print(error)
     """
-    job = SLURM | {"SLURM_JOB_ID": str(free_port() % 4096), "SLURM_NTASKS": "2"}
-    job |= {"SLURM_STEP_NODELIST": "localhost", "SLURM_STEP_TASKS_PER_NODE": "1(x2)"}
+    job = {
+        "SLURM_JOB_ID": str(free_port() % 4096), "SLURM_NTASKS": "2", "SLURM_LOCALID": "0",
+        "SLURM_STEP_NODELIST": "localhost", "SLURM_STEP_TASKS_PER_NODE": "1(x2)",
+    }  # fmt: skip
     results = finish([start(program, **job | {"SLURM_PROCID": str(i)}) for i in range(2)])
     assert [status for status, _, _ in results] == [0, 0], results
     for number, (_, text, _) in enumerate(results):

@@ -6,8 +6,8 @@ import shutil
 import numpy as np
 import pytest
 from support.checkpoints import assert_same, flip, largest, make_state, restore
+from support.processes import finish, free_port, start
 from support.train_command import Command, lines, prepare_emoji, state_of
-from test_machine_hosts import finish, free_port, start
 
 from microdit_jax.checkpoints.restore import steps_on_disk
 

@@ -24,7 +24,7 @@ from absl import flags
 
 from microdit_jax import model_flags
 from microdit_jax.assets import hub
-from microdit_jax.commands.cli import absl_command, compiled_programs
+from microdit_jax.commands.cli import absl_command
 from microdit_jax.errors import UserError
 from microdit_jax.machine import memory
 
@@ -93,6 +93,7 @@ def _serve(listening: socket.socket, limits: "Limits") -> None:
 
     from microdit_jax.app.server import make_app
     from microdit_jax.app.studio import Studio
+    from microdit_jax.machine.compilation_cache import compiled_programs
 
     studio = Studio(_load(), limits=limits, batch_size=BATCH.value)
     start = time.perf_counter()

@@ -1,6 +1,5 @@
-"""Commands with absl's flags: reading the flags, --help, and the cache of compiled programs."""
+"""Commands with absl's flags: reading them, --help, keeping compiled programs."""
 
-import collections
 import functools
 import re
 import sys
@@ -12,7 +11,6 @@ from absl import app, flags, logging
 from microdit_jax.commands import boundary
 from microdit_jax.commands.config_file import as_config_file, read_config
 from microdit_jax.errors import UserError
-from microdit_jax.files import cache_folder
 
 
 def absl_command(
@@ -38,7 +36,9 @@ def absl_command(
                 if flags.FLAGS[name].value is None:
                     raise _bad_arguments(f"--{name} must be given, found none")
             logging.set_verbosity(logging.WARNING)  # Orbax tells every rename
-            use_compilation_cache()
+            from microdit_jax.machine import compilation_cache  # half a second, not for --help
+
+            compilation_cache.enable()
             main()
 
         @functools.wraps(main)
@@ -126,29 +126,3 @@ def _define_help(module: Any) -> None:
     for name, every_flag in (("help", False), ("helpshort", False), ("helpfull", True)):
         short = "?" if name == "help" else None
         flags.DEFINE_flag(_Help(name, module, every_flag, short))
-
-
-# ------------------------------------------------------------------ the compilation cache
-def use_compilation_cache() -> None:
-    """Keeps compiled programs between runs, unless JAX was told where already."""
-    import jax  # half a second, which --help need not wait for
-
-    if not jax.config.values["jax_compilation_cache_dir"]:
-        jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "xla"))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-    jax.monitoring.register_event_listener(_count_event)
-
-
-_EVENTS = collections.Counter()
-
-
-def _count_event(event: str, **_) -> None:
-    _EVENTS[event] += 1
-
-
-def compiled_programs() -> str:
-    """Returns how many programs XLA compiled in this process, to end a line of a report."""
-    compiled = _EVENTS["/jax/compilation_cache/cache_misses"]
-    found = _EVENTS["/jax/compilation_cache/cache_hits"]
-    return f"; {compiled} programs compiled, {found} from the cache"

@@ -5,36 +5,24 @@ Every wait has a time-out, and its error names the processes that are missing.
 
 import collections
 import contextlib
-import dataclasses
 import json
-import os
 import re
 import socket
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from jax._src.clusters import ClusterEnv  # the detection that jax.distributed.initialize runs
 from jax.experimental import multihost_utils
 
 from microdit_jax.errors import UserError
+from microdit_jax.machine.cluster import Job, find_job
 
 BARRIER_SECONDS = 600.0
 WORK_SECONDS = 3600.0  # of one process while the others wait
 _barriers: collections.Counter[str] = collections.Counter()
-
-
-@dataclasses.dataclass(frozen=True)
-class Job:
-    """One process of a job: where process 0 listens ("host:port"), how many, and which this is."""
-
-    coordinator_address: str
-    num_processes: int
-    process_id: int
-    local_device_ids: list[int] | None = None
 
 
 def initialize(
@@ -106,67 +94,6 @@ def job(
         yield
     except UserError as error:
         raise UserError(f"process {jax.process_index()}: {error}") from error
-
-
-def find_job(
-    coordinator_address: str | None,
-    num_processes: int | None,
-    process_id: int | None,
-    timeout_seconds: float = 300.0,
-    environment: Mapping[str, str] = os.environ,
-) -> Job | None:
-    """Returns the job that flags or else the cluster's environment describe, None without one.
-
-    Raises:
-      UserError: some of the flags but not all, or values that no job can have.
-    """
-    flags = {
-        "--coordinator_address": coordinator_address,
-        "--num_processes": num_processes,
-        "--process_id": process_id,
-    }
-    missing = [name for name, value in flags.items() if value is None]
-    local_device_ids = None
-    if len(missing) == 3:
-        try:
-            coordinator_address, num_processes, process_id, local_device_ids = (
-                ClusterEnv.auto_detect_unset_distributed_params(
-                    None, None, None, None, None, max(1, int(timeout_seconds))
-                )
-            )
-        except (RuntimeError, OSError, ValueError) as error:
-            raise UserError(
-                f"expected the cluster's environment to describe the job, found {error}; give "
-                f"{', '.join(flags)} instead, for one process --num_processes=1 --process_id=0 "
-                "--coordinator_address=localhost:1234"
-            ) from error
-        if coordinator_address is None or num_processes is None or process_id is None:
-            return None
-        if _tasks_per_node(environment) == {1}:
-            local_device_ids = None  # one process a node: it takes all devices, not the first
-    elif missing:
-        raise UserError(
-            f"expected {', '.join(flags)} together, found no {', '.join(missing)}; give all three, "
-            "or none on SLURM, GKE and TPU VMs"
-        )
-    assert coordinator_address and num_processes is not None and process_id is not None
-    if not re.fullmatch(r".+:\d+", coordinator_address):
-        raise UserError(
-            f"--coordinator_address must be host:port of process 0, found {coordinator_address!r}"
-        )
-    if not 0 <= process_id < num_processes:
-        raise UserError(
-            f"--process_id must be from 0 to {num_processes - 1} for {num_processes} processes, "
-            f"found {process_id}"
-        )
-    ids = None if local_device_ids is None else list(local_device_ids)
-    return Job(coordinator_address, num_processes, process_id, ids)
-
-
-def _tasks_per_node(environment: Mapping[str, str]) -> set[int]:
-    """Returns the counts in SLURM's list, such as "2(x3),1"; an empty set outside SLURM."""
-    text = environment.get("SLURM_STEP_TASKS_PER_NODE", "")
-    return {int(count.split("(")[0]) for count in text.split(",") if count}
 
 
 # ------------------------------------------------------------------ preflight

@@ -24,11 +24,10 @@ import numpy as np
 
 from microdit_jax import images
 from microdit_jax.assets import load
-from microdit_jax.commands.cli import use_compilation_cache
 from microdit_jax.commands.parser import Parser
 from microdit_jax.data.stores import open_latents
 from microdit_jax.files import check_writable
-from microdit_jax.machine import memory
+from microdit_jax.machine import compilation_cache, memory
 from microdit_jax.prepare import job, job_folder
 from microdit_jax.prepare.encoding import make_towers
 from microdit_jax.prepare.options import PrepareOptions
@@ -123,7 +122,7 @@ def main(arguments: Sequence[str]) -> None:
         cache=args.cache,
         fraction=args.fraction,
     )
-    use_compilation_cache()
+    compilation_cache.enable()
     codec = load.load_codec(args.vae, dtype=args.dtype)
     text_encoder = load.load_text_encoder(args.text_encoder, dtype=args.dtype)
     output, start = Path(args.output), time.monotonic()

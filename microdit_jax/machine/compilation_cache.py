@@ -1,0 +1,76 @@
+"""The folder where compiled programs are kept between runs.
+
+A process alone keeps them in the user's cache folder. JAX lets only process 0 of a job write, so
+the processes of a job keep theirs in the run's workdir, which all of them see: after a restart
+every host starts from there, wherever it runs.
+"""
+
+import collections
+import contextlib
+from pathlib import Path
+
+import jax
+
+from microdit_jax.files import cache_folder
+
+MAX_BYTES = 20 << 30  # of all kept programs; a training step of XL/2 has about 0.1 GB
+NAME = "compiled"  # of the folder in a run's workdir
+_events: collections.Counter[str] = collections.Counter()
+_is_ours = False  # the folder was set here, and not by the user's JAX_COMPILATION_CACHE_DIR
+
+
+def enable() -> None:
+    """Keeps compiled programs in the user's cache folder, unless JAX was told where already."""
+    global _is_ours
+    if not jax.config.values["jax_compilation_cache_dir"]:
+        _is_ours = True
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+        _use(cache_folder() / "xla")
+    jax.monitoring.register_event_listener(_count_event)
+
+
+def share(workdir: Path) -> None:
+    """Keeps the programs of a job with several processes in its workdir; call it after joining.
+
+    Nothing changes for a process alone, or where the user's JAX_COMPILATION_CACHE_DIR says where.
+    """
+    if _is_ours and jax.process_count() > 1:
+        _use(workdir / NAME)
+
+
+def _use(folder: Path) -> None:
+    # Before a job is joined nobody knows which process this is, and asking would open the devices.
+    if not jax.distributed.is_initialized() or jax.process_index() == 0:
+        trim(folder)
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+
+
+def trim(folder: Path, max_bytes: int = MAX_BYTES) -> None:
+    """Deletes the programs that were used longest ago, so that `max_bytes` are left at most.
+
+    JAX's own limit locks the folder at each access, on a shared disk for all hosts at once.
+    """
+    used = []
+    with contextlib.suppress(OSError):  # absent, or not ours to read
+        for path in folder.iterdir():
+            with contextlib.suppress(OSError):  # deleted by another process
+                about = path.stat()
+                used.append((max(about.st_atime, about.st_mtime), about.st_size, path))
+    left = max_bytes
+    for _, size, path in sorted(used, reverse=True):
+        left -= size
+        if left < 0:
+            with contextlib.suppress(OSError):
+                path.unlink()
+
+
+def _count_event(event: str, **_) -> None:
+    _events[event] += 1
+
+
+def compiled_programs() -> str:
+    """Returns how many programs XLA compiled in this process, to end a line of a report."""
+    compiled = _events["/jax/compilation_cache/cache_misses"]
+    found = _events["/jax/compilation_cache/cache_hits"]
+    return f"; {compiled} programs compiled, {found} from the cache"

@@ -1,0 +1,47 @@
+"""Processes with simulated devices of their own, started as a cluster would start them."""
+
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+import textwrap
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+PROLOGUE = """
+import os, signal, sys, time
+import jax, numpy as np
+from microdit_jax.commands import boundary
+from microdit_jax.errors import UserError
+from microdit_jax.machine import hosts, signals
+"""
+
+
+def free_port() -> int:
+    with socket.create_server(("localhost", 0)) as server:
+        return server.getsockname()[1]
+
+
+def start(program: str, *arguments, devices: int = 4, **environment) -> subprocess.Popen:
+    """A Python process with its own simulated devices."""
+    env = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "PYTHONPATH": str(ROOT),
+    }
+    return subprocess.Popen(
+        [sys.executable, "-c", PROLOGUE + textwrap.dedent(program), *map(str, arguments)],
+        env=env | environment, cwd=ROOT, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
+def finish(processes, timeout=120) -> list[tuple[int, str, str]]:
+    """Exit status, stdout and stderr of each; none outlives the test."""
+    try:
+        texts = [process.communicate(timeout=timeout) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [(p.returncode, *text) for p, text in zip(processes, texts, strict=True)]
