@@ -30,7 +30,7 @@ from absl import flags
 from microdit_jax import model_flags
 from microdit_jax.assets import hub
 from microdit_jax.commands.cli import absl_command
-from microdit_jax.errors import UserError
+from microdit_jax.errors import UserError, visible
 
 if TYPE_CHECKING:  # loading these takes a second, and --help should not
     from microdit_jax.images import ImageSettings
@@ -118,7 +118,8 @@ def main():
     different = list(dict.fromkeys(prompts))
     for prompt, dropped in zip(different, pipe.dropped(different), strict=True):
         if dropped:
-            print(f"warning: the last {dropped} tokens of this prompt are cut: {prompt}")
+            cut = f"the last {dropped} tokens of this prompt are cut"
+            print(f"warning: {cut}: {visible(prompt, most=10_000)}")
 
     shared = {flag.name: flag.value for flag in SETTINGS} | {GUIDANCE.name: scale}
     shared |= {"of": again.of if again else len(prompts), "made_with": pipe.description}

@@ -159,7 +159,7 @@ def from_model(
             f"{codec.channels}, {codec.name}; give the VAE that it was trained with"
         )
     return LatentDiffusion(
-        DiT(cfg), model.params, model.edm, text_encoder, codec, model.description
+        DiT(cfg), model.params, model.edm, text_encoder, codec, visible(model.description)
     )
 
 

@@ -3,15 +3,18 @@
 import os
 import unicodedata
 
+LONGEST = 8_000  # characters of an error; a list of a checkpoint's tensors may be long
+
 
 class UserError(ValueError):
     """Input that a person can mend: what was expected, what was found, and the fix, in one line.
 
     Commands turn it into that line on stderr and exit status 2; the library raises it unchanged.
+    Whatever names a message holds, it is made `visible` here.
     """
 
     def __init__(self, message: str):
-        super().__init__(" ".join(str(message).split()))
+        super().__init__(visible(" ".join(str(message).split()), LONGEST))
 
 
 def visible(text: object, most: int = 500) -> str:
@@ -27,8 +30,19 @@ def visible(text: object, most: int = 500) -> str:
     if isinstance(text, os.PathLike):
         text = os.fspath(text)
     whole = text.decode(errors="backslashreplace") if isinstance(text, bytes) else str(text)
-    shown = "".join(c if _is_shown(c) else repr(c)[1:-1] for c in whole[:most])
+    shown = escaped(whole[:most])
     return shown if len(whole) <= most else f"{shown}... ({len(whole):,} characters)"
+
+
+def escaped(text: str, keep: str = "") -> str:
+    """Returns a text with every character that is not shown as itself written as its escape.
+
+    Args:
+      keep: characters that stay, such as line ends.
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c in keep or _is_shown(c) else repr(c)[1:-1] for c in text)
 
 
 def _is_shown(character: str) -> bool:

@@ -15,6 +15,7 @@ from microdit_jax.checkpoints.run import RunCheckpoints, is_run
 from microdit_jax.data.pipeline import Record
 from microdit_jax.data.prefetch import Prefetch
 from microdit_jax.diffusion import EdmConfig
+from microdit_jax.errors import LONGEST, visible
 from microdit_jax.machine import hosts, memory, slices
 from microdit_jax.machine.chips import chip_of
 from microdit_jax.machine.signals import StopRequest
@@ -86,7 +87,8 @@ def train(config: ConfigDict, workdir: str | Path, stop: StopRequest | None = No
             size = sum(leaf.nbytes for leaf in jax.tree.leaves(state.params))
             if warning := slices.crossing_warning(mesh, size):
                 print(f"warning: {warning}", file=sys.stderr, flush=True)
-            print(f"{workdir}: {origin}; {describe(config, start, mesh, data)}", flush=True)
+            begun = f"{workdir}: {origin}; {describe(config, start, mesh, data)}"
+            print(visible(begun, LONGEST), flush=True)
         if start >= run.steps:
             if first_process:
                 print(f"{workdir}: done already")

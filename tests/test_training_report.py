@@ -105,3 +105,62 @@ def test_loss_by_noise_is_drawn_where_there_is_one(tmp_path):
     assert by_sigma.get_xscale() == "log"
     assert speed.lines[0].get_xydata().tolist() == [[10, 1234.5]]
     assert "25.0%" in speed.get_title()
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        {"step": 1, "loss": "<script>alert(1)</script>"},
+        {"step": 1, "loss": 10**400},
+        {"step": 1, "loss": True},
+        {"step": 1, "skipped": "<b>"},
+        {"step": 1, "heldout": ["raw"]},
+        {"step": 1, "heldout": {"raw": {"right": "<i>"}}},
+        {"step": 1, "heldout": {"raw": {"right": 1, "by_sigma": {"-1": 1}}}},
+        {"step": 1, "heldout": {"raw": {"right": 1, "by_sigma": {"x": 1}}}},
+        {"step": 1, "heldout": {"raw": {"right": 1, "by_sigma": {"by_sigma": {}}}}},
+        {"step": 1, "heldout": {"raw": {"right": 1, "by_sigma": 5}}},
+        {"step": 1, "speed": {"images_per_second": "\x1b[2J"}},
+        {"step": "<script>"},
+        {"step": -1},
+        {"loss": 1},
+        [],
+    ],
+)
+def test_metrics_that_are_no_numbers(tmp_path, line):
+    run = write_run(tmp_path / "run")
+    (run / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    with pytest.raises(UserError, match="remove that line") as told:
+        report.write([run], tmp_path / "report.html")
+    assert "\x1b" not in str(told.value) and not (tmp_path / "report.html").exists()
+
+
+def test_metrics_with_nothing_measured(tmp_path):
+    run = write_run(tmp_path / "run")
+    lines = [
+        {"step": 1, "loss": None, "skipped": None, "heldout": None, "speed": None},
+        {"step": 2, "heldout": {"ema": None, "raw": {}}, "speed": {}},
+        {"step": 3, "heldout": {"ema": {"right": None, "by_sigma": {}}}},
+    ]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    report.write([run], tmp_path / "report.html")
+    assert "<td>run<td>3<td><td>" in (tmp_path / "report.html").read_text()
+
+
+def test_a_page_holds_no_markup_and_no_scripts_of_a_run(tmp_path):
+    """Names of folders, of files and the attribution are a stranger's."""
+    run = write_run(tmp_path / "javascript:alert(1)<img src=x onerror='a()'>$x^$\x1b")
+    (run / "samples").mkdir()
+    for name in ("step_0000001.png", "step_<script>.png", "step_٣.png", "step_.png"):
+        (run / "samples" / name).write_bytes(b"")
+    config = json.loads((run / "config.json").read_text())
+    write_run_metadata(run, config | {"attribution": "<script>\x1b</script>"})
+    report.write([run], tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    tags = set(re.findall(r"<(\w+)", page.split("</style>")[1]))
+    assert tags == {"body", "h1", "h2", "img", "table", "tr", "th", "td", "div", "figure", "a",
+                    "figcaption", "p"}  # fmt: skip
+    links = re.findall(r"(?:href|src)=(?:'|\")([^'\"]*)", page)
+    links = [link for link in links if not link.startswith("data:image/png;base64,")]
+    assert len(links) == 2 and all(link.startswith("javascript%3Aalert") for link in links)
+    assert "onerror=&#x27;" in page and "\x1b" not in page

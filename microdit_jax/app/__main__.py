@@ -25,7 +25,7 @@ from absl import flags
 from microdit_jax import model_flags
 from microdit_jax.assets import hub
 from microdit_jax.commands.cli import absl_command
-from microdit_jax.errors import UserError
+from microdit_jax.errors import UserError, visible
 from microdit_jax.machine import memory
 
 if TYPE_CHECKING:  # loading these takes a second, and --help should not
@@ -116,7 +116,14 @@ def _serve(listening: socket.socket, limits: "Limits") -> None:
     named = f"[{HOST.value}]" if ":" in HOST.value else HOST.value
     hosts = ["*"] if everywhere else ["127.0.0.1", "localhost", named]
     config = uvicorn.Config(
-        make_app(studio, choices, hosts), log_level="warning", timeout_graceful_shutdown=1
+        make_app(studio, choices, hosts),
+        http="h11",  # whose headers are bounded
+        ws="none",
+        log_level="warning",
+        use_colors=False,  # a protected output shows them as escapes
+        limit_concurrency=limits.connections,
+        h11_max_incomplete_event_size=2**14,  # of a request's headers
+        timeout_graceful_shutdown=1,
     )
     shown = "127.0.0.1" if everywhere else named
     print(f"Open http://{shown}:{listening.getsockname()[1]}/", flush=True)
@@ -148,11 +155,27 @@ def _load() -> "dict[str, PageModel]":
     models = {}
     for given in MODEL.value:
         pipe, _ = model_flags.load(given)
-        name = "/".join(Path(given).parts[-2:]).strip("/") or given
+        name = short = _short_name(given)
         if name in models:
             name = f"{name} ({len(models) + 1})"
-        models[name] = PageModel(pipe, {"model": given} | model_flags.image_settings())
+        settings: dict[str, Any] = {
+            flag: _short_name(value) if isinstance(value, str) else value
+            for flag, value in model_flags.image_settings().items()
+        }
+        # Descriptions begin with the model's path, as given or as its library writes it.
+        made_with = pipe.description
+        for path in (visible(given), visible(Path(given))):
+            made_with = made_with.replace(path, short)
+        settings |= {"model": short, "made_with": made_with}
+        models[name] = PageModel(pipe, settings)
     return models
+
+
+def _short_name(given: str) -> str:
+    """Returns a name as it is, a path by its last two parts: others need not know where it lies."""
+    if not Path(given).exists():
+        return given
+    return "/".join(Path(given).absolute().parts[-2:]).strip("/") or "model"
 
 
 def _suggested(pipe: "LatentDiffusion") -> dict[str, Any]:

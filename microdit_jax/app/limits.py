@@ -1,11 +1,10 @@
 """Limits of a request: every value from a page is checked here, before anything is sampled."""
 
 import dataclasses
-import math
 from collections.abc import Collection
 from typing import Any
 
-from microdit_jax.errors import UserError
+from microdit_jax.errors import UserError, visible
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,6 +18,9 @@ class Limits:
     seed: int = 2**32 - 1
     waiting: int = 20  # requests that have not begun
     body_bytes: int = 32_768  # of a request, as it comes in
+    body_seconds: float = 10.0  # for a request to come in
+    connections: int = 200  # at a time, of all pages
+    unread_events: int = 16  # of a page that does not read; it gets no previews until it does
     kept_bytes: int = 256 * 2**20  # of finished images; the oldest go first
 
 
@@ -43,7 +45,9 @@ def read_request(asked: Any, models: Collection[str], limits: Limits = Limits())
     names = [field.name for field in dataclasses.fields(SampleRequest)]
     if not isinstance(asked, dict) or set(asked) != set(names):
         found = ", ".join(sorted(map(str, asked))) if isinstance(asked, dict) else "no object"
-        raise UserError(f"expected the values {', '.join(names)}, found {found or 'none'}")
+        raise UserError(
+            f"expected the values {', '.join(names)}, found {visible(found, 100) or 'none'}"
+        )
     if asked["model"] not in list(models):
         raise UserError(f"expected one of the models {', '.join(models)}; choose one of the list")
     return SampleRequest(
@@ -81,7 +85,7 @@ def _whole(value: Any, what: str, low: int, high: int) -> int:
 
 def _number(value: Any, what: str, low: float, high: float) -> float:
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or not low <= value <= high:
+    if not number or not low <= value <= high:  # not a number is between no two
         raise UserError(
             f"expected {what} as a number from {low:g} to {high:g}, found {_shown(value)}"
         )
@@ -90,4 +94,6 @@ def _number(value: Any, what: str, low: float, high: float) -> float:
 
 def _shown(value: Any) -> str:
     """Formats a value for an error: an empty field of the page comes as null; long ones are cut."""
-    return "nothing" if value is None else f"{str(value)[:40]}"
+    if isinstance(value, dict | list):  # nested as deep as the parser could follow
+        return "a list" if isinstance(value, list) else "an object"
+    return "nothing" if value is None else visible(value, 40)

@@ -10,13 +10,14 @@ from typing import Any
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from microdit_jax.app.limits import read_request
 from microdit_jax.app.studio import Studio
 from microdit_jax.errors import UserError
+from microdit_jax.files import parse_json
 
 PAGE = Path(__file__).parent / "page"
 # The only files that are served: nothing that comes in is ever used as a path.
@@ -46,19 +47,27 @@ def make_app(studio: Studio, choices: dict[str, Any], hosts: list[str]) -> Starl
         # A form of another site cannot send this type without the browser asking here first.
         if request.headers.get("content-type", "").split(";")[0] != "application/json":
             return _refused("expected application/json", 415)
-        body = b""
-        async for chunk in request.stream():
-            body += chunk
-            if len(body) > studio.limits.body_bytes:
-                return _refused("the request is too long; shorten the prompt", 413)
+        body = bytearray()
+        try:
+            async with asyncio.timeout(studio.limits.body_seconds):
+                async for chunk in request.stream():
+                    body += chunk
+                    if len(body) > studio.limits.body_bytes:
+                        return _refused("the request is too long; shorten the prompt", 413)
+        except TimeoutError:
+            return _refused("the request came in too slowly; send it again", 408)
+        except ClientDisconnect:
+            return _refused("the request was cut off", 400)
         loop, events = asyncio.get_running_loop(), asyncio.Queue()
 
         def listener(event: dict[str, Any]) -> None:
+            if events.qsize() >= studio.limits.unread_events:
+                event = {key: value for key, value in event.items() if key != "previews"}
             if not loop.is_closed():  # the server may be gone before the job
                 loop.call_soon_threadsafe(events.put_nowait, event)
 
         try:
-            asked = read_request(_parse(body), studio.models, studio.limits)
+            asked = read_request(_parse(bytes(body)), studio.models, studio.limits)
             job = studio.submit(asked, listener)
         except UserError as error:
             return _refused(str(error), 400)
@@ -113,6 +122,6 @@ def _refused(message: str, status: int) -> Response:
 
 def _parse(body: bytes) -> Any:
     try:
-        return json.loads(body)
-    except (ValueError, RecursionError) as error:
+        return parse_json(body)
+    except ValueError as error:
         raise UserError("expected JSON, found something else") from error

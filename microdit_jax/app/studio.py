@@ -31,8 +31,8 @@ class PageModel(NamedTuple):
 
     Attributes:
       pipe: its pipeline.
-      settings: the fields of `images.ImageSettings` that load it again with sample_main.py: "model"
-        and the flags of its towers.
+      settings: the fields of `images.ImageSettings` that say which model it is: "model", the flags
+        of its towers, "made_with". They travel to whoever asks for an image.
     """
 
     pipe: LatentDiffusion
@@ -174,7 +174,7 @@ class Studio:
         """Samples the images of one request, with events on the way; returns the last one."""
         request, start = job.request, time.perf_counter()
         pipe, model_settings = self.models[request.model]
-        shared = {"made_with": pipe.description, "prompt": request.prompt, "of": request.count}
+        shared = {"prompt": request.prompt, "of": request.count}
         sampler = {
             "seed": request.seed,
             "guidance_scale": request.guidance_scale,

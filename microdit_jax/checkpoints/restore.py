@@ -14,7 +14,7 @@ from etils import epath
 
 from microdit_jax.checkpoints import packing
 from microdit_jax.checkpoints.model_folder import reading_errors
-from microdit_jax.errors import UserError
+from microdit_jax.errors import LONGEST, UserError, visible
 from microdit_jax.files import damage, read_json
 from microdit_jax.machine import hosts
 from microdit_jax.trees import flatten, unflatten
@@ -24,8 +24,8 @@ STEP = re.compile("[0-9]{1,18}")  # name of a step's folder
 
 
 def say(message: str) -> None:
-    """Prints a line for the person who watches the run."""
-    print(message, file=sys.stderr, flush=True)
+    """Prints a line for the person who watches the run, whatever names of a file it holds."""
+    print(visible(message, LONGEST), file=sys.stderr, flush=True)
 
 
 def steps_on_disk(workdir: str | os.PathLike) -> list[int]:

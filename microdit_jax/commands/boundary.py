@@ -27,7 +27,7 @@ from types import ModuleType
 from typing import NoReturn
 
 from microdit_jax.commands import output
-from microdit_jax.errors import UserError
+from microdit_jax.errors import LONGEST, UserError, visible
 from microdit_jax.machine import interrupts
 
 _program = ""
@@ -157,7 +157,7 @@ def _check_surroundings(arguments: Sequence[str]) -> None:
 def _say(line: str) -> None:
     """Writes one line to stderr: line ends and control characters show as what they are."""
     joined = " ".join(part.strip() for part in line.splitlines() if part.strip())
-    shown = "".join(c if c.isprintable() else repr(c)[1:-1] for c in joined)
+    shown = visible(joined, LONGEST)
     if getattr(sys.stderr, "in_a_line", False):  # a progress bar's
         print(file=sys.stderr)
     print(shown, file=sys.stderr, flush=True)

@@ -1,14 +1,23 @@
 """Standard output and error that never fail: a command's work does not depend on who reads.
 
 What a reader that went away (`| head -1`) or a closed stream would have got is dropped. A
-character that the terminal cannot show is written as its escape, such as \\u2603.
+character that the terminal cannot show is written as its escape, such as \\u2603; so is one that
+the terminal would act upon, whatever file or host a text came from. Of those only line ends, tabs
+and what moves a progress bar pass.
 """
 
 import contextlib
 import io
 import os
+import re
 import sys
 from typing import TextIO
+
+from microdit_jax.errors import escaped
+
+# tqdm goes to the line's begin by the first character of what it writes, and between bars in writes
+# of their own.
+_BEGIN_OF_LINE, _BETWEEN_BARS = re.compile("\r*"), re.compile(r"(\n|\r|\x1b\[A)*")
 
 
 class _Stream(io.TextIOWrapper):
@@ -25,7 +34,8 @@ class _Stream(io.TextIOWrapper):
     def write(self, text: str, /) -> int:
         self.in_a_line = not text.endswith("\n") if text else self.in_a_line
         try:
-            return super().write(text)
+            super().write(_shown(text))
+            return len(text)
         except OSError as error:
             self._lose(error)
             return len(text)
@@ -45,8 +55,17 @@ class _Stream(io.TextIOWrapper):
         os.close(null)
 
 
+def _shown(text: str) -> str:
+    if text.isprintable() or _BETWEEN_BARS.fullmatch(text):
+        return text
+    begin = _BEGIN_OF_LINE.match(text)
+    assert begin is not None  # it matches any text
+    return begin[0] + escaped(text[begin.end() :], keep="\n\t")
+
+
 def protect() -> None:
     """Makes sys.stdout and sys.stderr streams that never fail and write each line at once."""
+    os.environ["PYTHON_COLORS"] = "0"  # argparse and traceback of Python 3.13 on; also NO_COLOR's
     for number in (0, 1, 2):
         try:
             os.fstat(number)

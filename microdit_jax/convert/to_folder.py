@@ -15,7 +15,7 @@ from microdit_jax.checkpoints.model_folder import read_metadata, save_model
 from microdit_jax.convert.inputs import Input, describe_source, find_input, read_tensors
 from microdit_jax.convert.kinds import Kind
 from microdit_jax.convert.state_dict import StateDict
-from microdit_jax.errors import UserError
+from microdit_jax.errors import LONGEST, UserError, visible
 from microdit_jax.files import atomic_folder
 
 LARGE = 1 << 28  # bytes from which a progress bar is shown
@@ -106,8 +106,8 @@ def _check_same(source: Input, options: dict[str, Any], output: Path) -> None:
 
 
 def say(what: str, text: str) -> None:
-    """Prints one line of the converter's report."""
-    print(f"{what:<14}{text}", flush=True)
+    """Prints one line of the converter's report, whatever names of a file it holds."""
+    print(f"{what:<14}{visible(text, LONGEST)}", flush=True)
 
 
 def say_time(start: float, num_bytes: int) -> None:

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from microdit_jax.errors import UserError
-from microdit_jax.files import disk_errors, write_text
+from microdit_jax.errors import UserError, visible
+from microdit_jax.files import disk_errors, parse_json, read_bytes, write_text
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -100,26 +100,40 @@ def keep_until(path: str | os.PathLike, step: int | None) -> None:
     if step is None or not path.exists():
         path.unlink(missing_ok=True)
         return
-    kept = [line for line in _whole_lines(path) if json.loads(line)["step"] <= step]
-    if "".join(kept) != path.read_text():
-        write_text(path, "".join(kept))
+    kept = "".join(line for line, found in _whole_lines(path) if found["step"] <= step)
+    if kept.encode() != read_bytes(path):
+        write_text(path, kept)
 
 
 def read_metrics(workdir: str | os.PathLike) -> list[dict[str, Any]]:
     """Reads the lines of a run's metrics.jsonl, without an unfinished last one.
 
     Raises:
-      UserError: the run has none.
+      UserError: the run has none, or a line of it is no JSON object with a step.
     """
     path = Path(workdir) / METRICS_FILE
     if not path.is_file():
         raise UserError(f"expected a training run with {METRICS_FILE} at {workdir}, found none")
-    return [json.loads(line) for line in _whole_lines(path)]
+    return [found for _, found in _whole_lines(path)]
 
 
-def _whole_lines(path: Path) -> list[str]:
-    """Returns the lines with their ends, without an unfinished last one."""
-    return [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+def _whole_lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    """Returns the lines with their ends and what they say, without an unfinished last one."""
+    lines = []
+    for number, line in enumerate(read_bytes(path).split(b"\n")[:-1], start=1):
+        try:
+            found = parse_json(line)
+            if not isinstance(found, dict) or type(found.get("step")) is not int:
+                raise ValueError("no step")
+            if not 0 <= found["step"] < 2**63:
+                raise ValueError("a step that no run reaches")
+        except ValueError as error:
+            raise UserError(
+                f"expected the metrics of a step in line {number} of {visible(path)}, found damage "
+                f"({error}); remove that line"
+            ) from error
+        lines.append((line.decode("utf-8-sig") + "\n", found))
+    return lines
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:

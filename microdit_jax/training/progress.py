@@ -13,7 +13,7 @@ import numpy as np
 import tqdm
 from jax.experimental import multihost_utils
 
-from microdit_jax.errors import UserError
+from microdit_jax.errors import LONGEST, UserError, visible
 from microdit_jax.files import disk_errors
 from microdit_jax.machine.placement import fetch
 from microdit_jax.training.metric_writer import MetricWriter
@@ -114,7 +114,7 @@ class Progress:
     def say(self, message: str) -> None:
         """Prints a line above the progress line, on the process that writes."""
         if self._writer is not None:
-            tqdm.tqdm.write(message)
+            tqdm.tqdm.write(visible(message, LONGEST))
 
     def close(self) -> None:
         """Ends the progress line."""

@@ -15,12 +15,14 @@ import base64
 import html
 import io
 import os
+import re
+import urllib.parse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from microdit_jax.checkpoints.run import read_run_metadata
-from microdit_jax.errors import UserError
+from microdit_jax.errors import UserError, visible
 from microdit_jax.files import check_writable, write_bytes
 from microdit_jax.training.metric_writer import read_metrics
 
@@ -31,6 +33,8 @@ if TYPE_CHECKING:  # matplotlib takes a second to import: only where a page is w
 TRAINING, RAW, EMA = "#888888", "#d95f02", "#1b9e77"
 HELDOUT_STYLES = {"raw": (RAW, "held-out"), "ema": (EMA, "held-out, moving average")}
 NUM_GRIDS = 8  # grids of samples on the page, spread over the run
+# What is drawn or written of a line of metrics.jsonl, and in how many levels of dictionaries.
+FIGURES = {"loss": 0, "skipped": 0, "speed": 1, "heldout": 2}
 
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>
@@ -59,8 +63,9 @@ def series(lines: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[int, floa
     for line in lines:
         if line.get("loss") is not None:
             found["train"].append((line["step"], line["loss"]))
-        for kind, losses in line.get("heldout", {}).items():
-            found.setdefault(kind, []).append((line["step"], losses["right"]))
+        for kind, losses in (line.get("heldout") or {}).items():
+            if losses and losses.get("right") is not None:
+                found.setdefault(kind, []).append((line["step"], losses["right"]))
     return found
 
 
@@ -73,15 +78,51 @@ class Run(NamedTuple):
 
 
 def read(workdirs: Sequence[str | Path]) -> list[Run]:
-    """Reads the runs of these folders.
+    """Reads the runs of these folders, which may be strangers'.
 
     Raises:
-      UserError: no runs, or one without metrics.jsonl.
+      UserError: no runs, one without metrics.jsonl, or one whose figures are no numbers.
     """
     if not workdirs:
         raise UserError("expected at least one run, found none; give --runs=WORKDIR")
     folders = [Path(workdir).absolute() for workdir in workdirs]
-    return [Run(folder, read_metrics(folder), read_run_metadata(folder)) for folder in folders]
+    runs = [Run(folder, read_metrics(folder), read_run_metadata(folder)) for folder in folders]
+    for run in runs:
+        for line in run.lines:
+            for name, levels in FIGURES.items():
+                try:
+                    _check_numbers(line.get(name), levels)
+                except ValueError as error:
+                    raise UserError(
+                        f"expected numbers as {name} of step {line['step']} in "
+                        f"{visible(run.workdir)}, found {visible(error, 100)}; remove that line of "
+                        "metrics.jsonl"
+                    ) from error
+    return runs
+
+
+def _check_numbers(value: Any, levels: int) -> None:
+    """Raises ValueError unless a value is numbers, below so many levels of dictionaries."""
+    if value is None:  # not finite, or not measured
+        return
+    if not levels:
+        if isinstance(value, bool) or not isinstance(value, int | float) or abs(value) > 1e15:
+            raise ValueError(value if isinstance(value, str | int | float) else type(value))
+    elif not isinstance(value, dict):
+        raise ValueError(value if isinstance(value, str | int | float) else type(value))
+    else:
+        for name, item in value.items():
+            by_sigma = name == "by_sigma"
+            if by_sigma and isinstance(item, dict) and not all(map(_is_noise_level, item)):
+                raise ValueError(f"noise levels {sorted(item)}")
+            _check_numbers(item, levels if by_sigma else levels - 1)
+
+
+def _is_noise_level(text: str) -> bool:
+    try:
+        return 1e-9 < float(text) < 1e9
+    except ValueError:
+        return False
 
 
 # ------------------------------------------------------------------ curves
@@ -92,10 +133,14 @@ def curves(runs: Sequence[Run]) -> "Figure":
     figure = Figure(figsize=(3.4 * max(2, len(runs)), 8.4), layout="constrained", dpi=100)
     panels = figure.subplots(3, len(runs), squeeze=False)
     for column, shown in zip(panels.T, runs, strict=True):
-        config = shown.metadata["config"]
-        ratio, side = config["train"]["mask_ratio"], config["model"]["options"]["input_size"]
+        ratio, side = (
+            _setting(shown, *path)
+            for path in (("train", "mask_ratio"), ("model", "options", "input_size"))
+        )
         column[0].set_title(
-            f"{shown.workdir.name}\nmask ratio {ratio:g}, latents {side} x {side}", fontsize=10
+            f"{visible(shown.workdir.name, 80)}\nmask ratio {ratio:g}, latents {side} x {side}",
+            fontsize=10,
+            parse_math=False,  # a name with two dollar signs is no formula
         )
         _plot_losses(column[0], shown.lines)
         _plot_by_sigma(column[1], shown.lines)
@@ -108,6 +153,19 @@ def curves(runs: Sequence[Run]) -> "Figure":
             if panel.get_legend_handles_labels()[0]:
                 panel.legend(fontsize=7, frameon=False)
     return figure
+
+
+def _setting(run: Run, *path: str) -> int | float:
+    """Returns a number of the run's configuration."""
+    value: Any = run.metadata.get("config")
+    for name in path:
+        value = value.get(name) if isinstance(value, dict) else None
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise UserError(
+            f"expected a number as {'.'.join(path)} in the config.json of {visible(run.workdir)}, "
+            "found none; copy it again"
+        )
+    return value
 
 
 def _plot_losses(panel: "Axes", lines: Sequence[Mapping[str, Any]]) -> None:
@@ -126,11 +184,11 @@ def _plot_by_sigma(panel: "Axes", lines: Sequence[Mapping[str, Any]]) -> None:
     import matplotlib
     from matplotlib.ticker import LogLocator, NullFormatter
 
-    evaluations = [(line["step"], line["heldout"]) for line in lines if "heldout" in line]
+    evaluations = [(line["step"], line["heldout"]) for line in lines if line.get("heldout")]
     chosen = sorted({0, len(evaluations) // 2, len(evaluations) - 1}) if evaluations else []
     for i in chosen:
         step, kinds = evaluations[i]
-        losses = kinds.get("ema", kinds["raw"]).get("by_sigma", {})
+        losses = (kinds.get("ema") or kinds.get("raw") or {}).get("by_sigma") or {}
         points = [(float(sigma), loss) for sigma, loss in losses.items() if loss is not None]
         if points:
             shade = (i + 1) / len(evaluations)
@@ -146,11 +204,12 @@ def _plot_by_sigma(panel: "Axes", lines: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _plot_speed(panel: "Axes", lines: Sequence[Mapping[str, Any]]) -> None:
-    speeds = [(line["step"], line["speed"]) for line in lines if "speed" in line]
-    if speeds:
-        points = [(step, speed["images_per_second"]) for step, speed in speeds]
+    speeds = [(line["step"], line["speed"]) for line in lines if line.get("speed")]
+    points = [(step, speed.get("images_per_second")) for step, speed in speeds]
+    if points := [(step, value) for step, value in points if value is not None]:
         panel.plot(*zip(*points, strict=True), color=TRAINING, lw=1)
-        waits = [speed["data_wait"] for _, speed in speeds]
+    waits = [speed.get("data_wait") for _, speed in speeds]
+    if waits := [value for value in waits if value is not None]:
         panel.set_title(f"{sum(waits) / len(waits):.1%} waiting for data", fontsize=9)
     panel.set_ylim(bottom=0)
     panel.set_xlabel("step")
@@ -173,12 +232,12 @@ def write(workdirs: Sequence[str | Path], out: str | Path) -> None:
     data = image.getvalue()
     if out.suffix == ".html":
         page = PAGE.format(
-            title=html.escape(", ".join(run.workdir.name for run in runs)),
+            title=_escaped(", ".join(run.workdir.name for run in runs)),
             curves=base64.b64encode(data).decode(),
             rows="\n".join(map(_row, runs)),
             grids="\n".join(_grids(run, out.absolute().parent) for run in runs),
         )
-        data = page.encode()
+        data = page.encode(errors="backslashreplace")
     write_bytes(out, data)
 
 
@@ -187,35 +246,43 @@ def _row(run: Run) -> str:
     last: dict[str, Any] = {}
     for line in run.lines:
         last |= line
-    kinds = last.get("heldout", {})
-    losses = kinds.get("ema", kinds.get("raw", {}))
+    kinds = last.get("heldout") or {}
+    losses = kinds.get("ema") or kinds.get("raw") or {}
     cells = [losses.get(name) for name in ("right", "shuffled", "ratio")]
     cells = [f"{cell:.4f}" if cell is not None else "" for cell in cells]
-    speed = last.get("speed", {}).get("images_per_second")
+    speed = (last.get("speed") or {}).get("images_per_second")
     cells += [f"{speed:,.0f}" if speed is not None else "", str(last.get("skipped", ""))]
-    cells = [html.escape(run.workdir.name), str(last.get("step", "")), *cells]
-    return f"<tr>{''.join(f'<td>{cell}' for cell in cells)}</tr>"
+    cells = [run.workdir.name, str(last.get("step", "")), *cells]
+    return f"<tr>{''.join(f'<td>{_escaped(cell)}' for cell in cells)}</tr>"
 
 
 def _grids(run: Run, base: Path) -> str:
     """Returns the run's grids of samples, oldest first, each linked to its file."""
     files = sorted((run.workdir / "samples").glob("step_*.png"))
+    files = [file for file in files if re.fullmatch(r"step_\d{1,18}", file.stem, re.ASCII)]
     if not files:
         return ""
     last = len(files) - 1
     count = min(NUM_GRIDS, len(files))
     chosen = sorted({round(i * last / max(1, count - 1)) for i in range(count)})
-    parts = [f"<h2>Samples of {html.escape(run.workdir.name)}</h2><div class='grids'>"]
+    parts = [f"<h2>Samples of {_escaped(run.workdir.name)}</h2><div class='grids'>"]
     for file in (files[i] for i in chosen):
-        link = html.escape(Path(os.path.relpath(file, base)).as_posix(), quote=True)
+        # A colon in the first part would make the rest a script's or another site's address.
+        relative = os.fsencode(Path(os.path.relpath(file, base)).as_posix())
+        link = html.escape(urllib.parse.quote(relative, safe="/ &"))
         step = int(file.stem.removeprefix("step_"))
         parts.append(
             f"<figure><a href='{link}'><img src='{link}' alt='Samples at step {step}' "
             f"loading='lazy'></a><figcaption>step {step:,}</figcaption></figure>"
         )
     attribution = run.metadata.get("attribution")
-    note = f"<p>Images: {html.escape(attribution)}</p>" if attribution else ""
+    note = f"<p>Images: {_escaped(attribution)}</p>" if attribution else ""
     return "\n".join([*parts, f"</div>{note}"])
+
+
+def _escaped(text: object) -> str:
+    """Returns a text of any origin for the page: no markup, nothing hidden, bounded."""
+    return html.escape(visible(text), quote=True)
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from microdit_jax.checkpoints.run import write_run_metadata
+from microdit_jax.errors import visible
 from microdit_jax.files import disk_errors
 from microdit_jax.training.data import RunData
 
@@ -37,7 +38,8 @@ def begin_workdir(
         write_run_metadata(workdir, networks | about)
     if resumed is not None:
         for change in changes(resumed["config"], config.to_dict()):
-            print(f"{workdir}: since step {resumed['step']} the config changed: {change}")
+            since = f"{workdir}: since step {resumed['step']} the config changed: {change}"
+            print(visible(since))
 
 
 def changes(old: Any, new: Any, name: str = "") -> list[str]:

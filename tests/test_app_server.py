@@ -1,0 +1,149 @@
+"""HTTP around the studio, without a port: bounded requests, and what an image tells."""
+
+import asyncio
+import json
+import subprocess
+import sys
+import types
+
+import pytest
+from conftest import ROOT
+
+from microdit_jax.app import server
+from microdit_jax.app.limits import Limits
+from microdit_jax.app.studio import Studio
+
+GOOD = {
+    "model": "tiny", "prompt": "red apple", "guidance_scale": 2, "num_inference_steps": 3,
+    "seed": 3, "count": 1,
+}  # fmt: skip
+
+
+class Idle(Studio):
+    """A studio that keeps the listeners for the test to call."""
+
+    def __init__(self):
+        super().__init__({}, limits=LIMITS)
+        self.models, self.listeners = {"tiny": None}, []
+
+    def submit(self, request, listener):
+        self.listeners.append(listener)
+        return types.SimpleNamespace(cancel=lambda: None)
+
+
+LIMITS = Limits(body_seconds=0.2, unread_events=3)
+SCOPE = {
+    "type": "http", "method": "POST", "path": "/sample", "query_string": b"",
+    "headers": [(b"host", b"localhost"), (b"content-type", b"application/json")],
+}  # fmt: skip
+
+
+def ask(chunks, pause=0.0, ends=True):
+    """Posts a body in chunks; returns the status and the answer."""
+    waiting = [{"type": "http.request", "body": c, "more_body": True} for c in chunks]
+    if ends:
+        waiting.append({"type": "http.request", "body": b"", "more_body": False})
+    sent = []
+
+    async def receive():
+        await asyncio.sleep(pause)
+        if not waiting:
+            await asyncio.sleep(60)
+        return waiting.pop(0)
+
+    async def send(message):
+        sent.append(message)
+
+    app = server.make_app(Idle(), {}, ["localhost"])
+    asyncio.run(asyncio.wait_for(app(SCOPE, receive, send), 20))
+    return sent[0]["status"], json.loads(sent[1]["body"])["error"]
+
+
+def test_a_page_that_does_not_read_gets_no_previews():
+    studio, sent = Idle(), []
+
+    async def run():
+        reading = asyncio.Event()
+        body = [{"type": "http.request", "body": json.dumps(GOOD).encode(), "more_body": False}]
+
+        async def receive():
+            if not body:
+                await asyncio.sleep(60)
+            return body.pop()
+
+        async def send(message):
+            await reading.wait()
+            sent.append(message.get("body", b""))
+
+        app = server.make_app(studio, {}, ["localhost"])
+        answer = asyncio.create_task(app(SCOPE, receive, send))
+        while not studio.listeners:
+            await asyncio.sleep(0.01)
+        for step in range(20):
+            studio.listeners[0]({"event": "step", "step": step, "previews": ["x" * 1000]})
+            await asyncio.sleep(0)
+        studio.listeners[0]({"event": "done"})
+        reading.set()
+        await asyncio.wait_for(answer, 20)
+
+    asyncio.run(run())
+    steps = [json.loads(line) for line in b"".join(sent).splitlines()][:-1]
+    assert [event["step"] for event in steps] == list(range(20))
+    assert 1 <= sum("previews" in event for event in steps) <= LIMITS.unread_events + 2
+
+
+@pytest.mark.parametrize(
+    "body, told",
+    [
+        (b"[" * 30_000, "expected JSON"),
+        (b"9" * 30_000, "expected JSON"),
+        (b'{"a": "\xff"}', "expected JSON"),
+        (b'{"prompt": "\\ud800"}', "expected JSON"),
+        (b"[]", "found no object"),
+        (json.dumps(GOOD | {"guidance_scale": 10**400}).encode(), "guidance as a number"),
+        (json.dumps({"\x1b[2J": 1}).encode(), "\\x1b[2J"),
+    ],
+)
+def test_bodies_that_are_no_request(body, told):
+    status, answer = ask([body])
+    assert status == 400 and told in answer and answer.isprintable()
+
+
+def test_a_body_has_an_end_in_bytes_and_in_time():
+    assert ask([b"x" * 20_000] * 1000) == (413, "the request is too long; shorten the prompt")
+    assert ask([b"x"] * 1000, pause=0.05)[0] == 408
+    assert ask([b"x"], ends=False)[0] == 408
+
+
+PROGRAM = """
+import json, os, sys, types
+from absl import flags
+from microdit_jax.app import __main__ as app
+
+given = sys.argv[1]
+flags.FLAGS(["x", f"--model={given}", f"--vae={given}/vae", "--model=instant"])
+def load(name):
+    return types.SimpleNamespace(description=f"{os.path.normpath(name)}, step 7"), None
+app.model_flags.load = load
+models = app._load()
+print(json.dumps({name: model.settings for name, model in models.items()}))
+"""
+
+
+def test_an_image_of_the_page_does_not_tell_where_the_model_lies(tmp_path):
+    run = tmp_path / "home of somebody" / "runs" / "stage"
+    (run / "vae").mkdir(parents=True)
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, f"{run}/"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "PATH": ""},
+    )
+    assert done.returncode == 0, done.stderr
+    settings = json.loads(done.stdout)
+    assert "somebody" not in done.stdout and list(settings) == ["runs/stage", "instant"]
+    found = settings["runs/stage"]
+    assert (found["model"], found["vae"]) == ("runs/stage", "stage/vae")
+    assert found["made_with"] == "runs/stage, step 7"
+    assert settings["instant"]["model"] == "instant"
