@@ -154,6 +154,48 @@ def test_all_reduces_receive_twice():
     assert permute.num_bytes == 128 * 64 * 4 and permute.devices == (0, 1)
 
 
+@pytest.mark.parametrize(
+    "spelling, devices",
+    [
+        ("replica_groups={}", (0, 1, 2, 3, 4, 5, 6, 7)),
+        ("replica_groups={{3,5},{1,2}}", (3, 5)),
+        ("replica_groups={{0},{1}}", (0,)),
+        ("replica_groups=[2,4]<=[8]", (0, 1, 2, 3)),
+        ("replica_groups=[4,2]<=[2,4]T(1,0)", (0, 4)),
+        ("replica_groups=[8,1]<=[8]", (0,)),
+        ("replica_groups=mesh['data'=2,'fsdp'=4] {'data'}", (0, 4)),
+        ("replica_groups=mesh['data'=2,'fsdp'=4] {'data','fsdp'}", (0, 1, 2, 3, 4, 5, 6, 7)),
+        ("source_target_pairs={{2,6},{6,2}}", (2, 6)),
+    ],
+)
+def test_every_spelling_of_groups(spelling, devices):
+    text = f"""\
+  %a = f32[128,64]{{1,0}} parameter(0)
+  ROOT %r = f32[128,64]{{1,0}} all-reduce(%a), channel_id=1, {spelling}, to_apply=%add"""
+    head = "HloModule jit_step, is_scheduled=true, num_partitions=8"
+    text = module(text).replace(module(text).splitlines()[0], head, 1)
+    assert count(text).collectives[0].devices == devices
+
+
+@pytest.mark.parametrize(
+    "spelling",
+    [
+        "channel_id=1",
+        "replica_groups=[2,4]<=[8]X(1)",
+        "replica_groups=[2,2,2]<=[8]",
+        "replica_groups=mesh['data'=2,'fsdp'=4] {'fsdp':(1)2}",
+        "replica_groups=mesh['data'=2] {'fsdp'}",
+        "replica_groups=@somewhere",
+    ],
+)
+def test_groups_in_another_spelling_are_no_guess(spelling):
+    text = f"""\
+  %a = f32[128,64]{{1,0}} parameter(0)
+  ROOT %r = f32[128,64]{{1,0}} all-reduce(%a), {spelling}, to_apply=%add"""
+    with pytest.raises(ValueError, match="groups of devices in a known form at r, found"):
+        count(module(text))
+
+
 SCHEDULE = """\
   %a = f32[128,64]{1,0} parameter(0)
   %g = (f32[128,64]{1,0}, f32[256,64]{1,0}) all-gather-start(%a), replica_groups={{0,1}}, \

@@ -30,8 +30,12 @@ from microdit_jax.files import check_writable
 CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/, with its variants.")
 TOPOLOGY = flags.DEFINE_string("topology", None, "h100:8, h100:8x8, v5e:4x4, 2*v5e:4x4, cpu:8, ...")
 WHAT = flags.DEFINE_enum("what", "train_step", ["train_step", "sampler"], "What to compile.")
-IMAGES = flags.DEFINE_integer("images", 64, "Images sampled at a time, over all chips.")
-START = flags.DEFINE_integer("start_step", 0, "Step at which the stage starts, for its days.")
+IMAGES = flags.DEFINE_integer(
+    "images", 64, "Images sampled at a time, over all chips.", lower_bound=1
+)
+START = flags.DEFINE_integer(
+    "start_step", 0, "Step at which the stage starts, for its days.", lower_bound=0
+)
 REPORT = flags.DEFINE_string("report", None, "JSON file to write; the table goes beside it.")
 FIND = flags.DEFINE_boolean("find", False, "Search the largest train.micro_batch_size that fits.")
 REDUCED = flags.DEFINE_boolean(
@@ -46,6 +50,11 @@ def main():
     if "stages" in config:
         raise UserError(
             f"--config must be one stage, found {', '.join(config.stages)}; give the file of one"
+        )
+    if START.value >= config.train.steps:
+        raise UserError(
+            f"--start_step must be below the stage's {config.train.steps} steps, found "
+            f"{START.value}"
         )
     if (FIND.value or REDUCED.value) and WHAT.value != "train_step":
         raise UserError("--find and --reduced_depth take --what=train_step, found sampler")

@@ -53,7 +53,7 @@ def collective(
     module: Module, kind: str, computation: Computation, instruction: Instruction, times: int
 ) -> Collective:
     """Counts an instruction, whose kind is one of COLLECTIVES."""
-    devices = first_group(instruction)
+    devices = first_group(instruction, module.devices)
     group = len(devices)
     share = {
         "all-gather": group - 1,
@@ -93,32 +93,47 @@ def _origin(module: Module, computation: Computation, name: str) -> str:
         name = largest
 
 
-def first_group(instruction: Instruction) -> tuple[int, ...]:
+def first_group(instruction: Instruction, devices: int) -> tuple[int, ...]:
     """Parses the first group of devices that communicate.
 
-    Groups are written as {{0,1},{2,3}}; as [2,2]<=[4], possibly with a transpose; or by the axes of
-    a mesh. A permutation's first pair of source and target is its group.
+    Groups are written as {{0,1},{2,3}}; as {}, all devices; as [2,2]<=[4], possibly with a
+    transpose; or by the axes of a mesh. A permutation's first pair of source and target is its
+    group.
+
+    Args:
+      devices: number of devices that run the program.
+    Raises:
+      ValueError: the groups are written in a way that is not known here.
     """
     text = instruction.attributes
-    if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", text):
-        sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", mesh[1])}
-        axes = re.findall(r"'(\w+)'", mesh[2])
-        ids = np.arange(math.prod(sizes.values())).reshape(tuple(sizes.values()))
-        kept = [list(sizes).index(axis) for axis in axes]
-        rest = [i for i in range(len(sizes)) if i not in kept]
-        return tuple(
-            ids.transpose(rest + kept).reshape(-1, math.prod(sizes[a] for a in axes))[0].tolist()
-        )
+    if pairs := re.search(r"source_target_pairs=\{\{(\d+,\d+)\}", text):
+        return _numbers(pairs[1])
+    if re.search(r"replica_groups=\{\}", text):
+        return tuple(range(devices))
     if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", text):
         return _numbers(listed[1])
-    if iota := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text):
-        sizes, dims = _numbers(iota[1]), _numbers(iota[2])
+    if iota := re.search(
+        r"replica_groups=\[(\d+,\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?(?=[,\s]|$)", text
+    ):
+        dims = _numbers(iota[2])
         ids = np.arange(math.prod(dims)).reshape(dims)
         if iota[3]:
             ids = ids.transpose(_numbers(iota[3]))
-        return tuple(int(i) for i in ids.reshape(sizes)[0])
-    pairs = re.search(r"source_target_pairs=\{\{([\d,]+)\}", text)
-    return _numbers(pairs[1]) if pairs else (0, 1)
+        return tuple(int(i) for i in ids.reshape(_numbers(iota[1]))[0])
+    if mesh := re.search(r"replica_groups=mesh\[((?:'\w+'=\d+(?:, ?)?)+)\] ?\{([^}]*)\}", text):
+        sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", mesh[1])}
+        axes = re.findall(r"'(\w+)'", mesh[2])
+        if not re.sub(r"'\w+'|[,\s]", "", mesh[2]) and set(axes) <= sizes.keys():
+            ids = np.arange(math.prod(sizes.values())).reshape(tuple(sizes.values()))
+            kept = [list(sizes).index(axis) for axis in axes]
+            rest = [i for i in range(len(sizes)) if i not in kept]
+            groups = ids.transpose(rest + kept).reshape(-1, math.prod(sizes[a] for a in axes))
+            return tuple(groups[0].tolist())
+    groups = re.search(r"(?:replica_groups|source_target_pairs)=.{0,80}", text)
+    raise ValueError(
+        f"expected groups of devices in a known form at {instruction.name}, found "
+        f"{groups[0] if groups else 'none'}"
+    )
 
 
 def _numbers(text: str) -> tuple[int, ...]:

@@ -132,10 +132,15 @@ class Computation:
 
 @dataclasses.dataclass(eq=False)
 class Module:
-    """All computations of a program; it starts in `entry`."""
+    """All computations of a program; it starts in `entry`.
+
+    Attributes:
+      devices: number of devices that run the program together.
+    """
 
     computations: dict[str, Computation]
     entry: Computation
+    devices: int
 
 
 def parse(text: str) -> Module:
@@ -160,7 +165,9 @@ def parse(text: str) -> Module:
             current.instructions[instruction.name] = instruction
     if entry is None:
         raise ValueError(f"expected the text of an HLO module, found {text[:80]!r}")
-    return Module(computations, entry)
+    head = text.partition("\n")[0]
+    counts = re.findall(r"\b(?:replica_count|num_partitions)=(\d+)", head)
+    return Module(computations, entry, math.prod(map(int, counts)))
 
 
 def _whole_lines(text: str) -> Iterator[str]:
