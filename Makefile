@@ -4,7 +4,7 @@ BIN := .venv/bin
 DEMO := out/demo
 PYTHONS := python3.11 python3.12 python3.13 python3.14
 
-.PHONY: demo test bench test-ui test-matrix test-oldest $(PYTHONS:%=test-%) test-newest nightly wheel-test docs mutants lint setup clean
+.PHONY: demo test bench test-ui test-matrix test-oldest $(PYTHONS:%=test-%) test-newest nightly wheel-test docs mutants fuzz lint setup clean
 setup: .venv/.ready
 
 .venv/.ready: pyproject.toml constraints.txt
@@ -76,6 +76,11 @@ docs: setup  ## the docs site in site/, open site/index.html; a warning is an er
 
 mutants: setup  ## puts faults into a copy of the code, one at a time: a test must notice each
 	$(BIN)/python -m tools.mutants --jobs=2
+
+SECONDS := 600
+FUZZED = $(shell $(BIN)/python -c 'from fuzz.targets import MODULES; print(*MODULES)')
+fuzz: setup  ## fuzzers of all readers, SECONDS=600 each, two at a time; what fails lies in out/fuzz/found
+	printf '%s\n' $(FUZZED) | xargs -P 2 -I TARGET $(BIN)/python -m fuzz --target=TARGET --seconds=$(SECONDS)
 
 lint: setup
 	$(BIN)/ruff check .

@@ -8,7 +8,7 @@ import re
 import jaxtyping
 
 ROOT = pathlib.Path(__file__).parent.parent
-FOLDERS = ("microdit_jax", "convert", "configs", "tests", "benchmarks", "tools")
+FOLDERS = ("microdit_jax", "convert", "configs", "tests", "benchmarks", "tools", "fuzz")
 ARRAYS = {"Array", "ndarray", "ArrayLike"}
 # Several arrays by name, or whatever another function takes: their shapes are the docstring's.
 CONTAINERS = {"dict", "Mapping", "Callable"}
@@ -81,7 +81,7 @@ def faults(body: list[ast.stmt], owner: str = "") -> list[str]:
 def test_public_functions_say_what_they_take():
     found = {
         str(file.relative_to(ROOT)): wrong
-        for file in sources("microdit_jax", "convert")
+        for file in sources("microdit_jax", "convert", "fuzz")
         if (wrong := faults(ast.parse(file.read_text()).body))
     }
     assert not found, "\n".join(f"{file}: {', '.join(wrong)}" for file, wrong in found.items())
@@ -146,7 +146,7 @@ def docstrings(file: pathlib.Path) -> list[tuple[str, str]]:
 def test_docstrings_begin_with_a_noun_or_a_verb():
     found = [
         f"{file.relative_to(ROOT)}: {name}: {text.splitlines()[0]}"
-        for file in sources("microdit_jax", "convert", "configs", "tools", "benchmarks")
+        for file in sources("microdit_jax", "convert", "configs", "tools", "benchmarks", "fuzz")
         for name, text in docstrings(file)
         if HEADLESS.match(text)
     ]
@@ -155,7 +155,7 @@ def test_docstrings_begin_with_a_noun_or_a_verb():
 
 def test_the_words_are_the_fields():
     found = []
-    for file in sources("microdit_jax", "convert", "configs", "tools", "benchmarks"):
+    for file in sources("microdit_jax", "convert", "configs", "tools", "benchmarks", "fuzz"):
         for number, line in enumerate(file.read_text().splitlines(), 1):
             if match := FOREIGN.search(line):
                 found.append(f"{file.relative_to(ROOT)}:{number}: {match[0]}")

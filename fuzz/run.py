@@ -1,0 +1,78 @@
+"""Runs one target on inputs, and checks after each what no file may have changed."""
+
+import faulthandler
+import math
+import resource
+import sys
+import time
+from pathlib import Path
+
+from fuzz.scratch import Scratch
+from fuzz.targets import target
+from fuzz.watch import Escape, Watch
+from microdit_jax.errors import UserError, visible
+
+CORPORA = Path(__file__).parent / "corpora"
+HANG_SECONDS = 10
+GROWTH_BYTES = 2 << 30
+
+
+class Runner:
+    """A target with its folder and its watch; the corpus is read once at the start.
+
+    Args:
+      watch_time: end the process, with a traceback, where an input takes too long.
+
+    Attributes:
+      executions: how many inputs were read.
+    """
+
+    def __init__(self, name: str, *, watch_time: bool = True):
+        self._watch_time, self._armed = watch_time, -math.inf
+        self.name, self.target, self.scratch = name, target(name), Scratch()
+        self._read = self.target.open(self.scratch)
+        self._watch = Watch(self.scratch.folder)
+        self.executions = 0
+        # Twice: the first time readers import modules, which is no file's doing.
+        for file in self.corpus():
+            self._try(file.read_bytes())
+        self._largest = _peak_bytes()
+        for file in self.corpus():
+            self.execute(file.read_bytes())
+
+    def corpus(self) -> list[Path]:
+        """Returns the committed inputs."""
+        return sorted((CORPORA / self.name).iterdir())
+
+    def execute(self, data: bytes) -> None:
+        """Reads one input.
+
+        Raises:
+          Escape: the input did what no file may do.
+          BaseException: whatever the reader raised that it does not document.
+        """
+        self.executions += 1
+        with self._watch.reading():
+            self._try(data)
+        if _peak_bytes() - self._largest > GROWTH_BYTES:
+            raise Escape(f"took more than {GROWTH_BYTES:,} bytes of memory")
+
+    def _try(self, data: bytes) -> None:
+        # Once a second, as arming takes longer than most inputs do.
+        if self._watch_time and time.monotonic() > self._armed + 1:
+            self._armed = time.monotonic()
+            faulthandler.dump_traceback_later(HANG_SECONDS + 1, exit=True)
+        try:
+            self._read(data)
+        except self.target.refusals as error:
+            if isinstance(error, UserError) and str(error) != visible(error, most=sys.maxsize):
+                raise Escape(f"an error that a terminal would act upon: {error!a}") from error
+
+    def close(self) -> None:
+        """Removes the target's folder."""
+        faulthandler.cancel_dump_traceback_later()
+        self.scratch.remove()
+
+
+def _peak_bytes() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,84 @@
+"""Readers of checkpoints: .pt, its format before PyTorch 1.6, and .safetensors."""
+
+import numpy as np
+
+from fuzz.scratch import Scratch
+from fuzz.targets import Read, Target
+from fuzz.zips import stored_zip
+from microdit_jax.convert.formats.safetensors_file import read_safetensors
+from microdit_jax.convert.formats.torch_file import read_torch
+from microdit_jax.errors import UserError
+
+STORAGES = {"a/data/0": bytes(range(64)), "a/data/1": b"\1\0\0\0\0\0\0\0", "a/data/s": b"d"}
+OPCODES = tuple(
+    bytes([code]) for code in b"(.0123BCFGIJKLMNPQRSTUVXabcdeghijlopqrstu)]}\x80\x81\x85"
+)
+NAMES = (
+    b"ctorch._utils\n_rebuild_tensor_v2\n",
+    b"ctorch._utils\n_rebuild_parameter\n",
+    b"ctorch\nFloatStorage\n",
+    b"ctorch\nBFloat16Storage\n",
+    b"ctorch\nbfloat16\n",
+    b"ccollections\nOrderedDict\n)R",
+    b"X\7\0\0\0storage",
+    b"X\1\0\0\x000",
+    b"X\3\0\0\0cpu",
+    b"K\x08tQK\0K\x02K\x04\x86K\x04K\1\x86\x89}tR",
+    b"\x8a\x09\xff\xff\xff\xff\xff\xff\xff\xff\x7f",
+    b"J\xff\xff\xff\x7f",
+    b"\x95\xff\xff\xff\xff\0\0\0\0",
+    b"r\xff\xff\xff\x7f",
+)
+
+
+def touch(found: object, most: int = 100_000) -> None:
+    """Reads the first and last elements of every array, and small ones whole.
+
+    An array that reaches past its file's mapping ends the process here.
+    """
+    waiting, seen = [found], 0
+    while waiting and seen < most:
+        value, seen = waiting.pop(), seen + 1
+        if isinstance(value, dict):
+            waiting += [*value.keys(), *value.values()]
+        elif isinstance(value, list | tuple | set):
+            waiting += list(value)
+        elif isinstance(value, np.ndarray) and value.size:
+            assert value.dtype.kind != "O", f"an array of Python objects, {value.shape}"
+            corners = [value[(0,) * value.ndim], value[(-1,) * value.ndim]]
+            if value.size <= 10_000:
+                corners.append(np.array(value))
+
+
+def _open_pt(scratch: Scratch) -> Read:
+    def read(data: bytes) -> None:
+        # A pickle alone gets an archive around it: its mutations need no checksums.
+        whole = data[:2] == b"PK" or len(data) < 2
+        data = data if whole else stored_zip({"a/data.pkl": data} | STORAGES)
+        touch(read_torch(scratch.file("x.pt", data)))
+
+    return read
+
+
+def _open_legacy(scratch: Scratch) -> Read:
+    return lambda data: touch(read_torch(scratch.file("x.pt", data)))
+
+
+def _open_safetensors(scratch: Scratch) -> Read:
+    def read(data: bytes) -> None:
+        tensors, metadata = read_safetensors(scratch.file("x.safetensors", data))
+        touch(tensors)
+        touch(dict(metadata))
+
+    return read
+
+
+TARGETS = {
+    "pt": Target(_open_pt, (UserError, OSError), OPCODES + NAMES),
+    "legacy_pt": Target(_open_legacy, (UserError, OSError), OPCODES + NAMES),
+    "safetensors": Target(
+        _open_safetensors,
+        (UserError, OSError),
+        (b'"dtype":"F32"', b'"shape":[', b'"data_offsets":[0,', b"BF16", b"__metadata__", b"-1"),
+    ),
+}
