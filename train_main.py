@@ -28,6 +28,11 @@ COORDINATOR = flags.DEFINE_string(
 )
 NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes train together.")
 PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
+JOB_TOKEN = flags.DEFINE_string(
+    "job_token", None, "A text known to this job's processes alone, the same on all: calls without "
+    "it are not counted. Default: SLURM's or Open MPI's number of the job, where they describe it. "
+    "--flagfile keeps it off the list of processes."
+)  # fmt: skip
 TIMEOUT = flags.DEFINE_float("join_timeout", 300, "Seconds to wait for the other processes.")
 HEARTBEAT = flags.DEFINE_integer(
     "heartbeat_timeout", 100, "Seconds of silence after which a process is given up."
@@ -44,6 +49,7 @@ def main():
         COORDINATOR.value,
         NUM_PROCESSES.value,
         PROCESS_ID.value,
+        job_token=JOB_TOKEN.value,
         timeout_seconds=TIMEOUT.value,
         heartbeat_seconds=HEARTBEAT.value,
     ):

@@ -6,10 +6,11 @@ import threading
 import time
 
 import pytest
-from support.processes import finish, free_port, start
+from support.processes import finish, free_port, preflights, start
 
 from microdit_jax.errors import UserError
 from microdit_jax.machine import hosts
+from microdit_jax.machine.cluster import Job
 
 
 # ------------------------------------------------------------------ who is there
@@ -34,28 +35,10 @@ def test_flags_that_cannot_be(flags, words):
         hosts.initialize(*flags)
 
 
-def preflights(*jobs: hosts.Job, seconds: float = 1.5) -> list[str]:
-    """The error of each job's preflight, all at once; "" where all went well."""
-    errors = [""] * len(jobs)
-
-    def check(i):
-        try:
-            hosts.preflight(jobs[i], seconds)
-        except UserError as error:
-            errors[i] = str(error)
-
-    threads = [threading.Thread(target=check, args=(i,)) for i in range(len(jobs))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return errors
-
-
 def test_preflight():
     address = f"localhost:{free_port()}"
     began = time.monotonic()
-    jobs = [hosts.Job(address, 5, number) for number in range(5)]
+    jobs = [Job(address, 5, number) for number in range(5)]
     assert preflights(*jobs, seconds=20.0) == [""] * 5
     assert time.monotonic() - began < 10
     assert preflights(*jobs, seconds=20.0) == [""] * 5  # the port is free again at once
@@ -63,7 +46,7 @@ def test_preflight():
 
 def test_preflight_names_the_missing():
     address = f"localhost:{free_port()}"
-    there = preflights(*[hosts.Job(address, 5, number) for number in (0, 1, 3)])
+    there = preflights(*[Job(address, 5, number) for number in (0, 1, 3)])
     name = re.escape(socket.gethostname())
     assert len(set(there)) == 1  # the same on every process
     assert re.match(
@@ -74,26 +57,26 @@ def test_preflight_names_the_missing():
 
 
 def test_preflight_without_process_0():
-    (error,) = preflights(hosts.Job(f"localhost:{free_port()}", 2, 1))
+    (error,) = preflights(Job(f"localhost:{free_port()}", 2, 1))
     assert "process 1 expected process 0 at localhost" in error and "missing: 0; check" in error
 
 
 def test_preflight_finds_confusion():
     address = f"localhost:{free_port()}"
-    errors = preflights(*[hosts.Job(address, 4, number) for number in (0, 1, 1)])
+    errors = preflights(*[Job(address, 4, number) for number in (0, 1, 1)])
     assert "found --process_id=1 twice" in errors[0] == errors[1] == errors[2]
-    errors = preflights(hosts.Job(address, 3, 0), hosts.Job(address, 2, 1))
+    errors = preflights(Job(address, 3, 0), Job(address, 2, 1))
     assert "found 3 on process 0 and 2 on process 1" in errors[0] == errors[1]
     with socket.create_server(("", 0)) as server:
         port = server.getsockname()[1]
-        errors = preflights(hosts.Job(f"localhost:{port}", 2, 0))
+        errors = preflights(Job(f"localhost:{port}", 2, 0))
         assert f"process 0 could not listen on port {port}" in errors[0]
 
 
 def test_what_is_not_a_process_of_ours_is_ignored():
     port, errors = free_port(), []
     thread = threading.Thread(
-        target=lambda: errors.extend(preflights(hosts.Job(f"localhost:{port}", 2, 0)))
+        target=lambda: errors.extend(preflights(Job(f"localhost:{port}", 2, 0)))
     )
     thread.start()
     for content in (b"GET / HTTP/1.1\r\n\r\n", b'{"process_id": 1}\n', b"[]\n"):

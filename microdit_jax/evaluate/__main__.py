@@ -78,6 +78,7 @@ COORDINATOR = flags.DEFINE_string(
 )
 NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes sample together.")
 PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
+JOB_TOKEN = flags.DEFINE_string("job_token", None, "A text that these processes alone know.")
 flags.adopt_module_key_flags(model_flags)
 
 
@@ -86,7 +87,8 @@ def main():
     # After the flags: --help answers at once.
     from microdit_jax.machine import hosts
 
-    with hosts.job(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value):
+    job = COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value
+    with hosts.job(*job, job_token=JOB_TOKEN.value):
         _evaluate()
 
 

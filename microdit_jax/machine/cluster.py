@@ -20,6 +20,8 @@ NUMBERED = (
     ("MPI", "PMI_SIZE", "PMI_RANK"),
     ("Kubernetes", "", "JOB_COMPLETION_INDEX"),
 )
+# What schedulers call a job, the same for all of its processes
+NAMES = ("SLURM_JOB_ID", "OMPI_MCA_orte_hnp_uri")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,12 +33,14 @@ class Job:
       num_processes: how many processes the job has.
       process_id: number of this one, from 0.
       local_device_ids: which of the GPUs that it sees are its own; None: all.
+      token: a text that the job's processes alone know; "" for none.
     """
 
     coordinator_address: str
     num_processes: int
     process_id: int
     local_device_ids: list[int] | None = None
+    token: str = dataclasses.field(default="", repr=False, compare=False)
 
 
 def find_job(
@@ -45,11 +49,15 @@ def find_job(
     process_id: int | None,
     timeout_seconds: float = 300.0,
     environment: Mapping[str, str] = os.environ,
+    *,
+    job_token: str | None = None,
 ) -> Job | None:
     """Returns the job that flags or else the cluster's environment describe, None without one.
 
     Args:
       environment: only for what JAX does not find out; JAX itself reads the process's own.
+      job_token: a text that the job's processes alone know, the same for all; None: the scheduler's
+        name for a job that the environment describes, else none.
     Raises:
       UserError: some of the flags but not all, values that no job can have, or one process of
         several that is not told where the others are.
@@ -60,7 +68,7 @@ def find_job(
         "--process_id": process_id,
     }
     missing = [name for name, value in flags.items() if value is None]
-    ids = None
+    ids, token = None, job_token or ""
     if len(missing) == 3:
         try:
             coordinator_address, num_processes, process_id, local = (
@@ -77,6 +85,8 @@ def find_job(
         if coordinator_address is None or num_processes is None or process_id is None:
             _check_alone(environment, flags)
             return None
+        if job_token is None:
+            token = next((environment[name] for name in NAMES if environment.get(name)), "")
         if local is not None:
             ids = own_gpus(environment, next(iter(local)))
     elif missing:
@@ -85,7 +95,8 @@ def find_job(
             "or none on SLURM, GKE and TPU VMs"
         )
     assert coordinator_address and num_processes is not None and process_id is not None
-    if not re.fullmatch(r".+:\d+", coordinator_address):
+    port = re.fullmatch(r".+:(\d{1,5})", coordinator_address, re.ASCII)
+    if not port or not 0 < int(port[1]) < 2**16:
         raise UserError(
             f"--coordinator_address must be host:port of process 0, found {coordinator_address!r}"
         )
@@ -94,7 +105,7 @@ def find_job(
             f"--process_id must be from 0 to {num_processes - 1} for {num_processes} processes, "
             f"found {process_id}"
         )
-    return Job(coordinator_address, num_processes, process_id, ids)
+    return Job(coordinator_address, num_processes, process_id, ids, token)
 
 
 def _check_alone(environment: Mapping[str, str], flags: Mapping[str, object]) -> None:

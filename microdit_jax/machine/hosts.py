@@ -7,8 +7,6 @@ import collections
 import contextlib
 import json
 import re
-import socket
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -18,7 +16,9 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from microdit_jax.errors import UserError
-from microdit_jax.machine.cluster import Job, find_job
+from microdit_jax.files import parse_json
+from microdit_jax.machine.cluster import find_job
+from microdit_jax.machine.preflight import preflight
 
 BARRIER_SECONDS = 600.0
 WORK_SECONDS = 3600.0  # of one process while the others wait
@@ -30,6 +30,7 @@ def initialize(
     num_processes: int | None = None,
     process_id: int | None = None,
     *,
+    job_token: str | None = None,
     timeout_seconds: float = 300.0,
     heartbeat_seconds: int = 100,
 ) -> bool:
@@ -40,6 +41,7 @@ def initialize(
 
     Args:
       coordinator_address: "host:port" of process 0, a port that is free there and open to all.
+      job_token: as `find_job` takes it.
       timeout_seconds: how long to wait for the others, from this process's own start.
       heartbeat_seconds: a process silent for so long is given up, and all others stop.
     Returns:
@@ -48,7 +50,9 @@ def initialize(
       UserError: some flags but not all; processes missing after the time-out, by number; two
         processes with one number.
     """
-    job = find_job(coordinator_address, num_processes, process_id, timeout_seconds)
+    job = find_job(
+        coordinator_address, num_processes, process_id, timeout_seconds, job_token=job_token
+    )
     if job is None or job.num_processes == 1:
         return False
     preflight(job, timeout_seconds)
@@ -72,6 +76,7 @@ def job(
     num_processes: int | None = None,
     process_id: int | None = None,
     *,
+    job_token: str | None = None,
     timeout_seconds: float = 300.0,
     heartbeat_seconds: int = 100,
 ) -> Iterator[None]:
@@ -85,6 +90,7 @@ def job(
         coordinator_address,
         num_processes,
         process_id,
+        job_token=job_token,
         timeout_seconds=timeout_seconds,
         heartbeat_seconds=heartbeat_seconds,
     ):
@@ -94,98 +100,6 @@ def job(
         yield
     except UserError as error:
         raise UserError(f"process {jax.process_index()}: {error}") from error
-
-
-# ------------------------------------------------------------------ preflight
-def preflight(job: Job, timeout_seconds: float) -> None:
-    """Waits until every process of the job has called; process 0 counts, on the coordinator's port.
-
-    jax.distributed.initialize would wait as long, but could not say for whom.
-
-    Raises:
-      UserError: on every process that is there, naming the numbers of those that are not.
-    """
-    host, _, port = job.coordinator_address.rpartition(":")
-    deadline = time.monotonic() + timeout_seconds
-    if job.process_id == 0:
-        fault = _count_processes(int(port), job.num_processes, deadline)
-    else:
-        fault = _call_process_0(host.strip("[]"), int(port), job, deadline)
-    if fault:
-        raise UserError(fault)
-
-
-def _count_processes(port: int, num_processes: int, deadline: float) -> str:
-    """Collects the others' calls on process 0 and answers all at once; returns the fault or ""."""
-    start, fault = time.monotonic(), ""
-    seen: dict[int, str] = {0: socket.gethostname()}
-    calls: list[socket.socket] = []
-    dual = socket.has_dualstack_ipv6()
-    family = socket.AF_INET6 if dual else socket.AF_INET
-    try:
-        server = socket.create_server(
-            ("", port), family=family, backlog=num_processes, dualstack_ipv6=dual
-        )
-    except OSError as error:
-        return (
-            f"process 0 could not listen on port {port} ({error.strerror}); choose a free one by "
-            "--coordinator_address"
-        )
-    with server, contextlib.ExitStack() as stack:
-        while len(seen) < num_processes and not fault and time.monotonic() < deadline:
-            server.settimeout(max(0.01, deadline - time.monotonic()))
-            try:
-                call = stack.enter_context(server.accept()[0])
-                call.settimeout(5.0)
-                name = json.loads(call.makefile().readline())
-                number, origin, count = name["process_id"], name["host"], name["num_processes"]
-            except (OSError, ValueError, KeyError, TypeError):
-                continue  # not one of ours, or gone already
-            calls.append(call)
-            if count != num_processes:
-                fault = (
-                    f"expected the same --num_processes everywhere, found {num_processes} on "
-                    f"process 0 and {count} on process {number} ({origin})"
-                )
-            elif number in seen:
-                fault = (
-                    f"expected one process for each number, found --process_id={number} twice: on "
-                    f"{seen[number]} and on {origin}"
-                )
-            seen[number] = origin
-        if not fault and (missing := sorted(set(range(num_processes)) - set(seen))):
-            there = ", ".join(f"{number} ({origin})" for number, origin in sorted(seen.items()))
-            fault = (
-                f"expected {num_processes} processes within {time.monotonic() - start:.0f} s, "
-                f"found {there}; missing: {', '.join(map(str, missing))}; look at their logs, and "
-                f"whether they reach port {port} here"
-            )
-        for call in calls:
-            with contextlib.suppress(OSError):
-                call.sendall(json.dumps({"fault": fault}).encode() + b"\n")
-                call.recv(1)  # they hang up first: the port must be free for JAX at once
-    return fault
-
-
-def _call_process_0(host: str, port: int, job: Job, deadline: float) -> str:
-    """Calls process 0 until it answers; returns the fault or ""."""
-    start = time.monotonic()
-    while True:
-        try:
-            with socket.create_connection((host, port), timeout=5.0) as call:
-                name = {"process_id": job.process_id, "num_processes": job.num_processes}
-                call.sendall(json.dumps(name | {"host": socket.gethostname()}).encode() + b"\n")
-                # Process 0 answers at its own deadline, which may be later than ours.
-                call.settimeout(2 * max(1.0, deadline - start))
-                return json.loads(call.makefile().readline())["fault"]
-        except (OSError, ValueError) as error:
-            if time.monotonic() > deadline:
-                return (
-                    f"process {job.process_id} expected process 0 at {host}:{port} within "
-                    f"{time.monotonic() - start:.0f} s, found nobody ({error}); missing: 0; check "
-                    "--coordinator_address, that process 0 runs and that its port is open"
-                )
-            time.sleep(0.2)
 
 
 # ------------------------------------------------------------------ together
@@ -242,7 +156,7 @@ def from_first(
     length = int(multihost_utils.broadcast_one_to_all(np.int32(length)))
     content = np.frombuffer(text.ljust(length), np.uint8)
     content = np.asarray(multihost_utils.broadcast_one_to_all(content))
-    answer = json.loads(content.astype(np.uint8).tobytes())
+    answer = parse_json(content.astype(np.uint8).tobytes())
     if fault is not None:
         raise fault
     if "error" in answer:

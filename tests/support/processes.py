@@ -6,6 +6,11 @@ import socket
 import subprocess
 import sys
 import textwrap
+import threading
+
+from microdit_jax.errors import UserError
+from microdit_jax.machine.cluster import Job
+from microdit_jax.machine.preflight import preflight
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -45,3 +50,21 @@ def finish(processes, timeout=120) -> list[tuple[int, str, str]]:
         for process in processes:
             process.kill()
     return [(p.returncode, *text) for p, text in zip(processes, texts, strict=True)]
+
+
+def preflights(*jobs: Job, seconds: float = 1.5) -> list[str]:
+    """The error of each job's preflight, all at once; "" where all went well."""
+    errors = [""] * len(jobs)
+
+    def check(i):
+        try:
+            preflight(jobs[i], seconds)
+        except UserError as error:
+            errors[i] = str(error)
+
+    threads = [threading.Thread(target=check, args=(i,)) for i in range(len(jobs))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return errors
