@@ -8,13 +8,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes
 
-from microdit_jax.convert.formats import safetensors_file, torch_pickle
+from microdit_jax.convert.formats import safetensors_file, torch_names
 from microdit_jax.convert.formats.safetensors_file import read_safetensors, write_safetensors
 from microdit_jax.convert.formats.torch_file import read_torch, write_torch
 from microdit_jax.errors import UserError
 
 FORMATS = {
-    "pt": (write_torch, read_torch, sorted(torch_pickle.STORAGES.values(), key=str)),
+    "pt": (write_torch, read_torch, sorted(torch_names.STORAGES.values(), key=str)),
     "safetensors": (
         write_safetensors,
         lambda path: read_safetensors(path)[0],

@@ -236,7 +236,7 @@ def test_the_old_format_runs_nothing_either(tmp_path):
     with pytest.raises(UserError, match="expected version 1001 .*found 1000; re-save"):
         read_torch(path)
     # A storage said to be larger than the whole file is not allocated.
-    huge = b"((S'storage'\nctorch\nFloatStorage\nS'0'\nS'cpu'\nL999999999999L\nNtQ."
+    huge = b"(U\x07storagectorch\nFloatStorage\nU\x010U\x03cpu\x8a\x05\xff\xff\xff\xff\x7fNtQ."
     path.write_bytes(legacy_bytes(huge, ["0"], []))
     with pytest.raises(UserError, match="truncated or damaged"):
         read_torch(path)

@@ -21,8 +21,8 @@ from microdit_jax.convert.formats.torch_file import write_torch
 from microdit_jax.convert.inputs import CONFIG, read_note
 from microdit_jax.convert.kinds import NAMES, get_kind
 from microdit_jax.convert.to_folder import bar, convert_to_folder, say, say_time
-from microdit_jax.errors import UserError
-from microdit_jax.files import check_writable, sha256
+from microdit_jax.errors import UserError, visible
+from microdit_jax.files import check_writable, read_json, sha256
 
 NOTE = "microdit_jax"  # where a written file says what it was made from
 EXAMPLE = """example:
@@ -119,12 +119,17 @@ def to_torch(flags: argparse.Namespace) -> None:
 def _read_config(path: Path, kind: str) -> dict[str, Any]:
     """Reads the config of --config: a JSON object of its own, or a model folder's config.json."""
     try:
-        contents = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"expected JSON of a config at {path}, found {error}") from error
-    if not isinstance(contents, dict):
-        raise UserError(f"expected a JSON object at {path}, found {type(contents).__name__}")
-    return contents.get(kind, contents)
+        contents = read_json(path)
+    except OSError as error:
+        raise UserError(
+            f"expected JSON of a config at {visible(path)}, found {error.strerror}; check the path"
+        ) from error
+    stated = contents.get(kind, contents)
+    if not isinstance(stated, dict):
+        raise UserError(
+            f"expected a JSON object under {kind} in {visible(path)}, found {type(stated).__name__}"
+        )
+    return stated
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -1,10 +1,7 @@
 """Finds the weights and the config.json in what a user points at: a file, or a model's folder."""
 
-import contextlib
 import hashlib
-import json
 import os
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,12 +10,14 @@ import numpy as np
 
 from microdit_jax.convert.formats.file_bytes import map_bytes
 from microdit_jax.convert.formats.safetensors_file import looks_like_safetensors, read_safetensors
+from microdit_jax.convert.formats.torch_file import read_member
 from microdit_jax.convert.kinds import Kind
 from microdit_jax.convert.state_dict import StateDict, read_state_dict
-from microdit_jax.errors import UserError
-from microdit_jax.files import sha256
+from microdit_jax.errors import UserError, visible
+from microdit_jax.files import parse_json, read_bytes, sha256
 
 CONFIG = "config.json"
+MAX_CONFIG = 64 << 20  # bytes; an index of shards has a line for each tensor
 SUFFIXES = (".safetensors", ".fp16.safetensors", ".bin", ".fp16.bin", ".pt")  # the best one first
 
 
@@ -47,7 +46,8 @@ def find_input(path: Path, kind: Kind) -> Input:
         if beside := _find_config(path.parent, kind):
             return Input((path,), *beside, [])
         text = read_note(path, CONFIG)
-        return Input((path,), json.loads(text) if text else None, path.name if text else "", [])
+        config = _parse_config(text, path) if text else None
+        return Input((path,), config, path.name if text else "", [])
     for folder in (path, *(path / name for name in kind.subfolders)):
         if files := _weights(folder, kind.stems):
             config, config_from = _find_config(folder, kind) or (None, "")
@@ -84,7 +84,8 @@ def read_tensors(files: Sequence[Path], part: str | None) -> StateDict:
         doubled = [name for name in found.tensors if name in tensors]
         if doubled:
             raise UserError(
-                f"expected every tensor once, found {', '.join(doubled[:5])} again in {file}; "
+                f"expected every tensor once, found {visible(', '.join(doubled[:5]))} again in "
+                f"{visible(file)}; "
                 "remove what is not part of the model"
             )
         tensors |= found.tensors
@@ -109,14 +110,21 @@ def read_config(path: Path) -> dict[str, Any] | None:
     """Reads a JSON file's object; None if there is no file, or another JSON value in it.
 
     Raises:
-      UserError: it is not JSON.
+      UserError: it is not JSON, or larger than any config.
     """
     if not path.is_file():
         return None
+    return _parse_config(read_bytes(path, MAX_CONFIG), path)
+
+
+def _parse_config(text: str | bytes, path: Path) -> dict[str, Any] | None:
+    """Parses the text of a config; `path` names the file in errors."""
     try:
-        contents = json.loads(path.read_text())
+        contents = parse_json(text)
     except ValueError as error:
-        raise UserError(f"expected JSON in {path}, found {error}; fetch it again") from error
+        raise UserError(
+            f"expected JSON in {visible(path)}, found {visible(error)}; fetch it again"
+        ) from error
     return contents if isinstance(contents, dict) else None
 
 
@@ -126,10 +134,15 @@ def read_note(path: Path, name: str) -> str | None:
         return None
     if path.suffix == ".safetensors" or looks_like_safetensors(path):
         return read_safetensors(path)[1].get(name)
-    with contextlib.suppress(zipfile.BadZipFile, KeyError, OSError):
-        with zipfile.ZipFile(path) as archive:
-            return archive.read(f"archive/extra/{name}").decode()
-    return None
+    raw = read_member(path, f"archive/extra/{name}")
+    if raw is None:
+        return None
+    try:
+        return raw.decode()
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"expected text in the note {name} of {visible(path)}, found {error}"
+        ) from error
 
 
 def _weights(folder: Path, stems: Sequence[str]) -> tuple[Path, ...]:
@@ -141,7 +154,13 @@ def _weights(folder: Path, stems: Sequence[str]) -> tuple[Path, ...]:
                 return (file,)
             index = folder / f"{stem}{suffix}.index.json"
             if index.is_file():
-                names = sorted(set((read_config(index) or {}).get("weight_map", {}).values()))
+                weight_map = (read_config(index) or {}).get("weight_map")
+                names = list(weight_map.values()) if isinstance(weight_map, dict) else []
+                if not names or not all(isinstance(name, str) for name in names):
+                    raise UserError(
+                        f"expected a weight_map of file names in {visible(index)}, found none; "
+                        "fetch it again"
+                    )
                 # basename: shards outside of this folder are not followed.
-                return tuple(folder / os.path.basename(name) for name in names)
+                return tuple(folder / os.path.basename(name) for name in sorted(set(names)))
     return ()

@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Shaped
 
 from microdit_jax.convert.formats.file_bytes import CHUNK
-from microdit_jax.errors import UserError
+from microdit_jax.errors import UserError, visible
 from microdit_jax.trees import flatten, unflatten
 
 Shape = tuple[int, ...]
@@ -147,7 +147,7 @@ def _entries(rule: Rule, match: re.Match, shape: Shape) -> list[Entry]:
 
 
 def is_finite(tensor: Shaped[np.ndarray, "..."]) -> bool:
-    """Returns True if no value is NaN or infinite; reads a few MB at a time."""
+    """Returns True if no value is NaN or infinite as float32; reads a few MB at a time."""
     if tensor.dtype.kind not in "fV" or not tensor.size:
         return True
     # Axes sorted by stride, so that memory is read in order however the axes are transposed.
@@ -160,7 +160,9 @@ def is_finite(tensor: Shaped[np.ndarray, "..."]) -> bool:
         if part.itemsize < 4:
             part = part.astype(np.float32)
         # min and max propagate NaN, so that they test all values without a temporary array.
-        if not (np.isfinite(part.min()) and np.isfinite(part.max())):
+        with np.errstate(over="ignore"):  # 1e300 in float64 is finite until it is cast
+            ends = np.array([part.min(), part.max()]).astype(np.float32)
+        if not np.isfinite(ends).all():
             return False
     return True
 
@@ -177,8 +179,27 @@ def check_values(
             progress(tensor.nbytes)
     if bad:
         raise UserError(
-            f"expected finite weights, found NaN or infinite values in {len(bad)} tensors: "
-            f"{', '.join(bad)}; take a checkpoint from before training diverged"
+            "expected weights that are finite as float32, found NaN, infinite or larger values in "
+            f"{len(bad)} tensors: {_listed(bad)}; take a checkpoint from before training diverged"
+        )
+
+
+def _listed(names: Sequence[str]) -> str:
+    """All names that a person can take in; names of a file are shown escaped."""
+    return visible(", ".join(names), 20_000)
+
+
+def _check_floating(tensors: Mapping[str, np.ndarray], table: Sequence[Entry]) -> None:
+    """Raises UserError if weights are integers, which are codes of a quantised model."""
+    found = [
+        f"{e.torch_name} ({tensors[e.torch_name].dtype})"
+        for e in table
+        if tensors[e.torch_name].dtype.kind not in "fV"  # V: bfloat16 and float8 of ml_dtypes
+    ]
+    if found:
+        raise UserError(
+            f"expected weights of a floating type, found {len(found)} tensors of others: "
+            f"{_listed(found)}; save them as float32, float16 or bfloat16"
         )
 
 
@@ -196,7 +217,7 @@ def _account(
         if name in found and tuple(found[name].shape) != shape
     ]
     faults = {"missing": missing, "unexpected": unexpected, "of another shape": misshapen}
-    lines = [f"{kind}: {', '.join(names)}" for kind, names in faults.items() if names]
+    lines = [f"{kind}: {_listed(names)}" for kind, names in faults.items() if names]
     if lines:
         raise UserError(
             f"expected the {len(wanted)} {what} of this config, found {len(found)}; "
@@ -221,10 +242,12 @@ def to_params(
       check_finite: read every value and name the tensors with NaN or infinite ones.
       progress: called with the number of bytes just checked.
     Raises:
-      UserError: tensors are missing, unexpected, misshapen or not finite; all are listed.
+      UserError: tensors are missing, unexpected, misshapen, not finite or no floating numbers; all
+        are listed.
     """
     wanted = {e.torch_name: e.torch_shape for e in table} | dict(buffers or {})
     _account(tensors, wanted, "tensors")
+    _check_floating(tensors, table)
     if check_finite:
         check_values(tensors, progress)
     flat = {}

@@ -88,9 +88,11 @@ def inside(root: str | os.PathLike, name: str) -> Path:
     return path
 
 
-def parse_json(text: str | bytes) -> Any:
+def parse_json(text: str | bytes, *, unique_keys: bool = False) -> Any:
     """Parses JSON of any origin.
 
+    Args:
+      unique_keys: refuse an object that has a key twice; else the last one counts.
     Raises:
       ValueError: no JSON, not UTF-8, nested too deep, or with numbers or texts that cannot be
         handled further (lone surrogates).
@@ -98,12 +100,22 @@ def parse_json(text: str | bytes) -> Any:
     try:
         if isinstance(text, bytes | bytearray):
             text = bytes(text).decode("utf-8-sig")
-        contents = json.loads(text)
+        contents = json.loads(text, object_pairs_hook=_unique if unique_keys else None)
         if "\\u" in text:  # only an escape can bring half of a surrogate pair
             json.dumps(contents, ensure_ascii=False).encode()
         return contents
     except RecursionError:
         raise ValueError("nested too deep") from None
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Makes the dict of a JSON object; raises ValueError if a key stands in it twice."""
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"{visible(key)} twice")
+        found[key] = value
+    return found
 
 
 def read_json(path: str | os.PathLike, num_bytes: int = MAX_TEXT) -> dict[str, Any]:

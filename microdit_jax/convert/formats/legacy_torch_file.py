@@ -1,85 +1,76 @@
 """Reads the format of PyTorch before 1.6, which some public weights still have.
 
 Five pickles (a magic number, the version, the machine, the object, the keys of its storages), then
-for each key the number of elements and the bytes. Where a storage lies is known only after the
-object was read, so the object is read twice: for the sizes, then for the tensors.
+for each key the number of elements and the bytes, little-endian whatever the machine was
+(torch/csrc/serialization.cpp).
 """
 
-import io
 import struct
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
 
-from microdit_jax.errors import UserError
+from microdit_jax.convert.formats.pickle_machine import PickleMachine
+from microdit_jax.convert.formats.pickle_tokens import Items, PickleFault
+from microdit_jax.convert.formats.torch_names import element_size
+from microdit_jax.convert.formats.torch_values import Values, storage_parts
+from microdit_jax.errors import UserError, visible
 
 MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # the first pickle
 VERSION = 1001
 
-# (key, dtype, elements) -> a storage for the unpickler; (bytes, dtype, swapped) -> the same
-FindStorage = Callable[[str, np.dtype, int], Any]
-MakeStorage = Callable[[np.ndarray, np.dtype, bool], Any]
-
-
-class _Sizes(NamedTuple):
-    dtype: np.dtype
-    count: int
-
 
 def load_legacy(
-    path: Path,
-    data: UInt8[np.ndarray, " b"],
-    load: Callable[[io.BufferedIOBase, FindStorage], Any],
-    make_storage: MakeStorage,
-) -> Any:
+    path: Path, machine: PickleMachine, data: UInt8[np.ndarray, " b"]
+) -> tuple[Values, Any]:
     """Reads the contents of such a file.
 
     Args:
+      machine: for the pickles in `data`.
       data: the file's bytes, mapped; tensors are views of them.
-      load: unpickles one object, safely.
+    Returns:
+      What made the values, and the contents.
     Raises:
-      UserError: another version, or truncated; and what `load` raises.
+      UserError: another version, or truncated.
+      PickleFault: damaged.
     """
-    sizes: dict[str, _Sizes] = {}
-
-    def measure(key: str, dtype: np.dtype | None, count: int):
-        if dtype is None or count < 0 or count * dtype.itemsize > len(data):
+    _, position = machine.load(0)
+    version, position = machine.load(position)
+    if type(version) is not int or version != VERSION:
+        found = version if type(version) is int else "none"
+        raise UserError(
+            f"expected version {VERSION} of the format before PyTorch 1.6 in {visible(path)}, "
+            f"found {found}; re-save it with a newer one: "
+            "torch.save(torch.load(FILE), NEW_FILE)"
+        )
+    _, begin = machine.load(position)  # about the machine
+    contents, end = machine.load(begin)
+    elements = {}  # number and size of each storage's elements, by its key
+    for token in machine.storages:
+        kind, key, count = storage_parts(token)
+        elements[key] = (count, element_size(kind))
+    listed, position = machine.load(end)
+    storages: dict[str, np.ndarray] = {}
+    for key in listed.values if isinstance(listed, Items) else ():
+        if type(key) not in (str, int) or str(key) not in elements or str(key) in storages:
+            raise PickleFault("keys of other storages than its tensors have")
+        count, size = elements[key := str(key)]
+        written = data[position : position + 8].tobytes()
+        start, position = position + 8, position + 8 + count * size
+        if written != struct.pack("<q", count) or position > len(data):
             raise _truncated(path)
-        sizes[key] = _Sizes(dtype, count)
-        # A stand-in of the real one's size, whose memory is never touched.
-        return make_storage(np.empty(count * dtype.itemsize, np.uint8), dtype, False)
-
-    # A buffered file, in which the unpickler stops where a pickle ends.
-    with path.open("rb") as file:
-        _, version, machine = (load(file, measure) for _ in range(3))
-        if version != VERSION:
-            raise UserError(
-                f"expected version {VERSION} of the format before PyTorch 1.6 in {path}, found "
-                f"{version}; re-save it with a newer one: torch.save(torch.load(FILE), NEW_FILE)"
-            )
-        swapped = not machine.get("little_endian", True)
-        start = file.tell()
-        load(file, measure)
-        keys, places = load(file, measure), {}
-        position = file.tell()
-        for key in keys:
-            head = bytes(data[position : position + 8])
-            if len(head) < 8 or key not in sizes:
-                raise _truncated(path)
-            (count,) = struct.unpack(">q" if swapped else "<q", head)
-            end = position + 8 + count * sizes[key].dtype.itemsize
-            if count != sizes[key].count or end > len(data):
-                raise _truncated(path)
-            places[key], position = data[position + 8 : end], end
-        file.seek(start)
-        return load(file, lambda key, dtype, _: make_storage(places[key], dtype, swapped))
+        storages[key] = data[start:position]
+    if storages.keys() != elements.keys():
+        raise _truncated(path)
+    most = max(1_000_000, 8 * (end - begin))
+    values = Values(storages.__getitem__, swapped=False, most=most)
+    return values, values.of(contents)
 
 
 def _truncated(path: Path) -> UserError:
     return UserError(
-        f"expected storages as large as the tensors in {path}, found it truncated or damaged; fetch"
-        " it again"
+        f"expected storages as large as the tensors in {visible(path)}, found it truncated or "
+        "damaged; fetch it again"
     )

@@ -10,15 +10,15 @@ import os
 import struct
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
 
 from microdit_jax.convert.formats.file_bytes import byte_chunks, map_bytes
 from microdit_jax.convert.formats.torch_file import output_dtype
-from microdit_jax.errors import UserError
-from microdit_jax.files import atomic_file
+from microdit_jax.errors import UserError, visible
+from microdit_jax.files import atomic_file, parse_json
 
 DTYPES = {
     "F64": np.dtype(np.float64),
@@ -37,6 +37,8 @@ DTYPES = {
     "U8": np.dtype(np.uint8),
     "BOOL": np.dtype(np.bool_),
 }
+MAX_HEADER = 100_000_000  # bytes, as the library has it
+MAX_AXES = 32
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -50,46 +52,75 @@ def read_safetensors(
     """
     data = map_bytes(path)
     size = int.from_bytes(data[:8].tobytes(), "little")
-    if len(data) < 8 + size:
+    if len(data) < 8 + size or size > MAX_HEADER:
         raise UserError(
-            f"expected a .safetensors header of {size} bytes in {path}, found {len(data) - 8}; "
-            "the file is truncated or of another format: fetch it again"
+            f"expected a .safetensors header of {size} bytes in {visible(path)}, found "
+            f"{len(data) - 8}; the file is truncated or of another format: fetch it again"
         )
+    body = data[8 + size :]
     try:
-        header = json.loads(data[8 : 8 + size].tobytes())
+        header = parse_json(data[8 : 8 + size].tobytes(), unique_keys=True)
+        if type(header) is not dict:
+            raise ValueError(f"a {type(header).__name__}")
         metadata = header.pop("__metadata__", {})
-        body = data[8 + size :]
-        end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        if type(metadata) is not dict or not all(type(v) is str for v in metadata.values()):
+            raise ValueError("__metadata__ that is not of texts")
+        entries = {name: _entry(name, entry) for name, entry in header.items()}
+        end = _check_layout(entries)
         if end != len(body):
             raise UserError(
-                f"expected {end} bytes of tensors in {path}, found {len(body)}; "
+                f"expected {end} bytes of tensors in {visible(path)}, found {len(body)}; "
                 "the file is truncated: fetch it again"
             )
-        _check_layout(header)
-        tensors = {}
-        for name, entry in header.items():
-            begin, end = entry["data_offsets"]
-            tensors[name] = body[begin:end].view(DTYPES[entry["dtype"]]).reshape(entry["shape"])
-    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        tensors = {
+            name: body[entry.begin : entry.end].view(entry.dtype).reshape(entry.shape)
+            for name, entry in entries.items()
+        }
+    except (ValueError, MemoryError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(
-            f"expected the .safetensors format in {path}, found a bad header "
-            f"({type(error).__name__}: {error}); fetch it again"
+            f"expected the .safetensors format in {visible(path)}, found a bad header "
+            f"({type(error).__name__}: {visible(error)}); fetch it again"
         ) from error
     return tensors, metadata
 
 
-def _check_layout(header: Mapping[str, Any]) -> None:
-    """Raises ValueError unless the tensors lie one after the other, each as large as its shape."""
+class _Entry(NamedTuple):
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+def _entry(name: str, entry: Any) -> _Entry:
+    """Returns a tensor's entry of the header; raises ValueError unless it is as large as it says.
+
+    Numbers must be exact and not negative, as the library's own reader (serde, usize) has them.
+    """
+    if type(entry) is not dict or not entry.keys() >= {"dtype", "shape", "data_offsets"}:
+        raise ValueError(f"{name} without dtype, shape and data_offsets")
+    kind, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if type(kind) is not str or kind not in DTYPES:
+        raise ValueError(f"{name} has the dtype {kind if type(kind) is str else type(kind)}")
+    if type(shape) is not list or type(offsets) is not list or len(offsets) != 2:
+        raise ValueError(f"{name} whose shape or data_offsets are no list")
+    if not all(type(n) is int and 0 <= n < 1 << 63 for n in (*shape, *offsets)):
+        raise ValueError(f"{name} whose shape or data_offsets are no sizes")
+    (begin, end), dtype = offsets, DTYPES[kind]
+    if len(shape) > MAX_AXES or end - begin != math.prod(shape) * dtype.itemsize:
+        raise ValueError(f"{name} of shape {shape} has the bytes {begin} to {end}")
+    return _Entry(dtype, tuple(shape), begin, end)
+
+
+def _check_layout(entries: Mapping[str, _Entry]) -> int:
+    """Raises ValueError unless the tensors lie one after the other; returns where they end."""
     position = 0
-    for name, entry in sorted(header.items(), key=lambda item: tuple(item[1]["data_offsets"])):
-        (begin, end), shape = entry["data_offsets"], entry["shape"]
-        if not all(isinstance(size, int) and size >= 0 for size in shape):
-            raise ValueError(f"{name} has the shape {shape}")
-        if begin != position or end - begin != math.prod(shape) * DTYPES[entry["dtype"]].itemsize:
-            raise ValueError(f"{name} of shape {shape} has the bytes {begin} to {end}")
-        position = end
+    for name, entry in sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)):
+        if entry.begin != position:
+            raise ValueError(f"{name} begins at {entry.begin} and not at {position}")
+        position = entry.end
+    return position
 
 
 def write_safetensors(

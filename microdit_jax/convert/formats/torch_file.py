@@ -2,16 +2,15 @@
 
 Since version 1.6 such a file is an uncompressed zip (legacy_torch_file.py has the older format):
 `NAME/data.pkl` pickles the objects, and every tensor's storage is a member `NAME/data/KEY` of plain
-bytes, which can be memory-mapped where it lies. torch_pickle.py knows the few names that tensors
-are pickled with, so a file that wants to run anything else is refused by construction.
+bytes, which can be memory-mapped where it lies. The pickle is read as data (pickle_machine.py), and
+torch_names.py says which of its names stand for tensors; a file that wants to run anything else is
+refused.
 """
 
-import io
 import os
-import pickle
 import struct
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +20,15 @@ from jaxtyping import Shaped
 
 from microdit_jax.convert.formats.file_bytes import byte_chunks, map_bytes
 from microdit_jax.convert.formats.legacy_torch_file import MAGIC, load_legacy
-from microdit_jax.convert.formats.torch_pickle import DTYPES, STORAGES, Storage, Unpickler
-from microdit_jax.errors import UserError
+from microdit_jax.convert.formats.pickle_machine import PickleMachine
+from microdit_jax.convert.formats.torch_names import DTYPES, STORAGES, check_name
+from microdit_jax.convert.formats.torch_values import Values
+from microdit_jax.convert.formats.zip_members import NotAZipError, ZipMembers
+from microdit_jax.errors import UserError, visible
 from microdit_jax.files import atomic_file
 
 ALIGNMENT = 64  # bytes; of each storage within the file, as torch.save has it
+MAX_NOTE = 1 << 20  # bytes of a member that is read as text
 
 
 # --- reading -----------------------------------------------------------------------------------
@@ -40,73 +43,127 @@ def _not_a_zip(path: Path, head: bytes) -> UserError:
         found, fix = "a web page or text", "fetch the file itself"
     else:
         found, fix = f"bytes {head[:4].hex(' ')}", "check that this is the right file"
-    return UserError(f"expected a .pt file (zip) at {path}, found {found}; {fix}")
+    return UserError(f"expected a .pt file (zip) at {visible(path)}, found {found}; {fix}")
 
 
-class _Archive:
-    """The members of an uncompressed zip, as slices of the mapped file."""
+def _open_zip(path: Path) -> ZipMembers:
+    try:
+        return ZipMembers(path)
+    except NotAZipError as error:
+        raise _not_a_zip(path, bytes(map_bytes(path)[:64])) from error
 
-    def __init__(self, path: Path):
-        self.path, self.data = path, map_bytes(path)
-        try:
-            with zipfile.ZipFile(path) as archive:
-                self.members = {info.filename: info for info in archive.infolist()}
-        except (zipfile.BadZipFile, struct.error, ValueError) as error:
-            raise _not_a_zip(path, bytes(self.data[:64])) from error
 
-    def __getitem__(self, name: str) -> np.ndarray:
-        info = self.members[name]
-        if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
+class TorchFile:
+    """Reads what `torch.save` wrote, all but the tensors' bytes.
+
+    Attributes:
+      contents: usually a dict, nested as saved, of arrays: read-only views of the mapped file in
+        the type and with the strides they were saved with (bfloat16 is ml_dtypes'); tensors that
+        shared a storage share it again. What is no tensor, container, number or text is a
+        LeftAside.
+      notes: what was left aside, in words.
+    Raises:
+      UserError: the file is truncated, damaged, or wants to run code.
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = path = Path(path)
+        data = map_bytes(path)
+        self._zip: ZipMembers | None = None
+        if data[: len(MAGIC)].tobytes() == MAGIC:
+            machine = PickleMachine(data.data, lambda name: check_name(path, name))
+            self._values, self.contents = _undamaged(path, lambda: load_legacy(path, machine, data))
+            self.notes = []
+        else:
+            self._zip = _open_zip(path)
+            self._values, self.contents = self._read_zip(self._zip)
+            self.notes = [] if self._zip.has_checksums else [_WITHOUT_CHECKSUMS]
+        if aside := self._values.left_aside:
+            shown = ", ".join(f"{count} x {what}" for what, count in aside.most_common(8))
+            more = f" and {len(aside) - 8} kinds more" if len(aside) > 8 else ""
+            self.notes.append(f"left aside what is no tensor: {visible(shown, 1000)}{more}")
+
+    def _read_zip(self, members: ZipMembers) -> tuple[Values, Any]:
+        pickles = [name for name in members.names() if name.split("/")[1:] == ["data.pkl"]]
+        if len(pickles) != 1:
             raise UserError(
-                f"expected uncompressed members in {self.path}, found {name} compressed or "
-                "encrypted; re-save it with torch.save"
+                f"expected a .pt file at {visible(self.path)}, found a zip with {len(pickles)} "
+                "data.pkl; check that this is the right file"
             )
-        # The local header repeats the name and has its own extra field (torch pads with it), so
-        # only the header itself tells where the bytes begin.
-        header = bytes(self.data[info.header_offset : info.header_offset + 30])
-        if len(header) < 30 or header[:4] != b"PK\x03\x04":
-            raise UserError(f"expected {name} in {self.path}, found other bytes; fetch it again")
-        start = info.header_offset + 30 + sum(struct.unpack("<HH", header[26:30]))
-        if start + info.file_size > len(self.data):
+        self._root = pickles[0].split("/")[0]
+        if f"{self._root}/constants.pkl" in members:
             raise UserError(
-                f"expected {info.file_size} bytes of {name} in {self.path}, found "
-                f"{len(self.data) - start}; fetch it again"
+                f"expected tensors in {visible(self.path)}, found a program of TorchScript; save "
+                "its weights: torch.save(torch.jit.load(FILE).state_dict(), NEW_FILE)"
             )
-        return self.data[start : start + info.file_size]
+        order = f"{self._root}/byteorder"
+        members.verify([pickles[0], order] if order in members else [pickles[0]])
+        swapped = order in members and members[order][:16].tobytes().strip() == b"big"
+        program = members[pickles[0]]
+        values = Values(
+            lambda key: members[self._member(key)],
+            swapped=swapped,
+            most=max(1_000_000, 8 * len(program)),
+        )
+
+        def load():
+            machine = PickleMachine(program.data, lambda name: check_name(self.path, name))
+            return values.of(machine.load()[0])
+
+        return values, _undamaged(self.path, load)
+
+    def _member(self, key: str) -> str:
+        return f"{self._root}/data/{key}"
+
+    def verify(self, arrays: Iterable[Shaped[np.ndarray, "..."]]) -> None:
+        """Compares the bytes below some of the contents' arrays to the file's checksums.
+
+        Raises:
+          UserError: they are not those that were written.
+        """
+        if self._zip is not None:
+            keys = self._values.keys_of
+            self._zip.verify(self._member(keys[id(a)]) for a in arrays if id(a) in keys)
+
+    def verify_all(self) -> None:
+        """Compares the bytes below all arrays, as `verify` does."""
+        if self._zip is not None:
+            self._zip.verify(self._member(key) for key in self._values.keys_of.values())
+
+
+_WITHOUT_CHECKSUMS = "the file was saved without checksums, so damage to its values cannot be seen"
 
 
 def read_torch(path: str | os.PathLike) -> Any:
-    """Reads what `torch.save` wrote: usually a dict, nested as saved, of NumPy arrays.
-
-    Tensors are read-only views of the memory-mapped file, in the type and with the strides they
-    were saved with; tensors that shared a storage share it again. bfloat16 is ml_dtypes'.
+    """Returns the contents of a TorchFile, with all of its checksums verified.
 
     Raises:
       UserError: the file is truncated, damaged, or wants to run code.
     """
-    path = Path(path)
-    if bytes((data := map_bytes(path))[: len(MAGIC)]) == MAGIC:
+    file = TorchFile(path)
+    file.verify_all()
+    return file.contents
 
-        def load(file: io.BufferedIOBase, storage: Callable) -> Any:
-            return Unpickler(file, path, storage).load()
 
-        return _undamaged(path, lambda: load_legacy(path, data, load, Storage))
-    archive = _Archive(path)
-    pickles = [name for name in archive.members if name.split("/")[1:] == ["data.pkl"]]
-    if len(pickles) != 1:
+def read_member(path: Path, name: str) -> bytes | None:
+    """Returns a small member of a .pt file, such as a note beside its tensors; None if none.
+
+    Raises:
+      UserError: the member is damaged, or larger than MAX_NOTE.
+    """
+    try:
+        members = ZipMembers(path)
+    except NotAZipError:
+        return None
+    if name not in members:
+        return None
+    if len(member := members[name]) > MAX_NOTE:
         raise UserError(
-            f"expected a .pt file at {path}, found a zip with {len(pickles)} data.pkl; "
-            "check that this is the right file"
+            f"expected at most {MAX_NOTE:,} bytes in {visible(name)} of {visible(path)}, found "
+            f"{len(member):,}; fetch it again"
         )
-    root = pickles[0].split("/")[0]
-    order = f"{root}/byteorder"
-    swapped = order in archive.members and bytes(archive[order]).strip() == b"big"
-
-    def storage(key: str, dtype: np.dtype | None, _: int) -> Storage:
-        return Storage(archive[f"{root}/data/{key}"], dtype, swapped)
-
-    file = io.BytesIO(archive[pickles[0]].tobytes())
-    return _undamaged(path, lambda: Unpickler(file, path, storage).load())
+    members.verify([name])
+    return member.tobytes()
 
 
 def _undamaged(path: Path, load: Callable[[], Any]) -> Any:
@@ -115,13 +172,11 @@ def _undamaged(path: Path, load: Callable[[], Any]) -> Any:
         return load()
     except UserError:
         raise
-    except (pickle.UnpicklingError, EOFError, AttributeError, LookupError, TypeError) as error:
-        reason = error
-    except (ValueError, OverflowError, MemoryError, RecursionError, struct.error) as error:
+    except (ValueError, LookupError, MemoryError, RecursionError, struct.error) as error:
         reason = error
     raise UserError(
-        f"expected pickled tensors in {path}, found damaged contents "
-        f"({type(reason).__name__}: {reason}); fetch it again"
+        f"expected pickled tensors in {visible(path)}, found damaged contents "
+        f"({type(reason).__name__}: {visible(reason)}); fetch it again"
     ) from reason
 
 
