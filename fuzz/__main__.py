@@ -23,7 +23,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-from fuzz.mutate import mutated
 from fuzz.run import CORPORA, HANG_SECONDS, Runner
 from fuzz.scratch import memory_disk
 from fuzz.targets import MODULES
@@ -129,17 +128,28 @@ def _fuzz(name: str, options: argparse.Namespace) -> None:
         str(work),
         str(CORPORA / name),
     ]
-    atheris.Setup([sys.argv[0], *arguments], runner.execute)
+    grammar = runner.target.grammar
+    if grammar is None:
+        atheris.Setup([sys.argv[0], *arguments], runner.execute)
+    else:
+
+        def mutate(data: bytes, most: int, seed: int) -> bytes:
+            chance = random.Random(seed)
+            if chance.random() < 0.5 and (found := grammar(chance, data, runner.target.words)):
+                return found[:most]
+            return atheris.Mutate(data, most)
+
+        atheris.Setup([sys.argv[0], *arguments], runner.execute, custom_mutator=mutate)
     atheris.Fuzz()
 
 
 def _by_chance(runner: Runner, options: argparse.Namespace) -> None:
-    random_bytes = random.Random(options.seed)
+    chance = random.Random(options.seed)
     seeds = [file.read_bytes() for file in runner.corpus()]
     end = time.monotonic() + options.seconds
     most = options.executions or sys.maxsize
     while runner.executions < most and time.monotonic() < end:
-        data = mutated(random_bytes, seeds, runner.target.words, runner.target.max_bytes)
+        data = runner.mutated(chance, seeds)
         try:
             runner.execute(data)
         except BaseException:

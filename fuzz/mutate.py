@@ -3,6 +3,8 @@
 import random
 from collections.abc import Sequence
 
+from fuzz.grammar import Mutate
+
 NUMBERS = [
     value.to_bytes(width, "little")
     for width in (1, 2, 4, 8)
@@ -11,15 +13,24 @@ NUMBERS = [
 
 
 def mutated(
-    chance: random.Random, seeds: Sequence[bytes], words: Sequence[bytes], most: int
+    chance: random.Random,
+    seeds: Sequence[bytes],
+    words: Sequence[bytes],
+    most: int,
+    grammar: Mutate | None = None,
 ) -> bytes:
     """Returns an input made of one or two seeds by a few changes.
 
     Args:
       words: pieces of the format that are put in.
       most: bytes of an input.
+      grammar: makes every other input.
     """
-    data = bytearray(chance.choice(seeds))
+    seed = chance.choice(seeds)
+    if grammar and chance.random() < 0.5:
+        if found := grammar(chance, seed, words):
+            return found[:most]
+    data = bytearray(seed)
     if chance.random() < 0.1:
         other = chance.choice(seeds)
         data = data[: chance.randint(0, len(data))] + other[chance.randint(0, len(other)) :]

@@ -7,7 +7,6 @@ import argparse
 import random
 import resource
 
-from fuzz.mutate import mutated
 from fuzz.run import Runner
 from fuzz.targets import MODULES
 
@@ -24,8 +23,7 @@ def main() -> None:
         runner, chance = Runner(name), random.Random(1)
         inputs = [file.read_bytes() for file in runner.corpus()]
         for _ in range(options.mutations):
-            words, most = runner.target.words, runner.target.max_bytes
-            runner.execute(mutated(chance, inputs, words, most))
+            runner.execute(runner.mutated(chance, inputs))
         runner.close()
         print(f"{name}: {runner.executions} inputs")
 

@@ -2,11 +2,14 @@
 
 import faulthandler
 import math
+import random
 import resource
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
+from fuzz.mutate import mutated
 from fuzz.scratch import Scratch
 from fuzz.targets import target
 from fuzz.watch import Escape, Watch
@@ -43,6 +46,11 @@ class Runner:
     def corpus(self) -> list[Path]:
         """Returns the committed inputs."""
         return sorted((CORPORA / self.name).iterdir())
+
+    def mutated(self, chance: random.Random, inputs: Sequence[bytes]) -> bytes:
+        """Returns a mutation of one of these inputs."""
+        target = self.target
+        return mutated(chance, inputs, target.words, target.max_bytes, target.grammar)
 
     def execute(self, data: bytes) -> None:
         """Reads one input.

@@ -4,6 +4,7 @@ import dataclasses
 import importlib
 from collections.abc import Callable
 
+from fuzz.grammar import Mutate
 from fuzz.scratch import Scratch
 
 Read = Callable[[bytes], object]
@@ -17,12 +18,14 @@ class Target:
       open: makes the function that reads; given the folder for its files.
       refusals: exceptions that the reader documents.
       words: what its format is made of, for the mutations.
+      grammar: a mutation that keeps the format; None: bytes alone are changed.
       max_bytes: of one input.
     """
 
     open: Callable[[Scratch], Read]
     refusals: tuple[type[Exception], ...]
     words: tuple[bytes, ...] = ()
+    grammar: Mutate | None = None
     max_bytes: int = 4096
 
 
@@ -42,6 +45,7 @@ MODULES = {
     "tfds_features": "folders",
     "metrics": "folders",
     "png_settings": "images",
+    "preflight": "messages",
     "page_request": "messages",
 }
 

@@ -3,6 +3,7 @@
 import itertools
 from pathlib import Path
 
+from fuzz.grammar import after_a_byte, json_lines
 from fuzz.scratch import Scratch
 from fuzz.targets import Read, Target
 from microdit_jax.errors import UserError
@@ -43,6 +44,9 @@ TARGETS = {
         _open_zip, NOTHING, (b"PK\1\2", b"PK\3\4", b"PK\5\6", b"PK\6\6", b"\1\0\x18\0", b"\x0c\0")
     ),
     "table": Target(
-        _open_table, (UserError, OSError), (b'{"', b'"caption":', b"[{", b"\\ud800", b'""')
+        _open_table,
+        (UserError, OSError),
+        (b'{"', b'"caption":', b"[{", b"\\ud800", b'""'),
+        after_a_byte(json_lines),
     ),
 }

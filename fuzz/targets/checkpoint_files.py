@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from fuzz.grammar import pickles, safetensors
 from fuzz.scratch import Scratch
 from fuzz.targets import Read, Target
 from fuzz.zips import stored_zip
@@ -74,11 +75,12 @@ def _open_safetensors(scratch: Scratch) -> Read:
 
 
 TARGETS = {
-    "pt": Target(_open_pt, (UserError, OSError), OPCODES + NAMES),
-    "legacy_pt": Target(_open_legacy, (UserError, OSError), OPCODES + NAMES),
+    "pt": Target(_open_pt, (UserError, OSError), OPCODES + NAMES, pickles),
+    "legacy_pt": Target(_open_legacy, (UserError, OSError), OPCODES + NAMES, pickles),
     "safetensors": Target(
         _open_safetensors,
         (UserError, OSError),
         (b'"dtype":"F32"', b'"shape":[', b'"data_offsets":[0,', b"BF16", b"__metadata__", b"-1"),
+        safetensors,
     ),
 }

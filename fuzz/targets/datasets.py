@@ -3,6 +3,7 @@
 import itertools
 import json
 
+from fuzz.grammar import json_document
 from fuzz.scratch import Scratch
 from fuzz.targets import Read, Target
 from microdit_jax.data.mds import MdsReader
@@ -89,6 +90,6 @@ VALUES = (
     b"\\ud800",
 )
 TARGETS = {
-    "mds_index": Target(_open_index, (UserError,), KEYS + VALUES),
+    "mds_index": Target(_open_index, (UserError,), KEYS + VALUES, json_document),
     "mds_shard": Target(_open_shard, (UserError,), (b"\xff\xff\xff\xff", b"NaN", b"RGB", b"{}")),
 }

@@ -2,6 +2,7 @@
 
 import hashlib
 
+from fuzz.grammar import json_document, json_lines
 from fuzz.scratch import Scratch
 from fuzz.targets import Read, Target
 from microdit_jax.checkpoints import model_folder
@@ -78,16 +79,19 @@ TARGETS = {
         _open_model_config,
         (UserError, OSError),
         (b'"format":', b'"version":1', b'"kind":"dit"', b'"dit":{', b'"dim":', b"null", b"1e999"),
+        json_document,
     ),
     "run_config": Target(
         _open_run_config,
         (UserError, OSError),
         (b'"format":', b'"dit":{', b'"edm":{', b'"config":{"data":{', b"null", b'"has_ema":'),
+        json_document,
     ),
     "manifest": Target(
         _open_manifest,
         (UserError, OSError),
         (b'"arrays":{', b'"files":{', b'"../', b"/dev/zero", b'"params/', b"[0,", b"null"),
+        json_document,
     ),
     "tfds_features": Target(
         _open_features,
@@ -102,10 +106,12 @@ TARGETS = {
             b'"feature":',
             b'"shape":',
         ),
+        json_document,
     ),
     "metrics": Target(
         _open_metrics,
         (UserError, OSError),
         (b'{"step":', b'"loss":', b'"heldout":{', b'"ema":', b'"right":', b"null", b"\n"),
+        json_lines,
     ),
 }

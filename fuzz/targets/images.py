@@ -4,6 +4,7 @@ import io
 
 from PIL import Image, PngImagePlugin
 
+from fuzz.grammar import json_document
 from fuzz.scratch import Scratch
 from fuzz.targets import Read, Target
 from microdit_jax import images
@@ -37,5 +38,6 @@ TARGETS = {
         _open,
         (UserError, OSError),
         (*(f'"{word}":'.encode() for word in WORDS), b"1e999", b"NaN", b"-1", b"null", b"\\ud800"),
+        json_document,
     )
 }
