@@ -109,7 +109,7 @@ def _fuzz(name: str, options: argparse.Namespace) -> None:
             runner.close()
         return
     with atheris.instrument_imports(include=["microdit_jax"]):
-        runner = Runner(name, watch_time=False)  # libFuzzer does
+        runner = Runner(name, watch_limits=False)  # libFuzzer does
     work, found = options.work / name, options.found / name
     for folder in (work, found):
         folder.mkdir(parents=True, exist_ok=True)

@@ -3,7 +3,7 @@
 import faulthandler
 import math
 import random
-import resource
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -24,14 +24,15 @@ class Runner:
     """A target with its folder and its watch; the corpus is read once at the start.
 
     Args:
-      watch_time: end the process, with a traceback, where an input takes too long.
+      watch_limits: end the process, with a traceback, where an input takes too long, and fail one
+        that takes too much memory; libFuzzer does so by itself.
 
     Attributes:
       executions: how many inputs were read.
     """
 
-    def __init__(self, name: str, *, watch_time: bool = True):
-        self._watch_time, self._armed = watch_time, -math.inf
+    def __init__(self, name: str, *, watch_limits: bool = True):
+        self._watch_limits, self._armed = watch_limits, -math.inf
         self.name, self.target, self.scratch = name, target(name), Scratch()
         self._read = self.target.open(self.scratch)
         self._watch = Watch(self.scratch.folder)
@@ -62,12 +63,12 @@ class Runner:
         self.executions += 1
         with self._watch.reading():
             self._try(data)
-        if _peak_bytes() - self._largest > GROWTH_BYTES:
+        if self._watch_limits and _peak_bytes() - self._largest > GROWTH_BYTES:
             raise Escape(f"took more than {GROWTH_BYTES:,} bytes of memory")
 
     def _try(self, data: bytes) -> None:
         # Once a second, as arming takes longer than most inputs do.
-        if self._watch_time and time.monotonic() > self._armed + 1:
+        if self._watch_limits and time.monotonic() > self._armed + 1:
             self._armed = time.monotonic()
             faulthandler.dump_traceback_later(HANG_SECONDS + 1, exit=True)
         try:
@@ -83,4 +84,7 @@ class Runner:
 
 
 def _peak_bytes() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    # Not getrusage's, which begins at that of the process that started this one.
+    status = Path("/proc/self/status")
+    found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.exists() else None
+    return int(found[1]) * 1024 if found else 0
