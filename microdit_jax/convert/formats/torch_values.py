@@ -120,6 +120,8 @@ class Values:
             return _integers(token), 1 + len(token.arguments)
         if token.name == torch_names.ENCODE:  # how Python 2 keeps bytes: text in latin-1
             return self._bytes(token.arguments), 1
+        if token.name == "builtins.bytes" and not token.arguments:
+            return b"", 1
         if token.name in _TENSORS:
             return self._tensor(token.name, token.arguments, depth), 1
         return self._aside(token.name), 1
