@@ -1,5 +1,6 @@
 """Meshes over nodes of GPUs and slices of TPUs: data across them, fsdp and expert inside."""
 
+import dataclasses
 import random
 
 import jax
@@ -86,3 +87,11 @@ def test_tpu_slices_keep_the_order_of_their_links():
 def test_the_log_tells_the_slices(monkeypatch):
     monkeypatch.setattr(jax, "devices", lambda: gpus(4, 8))
     assert slices.described() == ", 4 slices of 8"
+
+
+def test_gpus_that_are_only_compiled_for():
+    """The compiler's model gives them no slice_index, but coordinates that begin with it."""
+    devices = [
+        dataclasses.replace(d, slice_index=0, coords=(d.id // 8, 0, d.id % 8)) for d in gpus(2, 8)
+    ]
+    assert slices.slices_of(sharding.make_mesh(-1, 8, 1, devices=devices)) == (0,) * 8 + (1,) * 8

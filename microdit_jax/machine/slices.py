@@ -18,7 +18,12 @@ from jaxtyping import Shaped
 
 def slice_of(device: Any) -> int:
     """Returns the slice that a device is in; 0 where the platform knows of none, as CPUs."""
-    return getattr(device, "slice_index", None) or 0
+    index, coords = getattr(device, "slice_index", None) or 0, getattr(device, "coords", ())
+    if device.platform == "gpu" and len(coords) == 3:
+        # Of a GPU that is only compiled for, slice_index is 0 everywhere; coords are its slice, its
+        # host and its number.
+        return index or int(coords[0])
+    return index
 
 
 def arrange(devices: Sequence[Any], sizes: Sequence[int]) -> Shaped[np.ndarray, "..."]:
