@@ -1,5 +1,7 @@
 """Compresses and decompresses whole MDS shards: zstd, gz, bz2, br (Brotli), snappy."""
 
+import mmap
+
 import cramjam
 
 _MODULES = {
@@ -20,26 +22,28 @@ def parse_compression(name: str) -> tuple[str, int | None]:
     return algorithm, int(level) if level else None
 
 
-def decompress(name: str, data: bytes, size: int) -> bytearray:
-    """Decompresses to exactly `size` bytes; never takes more memory than that.
+def decompress(name: str, data: bytes, size: int) -> memoryview:
+    """Decompresses to exactly `size` bytes; takes memory for what there is, and never for more.
 
     Raises:
       ValueError: `data` is damaged, or holds another number of bytes.
     """
     algorithm, _ = parse_compression(name)
-    out = bytearray(size)
+    if not size:
+        return memoryview(b"")
     try:
+        out = mmap.mmap(-1, size)  # pages that nothing is written to take no memory
         if algorithm == "snappy":  # its raw format says the size first
             if cramjam.snappy.decompress_raw_len(data) != size:
                 raise ValueError("it says another size")
             written = cramjam.snappy.decompress_raw_into(data, out)
         else:
             written = _MODULES[algorithm].decompress_into(data, out)
-    except (cramjam.DecompressionError, ValueError, OSError) as error:
+    except (cramjam.DecompressionError, ValueError, OSError, OverflowError) as error:
         raise ValueError(f"{algorithm} data do not decompress to {size} bytes: {error}") from error
     if written != size:
         raise ValueError(f"{algorithm} data decompress to {written} bytes, expected {size}")
-    return out
+    return memoryview(out)
 
 
 def compress(name: str, data: bytes) -> bytes:

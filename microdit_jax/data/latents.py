@@ -3,7 +3,6 @@
 This package knows no codecs: `load_prepared` is handed a function that reads one.
 """
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,8 +11,8 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from microdit_jax.data.records import check_made_by
-from microdit_jax.errors import UserError
-from microdit_jax.files import read_npz
+from microdit_jax.errors import UserError, visible
+from microdit_jax.files import read_json, read_npz
 from microdit_jax.towers import Codec
 
 FORMAT, FORMAT_VERSION = "microdit_jax prepared latents", 2
@@ -107,23 +106,31 @@ def load_prepared(folder: Path, load_codec: Callable[[Path], Codec]) -> Prepared
     """
     meta = read_meta(folder)
     if meta is None or meta.get("version") != FORMAT_VERSION:
-        found = "no such folder" if meta is None else f"data of version {meta.get('version')}"
+        found = (
+            "no such folder"
+            if meta is None
+            else f"data of version {visible(meta.get('version'), 60)}"
+        )
         raise UserError(
             f"expected prepared data, version {FORMAT_VERSION}, in {folder}, found {found}: "
             f"prepare the data first"
         )
-    names = {"vae": meta["vae"], "text_encoder": meta["text_encoder"]}
     try:
-        captions = json.loads((folder / "captions.json").read_text())
+        names = {"vae": meta["vae"], "text_encoder": meta["text_encoder"]}
+        if not all(isinstance(name, str) for name in names.values()):
+            raise ValueError("names of towers that are no texts")
+        captions = read_json(folder / "captions.json")
         sources = {}
         for split in ("train", "heldout"):
             arrays = read_npz(folder / f"{split}.npz")
+            if not all(isinstance(caption, str) for caption in captions[split]):
+                raise ValueError("captions that are no texts")
             sources[split] = LatentSource(
                 arrays["latents"], arrays["caption_latents"], captions[split], **names
             )
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"expected whole prepared data in {folder}, could not read them ({error}): "
+            f"expected whole prepared data in {folder}, could not read them ({visible(error)}): "
             f"delete the folder and prepare the data again"
         ) from error
     return Prepared(sources["train"], sources["heldout"], load_codec(folder / "codec"), meta)
@@ -132,7 +139,7 @@ def load_prepared(folder: Path, load_codec: Callable[[Path], Codec]) -> Prepared
 def read_meta(folder: Path) -> dict[str, Any] | None:
     """Reads meta.json of a finished folder of this format, any version; None if there is none."""
     try:
-        meta = json.loads((folder / "meta.json").read_text())
+        meta = read_json(folder / "meta.json")
     except (OSError, ValueError):
         return None
-    return meta if isinstance(meta, dict) and meta.get("format") == FORMAT else None
+    return meta if meta.get("format") == FORMAT else None

@@ -9,7 +9,6 @@ import bisect
 import dataclasses
 import hashlib
 import itertools
-import json
 import mmap
 import os
 import struct
@@ -22,9 +21,12 @@ import xxhash
 
 from microdit_jax.data import compression, mds_encodings
 from microdit_jax.data.shard_files import ShardFiles
-from microdit_jax.errors import UserError
+from microdit_jax.errors import UserError, visible
+from microdit_jax.files import parse_json
 
 INDEX = "index.json"
+SUFFIX = ".mds"  # of shards, as all writers name them
+_MAX_BYTES = 2**32 - 1  # of a shard, whose offsets are u32
 # Shards kept mapped; the kernel allows 65,530 maps a process.
 _MAX_OPEN = 16_384
 
@@ -157,9 +159,6 @@ class MdsReader:
             raise UserError(
                 f"expected a shard in {where}, could not open it ({error}); copy it again"
             ) from error
-        if self._check_hashes:
-            _check_file_hashes(where, shard.raw, view)
-        _check_header(where, shard, view)
         with self._lock:
             while len(self._views) >= _MAX_OPEN:
                 del self._views[next(iter(self._views))]
@@ -169,14 +168,21 @@ class MdsReader:
     def _open_raw(self, shard: Shard) -> BinaryIO:
         """Opens the uncompressed file; unpacked once, beside the compressed one or in the cache."""
         raw, packed, method = shard.raw, shard.packed, shard.compression
+
+        def check(data: memoryview, kept: bool) -> None:
+            where = self._files.location(raw.name)
+            if kept or self._check_hashes:
+                _check_file_hashes(where, raw, data)
+            _check_header(where, shard, data)
+
         if (
             packed is None
             or method is None
             or (self._files.is_local and self._files.exists(raw.name))
         ):
-            return self._files.open(raw.name, raw.size)
+            return self._files.open(raw.name, raw.size, check)
 
-        def unpack() -> bytearray:
+        def unpack() -> memoryview:
             where = self._files.location(packed.name)
             with self._files.open(packed.name, packed.size) as file:
                 data = file.read()
@@ -190,7 +196,7 @@ class MdsReader:
                     f"({error}); copy it again"
                 ) from error
 
-        return self._files.make(raw.name, raw.size, unpack)
+        return self._files.make(raw.name, raw.size, unpack, check)
 
     def _forget_file(self, name: str) -> None:
         """Drops the map of a file that the cache removes; its arrays stay valid."""
@@ -206,12 +212,12 @@ def _read_index(files: ShardFiles) -> list[Shard]:
             "(microdit_jax.prepare.mds_writer.merge_index)"
         )
     try:
-        index = json.loads(files.read(INDEX))
+        index = parse_json(files.read(INDEX))
         if index["version"] != 2:
-            raise ValueError(f"version {index['version']!r}, expected 2")
+            raise ValueError(f"version {visible(index['version'], 60)}, expected 2")
         shards = [_parse_shard(entry) for entry in index["shards"]]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        what = f"no {error}" if isinstance(error, KeyError) else error
+        what = visible(f"no {error}" if isinstance(error, KeyError) else error)
         raise UserError(
             f"expected an index of MDS shards in {where}, could not use it ({what}); write or copy "
             "it again"
@@ -219,8 +225,9 @@ def _read_index(files: ShardFiles) -> list[Shard]:
     for number, shard in enumerate(shards):
         if shard.columns != shards[0].columns:
             raise UserError(
-                f"expected the same columns in all shards of {where}, found {shard.columns} in "
-                f"shard {number} and {shards[0].columns} in the first; keep such datasets apart"
+                f"expected the same columns in all shards of {where}, found "
+                f"{visible(shard.columns)} in shard {number} and {visible(shards[0].columns)} in "
+                "the first; keep such datasets apart"
             )
     return shards
 
@@ -232,7 +239,9 @@ def _parse_shard(entry: dict[str, Any]) -> Shard:
         )
     names, encodings = entry["column_names"], entry["column_encodings"]
     if len(set(names)) != len(names) or list(names) != sorted(names):
-        raise ValueError(f"columns {names} are not sorted, or not different")
+        raise ValueError(f"columns {visible(names)} are not sorted, or not different")
+    if not all(isinstance(text, str) for text in (*names, *encodings)):
+        raise ValueError(f"columns {visible(names)} that are no texts")
     if [mds_encodings.parse(e).size for e in encodings] != entry["column_sizes"]:
         raise ValueError(f"sizes {entry['column_sizes']} do not fit the encodings {encodings}")
     packed, method = entry["zip_data"], entry["compression"]
@@ -242,19 +251,26 @@ def _parse_shard(entry: dict[str, Any]) -> Shard:
         compression.parse_compression(method)
     samples = entry["samples"]
     if type(samples) is not int or samples < 0:
-        raise ValueError(f"a shard of {samples!r} samples")
+        raise ValueError(f"a shard of {visible(samples, 60)} samples")
     columns = dict(zip(names, encodings, strict=True))
     raw = _parse_file(entry["raw_data"])
-    return Shard(samples, columns, raw, packed and _parse_file(packed), method)
+    if raw.size > _MAX_BYTES or 4 * (samples + 2) > raw.size:
+        raise ValueError(f"{samples} samples in {raw.size} bytes, of at most {_MAX_BYTES}")
+    if packed is not None and not raw.name.endswith(SUFFIX):
+        raise ValueError(f"a shard to be unpacked into {visible(raw.name)}, expected {SUFFIX}")
+    return Shard(samples, columns, raw, None if packed is None else _parse_file(packed), method)
 
 
 def _parse_file(entry: dict[str, Any]) -> File:
     name, size = PurePosixPath(entry["basename"]), entry["bytes"]
-    if name.is_absolute() or ".." in name.parts or not name.parts:
-        raise ValueError(f"a file outside of the dataset, {entry['basename']!r}")
+    if name.is_absolute() or ".." in name.parts or not name.parts or "\0" in str(name):
+        raise ValueError(f"a file outside of the dataset, {visible(entry['basename'])}")
     if type(size) is not int or size < 0:
-        raise ValueError(f"a file of {size!r} bytes")
-    return File(str(name), size, dict(entry["hashes"]))
+        raise ValueError(f"a file of {visible(size, 60)} bytes")
+    hashes = dict(entry["hashes"])
+    if not all(isinstance(text, str) for pair in hashes.items() for text in pair):
+        raise ValueError(f"hashes {visible(hashes)} that are no texts")
+    return File(str(name), size, hashes)
 
 
 def _check_header(where: str, shard: Shard, view: memoryview) -> None:
@@ -273,14 +289,14 @@ def _check_header(where: str, shard: Shard, view: memoryview) -> None:
             "damaged: copy it again"
         )
     try:  # the shard's own copy of the columns; other writers may leave it out
-        columns = json.loads(bytes(view[header : offsets[0]]))
+        columns = parse_json(bytes(view[header : offsets[0]]))
         found = dict(zip(columns["column_names"], columns["column_encodings"], strict=True))
     except (ValueError, KeyError, TypeError):
         return
     if found != shard.columns:
         raise UserError(
-            f"expected columns {shard.columns} in {where}, found {found}; it belongs to another "
-            "index, or one of them is damaged: copy both again"
+            f"expected columns {visible(shard.columns)} in {where}, found {visible(found)}; it "
+            "belongs to another index, or one of them is damaged: copy both again"
         )
 
 
@@ -293,7 +309,7 @@ def digest(algorithm: str, data: bytes | memoryview) -> str:
     if algorithm in xxhash.algorithms_available:
         return getattr(xxhash, algorithm)(data).hexdigest()
     if algorithm not in hashlib.algorithms_available or algorithm.startswith("shake"):
-        raise ValueError(f"unknown hash {algorithm!r}")
+        raise ValueError(f"unknown hash {visible(algorithm, 60)}")
     return hashlib.new(algorithm, data).hexdigest()
 
 
@@ -305,6 +321,6 @@ def _check_file_hashes(where: str, file: File, data: bytes | memoryview) -> None
             raise UserError(f"cannot check {where}: {error}; read without checking") from error
         if found != expected:
             raise UserError(
-                f"expected {algorithm} {expected} of {where}, found {found}; the file is damaged: "
-                "copy it again"
+                f"expected {visible(algorithm)} {visible(expected, 200)} of {where}, found "
+                f"{found}; the file is damaged: copy it again"
             )

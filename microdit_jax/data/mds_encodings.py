@@ -6,11 +6,14 @@ Images stored as JPEG or PNG files stay bytes: `microdit_jax.prepare` decodes th
 
 import decimal
 import json
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
+
+from microdit_jax.files import parse_json
 
 _SCALARS = {
     name: np.dtype(name).newbyteorder("<")
@@ -82,7 +85,7 @@ def _array_encoding(name: str) -> Encoding:
     if fixed_shape is not None and fixed_dtype is not None:
         if min(fixed_shape) < 1:
             raise ValueError(f"encoding {name!r} has an empty axis")
-        size = int(np.prod(fixed_shape)) * _SCALARS[fixed_dtype].itemsize
+        size = math.prod(fixed_shape) * _SCALARS[fixed_dtype].itemsize
 
     def decode(data: memoryview) -> np.ndarray:
         at, dtype, shape = 0, fixed_dtype, fixed_shape
@@ -116,6 +119,8 @@ def _array_encoding(name: str) -> Encoding:
 def _decode_pil(data: memoryview) -> Image.Image:
     width, height, mode_length = map(int, np.frombuffer(data[:12], "<u4"))
     mode, raw = str(data[12 : 12 + mode_length], "utf-8"), data[12 + mode_length :]
+    if not width or not height:
+        raise ValueError(f"an image of {width}x{height} pixels")
     row = (width + 7) // 8 if mode == "1" else width * _PIXEL_BYTES[mode]
     if row * height != len(raw):  # before Pillow allocates pixels that are not there
         raise ValueError(f"{width}x{height} {mode} takes {row * height} bytes, found {len(raw)}")
@@ -172,7 +177,7 @@ _PLAIN = {
     "str_float": Encoding(None, lambda data: float(_text(data)), _encode_text),
     "str_decimal": Encoding(None, lambda data: decimal.Decimal(_text(data)), _encode_text),
     "json": Encoding(
-        None, lambda data: json.loads(_text(data)), lambda value: json.dumps(value).encode()
+        None, lambda data: parse_json(_text(data)), lambda value: json.dumps(value).encode()
     ),
     "int": Encoding(
         8, lambda data: int(np.frombuffer(data, "<i8").item()), lambda x: np.int64(x).tobytes()

@@ -14,16 +14,20 @@ On disk a sample has the columns latents_256 and/or latents_512 (c, h, w), capti
 import dataclasses
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
-from microdit_jax.errors import UserError
+from microdit_jax.errors import UserError, visible
+from microdit_jax.files import parse_json
 from microdit_jax.towers import Tokenizer
 
 SIDECAR = "latents.json"
 _FORMAT, _VERSION = "microdit_jax latents", 1
+_MAX_AXIS = 2**20
+_LATENTS = re.compile("latents_([1-9][0-9]{1,5})")  # columns, by pixels of a side
 # Image pixels per latent along a side, in all the reference's VAEs.
 _REDUCTION = 8
 
@@ -80,23 +84,36 @@ class LatentInfo:
     def from_json(cls, text: str | bytes, where: str) -> "LatentInfo":
         """Reads the sidecar; raises UserError if it is not of this format and version."""
         try:
-            values = json.loads(text)
+            values = parse_json(text)
             found = values.pop("format"), values.pop("version")
             if found != (_FORMAT, _VERSION):
                 raise ValueError(f"found {found}")
             latents = {int(side): _shape(shape, 3) for side, shape in values["latents"].items()}
             captions = values["captions"] and _shape(values["captions"], 2)
-            return cls(**values | {"latents": latents, "captions": captions})
+            info = cls(**values | {"latents": latents, "captions": captions})
+            info._check_types()
+            return info
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(
-                f"expected {_FORMAT}, version {_VERSION}, in {where}, could not use it ({error}); "
-                "copy the file again, or remove it and state what made the data"
+                f"expected {_FORMAT}, version {_VERSION}, in {where}, could not use it "
+                f"({visible(error)}); copy the file again, or remove it and state what made the "
+                "data"
             ) from error
+
+    def _check_types(self) -> None:
+        """Raises ValueError for fields of other types or ranges than `to_json` writes."""
+        factor, tokens = self.scaling_factor, self.tokens
+        if not (
+            all(isinstance(text, str) for text in (self.vae, self.text_encoder, self.attribution))
+            and (tokens is None or (type(tokens) is int and 0 < tokens < _MAX_AXIS))
+            and (factor is None or (type(factor) in (int, float) and 0 < factor < 1e30))
+        ):
+            raise ValueError("fields of other types")
 
 
 def _shape(values: Sequence[int], axes: int) -> tuple[int, ...]:
-    if len(values) != axes or not all(type(n) is int and n > 0 for n in values):
-        raise ValueError(f"shape {values}")
+    if len(values) != axes or not all(type(n) is int and 0 < n < _MAX_AXIS for n in values):
+        raise ValueError(f"shape {visible(values, 60)}")
     return tuple(values)
 
 
@@ -258,8 +275,8 @@ def infer_info(
         raise UserError(f"the number of caption tokens must be at least 1, found {caption_tokens}")
     raw, latents = store.raw(0), {}
     for name in store.columns:
-        if name.startswith("latents_") and name.removeprefix("latents_").isdecimal():
-            side = int(name.removeprefix("latents_"))
+        if match := _LATENTS.fullmatch(name):
+            side = int(match[1])
             pixels = (side // _REDUCTION) ** 2
             latents[side] = (_times(raw, name, pixels, store), *(side // _REDUCTION,) * 2)
     captions = None

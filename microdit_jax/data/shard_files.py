@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import hashlib
+import mmap
 import os
 import threading
 import time
@@ -12,8 +13,12 @@ from typing import BinaryIO, cast
 
 import fsspec
 
-from microdit_jax.errors import UserError
-from microdit_jax.files import atomic_path
+from microdit_jax.errors import UserError, visible
+from microdit_jax.files import HeldFolder, open_regular, read_bytes
+from microdit_jax.files.reading import MAX_TEXT
+
+# Looks at a file's bytes, and whether an earlier run made it; raises UserError if they are wrong
+Check = Callable[[memoryview, bool], None]
 
 _OLD_PARTIAL = 3600  # seconds; another process may still be writing a younger unfinished file
 _ATTEMPTS = 3  # to fetch a file; the second and third after 1 and 2 seconds
@@ -57,11 +62,14 @@ class ShardFiles:
                 self._filesystem, self._path = fsspec.core.url_to_fs(self.root)
             except (ImportError, ValueError) as error:
                 raise UserError(f"{self.root} cannot be opened: {error}") from error
-        key = hashlib.sha256(self.root.encode()).hexdigest()[:16]
-        self._cache = None if cache is None else Path(cache) / key
+        self._cache: HeldFolder | None = None
+        if cache is not None:  # a user's own, as others may share the folder above it
+            key = hashlib.sha256(self.root.encode()).hexdigest()[:16]
+            self._cache = HeldFolder(Path(cache) / f"{key}-{os.getuid()}", own=True)
         self._cache_bytes, self._on_evict = cache_bytes, on_evict
         self._lock = threading.Lock()
         self._file_locks: dict[str, threading.Lock] = collections.defaultdict(threading.Lock)
+        self._mine: set[str] = set()  # files that this reader made, or has checked
         self._kept: collections.OrderedDict[str, int] = collections.OrderedDict()
         if self._cache is not None:
             self._kept.update(_left_by_earlier_runs(self._cache))
@@ -73,7 +81,7 @@ class ShardFiles:
 
     def location(self, name: str) -> str:
         """Returns the path or URL of a file, for messages."""
-        return f"{self.root}/{name}"
+        return f"{visible(self.root)}/{visible(name)}"
 
     def exists(self, name: str) -> bool:
         """Returns True if the dataset has that file; asks the network for a URL."""
@@ -89,58 +97,112 @@ class ShardFiles:
         """
         try:
             if self._filesystem is None:
-                return Path(self.root, name).read_bytes()
-            return _bytes_of(self._filesystem, f"{self._path}/{name}")
+                return read_bytes(self._local(name))
+            data = _bytes_of(self._filesystem, f"{self._path}/{name}", MAX_TEXT)
+            if len(data) > MAX_TEXT:
+                raise UserError(
+                    f"expected at most {MAX_TEXT} bytes in {self.location(name)}, found more; "
+                    "check the path"
+                )
+            return data
+        except UserError:
+            raise
         except Exception as error:  # filesystems of URLs have exceptions of their own
             raise UserError(
                 f"expected the file {self.location(name)}, could not read it "
                 f"({_reason(error)}); check the path"
             ) from error
 
-    def open(self, name: str, size: int) -> BinaryIO:
+    def open(self, name: str, size: int, check: Check = lambda data, kept: None) -> BinaryIO:
         """Opens a file of `size` bytes for reading; one of a URL is fetched first.
 
+        Args:
+          check: called for the file's bytes; as `make` takes it where the file is fetched.
         Raises:
-          UserError: it is missing, cannot be fetched, or has another size.
+          UserError: it is missing, cannot be fetched, has another size, or leads out of the folder.
         """
         filesystem = self._filesystem
         if filesystem is not None:
-            return self.make(name, size, lambda: self._fetch(filesystem, name, size))
-        path = Path(self.root, name)
+            return self.make(name, size, lambda: self._fetch(filesystem, name, size), check)
+        where = self.location(name)
         try:
-            file = open(path, "rb")
+            file = open_regular(self._local(name))
         except OSError as error:
             raise UserError(
-                f"expected the file {path} of {size} bytes, found none ({_reason(error)}); "
+                f"expected the file {where} of {size} bytes, found none ({_reason(error)}); "
                 "copy the dataset again"
             ) from error
-        found = os.fstat(file.fileno()).st_size
-        if found != size:
+        try:
+            _check_size(where, size, os.fstat(file.fileno()).st_size)
+            if size:
+                check(_mapped(file), False)
+        except BaseException:
             file.close()
-        _check_size(path, size, found)
+            raise
         return file
 
-    def make(self, name: str, size: int, content: Callable[[], bytes | bytearray]) -> BinaryIO:
+    def make(
+        self,
+        name: str,
+        size: int,
+        content: Callable[[], bytes | memoryview],
+        check: Check = lambda data, kept: None,
+    ) -> BinaryIO:
         """Opens a file in the cache, or else in the dataset's folder, for reading; made once.
 
         Args:
           size: bytes expected; a file of another size is made anew.
           content: called for the bytes if the file is not there.
+          check: called before new bytes take their name; and for a file that an earlier run left
+            in the cache, which is made anew if it raises UserError.
         """
-        path = (Path(self.root) if self._cache is None else self._cache) / name
+        folder = HeldFolder(self.root) if self._cache is None else self._cache
         with self._file_locks[name]:
-            file = _open_sized(path, size)
+            file = self._kept_file(folder, name, size, check)
             if file is None:
-                file = _write_and_open(path, content())
+                data = memoryview(content())
+                file = folder.make(name, data, lambda: check(data, False))
+            self._mine.add(name)
         if self._cache is not None:
             self._keep(self._cache, name, size)
         return file
+
+    def _kept_file(self, folder: HeldFolder, name: str, size: int, check: Check) -> BinaryIO | None:
+        """Opens a file that is there already; None if it is not, or not what it must be."""
+        file = folder.open(name)
+        if file is None:
+            return None
+        if os.fstat(file.fileno()).st_size == size:
+            if name in self._mine or not size:
+                return file
+            with contextlib.suppress(UserError):
+                check(_mapped(file), True)
+                return file
+        file.close()
+        return None
+
+    def _local(self, name: str) -> Path:
+        """Returns the path of a file of a local dataset, which no link may lead out of.
+
+        But into the folder where huggingface_hub keeps the contents of its snapshots.
+        """
+        path, root = os.path.realpath(Path(self.root, name)), os.path.realpath(self.root)
+        allowed = [root]
+        for folder in (Path(root), *Path(root).parents):
+            if folder.parent.name == "snapshots":
+                allowed.append(os.path.join(folder.parent.parent, "blobs"))
+        if not any(path.startswith(os.path.join(place, "")) for place in allowed):
+            raise UserError(
+                f"expected {self.location(name)} inside its dataset, found a link that leads out; "
+                "copy what it leads to"
+            )
+        return Path(path)
 
     def _fetch(self, filesystem: fsspec.AbstractFileSystem, name: str, size: int) -> bytes:
         data = b""
         for attempt in range(1, _ATTEMPTS + 1):
             try:
-                data = _bytes_of(filesystem, f"{self._path}/{name}")
+                data = _bytes_of(filesystem, f"{self._path}/{name}", size)
                 break
             except Exception as error:  # filesystems have exceptions of their own
                 missing = isinstance(error, FileNotFoundError)
@@ -153,7 +215,7 @@ class ShardFiles:
         _check_size(self.location(name), size, len(data))
         return data
 
-    def _keep(self, cache: Path, name: str, size: int) -> None:
+    def _keep(self, cache: HeldFolder, name: str, size: int) -> None:
         """Marks a file as just opened, and removes those opened longest ago beyond the bound."""
         gone = []
         with self._lock:
@@ -163,46 +225,31 @@ class ShardFiles:
                 gone.append(self._kept.popitem(last=False)[0])
         for old in gone:
             self._on_evict(old)
-            (cache / old).unlink(missing_ok=True)  # readers that have it open can go on
+            cache.remove(old)  # readers that have it open can go on
 
 
-def _left_by_earlier_runs(cache: Path) -> Iterator[tuple[str, int]]:
+def _left_by_earlier_runs(cache: HeldFolder) -> Iterator[tuple[str, int]]:
     """Yields names and sizes of a cache's files, oldest first; removes what a kill left."""
     found = []
-    for path in filter(Path.is_file, cache.rglob("*")):
-        with contextlib.suppress(FileNotFoundError):  # other processes move and remove files
-            state = path.stat()
-            if not path.name.endswith(".partial"):
-                found.append((state.st_mtime, path.relative_to(cache).as_posix(), state.st_size))
-            elif time.time() - state.st_mtime > _OLD_PARTIAL:
-                path.unlink()
+    for name, state in cache.files():
+        if not name.endswith(".partial"):
+            found.append((state.st_mtime, name, state.st_size))
+        elif time.time() - state.st_mtime > _OLD_PARTIAL:
+            cache.remove(name)
     for _, name, size in sorted(found):
         yield name, size
 
 
-def _bytes_of(filesystem: fsspec.AbstractFileSystem, path: str) -> bytes:
-    return cast(bytes, filesystem.cat_file(path))  # str is for filesystems opened as text
+def _bytes_of(filesystem: fsspec.AbstractFileSystem, path: str, most: int) -> bytes:
+    """Reads a file of `most` bytes; of a larger one it asks for a single byte more."""
+    return cast(bytes, filesystem.cat_file(path, start=0, end=most + 1))  # str is of text alone
 
 
-def _open_sized(path: Path, size: int) -> BinaryIO | None:
-    try:
-        file = open(path, "rb")
-    except FileNotFoundError:
-        return None
-    if os.fstat(file.fileno()).st_size == size:
-        return file
-    file.close()
-    return None
+def _mapped(file: BinaryIO) -> memoryview:
+    return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
 
 
-def _write_and_open(path: Path, data: bytes | bytearray) -> BinaryIO:
-    """Writes a file whole or not at all, and opens it before another process could remove it."""
-    with atomic_path(path, len(data)) as partial:
-        partial.write_bytes(data)
-        return open(partial, "rb")
-
-
-def _check_size(where: str | Path, expected: int, found: int) -> None:
+def _check_size(where: str, expected: int, found: int) -> None:
     if expected != found:
         raise UserError(
             f"expected {expected} bytes in {where}, found {found}; the file was cut off or "

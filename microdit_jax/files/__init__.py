@@ -1,5 +1,6 @@
 """Every path that is read or written: whole-or-not writes, bounded reads, checksums, the cache."""
 
+from microdit_jax.files.held import HeldFolder
 from microdit_jax.files.integrity import checksums, damage, sha256
 from microdit_jax.files.places import cache_folder, shipped
 from microdit_jax.files.reading import (
@@ -23,6 +24,7 @@ from microdit_jax.files.writing import (
 )
 
 __all__ = [
+    "HeldFolder",
     "atomic_file",
     "atomic_folder",
     "atomic_path",

@@ -56,7 +56,7 @@ def outcomes(call: str, arguments: Sequence[str], cwd: Path) -> list[tuple[int, 
     Returns:
       What a command would have ended with for each: the status, and the line that tells why.
     """
-    done = run_hostile(["-c", _TRY_EACH, call, *arguments], cwd)
+    done = run_hostile(["-c", _TRY_EACH, str(ROOT / "tests"), call, *arguments], cwd)
     assert done.returncode == 0, (done.returncode, done.stdout[-2000:], done.stderr[-2000:])
     found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
     assert len(found) == len(arguments)
@@ -66,9 +66,10 @@ def outcomes(call: str, arguments: Sequence[str], cwd: Path) -> list[tuple[int, 
 _TRY_EACH = """
 import importlib, json, sys, traceback
 from microdit_jax.commands import boundary
-module, name = sys.argv[1].split(":")
+sys.path.append(sys.argv[1])
+module, name = sys.argv[2].split(":")
 function = getattr(importlib.import_module(module), name)
-for argument in sys.argv[2:]:
+for argument in sys.argv[3:]:
     try:
         function(argument)
         found = 0, "done"
