@@ -45,6 +45,9 @@ MODULES = {
     "tfds_features": "folders",
     "metrics": "folders",
     "png_settings": "images",
+    "npz": "scores",
+    "prompts": "scores",
+    "codec": "scores",
     "preflight": "messages",
     "page_request": "messages",
 }

@@ -5,14 +5,14 @@ without network needs nothing else. HF_HOME, HF_HUB_OFFLINE, HF_ENDPOINT and HF_
 mean to huggingface_hub, which also shows progress and resumes broken downloads.
 """
 
-import json
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from microdit_jax.errors import UserError
-from microdit_jax.files import cache_folder, disk_errors
+from microdit_jax.errors import UserError, visible
+from microdit_jax.files import cache_folder, disk_errors, read_json
 
 INSTANT = "instant"  # the small model in the package; see instant/__init__.py
 REPOSITORY = "VSehwag24/MicroDiT"
@@ -89,10 +89,22 @@ def text_encoder(name: str) -> Path:
         return fetch(repository, "open_clip_config.json", weights)[0].parent
     if is_t5(name):
         index = fetch(name, *_T5_FILES)[-1]
-        shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        shards = _shards(index)
         return fetch(name, *_T5_FILES, *shards)[0].parent
     weights = ("text_encoder/model.safetensors", "text_encoder/pytorch_model.bin")
     return fetch(name, "text_encoder/config.json", weights)[0].parent
+
+
+def _shards(index: Path) -> list[str]:
+    """Returns the files that an index of weights names, all of them beside it."""
+    names = read_json(index).get("weight_map")
+    shards = set(map(str, names.values())) if isinstance(names, dict) else set()
+    if not shards or not all(re.fullmatch(r"\w[\w.-]{0,200}", name) for name in shards):
+        raise UserError(
+            f"expected the names of weights beside {visible(index)} in it, found others; fetch it "
+            "again"
+        )
+    return sorted(shards)
 
 
 def is_t5(name: str) -> bool:

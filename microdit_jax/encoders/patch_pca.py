@@ -6,6 +6,7 @@ images without pretrained weights. A Codec of towers.py.
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from jaxtyping import Float
 
 from microdit_jax.diffusion import EdmConfig
 from microdit_jax.errors import UserError
-from microdit_jax.files import read_npz
+from microdit_jax.files import read_json, read_npz
 
 _FORMAT_VERSION = 1
 
@@ -153,21 +154,29 @@ class PatchPCA:
           UserError: if the folder holds no codec of this format and version.
         """
         try:
-            about = json.loads((folder / "codec.json").read_text())
+            about = read_json(folder / "codec.json")
             found = (about["format"], about["version"])
             arrays = read_npz(folder / "codec.npz")
             mean, basis, gain = (arrays[key] for key in ("mean", "basis", "gain"))
-            codec = cls(about["name"], about["patch"], mean, basis, gain, about["scaling_factor"])
-            whole = basis.shape == (3 * about["patch"] ** 2, about["channels"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            sizes = about["patch"], about["channels"]
+            whole = all(type(size) is int and 1 <= size <= 2**12 for size in sizes)
+            whole = whole and basis.shape == (3 * sizes[0] ** 2, sizes[1])
+            whole = whole and mean.shape == basis.shape[:1] and gain.shape == basis.shape[1:]
+            whole = whole and all(array.dtype.kind == "f" for array in (mean, basis, gain))
+            factor = float(about["scaling_factor"])
+            whole = whole and isinstance(about["name"], str) and 0 < factor < math.inf
+            if not whole:
+                raise ValueError("sizes or types that do not fit each other")
+            codec = cls(about["name"], sizes[0], mean, basis, gain, factor)
+        except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
             raise UserError(
                 f"expected codec.json and codec.npz of a patch codec in {folder}, could not read "
                 f"them ({error!r}): delete the folder and prepare the data again"
             ) from error
-        if found != ("patch_pca", _FORMAT_VERSION) or not whole:
+        if found != ("patch_pca", _FORMAT_VERSION):
             raise UserError(
-                f"expected a whole patch_pca codec, version {_FORMAT_VERSION}, in {folder}, found "
-                f"{found} with a basis of shape {basis.shape}: prepare the data again"
+                f"expected a patch_pca codec, version {_FORMAT_VERSION}, in {folder}, found "
+                f"{found}: prepare the data again"
             )
         return codec
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from microdit_jax.data import twemoji
 from microdit_jax.errors import UserError
+from microdit_jax.files import parse_json, read_bytes
 from microdit_jax.metrics import geneval
 
 COLUMNS = ("caption", "prompt", "text")
@@ -80,7 +81,7 @@ def read_prompts(source: str, count: int = 0) -> PromptSet:
 
 
 def _read(path: Path) -> list[str]:
-    text = path.read_text()
+    text = read_bytes(path).decode()
     if path.suffix in (".csv", ".tsv"):
         rows = csv.DictReader(text.splitlines(), delimiter="\t" if path.suffix == ".tsv" else ",")
         column = next((name for name in COLUMNS if name in (rows.fieldnames or ())), None)
@@ -92,7 +93,7 @@ def _read(path: Path) -> list[str]:
         return [row[column] or "" for row in rows]  # None where a row is too short
     if path.suffix == ".json":
         first: dict[int, str] = {}
-        for annotation in sorted(json.loads(text)["annotations"], key=lambda a: a["id"]):
+        for annotation in sorted(parse_json(text)["annotations"], key=lambda a: a["id"]):
             first.setdefault(annotation["image_id"], str(annotation["caption"] or ""))
         return [first[image] for image in sorted(first)]
     return [line for line in text.splitlines() if line.strip()]

@@ -20,7 +20,7 @@ from jaxtyping import UInt8
 
 from microdit_jax.errors import UserError
 from microdit_jax.evaluate.prompts import PromptSet
-from microdit_jax.files import read_npz, write_text
+from microdit_jax.files import read_json, read_npz, write_text
 from microdit_jax.images import is_made_so, read_png, save_png, to_uint8
 from microdit_jax.machine import hosts
 from microdit_jax.metrics.statistics import write_npz
@@ -176,7 +176,7 @@ class SampleSet:
             write_text(path, json.dumps(self._identity, indent=1) + "\n")
             return
         try:
-            found = json.loads(path.read_text())
+            found = read_json(path)
         except ValueError:
             found = {}
         names = {**found, **self._identity}

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from microdit_jax.errors import UserError
-from microdit_jax.files import write_text
+from microdit_jax.files import parse_json, read_bytes, write_text
 
 TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 SAMPLES = 4  # images of each prompt
@@ -45,7 +45,7 @@ def read_prompts(path: Path) -> list[dict[str, Any]]:
     """
     lines = _read_lines(path)
     for number, line in enumerate(lines, 1):
-        if line.get("tag") not in TASKS or not str(line.get("prompt") or "").strip():
+        if not _is_a_task(line) or not str(line.get("prompt") or "").strip():
             raise UserError(
                 f"expected lines with a prompt and a tag ({', '.join(TASKS)}) in {path}, found "
                 f"line {number}: {json.dumps(line)[:120]}; give evaluation_metadata.jsonl"
@@ -89,7 +89,8 @@ def scores(path: Path) -> Scores:
     """
     lines = _read_lines(path)
     for number, line in enumerate(lines, 1):
-        if any(key not in line for key in _RESULT_KEYS) or line["tag"] not in TASKS:
+        known = _is_a_task(line) and isinstance(line.get("metadata"), str)
+        if not known or line.get("correct") not in (True, False):
             raise UserError(
                 f"expected lines with {', '.join(_RESULT_KEYS)} in {path}, found line {number}: "
                 f"{json.dumps(line)[:120]}; give the detector's results.jsonl"
@@ -109,10 +110,13 @@ def scores(path: Path) -> Scores:
     )
 
 
+def _is_a_task(line: dict[str, Any]) -> bool:
+    return isinstance(line.get("tag"), str) and line["tag"] in TASKS
+
+
 def _read_lines(path: Path) -> list[dict[str, Any]]:
     try:
-        text = path.read_text()
-        lines = [json.loads(line) for line in text.splitlines() if line.strip()]
+        lines = [parse_json(line) for line in read_bytes(path).splitlines() if line.strip()]
     except (OSError, ValueError) as error:
         raise UserError(f"expected a file of JSON lines at {path}, found {error}") from error
     if not lines or not all(isinstance(line, dict) for line in lines):

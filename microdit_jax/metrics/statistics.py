@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Float, Float32
 
 from microdit_jax.errors import UserError
-from microdit_jax.files import atomic_file, read_npz
+from microdit_jax.files import atomic_file, parse_json, read_npz
 from microdit_jax.metrics.frechet import Statistics
 
 ABOUT = "about"  # key of the JSON in our files that describes features and inputs
@@ -74,7 +74,12 @@ def load_reference(path: Path) -> Reference:
     """
     try:
         arrays = read_npz(path)
-        about = json.loads(str(arrays.get(ABOUT, "{}")))
+        about = parse_json(str(arrays.get(ABOUT, "{}")))
+        if not isinstance(about, dict):
+            raise ValueError(f"no JSON object in {ABOUT}")
+        for key, axes in {"mu": 1, "sigma": 2, "feats": 2}.items():
+            if key in arrays and (arrays[key].dtype.kind not in "fiu" or arrays[key].ndim != axes):
+                raise ValueError(f"{key} of type {arrays[key].dtype} and shape {arrays[key].shape}")
     except (OSError, ValueError) as error:
         raise UserError(
             f"expected .npz of reference statistics at {path}, could not read it ({error}); give "
@@ -85,7 +90,7 @@ def load_reference(path: Path) -> Reference:
         features = np.asarray(features, np.float32)
     if "mu" in arrays and "sigma" in arrays:
         mean, covariance = (np.asarray(arrays[key], np.float64) for key in ("mu", "sigma"))
-        if mean.ndim != 1 or covariance.shape != 2 * mean.shape:
+        if covariance.shape != 2 * mean.shape:
             raise UserError(
                 f"expected mu (f,) and sigma (f, f) in {path}, found {mean.shape} and "
                 f"{covariance.shape}; give a file of statistics"

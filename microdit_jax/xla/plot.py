@@ -10,7 +10,6 @@ if __name__ == "__main__":
     run_command("microdit_jax.xla.plot")
 
 import collections
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from matplotlib.figure import Figure
 
 from microdit_jax.commands.parser import Parser
 from microdit_jax.errors import UserError
-from microdit_jax.files import atomic_file, check_writable
+from microdit_jax.files import atomic_file, check_writable, read_json
 
 
 def read(paths: Sequence[str | Path]) -> list[dict[str, Any]]:
@@ -31,7 +30,7 @@ def read(paths: Sequence[str | Path]) -> list[dict[str, Any]]:
     reports = []
     for path in paths:
         try:
-            found = json.loads(Path(path).read_text())
+            found = read_json(path)
             chip = found["chip"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 
 from microdit_jax.errors import UserError
-from microdit_jax.files import cache_folder, disk_errors
+from microdit_jax.files import cache_folder, disk_errors, parse_json
 from microdit_jax.xla import roofline
 from microdit_jax.xla.aot import figures
 from microdit_jax.xla.aot.programs import Program
@@ -138,7 +138,7 @@ def _read_cache(path: Path | None) -> dict[str, Any] | None:
     if path is None:
         return None
     try:
-        return json.loads(gzip.decompress(path.read_bytes()))
+        return parse_json(gzip.decompress(path.read_bytes()))
     except (OSError, EOFError, ValueError):  # absent, or cut off
         return None
 
