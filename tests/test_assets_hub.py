@@ -166,3 +166,17 @@ def test_the_table_of_what_was_released():
 
 def test_t5_by_name():
     assert hub.is_t5("DeepFloyd/t5-v1_1-xxl") and not hub.is_t5("t5/clip")
+
+
+@pytest.mark.parametrize(
+    "weights",
+    [{"x": "../../secret"}, {"x": "/etc/passwd"}, {"x": ".hidden"}, {"x": "a/b.bin"}, {}, [], "p"],
+)
+def test_an_index_names_files_beside_it_alone(tmp_path, weights):
+    index = tmp_path / "pytorch_model.bin.index.json"
+    index.write_text(json.dumps({"weight_map": weights}))
+    with pytest.raises(UserError, match="the names of weights beside"):
+        hub._shards(index)
+    index.write_text("[" * 100_000)
+    with pytest.raises(UserError, match="nested too deep"):
+        hub._shards(index)
