@@ -13,9 +13,10 @@ import pathlib
 import pickle
 import random
 import sys
+from typing import Any
 from unittest import mock
 
-import torch
+import torch  # pyright: ignore[reportMissingImports]: of another Python
 
 DTYPES = [
     *(torch.float32, torch.float64, torch.float16, torch.bfloat16),
@@ -187,7 +188,7 @@ def main(folder: pathlib.Path, count: int) -> None:
         contents = maker.training() if rng.random() < 0.15 else {"w": maker.tensor()}
         contents |= {f"v{n}": maker.value() for n in range(rng.randint(0, 6))}
         torch.serialization.set_crc32_options(rng.random() > 0.1)
-        options = {"_use_new_zipfile_serialization": is_zip}
+        options: dict[str, Any] = {"_use_new_zipfile_serialization": is_zip}
         if is_zip and rng.random() < 0.1:
             options["pickle_protocol"] = rng.choice([3, 4, 5])
         path = folder / f"{i}.pt"
