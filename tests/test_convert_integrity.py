@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from microdit_jax.convert.formats.pickle_machine import OPCODES
+from microdit_jax.convert.formats.safetensors_file import write_safetensors
 from microdit_jax.convert.formats.torch_file import TorchFile, read_torch, write_torch
 from microdit_jax.convert.formats.torch_values import LeftAside
 from microdit_jax.convert.keymap import Rule, build_table, is_finite, to_params
@@ -140,6 +141,17 @@ def test_weights_must_be_finite_once_they_are_float32():
     with pytest.raises(UserError, match="finite as float32, found .* 1 tensors: a"):
         to_params({"a": np.array([0, -1e39, 1])}, table)
     to_params({"a": np.array([0, -1e38, 1])}, table)
+
+
+@pytest.mark.parametrize("suffix", ["pt", "safetensors"])
+def test_values_stay_finite_in_the_type_that_is_written(tmp_path, suffix):
+    path = tmp_path / f"a.{suffix}"
+    write = write_torch if suffix == "pt" else write_safetensors
+    with pytest.raises(UserError, match=r"float16 can hold, found -?1 to 70000 in large; write"):
+        write(path, {"a": A, "large": np.array([-1, 70_000], np.float32)}, dtype="float16")
+    assert not path.exists()
+    write(path, {"a": np.array([-1, 70_000, np.inf], np.float32)}, dtype="bfloat16")
+    write(path, {"a": np.array([-1, 65_000, np.nan], np.float32)}, dtype="float16")
 
 
 @pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.int64, np.bool_])

@@ -29,10 +29,17 @@ def map_bytes(path: str | os.PathLike) -> UInt8[np.ndarray, " b"]:
         return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
 
 
-def byte_chunks(tensor: Shaped[np.ndarray, "..."], dtype: np.dtype) -> Iterator[memoryview]:
+def byte_chunks(
+    name: str, tensor: Shaped[np.ndarray, "..."], dtype: np.dtype
+) -> Iterator[memoryview]:
     """Yields a tensor's bytes in row-major order as `dtype`, a few MB at a time.
 
     A transposed view is copied chunk by chunk too, never as a whole.
+
+    Args:
+      name: of the tensor, for errors.
+    Raises:
+      UserError: a finite value is too large for `dtype`.
     """
     if not tensor.size:
         return
@@ -42,5 +49,20 @@ def byte_chunks(tensor: Shaped[np.ndarray, "..."], dtype: np.dtype) -> Iterator[
         rows = tensor
         step = max(1, CHUNK * len(tensor) // (tensor.size * dtype.itemsize))
     for start in range(0, len(rows), step):
-        part = np.ascontiguousarray(rows[start : start + step]).astype(dtype, copy=False)
+        part = np.ascontiguousarray(rows[start : start + step])
+        if dtype != part.dtype:
+            _check_range(name, part, dtype)
+            part = part.astype(dtype)
         yield part.reshape(-1).view(np.uint8).data
+
+
+def _check_range(name: str, part: Shaped[np.ndarray, "..."], dtype: np.dtype) -> None:
+    """Raises UserError if a finite value becomes infinite in `dtype`."""
+    ends = np.array([part.min(), part.max()])  # a NaN is both, and stays what it is
+    with np.errstate(over="ignore"):
+        cast = ends.astype(dtype).astype(np.float64)
+    if (np.isfinite(ends.astype(np.float64)) & ~np.isfinite(cast)).any():
+        raise UserError(
+            f"expected values that {dtype} can hold, found {ends[0]:g} to {ends[1]:g} in {name}; "
+            "write it as bfloat16 or float32"
+        )

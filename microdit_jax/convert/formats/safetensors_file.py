@@ -164,7 +164,7 @@ def write_safetensors(
     with atomic_file(path, offset + len(text)) as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for name in order:
-            for chunk in byte_chunks(tensors[name], kinds[name]):
+            for chunk in byte_chunks(name, tensors[name], kinds[name]):
                 file.write(chunk)
                 if progress:
                     progress(len(chunk))

@@ -265,7 +265,7 @@ def write_torch(
         for i, (name, tensor) in enumerate(tensors.items()):
             size = tensor.size * kinds[name].itemsize
             with archive.open(_member(archive, f"archive/data/{i}", size), "w") as member:
-                for chunk in byte_chunks(tensor, kinds[name]):
+                for chunk in byte_chunks(name, tensor, kinds[name]):
                     member.write(chunk)
                     if progress:
                         progress(len(chunk))
