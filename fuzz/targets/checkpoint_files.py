@@ -12,11 +12,19 @@ from microdit_jax.errors import UserError
 
 STORAGES = {"a/data/0": bytes(range(64)), "a/data/1": b"\1\0\0\0\0\0\0\0", "a/data/s": b"d"}
 OPCODES = tuple(
-    bytes([code]) for code in b"(.0123BCFGIJKLMNPQRSTUVXabcdeghijlopqrstu)]}\x80\x81\x85"
+    bytes([code])
+    for code in b"(.0123BCFGIJKLMNPQRSTUVXabcdeghijlopqrstu)]}\x80\x81\x85"
+    + b"\x86\x87\x88\x89\x8a\x8c\x8f\x90\x91\x92\x93\x94"  # protocols 2 and 4
 )
 NAMES = (
     b"ctorch._utils\n_rebuild_tensor_v2\n",
     b"ctorch._utils\n_rebuild_parameter\n",
+    b"ctorch._utils\n_rebuild_tensor_v3\n",
+    b"ctorch._tensor\n_rebuild_from_type_v2\n",
+    b"ctorch.storage\nUntypedStorage\n",
+    b"ctorch\nSize\n",
+    b"ccollections\ndefaultdict\n",
+    b"c_codecs\nencode\n",
     b"ctorch\nFloatStorage\n",
     b"ctorch\nBFloat16Storage\n",
     b"ctorch\nbfloat16\n",
