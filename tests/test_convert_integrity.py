@@ -13,6 +13,7 @@ import pytest
 from microdit_jax.convert.formats.pickle_machine import OPCODES
 from microdit_jax.convert.formats.safetensors_file import write_safetensors
 from microdit_jax.convert.formats.torch_file import TorchFile, read_torch, write_torch
+from microdit_jax.convert.formats.torch_names import check_name
 from microdit_jax.convert.formats.torch_values import LeftAside
 from microdit_jax.convert.keymap import Rule, build_table, is_finite, to_params
 from microdit_jax.convert.state_dict import read_state_dict
@@ -52,6 +53,50 @@ def test_kinds_that_are_not_supported_are_named():
     np.testing.assert_array_equal(found["weight"], A)
     with pytest.raises(UserError, match="complex64.*sparse.*meta device.*quantised.*save them den"):
         read_state_dict(FILES / "kinds.pt")
+
+
+def test_a_tensor_of_another_class_is_not_taken_for_its_bytes(tmp_path):
+    """Classes of quantised tensors, pickled as torch pickles subclasses."""
+    write_torch(tmp_path / "a.pt", {"w": A})
+    with zipfile.ZipFile(tmp_path / "a.pt") as archive:
+        program, data = archive.read("archive/data.pkl"), archive.read("archive/data/0")
+    name = b"ctorch._utils\n_rebuild_tensor_v2\n"
+    start, end = program.index(name), program.index(b"u.")
+    inner = program[start + len(name) : end - 1]
+    for kind in (b"ctorch\nTensor\n", b"ctorchao.dtypes\nAffineQuantizedTensor\n"):
+        call = b"ctorch._tensor\n_rebuild_from_type_v2\n(" + name + kind + inner + b"NtR"
+        with zipfile.ZipFile(tmp_path / "b.pt", "w") as archive:
+            archive.writestr("archive/data.pkl", program[:start] + call + program[end:])
+            archive.writestr("archive/data/0", data)
+        if b"torchao" not in kind:
+            np.testing.assert_array_equal(read_torch(tmp_path / "b.pt")["w"], A)
+            continue
+        with pytest.raises(UserError, match="the class torchao.dtypes.AffineQuantizedTensor"):
+            read_state_dict(tmp_path / "b.pt")
+
+
+@pytest.mark.parametrize(
+    ("name", "harmless"),
+    [
+        ("pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint", True),
+        ("omegaconf.dictconfig.DictConfig", True),
+        ("composer.core.time.TimeUnit", True),
+        ("deepspeed.utils.tensor_fragment.fragment_address", True),
+        ("numpy.random._pickle.__randomstate_ctor", True),
+        ("transformers.hf_api.run", False),
+        ("lightning_evil.Class", False),
+        ("builtins.getattr", False),
+        ("numpy.load", False),
+        ("torch.load", False),
+        ("__main__.Config", False),
+        ("torch.storage._load_from_bytes", False),
+    ],
+)
+def test_names_that_are_left_aside_and_names_that_are_refused(name, harmless):
+    if harmless:
+        return check_name(FILES / "a.pt", name)
+    with pytest.raises(UserError, match=rf"wants to run code, {re.escape(name)}; save the state"):
+        check_name(FILES / "a.pt", name)
 
 
 @pytest.mark.parametrize("name", ["float8", "float8_legacy"])

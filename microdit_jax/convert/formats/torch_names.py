@@ -53,6 +53,9 @@ WRAPPED = frozenset(  # the first argument is the tensor
     }
 )
 BY_TYPE = "torch._tensor._rebuild_from_type_v2"  # (call, class, its arguments, state)
+PLAIN_TYPES = frozenset(
+    {"torch.Tensor", "torch.nn.parameter.Parameter", "torch.nn.parameter.Buffer"}
+)
 SIZE, ENCODE = "torch.Size", "_codecs.encode"
 TENSOR_NAMES = STRIDED | STRIDED_UNTYPED | WRAPPED | {BY_TYPE, SIZE, ENCODE, "torch.Tensor"}
 
@@ -108,10 +111,14 @@ _HARMLESS = {
     "copyreg": ("_reconstructor",),  # object.__new__, as protocol 0 and 1 have it
     "datetime": ("date", "datetime", "time", "timedelta", "timezone"),
     "decimal": ("Decimal",),
+    "deepspeed.utils.tensor_fragment": ("fragment_address",),
     "easydict": ("EasyDict",),
     "fractions": ("Fraction",),
     "ml_collections.config_dict.config_dict": ("ConfigDict", "FrozenConfigDict", "FieldReference"),
-    "numpy": ("dtype", "ndarray"),
+    "numpy": (
+        *("bool", "bool_", "dtype", "float16", "float32", "float64", "int16", "int32", "int64"),
+        *("int8", "ndarray", "uint16", "uint32", "uint64", "uint8"),
+    ),
     "numpy.random": ("RandomState", "Generator"),
     "pathlib": (
         *("Path", "PosixPath", "PurePath", "PurePosixPath"),
@@ -123,6 +130,7 @@ _HARMLESS = {
     "torch.serialization": ("_get_layout",),
     "torch.torch_version": ("TorchVersion",),
     "types": ("SimpleNamespace",),
+    "typing": ("Any", "Dict", "List", "Optional", "Tuple", "Union"),  # of omegaconf's fields
     "uuid": ("UUID",),
     "zoneinfo": ("ZoneInfo",),
 }
@@ -143,9 +151,10 @@ HARMLESS |= {
 }
 # Classes, by their capital letter, of frameworks whose checkpoints hold their own objects.
 _FRAMEWORKS = re.compile(
-    r"(accelerate|composer|deepspeed|diffusers|lightning|lightning_fabric|lightning_utilities"
-    r"|megatron|numpy\.dtypes|omegaconf|pytorch_lightning|streaming|torch\.distributed\.\w*tensor"
-    r"|torch\.distributed\._shard|torch\.optim|torchmetrics|transformers)(\.\w+)*\._*[A-Z]\w*"
+    r"(accelerate|bitsandbytes|composer|deepspeed|diffusers|lightning|lightning_fabric"
+    r"|lightning_utilities|megatron|mmcv|mmengine|numpy\.dtypes|omegaconf|optimum"
+    r"|pytorch_lightning|streaming|torch\.distributed\.\w*tensor|torch\.distributed\._shard"
+    r"|torch\.optim|torchao|torchmetrics|transformers|wandb)(\.\w+)*\._*[A-Z]\w*"
     r"|numpy\.random\.(_pickle\.__\w+_ctor|_\w+\.[A-Z]\w*|mtrand\.RandomState)"
 )
 

@@ -151,9 +151,12 @@ class Values:
         if name in torch_names.UNSUPPORTED:
             return self._aside(torch_names.UNSUPPORTED[name], is_tensor=True)
         if name == torch_names.BY_TYPE and len(arguments) == 4:
-            callable_, _, inner, _ = arguments
-            if not isinstance(callable_, Name) or type(inner) is not tuple or depth > MAX_DEPTH:
+            callable_, kind, inner, _ = arguments
+            names = isinstance(callable_, Name) and isinstance(kind, Name)
+            if not names or type(inner) is not tuple or depth > MAX_DEPTH:
                 raise PickleFault("a tensor of a class, made by what is no name")
+            if kind.text not in torch_names.PLAIN_TYPES:  # whose bytes may be codes
+                return self._aside(f"of the class {kind.text}", is_tensor=True)
             return self._object(self._kept(Call(callable_.text, inner)), depth + 1)[0]
         if name in torch_names.WRAPPED and arguments:
             value, _ = self._value(arguments[0], depth)
