@@ -161,9 +161,17 @@ def _take_settings(path: Path) -> "ImageSettings":
     if PROMPT.value or PROMPTS.value or HELDOUT.value or NUM_IMAGES.value != 1:
         raise UserError("--again samples one image from its own prompt; give no other prompts")
     settings = images.ImageSettings.from_dict(images.read_settings(path))
-    for flag in SETTINGS:
-        if not flags.FLAGS[flag.name].present:
-            flags.FLAGS[flag.name].value = getattr(settings, flag.name)
+    taken = [flag.name for flag in SETTINGS if not flags.FLAGS[flag.name].present]
+    files = (MODEL.name, model_flags.VAE.name, model_flags.TEXT_ENCODER.name)
+    hub.check_known({name: getattr(settings, name) for name in files if name in taken}, path)
+    for name in taken:
+        flags.FLAGS[name].value = getattr(settings, name)
+    towers = [f"{name} {visible(flags.FLAGS[name].value or 'its own')}" for name in files]
+    print(
+        f"{visible(path)}: image {settings.index} of {settings.of}, {visible(settings.prompt)}; "
+        f"with {', '.join(towers)}; {STEPS.value} steps",
+        flush=True,
+    )
     return settings
 
 

@@ -58,8 +58,9 @@ def create_latent_diffusion(
       dtype: type of the computation, of the network and the towers.
       checkpoint: weights, as `assets.load_model` takes them; None starts from the initialisation.
         "instant", the small model of the package, and a training run bring their own network, codec
-        and text encoder; the arguments above but dtype are not used then. Any other must be of the
-        sizes asked for.
+        and text encoder; the arguments above but dtype are not used then, unless the run's towers
+        are neither its own nor released: these are loaded only if they are named here too. Any
+        other must be of the sizes asked for.
       ema: of a training run, the moving average of the weights, if it keeps one.
       mesh: devices to run on: from `sharding.make_mesh`, or `fitting_mesh`; None: the first.
     Raises:
@@ -84,7 +85,15 @@ def create_latent_diffusion(
                         f"{checkpoint} has {name} {found}, found {wanted} asked for; pass "
                         f"{name}={found!r}"
                     )
-            model = model._replace(vae=vae_name, text_encoder=text_encoder_name)
+            return from_model(
+                model._replace(vae=vae_name, text_encoder=text_encoder_name), dtype=dtype
+            )
+        # A run has towers of its own, which are loaded from anywhere if they are asked for too.
+        model = _with_towers(
+            model,
+            vae=vae_name if vae_name == model.vae else None,
+            text_encoder=text_encoder_name if text_encoder_name == model.text_encoder else None,
+        )
         return from_model(model, dtype=dtype)
     text_encoder = load_text_encoder(text_encoder_name, dtype=dtype)
     config = ARCHES[dit_arch](
@@ -126,8 +135,23 @@ def load(
     if dtype is None and model.folder is None:
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
         model = model.with_dtype(dtype)
-    model = model._replace(vae=vae or model.vae, text_encoder=text_encoder or model.text_encoder)
+    model = _with_towers(model, vae=vae, text_encoder=text_encoder)
     return from_model(model, dtype=dtype), model
+
+
+def _with_towers(model: Model, *, vae: str | None, text_encoder: str | None) -> Model:
+    """Returns the model with the towers that a person names, else with its own.
+
+    Raises:
+      UserError: its own are of a run that names a path or a repository that is not known.
+    """
+    if model.folder is not None:
+        named = {"vae": model.vae, "text_encoder": model.text_encoder}
+        given = {"vae": vae, "text_encoder": text_encoder}
+        kept = str(model.folder / "vae")
+        chosen = {flag: name for flag, name in named.items() if not given[flag] and name != kept}
+        hub.check_known(chosen, model.description)
+    return model._replace(vae=vae or model.vae, text_encoder=text_encoder or model.text_encoder)
 
 
 def from_model(

@@ -13,12 +13,13 @@ from jaxtyping import Float, UInt8
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
 from microdit_jax import noise
-from microdit_jax.errors import UserError
-from microdit_jax.files import write_bytes
+from microdit_jax.errors import UserError, visible
+from microdit_jax.files import open_regular, parse_json, write_bytes
 
 KEY = "microdit_jax"  # of the PNG text that holds the settings
 OPTIONAL = ("vae", "text_encoder")  # texts that may be None
 MAX_STEPS = 100_000  # of the sampler, in an image's settings
+MAX_IMAGES = 2**32  # of a set: each has its own initial noise by its index
 SURROGATES = re.compile("[\ud800-\udfff]")  # JSON can hold them alone, UTF-8 cannot
 
 
@@ -80,7 +81,7 @@ class ImageSettings:
         _check(values, "guidance_scale", "a finite number", _is_finite)
         _check_whole(values, "num_inference_steps", 1, MAX_STEPS)
         _check_whole(values, "seed", 0, 2**64 - 1)
-        _check_whole(values, "of", 1, 2**63 - 1)
+        _check_whole(values, "of", 1, MAX_IMAGES)
         _check_whole(values, "index", 0, values["of"] - 1)
         values["guidance_scale"] = float(values["guidance_scale"])
         return cls(**values)
@@ -110,7 +111,7 @@ def _check_whole(values: dict[str, Any], name: str, low: int, high: int) -> None
 
 def _is_finite(value: Any) -> bool:
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    return number and abs(value) < 1e300
+    return number and abs(value) < 1e30  # as float32 too
 
 
 def _check(
@@ -156,29 +157,29 @@ def read_settings(path: Path) -> dict[str, Any]:
       UserError: no such file, not an image, or one without settings of ours.
     """
     try:
-        with Image.open(path) as image:
-            found = json.loads(image.info[KEY])
+        with open_regular(path) as file, Image.open(file, formats=["PNG"]) as image:
+            found = parse_json(image.info[KEY])
         if not isinstance(found, dict):
             raise ValueError("settings that are no JSON object")
         return found
     # A stranger's file: Pillow answers damage with anything from SyntaxError to zlib.error.
     except Exception as error:
         raise UserError(
-            f"expected a PNG made by sample_main.py, with its settings inside, at {path}, found "
-            f"{type(error).__name__}: {error}; give such a file"
+            f"expected a PNG made by sample_main.py, with its settings inside, at {visible(path)}, "
+            f"found {type(error).__name__}: {visible(error, 200)}; give such a file"
         ) from error
 
 
 def read_png(path: Path) -> Float[np.ndarray, "H W 3"]:
     """Reads an image as float32 in [0, 1]."""
-    with Image.open(path) as image:
+    with open_regular(path) as file, Image.open(file, formats=["PNG"]) as image:
         return np.asarray(image.convert("RGB"), np.float32) / 255
 
 
 def is_made_so(path: Path, settings: dict) -> bool:
     """Returns True if the PNG is there, whole, and carries exactly these settings."""
     try:
-        found = path.is_file() and read_settings(path) == json.loads(json.dumps(settings))
+        found = path.is_file() and read_settings(path) == parse_json(json.dumps(settings))
         return found and read_png(path).size > 0
     except (UserError, OSError):
         return False

@@ -52,6 +52,8 @@ def initial_noise(
         raise UserError(f"noise: expected images, height, width, channels >= 1; found {sizes}")
     if first and kind != "jax":
         raise UserError(f"noise {kind} depends on the whole batch, found images from {first} on")
+    if first < 0 or first + num_images > 2**32:
+        raise UserError(f"noise: expected at most 2**32 images in a set; found {first} and more")
     if kind == "jax":
         # The program is compiled for one image, so that no batch size changes its rounding. The key
         # is made from its two words: `jax.random.key` drops the upper 32 bits of a Python int.

@@ -65,24 +65,28 @@ def test_sampled_resumed_and_sampled_again(files):
     assert "converting" not in again.stdout
     assert {name: (out / "images" / name).read_bytes() for name in names} == before
 
-    # One image from its own settings.
-    made_again = sample(files, f"--again={out / 'images' / names[1]}", f"--out={files / 'again'}")
+    # One image from its own settings. A PNG loads no path that its owner does not name too.
+    refused = sample(files, f"--again={out / 'images' / names[1]}", f"--out={files / 'again'}")
+    assert refused.returncode == 2 and not (files / "again").exists()
+    towers = model(files)[:3]
+    assert f"if you trust it, add {' '.join(towers)}" in refused.stderr
+    again = [f"--again={out / 'images' / names[1]}", *towers]
+    made_again = sample(files, *again, f"--out={files / 'again'}")
     assert made_again.returncode == 0, made_again.stderr
+    assert f"image 1 of 3, a dog; with model {files / 'dit.pt'}, vae {files}" in made_again.stdout
     found = images.read_png(files / "again" / "images" / names[1])
     expected = images.read_png(out / "images" / names[1])
     np.testing.assert_allclose(found, expected, atol=1.5 / 255)
 
     # A flag that is given goes before the PNG's settings.
-    other = sample(
-        files, f"--again={out / 'images' / names[1]}", "--seed=9", f"--out={files / 'o'}"
-    )
+    other = sample(files, *again, "--seed=9", f"--out={files / 'o'}")
     assert other.returncode == 0, other.stderr
     changed = images.read_settings(files / "o" / "images" / names[1])
     assert changed == settings | {"seed": 9}
     assert np.abs(images.read_png(files / "o" / "images" / names[1]) - expected).max() > 0.01
 
     # And once more, with all that it needs in the caches.
-    last = sample(files, f"--again={out / 'images' / names[1]}", f"--out={files / 'last'}")
+    last = sample(files, *again, f"--out={files / 'last'}")
     assert "; 0 programs compiled" in last.stdout, last.stdout
 
 

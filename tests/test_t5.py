@@ -178,3 +178,27 @@ def test_bad_input(tiny, tokenizer_folder, tmp_path, monkeypatch):
 def test_bad_configs(changes, message):
     with pytest.raises(UserError, match=message):
         dataclasses.replace(TINY, **changes)
+
+
+def test_no_code_of_a_tokenizers_folder_is_run_nor_asked_for(tmp_path, monkeypatch):
+    ran = tmp_path / "ran"
+    (tmp_path / "evil.py").write_text(
+        f"open({str(ran)!r}, 'w').close()\n"
+        "from transformers import PreTrainedTokenizer\n"
+        "class Evil(PreTrainedTokenizer):\n    pass\n"
+    )
+    about = {"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["evil.Evil", None]}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(about))
+    asked = []
+    monkeypatch.setattr("builtins.input", lambda *words: asked.append(words) or "y")
+    with pytest.raises(UserError, match="expected a T5 tokenizer .*give its folder") as error:
+        T5Tokenizer(str(tmp_path))
+    assert not asked and not ran.exists() and str(error.value).isprintable()
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"model": {"type": "Unigram", "vocab": 3}}', "{"])
+def test_a_damaged_tokenizer_is_one_line(tmp_path, text):
+    (tmp_path / "tokenizer.json").write_text(text)
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "T5Tokenizer"}')
+    with pytest.raises(UserError, match="expected a T5 tokenizer .*give its folder"):
+        T5Tokenizer(str(tmp_path))

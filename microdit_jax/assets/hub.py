@@ -6,8 +6,9 @@ mean to huggingface_hub, which also shows progress and resumes broken downloads.
 """
 
 import re
+import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -48,6 +49,35 @@ _T5_FILES = (
     "config.json", "tokenizer_config.json", "special_tokens_map.json", "spiece.model",
     "pytorch_model.bin.index.json",
 )  # fmt: skip
+
+
+def is_known(name: str) -> bool:
+    """Returns True for a name that a stranger's file may choose: one that this project knows.
+
+    These are the model in the package, released checkpoints and their towers, and token tables,
+    which have no files. A local path is never one of them, whatever it is called.
+    """
+    known = name in (INSTANT, SDXL_VAE, OSTRIS_VAE, DFN5B_CLIP)
+    known = known or name.removesuffix(".pt") in RELEASED or name.startswith("table:")
+    return known and not Path(name).exists()
+
+
+def check_known(names: Mapping[str, str | None], source: object) -> None:
+    """Raises UserError unless a file of unknown origin chose what it may; says which flags to give.
+
+    Args:
+      names: by flag, such as "model"; None: nothing was chosen.
+      source: the file or model that chose them.
+    """
+    strange = {
+        flag: name for flag, name in names.items() if name is not None and not is_known(name)
+    }
+    if strange:
+        given = " ".join(f"--{flag}={shlex.quote(visible(name))}" for flag, name in strange.items())
+        raise UserError(
+            f"expected {visible(source)} to name released models alone, found a path or another "
+            f"repository, which is only loaded if you ask for it: if you trust it, add {given}"
+        )
 
 
 def local_folder(repository: str) -> Path:
@@ -165,7 +195,7 @@ def _fetch_first(repository: str, names: Sequence[str]) -> Path:
         break
     folder = local_folder(repository)
     raise UserError(
-        f"expected {' or '.join(names)} of the Hugging Face repository {repository}, could not "
-        f"fetch it ({why[0]}); try again, or put the repository's files into {folder} by hand, as "
-        f"{folder / names[0]}"
+        f"expected {' or '.join(names)} of the Hugging Face repository {visible(repository)}, "
+        f"could not fetch it ({visible(why[0])}); try again, or put the repository's files into "
+        f"{visible(folder)} by hand, as {visible(folder / names[0])}"
     ) from why[1]

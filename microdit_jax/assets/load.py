@@ -178,7 +178,7 @@ def _of_run(metadata: dict, config: DiTConfig, params: Any, path: Path, descript
         config,
         params,
         config_from_fields(EdmConfig, metadata["edm"]),
-        str(kept) if kept.is_dir() else towers["vae"],
+        str(kept) if kept.is_dir() and not kept.is_symlink() else towers["vae"],
         towers["text_encoder"],
         path,
         description,

@@ -14,7 +14,7 @@ from jax.sharding import Sharding
 from jaxtyping import Float
 
 from microdit_jax.diffusion import EdmConfig
-from microdit_jax.errors import UserError
+from microdit_jax.errors import UserError, visible
 from microdit_jax.files import read_json, read_npz
 
 _FORMAT_VERSION = 1
@@ -171,12 +171,12 @@ class PatchPCA:
         except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
             raise UserError(
                 f"expected codec.json and codec.npz of a patch codec in {folder}, could not read "
-                f"them ({error!r}): delete the folder and prepare the data again"
+                f"them ({visible(repr(error))}): delete the folder and prepare the data again"
             ) from error
         if found != ("patch_pca", _FORMAT_VERSION):
             raise UserError(
                 f"expected a patch_pca codec, version {_FORMAT_VERSION}, in {folder}, found "
-                f"{found}: prepare the data again"
+                f"{visible(found, 80)}: prepare the data again"
             )
         return codec
 

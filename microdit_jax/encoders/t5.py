@@ -27,7 +27,7 @@ from microdit_jax.encoders.transformer import (
     check_texts,
     in_batches,
 )
-from microdit_jax.errors import UserError
+from microdit_jax.errors import UserError, visible
 from microdit_jax.towers import no_tokenizer
 
 PADDING = 0
@@ -182,13 +182,22 @@ class T5Tokenizer:
                 "T5's tokenizer needs transformers, found none; pip install transformers"
             ) from error
         try:
-            self._tokenizer = AutoTokenizer.from_pretrained(source)
-        # The library raises errors of many types, for a missing file as for another tokenizer's.
-        except Exception as error:
+            # Never code of that folder, nor the library's question whether to run it.
+            self._tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+            found = type(self._tokenizer).__name__
+            if not found.startswith(
+                ("T5Tokenizer", "PreTrainedTokenizerFast", "TokenizersBackend")
+            ):
+                raise ValueError(f"a tokenizer of another kind, {found}")
+        # The library raises errors of many types, for a missing file as for another tokenizer's;
+        # a panic of tokenizers is no Exception.
+        except BaseException as error:
+            if isinstance(error, KeyboardInterrupt | SystemExit | MemoryError):
+                raise
+            reason = visible(str(error).partition("\n")[0])
             raise UserError(
-                f"expected a T5 tokenizer (tokenizer.json or spiece.model) at {source}, found "
-                f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}; "
-                "give its folder"
+                f"expected a T5 tokenizer (tokenizer.json or spiece.model) at {visible(source)}, "
+                f"found {type(error).__name__}: {reason}; give its folder"
             ) from error
         if (self._tokenizer.pad_token_id, self._tokenizer.eos_token_id) != (PADDING, 1):
             raise UserError(

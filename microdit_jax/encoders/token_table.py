@@ -13,10 +13,11 @@ from jax.sharding import Sharding
 from jaxtyping import Float32, Int32, Shaped, UInt64
 
 from microdit_jax.encoders.tokenizers import PADDING, VOCABULARY_SIZE, ClipTokenizer
-from microdit_jax.errors import UserError
+from microdit_jax.errors import UserError, visible
 
 # Share of a vector's variance that tells the token; the rest tells its position.
 _TOKEN_SHARE = 0.75
+MAX_WIDTH, MAX_TOKENS = 2**16, 2**12  # of a table; a stranger's model may name any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +41,11 @@ class TokenTable:
             raise UserError(f"token table: expected an even width; found {self.width}")
         if self.max_tokens < 2:
             raise UserError(f"token table: expected tokens >= 2; found {self.max_tokens}")
+        if self.width > MAX_WIDTH or self.max_tokens > MAX_TOKENS:
+            raise UserError(
+                f"token table: expected a width up to {MAX_WIDTH} and up to {MAX_TOKENS} tokens; "
+                f"found {self.width} and {self.max_tokens}"
+            )
         if not 0 <= self.seed < 2**32:
             raise UserError(f"token table: expected a seed in [0, 2**32); found {self.seed}")
 
@@ -51,11 +57,13 @@ class TokenTable:
     @classmethod
     def from_name(cls, name: str) -> "TokenTable":
         """Makes the encoder of this name; raises UserError for a name of another form."""
-        match = re.fullmatch(r"table:width=(\d+),tokens=(\d+),seed=(\d+)", name, re.ASCII)
+        match = re.fullmatch(
+            r"table:width=(\d{1,12}),tokens=(\d{1,12}),seed=(\d{1,12})", name, re.ASCII
+        )
         if match is None:
             raise UserError(
                 f"text encoder: expected a name like 'table:width=256,tokens=24,seed=0'; "
-                f"found {name!r}"
+                f"found {visible(name)}"
             )
         return cls(*map(int, match.groups()))
 
