@@ -10,7 +10,10 @@ from PIL import Image
 from support.hostile import ROOT, assert_refused, run_hostile
 
 from microdit_jax.checkpoints.run import write_run_metadata
+from microdit_jax.commands import boundary
 from microdit_jax.convert.formats.torch_file import write_torch
+from microdit_jax.errors import UserError
+from microdit_jax.xla import plot
 
 # A title for the window, a cleared screen, a forged last line, a text that runs backwards.
 NAME = "x\x1b]0;t\x07\x1b[2J\nerror: forged\r\x1b[1Aover\u202e\x9b"
@@ -88,3 +91,31 @@ def test_files_of_a_folder(tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert_plain(done, told="not an image")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"memory": {}},
+        {"seconds": []},
+        {"seconds": {"matmuls": "\x1b[2J"}},
+        {"chip": None, "topology": NAME},
+        {"chip": None},
+        {"config": ["\x1b"]},
+    ],
+)
+def test_reports_of_the_lab(change, tmp_path):
+    report = json.loads((ROOT / "docs" / "aot" / "res_256_pretrain_h100_8.json").read_text())
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps({**report, "topology": "a$x^$"}))
+    plot.draw(plot.read([path]), tmp_path / "a.png")
+    path.write_text(json.dumps(report | change))
+    with pytest.raises(UserError, match="expected (a report of the lab|the report of a chip)"):
+        plot.read([path])
+
+
+def test_a_defects_traceback_is_escaped(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    _, line = boundary.describe(KeyError(NAME))
+    (kept,) = (tmp_path / "microdit_jax" / "defects").iterdir()
+    assert "\x1b" not in kept.read_text() and line.count(kept.name) == 1

@@ -27,7 +27,7 @@ from types import ModuleType
 from typing import NoReturn
 
 from microdit_jax.commands import output
-from microdit_jax.errors import LONGEST, UserError, visible
+from microdit_jax.errors import LONGEST, UserError, escaped, visible
 from microdit_jax.machine import interrupts
 
 _program = ""
@@ -196,7 +196,8 @@ def _defect(error: BaseException) -> str:
     from microdit_jax import __version__
     from microdit_jax.files import cache_folder
 
-    text = "".join(traceback.format_exception(error))
+    # What it quotes is from outside: whoever looks at the file does so in a terminal.
+    text = escaped("".join(traceback.format_exception(error)), keep="\n\t")
     about = f"microdit_jax {__version__}, Python {sys.version}\n{sys.argv}\n\n{text}"
     name = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.txt"
     places = [lambda: cache_folder() / "defects", lambda: Path(tempfile.gettempdir())]

@@ -17,8 +17,10 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from microdit_jax.commands.parser import Parser
-from microdit_jax.errors import UserError
+from microdit_jax.errors import UserError, visible
 from microdit_jax.files import atomic_file, check_writable, read_json
+
+SECONDS = ("matmuls", "memory", "communication", "lower_bound")  # that are drawn, of a step
 
 
 def read(paths: Sequence[str | Path]) -> list[dict[str, Any]]:
@@ -32,6 +34,7 @@ def read(paths: Sequence[str | Path]) -> list[dict[str, Any]]:
         try:
             found = read_json(path)
             chip = found["chip"]
+            _check_figures(found)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(
                 f"expected a report of the lab's compiler, found none in {path}; run python -m "
@@ -39,11 +42,24 @@ def read(paths: Sequence[str | Path]) -> list[dict[str, Any]]:
             ) from error
         if chip is None:
             raise UserError(
-                f"expected the report of a chip whose peaks are known, found {found['topology']} "
+                "expected the report of a chip whose peaks are known, found "
+                f"{found.get('topology')} "
                 f"in {path}; take one of h100, v4, v5e, v5p, v6e"
             )
         reports.append(found)
     return reports
+
+
+def _check_figures(report: dict[str, Any]) -> None:
+    """Raises KeyError, TypeError or ValueError for a report without the figures that are drawn."""
+    if report["chip"] is None:
+        return
+    figures = [report["memory"][key] for key in ("arguments", "peak", "capacity")]
+    figures += [report["seconds"][key] for key in SECONDS]
+    if not all(type(figure) in (int, float) and abs(figure) < 1e18 for figure in figures):
+        raise ValueError("figures that are no numbers")
+    if not isinstance(report["config"], str) or not isinstance(report["topology"], str):
+        raise ValueError("names that are no texts")
 
 
 def draw(reports: Sequence[dict[str, Any]], out: str | Path) -> None:
@@ -52,7 +68,11 @@ def draw(reports: Sequence[dict[str, Any]], out: str | Path) -> None:
     Raises:
       UserError: the name of `out` ends in no format that can be drawn.
     """
-    names = [f"{r['config']}\n{r['topology']}" for r in reports]
+    # Two dollar signs in a name would make a formula of what is between them.
+    names = [
+        "\n".join(visible(r[key], 80).replace("$", r"\$") for key in ("config", "topology"))
+        for r in reports
+    ]
     figure = Figure(figsize=(10, 1.2 + 0.6 * len(reports)), layout="constrained", dpi=100)
     left, right = figure.subplots(1, 2, sharey=True)
     stacks: dict[str, list[float]] = collections.defaultdict(list)
@@ -67,7 +87,7 @@ def draw(reports: Sequence[dict[str, Any]], out: str | Path) -> None:
     for i, r in enumerate(reports):
         left.plot([r["memory"]["capacity"] / 1e9] * 2, [i - 0.4, i + 0.4], color="black")
     left.set_xlabel("GB on each device; the line: the chip's memory")
-    for k, key in enumerate(("matmuls", "memory", "communication", "lower_bound")):
+    for k, key in enumerate(SECONDS):
         positions = [i + 0.3 - 0.2 * k for i in range(len(reports))]
         times = [r["seconds"][key] * 1e3 for r in reports]
         right.barh(positions, times, height=0.18, label=key.replace("_", " "))
