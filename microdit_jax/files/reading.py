@@ -153,6 +153,10 @@ def read_npz(path: str | os.PathLike) -> dict[str, np.ndarray]:
                 stated = sum(member.file_size for member in arrays.zip.infolist())
                 if stated > max(MAX_ARRAYS, 2 * os.fstat(file.fileno()).st_size):
                     raise ValueError(f"{stated:,} bytes of arrays in a small file")
-                return {name: arrays[name] for name in arrays.files}
+                found = {name: arrays[name] for name in arrays.files}
+                # A member that does not begin as an array is given as its bytes.
+                if not all(isinstance(array, np.ndarray) for array in found.values()):
+                    raise ValueError("a member that is no array")
+                return found
         except Exception as error:  # damage is raised by zipfile, zlib, the header's parser, ...
             raise ValueError(f"{type(error).__name__}: {error}") from error
