@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import os
 import shutil
 
 import jax
@@ -56,6 +57,22 @@ def test_a_replaced_file_is_converted_again(files, capsys):
     same(model.params, dit.from_torch(changed, model.config))
     folders = [p for p in (files / "cache" / "microdit_jax" / "models").iterdir() if p.is_dir()]
     assert len(folders) == 1
+
+
+def test_what_others_planted_in_a_shared_cache_is_not_taken(files, tmp_path):
+    model = load.load_model(str(files / "dit.pt"))
+    cache = files / "cache" / "microdit_jax" / "models"
+    (folder,) = (path for path in cache.iterdir() if path.is_dir())
+    cache.chmod(0o777)
+    folder.rename(tmp_path / "elsewhere")
+    folder.symlink_to(tmp_path / "elsewhere")
+    same(load.load_model(str(files / "dit.pt")).params, model.params)
+    assert folder.is_dir() and not folder.is_symlink() and (tmp_path / "elsewhere").is_dir()
+    assert cache.stat().st_mode & 0o022 == 0
+    if os.getuid() == 0:
+        os.chown(folder, 12345, 12345)
+        load.load_model(str(files / "dit.pt"))
+        assert folder.stat().st_uid == 0
 
 
 def test_a_changed_config_beside_the_same_weights_is_noticed(files):

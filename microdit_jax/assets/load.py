@@ -36,7 +36,7 @@ from microdit_jax.convert.to_folder import convert_to_folder
 from microdit_jax.diffusion import EdmConfig
 from microdit_jax.encoders import registry
 from microdit_jax.errors import UserError
-from microdit_jax.files import cache_folder, disk_errors
+from microdit_jax.files import HeldFolder, cache_folder, disk_errors
 from microdit_jax.models import dit
 from microdit_jax.models.dit import DiTConfig, for_this_machine
 from microdit_jax.towers import Codec, TextEncoder
@@ -276,8 +276,12 @@ def converted(kind: str, path: Path) -> Path:
     key = hashlib.sha256(json.dumps([name for name, _ in stats]).encode()).hexdigest()[:12]
     folder = cache_folder() / "models" / f"{kind}-{source.files[0].stem}-{key}"
     with disk_errors(folder):
-        folder.parent.mkdir(parents=True, exist_ok=True)
+        HeldFolder(
+            folder.parent.resolve(), own=True
+        )  # made, and nobody else's: nothing is planted there
         with filelock.FileLock(f"{folder}.lock"):  # another process may convert the same file
+            if folder.is_symlink():
+                folder.unlink()
             if folder.is_dir() and not _is_made_from(folder, made_from):
                 (folder / "config.json").unlink(missing_ok=True)  # first: then it is no model
                 shutil.rmtree(folder)
@@ -294,6 +298,8 @@ def _convert(kind: str, path: Path, folder: Path, notes: dict[str, Any]) -> None
 
 def _is_made_from(folder: Path, made_from: dict[str, Any]) -> bool:
     if not model_folder.is_model(folder):  # a killed process was about to remove it
+        return False
+    if folder.stat().st_uid != folder.parent.stat().st_uid:  # another user's, from before
         return False
     return model_folder.read_metadata(folder).get("cached") == made_from
 
