@@ -14,7 +14,8 @@ from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
 from microdit_jax import noise
 from microdit_jax.errors import UserError, visible
-from microdit_jax.files import open_regular, parse_json, write_bytes
+from microdit_jax.files import parse_json, write_bytes
+from microdit_jax.files.image_files import open_image
 
 KEY = "microdit_jax"  # of the PNG text that holds the settings
 OPTIONAL = ("vae", "text_encoder")  # texts that may be None
@@ -157,7 +158,7 @@ def read_settings(path: Path) -> dict[str, Any]:
       UserError: no such file, not an image, or one without settings of ours.
     """
     try:
-        with open_regular(path) as file, Image.open(file, formats=["PNG"]) as image:
+        with open_image(path) as image:
             found = parse_json(image.info[KEY])
         if not isinstance(found, dict):
             raise ValueError("settings that are no JSON object")
@@ -172,7 +173,7 @@ def read_settings(path: Path) -> dict[str, Any]:
 
 def read_png(path: Path) -> Float[np.ndarray, "H W 3"]:
     """Reads an image as float32 in [0, 1]."""
-    with open_regular(path) as file, Image.open(file, formats=["PNG"]) as image:
+    with open_image(path) as image:
         return np.asarray(image.convert("RGB"), np.float32) / 255
 
 
@@ -181,7 +182,7 @@ def is_made_so(path: Path, settings: dict) -> bool:
     try:
         found = path.is_file() and read_settings(path) == parse_json(json.dumps(settings))
         return found and read_png(path).size > 0
-    except (UserError, OSError):
+    except Exception:  # Pillow answers damage with anything
         return False
 
 

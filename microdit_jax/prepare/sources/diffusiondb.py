@@ -1,15 +1,17 @@
 """DiffusionDB Large: Stable Diffusion's images in zips, each zip with its prompts as json."""
 
-import json
-import zipfile
+import functools
 from pathlib import Path, PurePosixPath
 
+from microdit_jax.files import parse_json
 from microdit_jax.prepare.sources import tables
+from microdit_jax.prepare.sources.archives import DAMAGE, read_member
 from microdit_jax.prepare.sources.webdataset import ArchivedImages, CaptionOf, find_archives
 
 # The reference skips images with a higher chance of being unsafe, by image or by prompt.
 SAFETY_THRESHOLD = 0.2
 _SCORES = ("image_name", "image_nsfw", "prompt_nsfw")
+_MAX_PROMPTS = 64 << 20  # bytes; a part's 1,000 prompts take less than one MB
 
 
 def open_images(root: Path) -> ArchivedImages:
@@ -17,19 +19,26 @@ def open_images(root: Path) -> ArchivedImages:
     patterns = ("part-[0-9]*.zip", "part-[0-9]*[0-9]")
     archives = find_archives(root, *patterns, *(f"*/{pattern}" for pattern in patterns))
     (table, *_) = find_archives(root, "metadata-large.parquet", "metadata.parquet")
-    unsafe: set[str] = set()
+
+    @functools.cache
+    def unsafe() -> dict[str, str]:
+        """Maps each image that is left out to the reason."""
+        reasons = {}
+        for row in tables.rows(table, columns=_SCORES):
+            name, *scores = (tables.column(row, (column,), table) for column in _SCORES)
+            # The reference keeps what is at most so unsafe, so nothing without a score
+            if not all(isinstance(score, int | float) for score in scores):
+                reasons[str(name)] = "without a score of its safety"
+            elif not all(score <= SAFETY_THRESHOLD for score in scores):
+                reasons[str(name)] = "unsafe by its scores"
+        return reasons
 
     def captions_of(archive: Path) -> CaptionOf:
-        if not unsafe:
-            unsafe.add("")  # read the table once, also where no image is unsafe
-            for row in tables.rows(table, columns=_SCORES):
-                if max(row["image_nsfw"], row["prompt_nsfw"]) > SAFETY_THRESHOLD:
-                    unsafe.add(row["image_name"])
         prompts = _prompts(archive)
         return lambda name, files: prompts.get(PurePosixPath(name).name)
 
     def skip_reason_of(name: str) -> str | None:
-        return "unsafe by its scores" if PurePosixPath(name).name in unsafe else None
+        return unsafe().get(PurePosixPath(name).name)
 
     return ArchivedImages(archives, captions_of, skip_reason_of=skip_reason_of)
 
@@ -38,12 +47,8 @@ def _prompts(archive: Path) -> dict[str, str]:
     """Maps each image of a part to its prompt; empty where the json is missing or damaged."""
     name = f"{archive.name.split('.')[0]}.json"
     try:
-        if archive.is_dir():
-            data = (archive / name).read_bytes()
-        else:
-            with zipfile.ZipFile(archive) as file:
-                path = next(n for n in file.namelist() if PurePosixPath(n).name == name)
-                data = file.read(path)
-        return {image: str(entry["p"]) for image, entry in json.loads(data).items()}
-    except (OSError, ValueError, KeyError, TypeError, StopIteration, zipfile.BadZipFile):
+        entries = parse_json(read_member(archive, name, _MAX_PROMPTS)).items()
+    except (*DAMAGE, AttributeError):
         return {}
+    prompts = {image: entry.get("p") for image, entry in entries if isinstance(entry, dict)}
+    return {image: str(prompt) for image, prompt in prompts.items() if prompt is not None}

@@ -2,13 +2,16 @@
 
 from pathlib import Path
 
-from microdit_jax.errors import UserError
+from microdit_jax.errors import UserError, visible
+from microdit_jax.files import inside
 from microdit_jax.prepare.sources import tables
+from microdit_jax.prepare.sources.archives import MAX_TEXT
 from microdit_jax.prepare.sources.listed_images import (
     SUFFIXES,
     ListedImages,
     SourceImage,
-    image_file,
+    image_below,
+    read_below,
     skipped_image,
 )
 
@@ -27,34 +30,44 @@ def open_folder(root: Path, captions: Path | None = None) -> ListedImages:
       UserError: no folder, no images, or a table that cannot be read.
     """
     if not root.is_dir():
-        raise UserError(f"expected a folder of images at {root}, found none; check --input")
+        raise UserError(
+            f"expected a folder of images at {visible(root)}, found none; check --input"
+        )
     if captions is None:
         names = [f"{name}{s}" for name in ("captions", "metadata") for s in tables.SUFFIXES]
-        captions = next((root / name for name in names if (root / name).is_file()), None)
+        name = next((name for name in names if (root / name).exists()), None)
+        captions = None if name is None else inside(root, name)
     listed = _with_texts(root) if captions is None else _with_table(root, captions)
     if not listed:
-        raise UserError(f"expected images ({', '.join(sorted(SUFFIXES))}) below {root}, found none")
+        raise UserError(
+            f"expected images ({', '.join(sorted(SUFFIXES))}) below {visible(root)}, found none"
+        )
     return ListedImages(listed)
 
 
 def _with_texts(root: Path) -> list[SourceImage]:
     images = []
     for path in sorted(root.rglob("*")):
-        if path.suffix.lower() in SUFFIXES and path.is_file():
-            name, text = path.relative_to(root).as_posix(), path.with_suffix(".txt")
-            if text.is_file():
-                caption = text.read_text(encoding="utf-8", errors="replace")
-                images.append(image_file(name, caption, path))
-            else:
+        if path.suffix.lower() in SUFFIXES and not path.is_dir():
+            name = path.relative_to(root).as_posix()
+            try:
+                caption = read_below(
+                    root, str(path.with_suffix(".txt").relative_to(root)), MAX_TEXT
+                )
+                images.append(image_below(name, caption.decode("utf-8", "replace"), root, name))
+            except FileNotFoundError:
                 images.append(skipped_image(name, "no caption"))
+            except OSError as error:
+                images.append(skipped_image(name, f"its caption cannot be read ({error.strerror})"))
+            except ValueError as error:
+                images.append(skipped_image(name, f"its caption: {error}"))
     return images
 
 
 def _with_table(root: Path, table: Path) -> list[SourceImage]:
     images, seen = [], set()
     for row in tables.rows(table):
-        name = str(tables.column(row, _NAMES, table))
-        caption, path = tables.column(row, _CAPTIONS, table), root / name
+        name, caption = str(tables.column(row, _NAMES, table)), tables.text(row, _CAPTIONS, table)
         if name in seen:
             images.append(skipped_image(name, "duplicate id"))
         elif Path(name).is_absolute() or ".." in Path(name).parts:
@@ -62,6 +75,6 @@ def _with_table(root: Path, table: Path) -> list[SourceImage]:
         elif caption is None:
             images.append(skipped_image(name, "no caption"))
         else:
-            images.append(image_file(name, str(caption), path))
+            images.append(image_below(name, caption, root, name))
         seen.add(name)
     return images

@@ -1,5 +1,6 @@
 """JourneyDB: Midjourney's images in tgz archives, and a jsonl file with their prompts."""
 
+import functools
 from pathlib import Path, PurePosixPath
 
 from microdit_jax.prepare.sources import tables
@@ -21,14 +22,18 @@ def open_images(root: Path, split: str = "train") -> ArchivedImages:
     archives = find_archives(folder / "imgs", "[0-9]*.tgz", "[0-9]*[0-9]")
     (table, *_) = find_archives(folder, _ANNOTATIONS[split], f"{_ANNOTATIONS[split]}.tgz")
     there = {path.name.split(".")[0] for path in archives}
-    prompts: dict[str, str] = {}
+
+    @functools.cache
+    def prompts() -> dict[str, str]:
+        found = {}
+        for row in tables.rows(table):
+            path = PurePosixPath(str(tables.column(row, ("img_path",), table)))
+            prompt = tables.text(row, ("prompt",), table)
+            if path.parent.name in there and prompt is not None:
+                found[path.name] = prompt
+        return found
 
     def caption_of(name: str, files: dict[str, bytes]) -> str | None:
-        if not prompts:
-            for row in tables.rows(table):
-                path = PurePosixPath(str(tables.column(row, ("img_path",), table)))
-                if path.parent.name in there:
-                    prompts[path.name] = str(tables.column(row, ("prompt",), table))
-        return prompts.get(PurePosixPath(name).name)
+        return prompts().get(PurePosixPath(name).name)
 
     return ArchivedImages(archives, lambda archive: caption_of)

@@ -1,11 +1,17 @@
 """Captioned images as `prepare` reads them: parts that can be read alone, in a fixed order."""
 
+import functools
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol, runtime_checkable
 
 from PIL import Image
+
+from microdit_jax.errors import UserError
+from microdit_jax.files import inside, open_regular, read_at_most
+from microdit_jax.files.image_files import MAX_BYTES
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 _PART = 1000  # images, where files come one by one
@@ -23,12 +29,14 @@ class SourceImage(NamedTuple):
       caption: None where there is none.
       load: gives the file's bytes, or the image; may raise OSError, or ValueError and its kin.
       skip_reason: why the image is not usable, else None.
+      num_bytes: memory that `load` keeps until it is called, for images of archives.
     """
 
     id: str
     caption: str | None
     load: Callable[[], bytes | Image.Image]
     skip_reason: str | None = None
+    num_bytes: int = 0
 
 
 def skipped_image(id: str, reason: str) -> SourceImage:
@@ -37,8 +45,36 @@ def skipped_image(id: str, reason: str) -> SourceImage:
 
 
 def image_file(id: str, caption: str | None, path: Path) -> SourceImage:
-    """Returns an image in a file of its own."""
+    """Returns an image in a file of its own, which comes from an installed package."""
     return SourceImage(id, caption, path.read_bytes)
+
+
+def image_below(id: str, caption: str | None, root: Path, name: str) -> SourceImage:
+    """Returns an image in a file of its own; one that lies outside of the folder is skipped."""
+    return SourceImage(id, caption, functools.partial(read_below, root, name, MAX_BYTES))
+
+
+def read_below(root: Path, name: str, num_bytes: int) -> bytes:
+    """Reads a file below a folder whole.
+
+    Raises:
+      OSError: the file cannot be opened.
+      ValueError: it lies outside, by a link too, is no regular file, or is too large; the message
+        is a short reason.
+    """
+    try:
+        path = inside(root, name)
+    except UserError as error:
+        raise ValueError("outside of the folder") from error
+    try:
+        file = open_regular(path)
+    except UserError as error:
+        raise ValueError("not a regular file") from error
+    with file:
+        size = os.fstat(file.fileno()).st_size
+        if size > num_bytes:
+            raise ValueError(f"a file of {size} bytes")
+        return read_at_most(file, num_bytes, path)
 
 
 @runtime_checkable

@@ -4,6 +4,8 @@ from pathlib import Path, PurePosixPath
 
 from microdit_jax.errors import UserError
 from microdit_jax.prepare.sources import tables
+from microdit_jax.prepare.sources.archives import MAX_TEXT
+from microdit_jax.prepare.sources.listed_images import read_below
 from microdit_jax.prepare.sources.webdataset import ArchivedImages, find_archives
 
 
@@ -19,7 +21,9 @@ def open_images(root: Path) -> ArchivedImages:
     if table is not None:
         for row in tables.rows(table):
             name = str(tables.column(row, ("file_name", "image", "id"), table))
-            texts[name.removesuffix(".jpg")] = str(tables.column(row, ("caption", "text"), table))
+            caption = tables.text(row, ("caption", "text"), table)
+            if caption is not None:
+                texts[name.removesuffix(".jpg")] = caption
     elif not (root / "captions").is_dir():
         raise UserError(
             f"expected captions of SA-1B in {root}/captions, found no such folder, nor a table "
@@ -30,8 +34,11 @@ def open_images(root: Path) -> ArchivedImages:
         stem = PurePosixPath(name).stem
         if table is not None:
             return texts.get(stem)
-        path = root / "captions" / f"{stem}.txt"
-        return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else None
+        try:
+            text = read_below(root, f"captions/{stem}.txt", MAX_TEXT)
+        except (OSError, ValueError):
+            return None
+        return text.decode("utf-8", "replace")
 
     archives = find_archives(root, "sa_[0-9]*.tar", "sa_[0-9]*[0-9]")
     return ArchivedImages(archives, lambda archive: caption_of)

@@ -1,19 +1,24 @@
 """Tables of captions: .jsonl, .json, .csv, .tsv and .parquet files, row by row."""
 
+import contextlib
 import csv
 import io
-import json
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from microdit_jax.errors import UserError
+from microdit_jax.errors import UserError, visible
+from microdit_jax.files import open_regular, parse_json, read_bytes
+from microdit_jax.prepare.sources.tar_stream import tar_members
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
+MAX_JSON = 1 << 30  # bytes of a file that is read whole
+_MAX_LINE = 16 << 20  # characters
+_BATCH = 4096  # rows of a .parquet file in memory
 
 
 def rows(path: Path, columns: Sequence[str] | None = None) -> Iterator[dict[str, Any]]:
@@ -27,46 +32,57 @@ def rows(path: Path, columns: Sequence[str] | None = None) -> Iterator[dict[str,
     """
     number = 0
     try:
-        for number, row in enumerate(_rows(path, columns), start=1):  # noqa: B007
-            if not isinstance(row, dict):
-                raise ValueError(f"a {type(row).__name__} in place of a row")
-            yield row
+        with contextlib.closing(_rows(path, columns)) as found:
+            for number, row in enumerate(found, start=1):  # noqa: B007
+                if not isinstance(row, dict):
+                    raise ValueError(f"a {type(row).__name__} in place of a row")
+                yield row
     except (OSError, ValueError, csv.Error, tarfile.TarError, EOFError, pa.ArrowException) as error:
         raise UserError(
-            f"expected a table of captions in {path}, could not read it after row {number} "
-            f"({error}); mend the file or download it again"
+            f"expected a table of captions in {visible(path)}, could not read it after row "
+            f"{number} ({visible(error, 200)}); mend the file or download it again"
         ) from error
 
 
-def _rows(path: Path, columns: Sequence[str] | None) -> Iterator[Any]:
+def _rows(path: Path, columns: Sequence[str] | None) -> Generator[Any]:
     if path.suffix == ".parquet":
+        open_regular(path).close()
+        names = None if columns is None else list(columns)
         with pq.ParquetFile(path) as file:
-            for batch in file.iter_batches(columns=None if columns is None else list(columns)):
+            for batch in file.iter_batches(_BATCH, columns=names):
                 yield from batch.to_pylist()
     elif path.suffix == ".json":
-        yield from json.loads(path.read_text(encoding="utf-8"))
+        yield from parse_json(read_bytes(path, MAX_JSON))
     elif path.suffix == ".jsonl":
-        with open(path, encoding="utf-8") as file:
-            yield from (json.loads(line) for line in file if line.strip())
+        with open_regular(path) as file:
+            yield from (parse_json(line) for line in _lines(file) if line.strip())
     elif path.suffix == ".tgz":
-        with tarfile.open(path) as archive:
-            for info in archive:
-                file = archive.extractfile(info) if info.name.endswith(".jsonl") else None
-                if file is not None:
-                    lines = io.TextIOWrapper(file, encoding="utf-8")
-                    yield from (json.loads(line) for line in lines if line.strip())
+        for member in tar_members(path):
+            if member.kind == "file" and member.name.endswith(".jsonl"):
+                yield from (parse_json(line) for line in _lines(member.file) if line.strip())
     else:
         csv.field_size_limit(10**7)
-        with open(path, encoding="utf-8", newline="") as file:
+        with open_regular(path) as file:
+            lines = _lines(file, newline="")
             if path.suffix == ".tsv":  # where quotes are plain text
-                reader = csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
+                reader = csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
             else:
-                reader = csv.reader(file)
+                reader = csv.reader(lines)
             names = columns or next(reader, [])
             for values in reader:
                 if len(values) != len(names):
                     raise ValueError(f"{len(values)} values for {len(names)} columns")
                 yield dict(zip(names, values, strict=True))
+
+
+def _lines(file: io.BufferedReader, newline: str | None = None) -> Iterator[str]:
+    """Yields the lines of a text in UTF-8; raises ValueError for one that does not end."""
+    text = io.TextIOWrapper(file, encoding="utf-8", newline=newline)
+    while line := text.readline(_MAX_LINE + 1):
+        if len(line) > _MAX_LINE:
+            raise ValueError(f"a line of more than {_MAX_LINE} characters")
+        yield line
+    text.detach()
 
 
 def column(row: dict[str, Any], names: Sequence[str], path: Path) -> Any:
@@ -75,6 +91,12 @@ def column(row: dict[str, Any], names: Sequence[str], path: Path) -> Any:
         if name in row:
             return row[name]
     raise UserError(
-        f"expected a column {' or '.join(names)} in {path}, found {', '.join(map(str, row))}; "
-        "rename one"
+        f"expected a column {' or '.join(names)} in {visible(path)}, found "
+        f"{visible(', '.join(map(str, row)))}; rename one"
     )
+
+
+def text(row: dict[str, Any], names: Sequence[str], path: Path) -> str | None:
+    """Returns the text of the first of `names` that a row has, None for null; raises UserError."""
+    value = column(row, names, path)
+    return None if value is None else str(value)

@@ -11,9 +11,8 @@ from microdit_jax.prepare.sources.listed_images import ListedImages
 def open_images(root: Path, split: str = "train") -> ListedImages:
     """Opens TextCaps_0.1_train.json (or val) and train_images/ (of both) below `root`."""
 
-    def captions_in(data: Any) -> Iterator[tuple[str, str, Path]]:
+    def captions_in(data: Any) -> Iterator[tuple[str, str, str]]:
         for row in data["data"]:
-            file = root / "train_images" / f"{row['image_id']}.jpg"
-            yield row["image_id"], row["caption_str"], file
+            yield row["image_id"], row["caption_str"], f"train_images/{row['image_id']}.jpg"
 
-    return read_annotations(root / f"TextCaps_0.1_{split}.json", captions_in)
+    return read_annotations(root / f"TextCaps_0.1_{split}.json", root, captions_in)

@@ -1,11 +1,12 @@
 """Images in archives, as img2dataset and most published datasets store them."""
 
-import json
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
-from microdit_jax.errors import UserError
-from microdit_jax.prepare.sources.archives import Member, members
+from microdit_jax.errors import UserError, visible
+from microdit_jax.files import parse_json
+from microdit_jax.prepare.sources.archives import Member, members, suffix_of
 from microdit_jax.prepare.sources.listed_images import SUFFIXES, SourceImage, skipped_image
 
 # (the image's member name, files of the same key by suffix) -> the caption, or None
@@ -35,45 +36,49 @@ class ArchivedImages:
 
     def read(self, part: int) -> Iterator[SourceImage]:
         """Yields the images of one archive."""
-        archive, seen = self._archives[part], set()
+        archive, seen = self._archives[part], set[str]()
         caption_of = self._captions_of(archive)
-        for key, files in _grouped(members(archive)):
-            for suffix, member in files.items():
-                if suffix not in SUFFIXES and member.reason is None:
-                    continue
-                id = f"{archive.name.split('.')[0]}/{PurePosixPath(key).name}"
-                if member.reason is None and id in seen:
-                    yield skipped_image(id, "duplicate id")
-                else:
-                    data = {suffix: file.data for suffix, file in files.items()}
-                    yield self._image(id, member, data, caption_of)
+        for key, group in _grouped(members(archive)):
+            id = f"{archive.name.split('.')[0]}/{PurePosixPath(key).name}"
+            images = [member for suffix, member in group.items() if suffix in SUFFIXES]
+            texts = {s: member for s, member in group.items() if s not in SUFFIXES}
+            unread = [member.reason for member in texts.values() if member.reason is not None]
+            if not images and unread:
+                yield skipped_image(id, unread[0])
+            for image in images:
+                reason = image.reason or ("duplicate id" if id in seen else None)
+                reason = reason or self._skip_reason_of(image.name)
                 seen.add(id)
-                break  # one image a key
-
-    def _image(
-        self, id: str, member: Member, files: dict[str, bytes], caption_of: CaptionOf
-    ) -> SourceImage:
-        reason = member.reason or self._skip_reason_of(member.name)
-        if reason is not None:
-            return skipped_image(id, reason)
-        caption = caption_of(member.name, files)
-        if caption is None:
-            return skipped_image(id, "no caption")
-        return SourceImage(id, caption, lambda: member.data)
+                if reason is None:
+                    read = {suffix: text.data for suffix, text in texts.items() if not text.reason}
+                    caption = caption_of(image.name, read)
+                    reason = None if caption is not None else (*unread, "no caption")[0]
+                if reason is not None:
+                    yield skipped_image(id, reason)
+                else:
+                    load = functools.partial(getattr, image, "data")
+                    yield SourceImage(id, caption, load, num_bytes=len(image.data))
 
 
 def _grouped(found: Iterator[Member]) -> Iterator[tuple[str, dict[str, Member]]]:
-    """Groups consecutive members of one key, which is the path up to the name's first dot."""
-    last, files = "", {}
+    """Groups consecutive members of one key, which is the path up to the name's first dot.
+
+    Of several images of one key, the first alone keeps its data.
+    """
+    last, files, has_image = "", {}, False
     for member in found:
-        path = PurePosixPath(member.name)
-        stem, _, suffix = path.name.partition(".")
+        path, suffix = PurePosixPath(member.name), suffix_of(member.name)
+        stem = path.name.partition(".")[0]
         key = str(path.with_name(stem)) if stem else member.name
-        if (key != last or f".{suffix.lower()}" in files) and files:
+        if (key != last or suffix in files) and files:
             yield last, files
-            files = {}
+            files, has_image = {}, False
         last = key
-        files[f".{suffix.lower()}"] = member
+        if suffix in SUFFIXES and member.reason is None:
+            member = member._replace(data=b"", reason="duplicate id") if has_image else member
+            has_image = True
+        if member.data or member.reason is not None or suffix in SUFFIXES:
+            files[suffix] = member
     if files:
         yield last, files
 
@@ -83,7 +88,7 @@ def text_or_json(name: str, files: dict[str, bytes]) -> str | None:
     if ".txt" in files:
         return files[".txt"].decode("utf-8", "replace")
     try:
-        caption = json.loads(files[".json"]).get("caption")
+        caption = parse_json(files[".json"]).get("caption")
     except (KeyError, ValueError, AttributeError):
         return None
     return None if caption is None else str(caption)
@@ -98,8 +103,8 @@ def find_archives(root: Path, *patterns: str) -> list[Path]:
     found = sorted({path for pattern in patterns for path in root.glob(pattern)})
     if not found:
         raise UserError(
-            f"expected {' or '.join(patterns)} in {root}, found none; check --input, or download "
-            "the dataset as docs/datasets.md says"
+            f"expected {' or '.join(patterns)} in {visible(root)}, found none; check --input, or "
+            "download the dataset as docs/datasets.md says"
         )
     return found
 
