@@ -1,6 +1,8 @@
 """Images: the reference's transform bit for bit, and files of every kind and state."""
 
+import concurrent.futures
 import io
+import threading
 import time
 
 import numpy as np
@@ -8,6 +10,7 @@ import pytest
 from conftest import GOLDEN
 from PIL import Image
 
+from microdit_jax.files import image_files
 from microdit_jax.prepare import decoding
 from microdit_jax.prepare.decoding import decode, resize_and_crop, to_float
 
@@ -110,3 +113,52 @@ def test_bytes_become_minus_one_to_one():
     found = to_float(np.array([[[0, 255, 128]]], np.uint8))
     np.testing.assert_allclose(found, [[[-1, 1, 1 / 255]]], atol=1e-7)
     assert decoding.MAX_PIXELS == 100_000_000
+
+
+def test_threads_share_a_number_of_pixels_in_turn():
+    limit, lock, held, most = decoding.PixelLimit(100), threading.Lock(), [0], [0]
+    order = []
+
+    def decode_one(number, pixels):
+        with limit.hold(pixels):
+            with lock:
+                held[0] += pixels
+                most[0] = max(most[0], held[0] if pixels <= 100 else 0)
+                order.append(number)
+                assert pixels <= 100 or held[0] == pixels  # alone
+            time.sleep(0.002)
+            with lock:
+                held[0] -= pixels
+
+    sizes = [60, 30, 50, 250, 10, 10, 80] * 5
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        list(pool.map(decode_one, range(len(sizes)), sizes))
+    assert 60 < most[0] <= 100 and held == [0] and sorted(order) == list(range(len(sizes)))
+    # A large image waits for those that run, not for those that come after it.
+    assert all(order.index(i) < i + 9 for i in range(len(sizes)) if sizes[i] == 250)
+
+
+def test_files_of_other_formats_scans_and_strips_are_refused(monkeypatch):
+    with pytest.raises(ValueError, match="not an image"):
+        decode(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n")
+    for format in ("PPM", "TGA", "ICO", "JPEG2000", "PCX", "EPS"):
+        with pytest.raises(ValueError, match="not an image"):
+            decode(encoded(IMAGE, format))
+    whole = encoded(IMAGE, "JPEG", progressive=True)
+    last = whole.rindex(b"\xff\xda")
+    many = whole[:last] + whole[last:-2] * 100 + whole[-2:]
+    with pytest.raises(ValueError, match="a JPEG of 109 scans"):
+        decode(many)
+    # Only what belongs to the image counts: not a thumbnail, nor what follows the end
+    thumbnail = b"\xff\xe1" + (2 + 200).to_bytes(2, "big") + b"\xff\xda" * 100
+    decode(whole[:2] + thumbnail + whole[2:] + b"\xff\xda" * 1000)
+    monkeypatch.setattr(image_files, "_MAX_STRIPS", 3)
+    for options in ({"tiffinfo": {278: 4}}, {"tiffinfo": {278: 4}, "big_tiff": True}):
+        with pytest.raises(ValueError, match="a TIFF of 10 strips"):
+            decode(encoded(IMAGE, "TIFF", **options))
+
+
+def test_a_pixel_column_without_pixels_is_refused():
+    for size in ((0, 0), (0, 7)):
+        with pytest.raises(ValueError, match="no pixels"):
+            decode(Image.new("RGB", size))

@@ -27,8 +27,8 @@ _JPEG_MARKER = re.compile(rb"\xff([\x01-\xcf\xd8-\xfe])")
 _TIFF_OFFSETS = (273, 324)  # StripOffsets, TileOffsets
 
 
-class ImageTooLarge(ValueError):
-    """An image that would take too much memory or time; the message is a short reason."""
+class UnusableImage(ValueError):
+    """An image without pixels, or that takes too much memory or time; the message is a reason."""
 
 
 @contextlib.contextmanager
@@ -42,24 +42,30 @@ def open_image(
     Raises:
       OSError: the file cannot be opened. Pillow's error for what is no image of `FORMATS` is one.
       UserError: a path that is no regular file, or a file of more than MAX_BYTES.
-      ImageTooLarge: see the limits above.
+      UnusableImage: see the limits above.
       Exception: Pillow passes on any exception that its decoders raise, here and when the image is
         loaded.
     """
     data = source if isinstance(source, bytes) else read_bytes(source, MAX_BYTES)
     if (scans := _jpeg_scans(data)) > _MAX_SCANS:
-        raise ImageTooLarge(f"a JPEG of {scans} scans")
+        raise UnusableImage(f"a JPEG of {scans} scans")
     if (strips := _tiff_strips(data)) > _MAX_STRIPS:
-        raise ImageTooLarge(f"a TIFF of {strips} strips")
-    too_many = f"more than {max_pixels // 10**6} megapixels"
+        raise UnusableImage(f"a TIFF of {strips} strips")
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
     except Image.DecompressionBombError as error:
-        raise ImageTooLarge(too_many) from error
+        raise UnusableImage(f"more than {max_pixels // 10**6} megapixels") from error
     with image:
-        if image.width * image.height > max_pixels:
-            raise ImageTooLarge(too_many)
+        check_pixels(image, max_pixels)
         yield image
+
+
+def check_pixels(image: Image.Image, max_pixels: int) -> None:
+    """Raises UnusableImage for an image without pixels or with too many."""
+    if not image.width * image.height:
+        raise UnusableImage("no pixels")
+    if image.width * image.height > max_pixels:
+        raise UnusableImage(f"more than {max_pixels // 10**6} megapixels")
 
 
 def _jpeg_scans(data: bytes) -> int:

@@ -1,7 +1,8 @@
 """Captions from the web, cleaned as the reference cleans them before its text tower sees them.
 
 What it does decides what a model was trained on, so its quirks are kept: the same rules in the
-same order, the whole list twice.
+same order, the whole list twice. Some patterns are written otherwise than the reference's, with
+equal results, so that a stranger's text takes time in proportion to its length.
 """
 
 import html
@@ -12,10 +13,13 @@ import warnings
 import bs4
 import ftfy
 
-# Addresses, each with the parts of a site's name it knows; after a word boundary.
+# Addresses, each with the parts of a site's name it knows; after a word boundary. Where a run of a
+# site's letters holds no site, none of its parts does: group 1 takes the run, to be put back, up to
+# a scheme, which may follow in it.
 _SITE = r"[a-zA-Z0-9.\-]+[.](?:com|co|ru|net|org|edu|gov|it)[\w/-]*\b/?(?!@)"
 _WEB_ADDRESSES = [
-    rf"\b(?:{scheme}:(?:/{{1,3}}|[a-zA-Z0-9%])|{_SITE})" for scheme in ("https?", "www")
+    rf"\b(?:{scheme}:(?:/{{1,3}}|[a-zA-Z0-9%])|{_SITE}|((?:(?!{scheme}:)[a-zA-Z0-9.\-])+))"
+    for scheme in ("https?", "www")
 ]
 _DASHES = (
     "-\u058a\u05be\u1400\u1806\u2010-\u2015\u2e17\u2e1a\u2e3a\u2e3b\u2e40\u301c\u3030\u30a0"
@@ -24,7 +28,7 @@ _DASHES = (
 _FILE_TYPES = "png|jpg|jpeg|bmp|webp|eps|pdf|apk|mp4"
 
 # What goes before and after HTML is stripped: pattern, replacement.
-_BEFORE_HTML = [("<person>", "person"), *((address, "") for address in _WEB_ADDRESSES)]
+_BEFORE_HTML = [("<person>", "person"), *((address, r"\1") for address in _WEB_ADDRESSES)]
 _SYMBOLS = [
     (r"@[\w\d]+\b", ""),  # nicknames
     # CJK strokes, katakana extensions, enclosed and compatibility forms, extension A, hexagrams,
@@ -42,11 +46,11 @@ _SYMBOLS = [
     (r"#\d{1,3}\b", ""),
     (r"#\d{5,}\b", ""),
     (r"\b\d{6,}\b", ""),
-    (rf"\S+\.(?:{_FILE_TYPES})", ""),
+    (rf"\S+\.(?:{_FILE_TYPES})|(\S+)", r"\1"),  # of a word without a file's name, all is kept
     ("[\"']{2,}", '"'),
     (r"\.{2,}", " "),
     (r"[#®•©™&@·º½¾¿¡§~)(\][}{|\\/*]+", " "),
-    (r"\s+\.\s+", " "),
+    (r"(?<!\s)\s+\.\s+", " "),  # tried once for each run of spaces
 ]
 _SHOP_TALK = [
     (r"\b[a-zA-Z]{1,3}\d{3,15}\b", ""),  # part numbers: jc6640
@@ -57,8 +61,9 @@ _SHOP_TALK = [
     (r"\bclick\b\s(?:for|on)\s\w+", ""),
     (rf"\b(?:{_FILE_TYPES})(?:\simages?)?", ""),
     (r"\bpage\s+\d+\b", ""),
-    (r"\b\d*[a-zA-Z]+\d+[a-zA-Z]+\d+[a-zA-Z\d]*\b", " "),  # j2d1a2a
-    ("\\b\\d+\\.?\\d*[xх×]\\d+\\.?\\d*\\b", ""),  # 3x4.5, the second x being Cyrillic
+    (r"\b\d*[a-zA-Z]+\d+[a-zA-Z]+\d[a-zA-Z\d]*\b", " "),  # j2d1a2a
+    # 3x4.5, the second x being Cyrillic
+    ("\\b\\d+(?:\\.\\d*)?[xх×]\\d+(?:\\.\\d*)?\\b", ""),
     (r"\b\s+:\s+", ": "),
     (r"(\D[,./])\b", r"\1 "),
     (r"\s+", " "),
@@ -69,6 +74,9 @@ _ENDS = [
     (r"['_,\-:+]$", ""),
     (r"^\.\S+$", ""),
 ]
+# Characters; the longest captions of real datasets have some thousands, and models read 77 tokens.
+MAX_LENGTH = 50_000
+_MAX_MARKUP = 5_000_000  # tags times characters: 250 tags in 20,000 characters
 # Text in which there is nothing to mend or to unescape
 _PLAIN = re.compile("[ -%'-~]*")
 # BeautifulSoup warns of captions that look like names of files or addresses
@@ -79,6 +87,10 @@ def clean(caption: str) -> str:
     """A caption in lower case without addresses, markup, CJK, shop talk and odd punctuation.
 
     Equal to the reference's, which is DeepFloyd IF's. The result may be empty.
+
+    Raises:
+      ValueError: markup that would take seconds to strip, such as 500 tags in 10,001 characters.
+      Exception: the HTML parser passes on errors of its own.
     """
     return _clean_once(_clean_once(caption))
 
@@ -87,6 +99,9 @@ def _clean_once(text: str) -> str:
     text = urllib.parse.unquote_plus(text).strip().lower()
     text = _replace(text, _BEFORE_HTML)
     if "<" in text or "&" in text:  # no other text changes, and most have neither
+        # Python's HTML parser reads on to the end of the text at each "<" that is not closed.
+        if text.count("<") * len(text) > _MAX_MARKUP:
+            raise ValueError("more markup than a caption has")
         text = bs4.BeautifulSoup(text, features="html.parser").text
     text = _replace(text, _SYMBOLS)
     if len(re.findall("[-_]", text)) > 3:  # this-is-my-cute-cat

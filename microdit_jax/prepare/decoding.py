@@ -1,7 +1,8 @@
 """Image files to square crops and clean captions, by threads, in the source's order."""
 
 import collections
-import io
+import contextlib
+import threading
 import warnings
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -11,12 +12,14 @@ import numpy as np
 from jaxtyping import Float32, UInt8
 from PIL import Image
 
+from microdit_jax.errors import visible
+from microdit_jax.files.image_files import MAX_PIXELS, UnusableImage, check_pixels, open_image
 from microdit_jax.prepare import captions
 from microdit_jax.prepare.options import PrepareOptions
 from microdit_jax.prepare.sources.listed_images import ImageSource, SourceImage
 
-# 300 MB for one image in memory; a larger one is refused before it is decoded.
-MAX_PIXELS = 100_000_000
+# Bytes of undecoded files that wait for a thread.
+_MAX_WAITING = 1 << 30
 
 
 # ------------------------------------------------------------------ one image
@@ -29,18 +32,25 @@ def decode(file: bytes | Image.Image, max_pixels: int = MAX_PIXELS) -> Image.Ima
     Raises:
       ValueError: no image, a damaged or an enormous one; the message is a short reason.
     """
+    with _opened(file, max_pixels) as image:
+        image.load()
+        return _to_rgb(image)
+
+
+@contextlib.contextmanager
+def _opened(file: bytes | Image.Image, max_pixels: int = MAX_PIXELS) -> Iterator[Image.Image]:
+    """Opens an image whose pixels are decoded at the first use; errors there are short reasons."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # odd metadata, and sizes, which are checked here
-            image = Image.open(io.BytesIO(file)) if isinstance(file, bytes) else file
-            if image.width * image.height > max_pixels:
-                raise _Refused(f"more than {max_pixels // 10**6} megapixels")
-            image.load()
-            return _to_rgb(image)
-    except _Refused:
+            if isinstance(file, bytes):
+                with open_image(file, max_pixels=max_pixels) as image:
+                    yield image
+            else:
+                check_pixels(file, max_pixels)
+                yield file
+    except (UnusableImage, _Refused):
         raise
-    except Image.DecompressionBombError as error:
-        raise ValueError(f"more than {max_pixels // 10**6} megapixels") from error
     except MemoryError as error:
         raise ValueError("not enough memory") from error
     except Image.UnidentifiedImageError as error:
@@ -50,7 +60,28 @@ def decode(file: bytes | Image.Image, max_pixels: int = MAX_PIXELS) -> Image.Ima
 
 
 class _Refused(ValueError):
-    pass
+    """An image that is not wanted; the message is a short reason."""
+
+
+class PixelLimit:
+    """Bounds the pixels that all threads decode at once, since each takes up to 23 bytes."""
+
+    def __init__(self, most: int = MAX_PIXELS):
+        self._most, self._held = most, 0
+        self._turn, self._changed = threading.Lock(), threading.Condition()
+
+    @contextlib.contextmanager
+    def hold(self, pixels: int) -> Iterator[None]:
+        """Waits until there is room for an image; one that is larger than all room is alone."""
+        with self._turn, self._changed:  # in turn, so that small images do not overtake a large one
+            self._changed.wait_for(lambda: not self._held or self._held + pixels <= self._most)
+            self._held += pixels
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._held -= pixels
+                self._changed.notify()
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -79,7 +110,7 @@ def resize_and_crop(image: Image.Image, resolution: int) -> UInt8[np.ndarray, "h
     else:
         size = max(resolution, int(resolution * width / height)), resolution
     if size[0] * size[1] > MAX_PIXELS:
-        raise ValueError(f"a strip of {width}x{height} pixels")
+        raise _Refused(f"a strip of {width}x{height} pixels")
     # Resizing the middle alone would be quicker, but rounds differently
     left, top = (int(round((side - resolution) / 2)) for side in size)
     resized = image.resize(size, Image.Resampling.BICUBIC)
@@ -118,51 +149,79 @@ def decode_parts(
     Args:
       ahead: images that the pool decodes before they are asked for.
     """
-    waiting: collections.deque[tuple[int, Future[DecodedImage] | None]] = collections.deque()
+    waiting: collections.deque[tuple[int, Future[DecodedImage] | None, int]] = collections.deque()
+    limit, held = PixelLimit(), 0
 
     def ready(count: int) -> Iterator[tuple[int, DecodedImage | None]]:
-        while len(waiting) > count:
-            number, future = waiting.popleft()
+        nonlocal held
+        while len(waiting) > count or (waiting and held > _MAX_WAITING):
+            number, future, num_bytes = waiting.popleft()
+            held -= num_bytes
             yield number, None if future is None else future.result()
 
     for number in parts:
         seen = set()
         for image in source.read(number):
+            # Lone surrogates, of file names that are not UTF-8, could not be written.
+            image = image._replace(id=image.id.encode(errors="backslashreplace").decode())
             if image.id in seen and image.skip_reason is None:
                 image = image._replace(skip_reason="duplicate id")
             seen.add(image.id)
-            waiting.append((number, pool.submit(_decode_one, image, options)))
+            waiting.append(
+                (number, pool.submit(_decode_one, image, options, limit), image.num_bytes)
+            )
+            held += image.num_bytes
             yield from ready(ahead)
-        waiting.append((number, None))
+        waiting.append((number, None, 0))
     yield from ready(0)
 
 
-def _decode_one(source_image: SourceImage, options: PrepareOptions) -> DecodedImage:
-    def skipped(reason: str) -> DecodedImage:
-        return DecodedImage(source_image.id, "", (), reason)
-
-    if source_image.skip_reason is not None:
-        return skipped(source_image.skip_reason)
-    if source_image.caption is None:
-        return skipped("no caption")
-    caption = source_image.caption
-    caption = captions.clean(caption) if options.clean else caption
-    if not caption.strip():
-        return skipped("empty caption")
+def _decode_one(image: SourceImage, options: PrepareOptions, limit: PixelLimit) -> DecodedImage:
+    """Decodes an image and cleans its caption; whatever is wrong with them is a reason."""
     try:
-        image = decode(_load(source_image))
-        if min(image.size) < options.min_size:
-            return skipped(f"smaller than {options.min_size} pixels")
-        crops = [resize_and_crop(image, side) for side in options.resolutions]
+        if image.skip_reason is not None:
+            raise _Refused(image.skip_reason)
+        caption = _usable_caption(image.caption, options)
+        crops = _crops(_load(image), options, limit)
+        return DecodedImage(image.id, caption, crops)
     except OSError as error:
-        return skipped(f"cannot be read ({error.strerror or type(error).__name__})")
+        reason = f"cannot be read ({error.strerror or type(error).__name__})"
     except ValueError as error:
-        return skipped(str(error))
-    return DecodedImage(source_image.id, caption, tuple(crops))
+        reason = str(error)
+    return DecodedImage(image.id, "", (), visible(reason, 200))
+
+
+def _usable_caption(caption: str | None, options: PrepareOptions) -> str:
+    """Returns the caption as it is stored; raises ValueError, with a short reason, for none."""
+    if caption is None:
+        raise _Refused("no caption")
+    if len(caption) > captions.MAX_LENGTH:
+        raise _Refused(f"a caption of {len(caption):,} characters")
+    try:
+        caption = captions.clean(caption) if options.clean else caption
+        caption.encode()
+    except Exception as error:  # a stranger's text: what parses HTML has no error of its own
+        raise ValueError(f"the caption cannot be cleaned ({type(error).__name__})") from error
+    if not caption.strip():
+        raise _Refused("empty caption")
+    return caption
+
+
+def _crops(
+    file: bytes | Image.Image, options: PrepareOptions, limit: PixelLimit
+) -> tuple[UInt8[np.ndarray, "h w 3"], ...]:
+    with _opened(file) as image, limit.hold(image.width * image.height):
+        image.load()
+        image = _to_rgb(image)
+        if min(image.size) < options.min_size:
+            raise _Refused(f"smaller than {options.min_size} pixels")
+        return tuple(resize_and_crop(image, side) for side in options.resolutions)
 
 
 def _load(image: SourceImage) -> bytes | Image.Image:
     try:
         return image.load()
-    except (LookupError, TypeError, ArithmeticError) as error:  # modes and types Pillow lacks
+    except (OSError, ValueError):
+        raise
+    except Exception as error:  # modes and types that Pillow lacks, memory, recursion, ...
         raise ValueError(f"cannot be decoded ({type(error).__name__})") from error

@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import SingleDeviceSharding
 from jaxtyping import Float, Float32, Int
 
-from microdit_jax.errors import UserError
+from microdit_jax.errors import UserError, visible
 from microdit_jax.machine.placement import full_batches
 from microdit_jax.prepare.decoding import DecodedImage, to_float
 from microdit_jax.prepare.options import PrepareOptions
@@ -169,7 +169,8 @@ def _encode_batch(
     for name, values in columns.items():
         if not np.isfinite(values).all():
             raise UserError(
-                f"expected {name} that float16 can hold, found NaN or infinity near {ids[0]}; use "
+                f"expected {name} that float16 can hold, found NaN or infinity near "
+                f"{visible(ids[0])}; use "
                 "--dtype=float32, or check the towers' weights"
             )
     return [

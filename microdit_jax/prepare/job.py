@@ -17,8 +17,8 @@ import numpy as np
 import tqdm
 
 from microdit_jax.data.records import SIDECAR, LatentInfo
-from microdit_jax.errors import UserError
-from microdit_jax.files import atomic_folder, write_text
+from microdit_jax.errors import UserError, visible
+from microdit_jax.files import atomic_folder, read_json, write_text
 from microdit_jax.prepare import job_folder
 from microdit_jax.prepare.decoding import decode_parts
 from microdit_jax.prepare.encoding import DeviceTowers, Record, SkippedImage, encode_parts
@@ -111,6 +111,13 @@ def _write_part(
         write_text(partial / _PART_REPORT, json.dumps(report))
 
 
+def _json_line(value: dict[str, Any]) -> str:
+    """Returns JSON that a terminal shows as it is: names as they are, but no hidden effects."""
+    text = json.dumps(value, ensure_ascii=False)
+    shown = (c if c.isprintable() else json.dumps(c)[1:-1] for c in text)
+    return (text if text.isprintable() else "".join(shown)) + "\n"
+
+
 def _finish(
     output: Path, folders: Sequence[Path], source: ImageSource, towers: DeviceTowers
 ) -> None:
@@ -118,17 +125,17 @@ def _finish(
     reasons: collections.Counter = collections.Counter()
     lines, shapes, count = [], {}, 0
     for folder, part in zip(folders, source.parts, strict=True):
-        report = json.loads((folder / _PART_REPORT).read_text())
+        report = read_json(folder / _PART_REPORT)
         count += report["records"]
         shapes = report["shapes"] or shapes
         for entry in report["skipped"]:
             reasons[entry["reason"]] += 1
-            lines.append(json.dumps({"part": part, **entry}, ensure_ascii=False) + "\n")
+            lines.append(_json_line({"part": part, **entry}))
     write_text(output / SKIPPED, "".join(lines))
     if not count:
         raise UserError(
             f"expected usable images, found {len(lines)} that are not, such as: "
-            f"{', '.join(f'{reason} ({n})' for reason, n in reasons.most_common(3))}; see "
+            f"{', '.join(f'{visible(reason)} ({n})' for reason, n in reasons.most_common(3))}; see "
             f"{output / SKIPPED}"
         )
     info = LatentInfo(
@@ -159,4 +166,4 @@ def _finish(
 def count_records(output: Path) -> int:
     """Counts the records in the finished parts of an output, by any process."""
     reports = output.glob(f"[0-9]*[0-9]/{_PART_REPORT}")
-    return sum(json.loads(path.read_text())["records"] for path in reports)
+    return sum(read_json(path)["records"] for path in reports)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from microdit_jax.errors import UserError
-from microdit_jax.files import disk_errors, write_bytes
+from microdit_jax.files import disk_errors, parse_json, read_bytes, write_bytes
 
 JOB = "job.json"
 
@@ -42,9 +42,9 @@ def begin(folder: Path, request: dict[str, Any]) -> None:
                     "there; choose another folder"
                 )
             write_bytes(path, text.encode(), replace=False)
-        stored = path.read_bytes()
+        stored = read_bytes(path)
     try:
-        found, request = json.loads(stored), json.loads(text)
+        found, request = parse_json(stored), parse_json(text)
         names = sorted(k for k in found.keys() | request if found.get(k) != request.get(k))
     except (ValueError, AttributeError) as error:
         raise UserError(f"expected a job in {path}, found damage; delete {folder}") from error

@@ -12,7 +12,7 @@ from microdit_jax.data import mds_encodings
 from microdit_jax.data.compression import compress, parse_compression
 from microdit_jax.data.mds import INDEX, digest
 from microdit_jax.errors import UserError
-from microdit_jax.files import disk_errors, write_bytes
+from microdit_jax.files import disk_errors, read_json, write_bytes
 
 
 class MdsWriter:
@@ -146,7 +146,7 @@ def merge_index(folder: str | os.PathLike) -> int:
         raise UserError(f"expected parts with {INDEX} below {folder}, found none")
     shards = []
     for index in indices:
-        for shard in json.loads(index.read_text())["shards"]:
+        for shard in read_json(index)["shards"]:
             for key in ("raw_data", "zip_data"):
                 if shard[key]:
                     shard[key]["basename"] = f"{index.parent.name}/{shard[key]['basename']}"

@@ -93,15 +93,15 @@ MUTANTS = [
     {
         "name": "images of unsafe prompts are kept",
         "file": PREPARE + "sources/diffusiondb.py",
-        "old": 'max(row["image_nsfw"], row["prompt_nsfw"])',
-        "new": 'row["image_nsfw"]',
+        "old": "not all(score <= SAFETY_THRESHOLD for score in scores)",
+        "new": "not scores[0] <= SAFETY_THRESHOLD",
         "tests": ["tests/test_prepare_archives.py::test_diffusiondb"],
     },
     {
         "name": "files whose suffix is in capitals are passed over",
-        "file": PREPARE + "sources/webdataset.py",
-        "old": 'files[f".{suffix.lower()}"] = member',
-        "new": 'files[f".{suffix}"] = member',
+        "file": PREPARE + "sources/archives.py",
+        "old": "name.partition('.')[2].lower()",
+        "new": "name.partition('.')[2]",
         "tests": ["tests/test_prepare_archives.py::test_webdataset_shards"],
     },
     {

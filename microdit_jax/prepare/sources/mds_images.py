@@ -1,11 +1,17 @@
 """Images stored in MDS datasets, such as the reference makes before its latents."""
 
+import functools
+import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
 
 from microdit_jax.data import mds_encodings
 from microdit_jax.data.mds import MdsReader
-from microdit_jax.errors import UserError
+from microdit_jax.errors import UserError, visible
+from microdit_jax.files.image_files import MAX_BYTES, MAX_PIXELS, UnusableImage
 from microdit_jax.prepare.sources.listed_images import SourceImage, skipped_image
 
 _IMAGES = ("jpeg", "png", "pil")
@@ -31,7 +37,7 @@ class MdsImages:
         if columns and not (images and captions):
             raise UserError(
                 f"expected a column of images ({', '.join(_IMAGES)}) and one of captions in "
-                f"{root}, found {columns}"
+                f"{visible(root)}, found {visible(columns)}"
             )
         self._image, self._caption = (*images, "")[0], (*captions, "")[0]
         self.parts = [shard.raw.name for shard in self._reader.shards]
@@ -42,12 +48,18 @@ class MdsImages:
         for index in range(start, start + self._reader.shards[part].samples):
             try:
                 raw = self._reader.raw(index)
-                decode = mds_encodings.parse(self._reader.columns[self._caption]).decode
-                caption = str(decode(raw[self._caption]))
-            except (UserError, ValueError) as error:
-                yield skipped_image(str(index), f"damaged sample: {error}")
+                caption = str(self._decode(self._caption, raw))
+            except Exception as error:  # a decoder raises whatever fits the damage
+                reason = f"{type(error).__name__}: {error}".removeprefix("UserError: ")
+                yield skipped_image(str(index), f"damaged sample: {reason}")
                 continue
-            decode = mds_encodings.parse(self._reader.columns[self._image]).decode
-            yield SourceImage(
-                str(index), caption, lambda decode=decode, data=raw[self._image]: decode(data)
-            )
+            load = functools.partial(self._decode, self._image, raw)
+            yield SourceImage(str(index), caption, load)
+
+    def _decode(self, column: str, raw: Mapping[str, memoryview]) -> Any:
+        kind, data = self._reader.columns[column], raw[column]
+        if len(data) > MAX_BYTES:
+            raise UnusableImage(f"{len(data)} bytes of {column}")
+        if kind == "pil" and math.prod(map(int, np.frombuffer(data[:8], "<u4"))) > MAX_PIXELS:
+            raise UnusableImage(f"more than {MAX_PIXELS // 10**6} megapixels")
+        return mds_encodings.parse(kind).decode(data)

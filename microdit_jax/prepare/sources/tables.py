@@ -44,7 +44,7 @@ def rows(path: Path, columns: Sequence[str] | None = None) -> Iterator[dict[str,
         ) from error
 
 
-def _rows(path: Path, columns: Sequence[str] | None) -> Generator[Any]:
+def _rows(path: Path, columns: Sequence[str] | None) -> Generator[Any, None, None]:
     if path.suffix == ".parquet":
         open_regular(path).close()
         names = None if columns is None else list(columns)
@@ -77,12 +77,11 @@ def _rows(path: Path, columns: Sequence[str] | None) -> Generator[Any]:
 
 def _lines(file: io.BufferedReader, newline: str | None = None) -> Iterator[str]:
     """Yields the lines of a text in UTF-8; raises ValueError for one that does not end."""
-    text = io.TextIOWrapper(file, encoding="utf-8", newline=newline)
-    while line := text.readline(_MAX_LINE + 1):
-        if len(line) > _MAX_LINE:
-            raise ValueError(f"a line of more than {_MAX_LINE} characters")
-        yield line
-    text.detach()
+    with io.TextIOWrapper(file, encoding="utf-8", newline=newline) as text:
+        while line := text.readline(_MAX_LINE + 1):
+            if len(line) > _MAX_LINE:
+                raise ValueError(f"a line of more than {_MAX_LINE} characters")
+            yield line
 
 
 def column(row: dict[str, Any], names: Sequence[str], path: Path) -> Any:

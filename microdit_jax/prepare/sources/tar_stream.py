@@ -172,5 +172,8 @@ def _kind(kind: bytes, is_sparse: bool, name: str) -> str:
 
 def _skip(stream: io.BufferedIOBase, count: int) -> None:
     """Passes over bytes; a cut inside of them is noticed at the next header."""
+    if isinstance(stream, io.BufferedReader):  # the file itself
+        stream.seek(count, os.SEEK_CUR)
+        return
     while count and (data := stream.read(min(count, 1 << 20))):
         count -= len(data)
