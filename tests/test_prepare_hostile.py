@@ -225,8 +225,8 @@ def test_mds(prepare, tmp_path):
 
     cases = [
         (pil(9, 9, b"RGB", bytes(243)), '"words"', None),
-        (pil(0, 0), '"no pixels"', "no pixels"),
-        (pil(0, 7), '"no pixels"', "no pixels"),
+        (pil(0, 0), '"no pixels"', "no pixels|an image .*"),
+        (pil(0, 7), '"no pixels"', "no pixels|an image .*"),
         (pil(60_000, 60_000, b"L"), '"enormous"', "more than 100 megapixels"),
         (pil(9, 9, b"\x1b[2J", bytes(9)), '"a strange mode"', r"cannot be decoded \(KeyError\)"),
         (b"", '"empty"', "an?.*|.*buffer.*|.*values.*"),

@@ -29,6 +29,7 @@ from microdit_jax.prepare.sources.listed_images import ImageSource
 REPORT, SKIPPED = "report.json", "skipped.jsonl"
 _PART_REPORT = "part.json"
 _SHARD_BYTES = 1 << 28
+_MAX_REPORT = 1 << 32  # bytes of part.json, which lists every skipped image of a part
 
 
 def run(
@@ -125,7 +126,7 @@ def _finish(
     reasons: collections.Counter = collections.Counter()
     lines, shapes, count = [], {}, 0
     for folder, part in zip(folders, source.parts, strict=True):
-        report = read_json(folder / _PART_REPORT)
+        report = read_json(folder / _PART_REPORT, _MAX_REPORT)
         count += report["records"]
         shapes = report["shapes"] or shapes
         for entry in report["skipped"]:
@@ -166,4 +167,4 @@ def _finish(
 def count_records(output: Path) -> int:
     """Counts the records in the finished parts of an output, by any process."""
     reports = output.glob(f"[0-9]*[0-9]/{_PART_REPORT}")
-    return sum(read_json(path)["records"] for path in reports)
+    return sum(read_json(path, _MAX_REPORT)["records"] for path in reports)

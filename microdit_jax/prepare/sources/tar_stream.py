@@ -167,7 +167,8 @@ def _kind(kind: bytes, is_sparse: bool, name: str) -> str:
         return "sparse file"
     if kind in _LINKS:
         return "link"
-    return "file" if kind in _FILES and not name.endswith("/") else "other"
+    is_old_folder = kind == b"\0" and name.endswith("/")
+    return "file" if kind in _FILES and not is_old_folder else "other"
 
 
 def _skip(stream: io.BufferedIOBase, count: int) -> None:
