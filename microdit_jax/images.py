@@ -158,7 +158,7 @@ def read_settings(path: Path) -> dict[str, Any]:
       UserError: no such file, not an image, or one without settings of ours.
     """
     try:
-        with open_image(path) as image:
+        with open_image(path, formats=("PNG",)) as image:
             found = parse_json(image.info[KEY])
         if not isinstance(found, dict):
             raise ValueError("settings that are no JSON object")
@@ -173,7 +173,7 @@ def read_settings(path: Path) -> dict[str, Any]:
 
 def read_png(path: Path) -> Float[np.ndarray, "H W 3"]:
     """Reads an image as float32 in [0, 1]."""
-    with open_image(path) as image:
+    with open_image(path, formats=("PNG",)) as image:
         return np.asarray(image.convert("RGB"), np.float32) / 255
 
 

@@ -8,7 +8,7 @@ import io
 import os
 import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from PIL import Image
 
@@ -33,14 +33,17 @@ class UnusableImage(ValueError):
 
 @contextlib.contextmanager
 def open_image(
-    source: bytes | str | os.PathLike, *, max_pixels: int = MAX_PIXELS
+    source: bytes | str | os.PathLike,
+    *,
+    max_pixels: int = MAX_PIXELS,
+    formats: Sequence[str] = FORMATS,
 ) -> Iterator[Image.Image]:
     """Opens an image file of any origin; its pixels are not decoded yet.
 
     Args:
       source: a path, or the file's bytes.
     Raises:
-      OSError: the file cannot be opened. Pillow's error for what is no image of `FORMATS` is one.
+      OSError: the file cannot be opened. Pillow's error for what is no image of `formats` is one.
       UserError: a path that is no regular file, or a file of more than MAX_BYTES.
       UnusableImage: see the limits above.
       Exception: Pillow passes on any exception that its decoders raise, here and when the image is
@@ -52,7 +55,7 @@ def open_image(
     if (strips := _tiff_strips(data)) > _MAX_STRIPS:
         raise UnusableImage(f"a TIFF of {strips} strips")
     try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        image = Image.open(io.BytesIO(data), formats=formats)
     except Image.DecompressionBombError as error:
         raise UnusableImage(f"more than {max_pixels // 10**6} megapixels") from error
     with image:
