@@ -8,7 +8,7 @@ import io
 import os
 import re
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 from PIL import Image
 
@@ -36,7 +36,7 @@ def open_image(
     source: bytes | str | os.PathLike,
     *,
     max_pixels: int = MAX_PIXELS,
-    formats: Sequence[str] = FORMATS,
+    formats: tuple[str, ...] = FORMATS,
 ) -> Iterator[Image.Image]:
     """Opens an image file of any origin; its pixels are not decoded yet.
 
