@@ -22,6 +22,7 @@ from microdit_jax.convert.__main__ import main as convert_main
 from microdit_jax.convert.formats.safetensors_file import write_safetensors
 from microdit_jax.convert.formats.torch_file import write_torch
 from microdit_jax.errors import UserError
+from microdit_jax.files import checksums, read_json, write_json
 from microdit_jax.models.dit import DiT, for_this_machine
 
 
@@ -86,6 +87,23 @@ def test_towers_are_computed_in_the_type_asked_for(files):
     codec = load.load_codec(str(files / "vae"), dtype="bfloat16")
     encoder = load.load_text_encoder(str(files / "clip"), dtype="bfloat16")
     assert (codec.config.dtype, encoder.config.dtype) == ("bfloat16", "bfloat16")
+
+
+def test_a_config_of_other_weights_is_one_line(files):
+    """Their checksums fit, as they came from whoever wrote the config."""
+    codec = load.converted("vae", files / "vae")
+    text = (codec / "config.json").read_text()
+    for change in ({"latent_channels": 8}, {"block_out_channels": [32] * 300}):
+        contents = json.loads(text)
+        contents["vae"].update(change)
+        write_json(codec / "config.json", contents)
+        manifest = read_json(codec / "manifest.json")
+        manifest["files"]["config.json"] = checksums(codec)["config.json"]
+        write_json(codec / "manifest.json", manifest)
+        channels = contents["vae"]["latent_channels"]
+        latents = np.zeros((1, 4, 4, channels), np.float32)
+        with pytest.raises(UserError, match="expected the weights that a model's config.json"):
+            load.load_codec(str(codec)).decode(latents)
 
 
 def test_a_damaged_cache_is_noticed(files):

@@ -111,6 +111,7 @@ MODELS = {
     "network a list": lambda f: edit(f / "config.json", lambda c: c.update(dit=[1])),
     "huge": config(dim=2**62),
     "past floats": config(norm_eps=10**400),
+    "many tokens": config(input_size=2**22),
     "deep": config(depth=10**9),
     "text for a number": config(dim="32"),
     "no number": config(norm_eps=float("nan")),

@@ -25,7 +25,11 @@ __all__ = [
 
 Config = TypeVar("Config")  # a dataclass
 MAX_SIZE, MAX_LAYERS = 2**24, 512  # of a network that a file describes
-LAYERS = ("depth", "patch_mixer_depth", "layers", "layers_per_block")
+# Sizes that take time or memory without taking parameters, which the files would have to hold
+MAX_SIZES = {
+    **dict.fromkeys(("depth", "patch_mixer_depth", "layers", "layers_per_block"), MAX_LAYERS),
+    **{"input_size": 1024, "max_tokens": 4096, "max_distance": 65536},
+}
 # The fix where tensors are those of another kind of model.
 OTHER_KIND = "give such a file, or name its kind: python -m convert --kind=..."
 
@@ -51,7 +55,7 @@ def config_from_fields(cls: type[Config], fields: Mapping[str, Any]) -> Config:
             "correct them"
         )
     for name, hint in get_type_hints(cls).items():
-        most = MAX_LAYERS if name in LAYERS else MAX_SIZE
+        most = MAX_SIZES.get(name, MAX_SIZE)
         if name in fields and not _fits(fields[name], hint, most):
             kind = getattr(hint, "__name__", hint)
             raise UserError(

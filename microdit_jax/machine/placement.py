@@ -6,9 +6,12 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from flax.errors import ScopeParamNotFoundError, ScopeParamShapeError
 from jax.sharding import Mesh, NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Int, Shaped
+
+from microdit_jax.errors import UserError, visible
 
 
 def mesh_of(params: Any) -> Mesh | None:
@@ -99,6 +102,8 @@ def map_batches(
       size: items at a time, rounded up to the number of devices.
     Returns:
       The function's outputs for all items, as NumPy arrays.
+    Raises:
+      UserError: the weights are not of the network that the function applies.
     """
     sharding, devices = rows_sharding(params)
     outputs = []
@@ -107,6 +112,12 @@ def map_batches(
         arrays = prepare(items[start : start + batch.count])
         arrays = arrays if isinstance(arrays, tuple) else (arrays,)
         placed = [put_rows(array[batch.rows - start], sharding) for array in arrays]
-        out = function(params, *placed)
+        try:
+            out = function(params, *placed)
+        except (ScopeParamShapeError, ScopeParamNotFoundError) as error:
+            raise UserError(
+                f"expected the weights that a model's config.json describes, found others "
+                f"({visible(error, 200)}); convert the checkpoint again"
+            ) from error
         outputs.append(jax.tree.map(lambda part, n=batch.count: fetch(part)[:n], out))
     return jax.tree.map(lambda *parts: np.concatenate(parts), *outputs)
