@@ -137,9 +137,21 @@ def matrix_shapes(
 
 
 def count_blocks(tensors: Mapping[str, Any], prefix: str) -> int:
-    """Counts the blocks of a network whose tensors are called `prefix`.NUMBER.SOMETHING."""
-    blocks = (re.match(rf"{re.escape(prefix)}\.(\d+)\.", name) for name in tensors)
-    return max((int(match[1]) + 1 for match in blocks if match), default=0)
+    """Counts the blocks of a network whose tensors are called `prefix`.NUMBER.SOMETHING.
+
+    Raises:
+      UserError: a block's number is larger than the file has tensors.
+    """
+    blocks = (re.match(rf"{re.escape(prefix)}\.([0-9]+)\.", name) for name in tensors)
+    # A number longer than any count is not made an integer of: 5,000 digits cannot be.
+    counts = [int(match[1]) + 1 if len(match[1]) < 9 else 10**9 for match in blocks if match]
+    depth, most = max(counts, default=0), min(len(tensors), MAX_LAYERS)
+    if depth > most:
+        raise UserError(
+            f"expected at most {most} blocks in a file of {len(tensors):,} tensors, found one with "
+            f"the number {depth - 1:,} under {prefix}; {OTHER_KIND}"
+        )
+    return depth
 
 
 class Folder(NamedTuple):

@@ -1,7 +1,6 @@
 """Reads a MicroDiT's config off the shapes of its state dict, so that nobody has to state it."""
 
 import math
-import re
 from collections.abc import Callable, Iterable, Mapping
 from fractions import Fraction
 from typing import Any
@@ -10,7 +9,7 @@ import ml_dtypes
 import numpy as np
 from jaxtyping import Float
 
-from microdit_jax.convert.arguments import OTHER_KIND
+from microdit_jax.convert.arguments import OTHER_KIND, count_blocks
 from microdit_jax.convert.dit_table import rename_table
 from microdit_jax.errors import UserError
 from microdit_jax.machine.placement import round_up
@@ -114,12 +113,14 @@ def interp_scale(pos_embed: Float[np.ndarray, "1 t d"]) -> float | None:
 
 def _blocks(shapes: Mapping[str, tuple], prefix: str, dim: int) -> list[dict[str, int]]:
     """Reads each block's width, attention width, feed-forward width and experts (0: dense)."""
-    indices = (re.match(rf"{prefix}\.(\d+)\.", name) for name in shapes)
-    depth = max((int(match[1]) + 1 for match in indices if match), default=0)
     blocks = []
-    for i in range(depth):
+    for i in range(count_blocks(shapes, prefix)):
         names = {n: shapes[f"{prefix}.{i}.{n}"] for n in BLOCK if f"{prefix}.{i}.{n}" in shapes}
         sizes = {size: n for name, shape in names.items() for size, n in BLOCK[name](shape)}
+        if 0 in sizes.values():
+            raise UserError(
+                f"expected tensors of some size in {prefix}.{i}, found an empty one; {OTHER_KIND}"
+            )
         width = sizes.get("dim", dim)
         blocks.append({"dim": width, "attn": width, "ffn": 0, "experts": 0} | sizes)
     return blocks

@@ -11,8 +11,9 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 
+from microdit_jax.convert.arguments import MAX_SIZE, OTHER_KIND
 from microdit_jax.convert.state_dict import StateDict
-from microdit_jax.errors import UserError
+from microdit_jax.errors import UserError, visible
 
 NAMES = ("dit", "vae", "clip_text", "clip", "t5", "inception")
 
@@ -76,10 +77,24 @@ class Kind(Generic[Config]):
           UserError: the tensors, the config and the options do not go together.
         """
         stated = {name: value for name, value in options.items() if value is not None}
+        large = [
+            name for name, tensor in tensors.items() if max(tensor.shape, default=0) > MAX_SIZE
+        ]
+        if large:
+            raise UserError(
+                f"expected tensors of at most {MAX_SIZE:,} along an axis, found "
+                f"{visible(large[0], 200)} of {tensors[large[0]].shape}; {OTHER_KIND}"
+            )
         if self.config_keys:
-            return self.infer_config(tensors, config_json=given, **stated)
-        if given is None:
-            return self.infer_config(tensors, **stated)
+            stated["config_json"] = given
+        if self.config_keys or given is None:
+            try:
+                return self.infer_config(tensors, **stated)
+            except (LookupError, ArithmeticError) as error:  # too few axes, sizes of zero
+                raise UserError(
+                    f"expected the shapes of a {self.name}, found others, from which its config "
+                    f"cannot be told ({type(error).__name__}: {visible(error, 100)}); {OTHER_KIND}"
+                ) from error
         if stated:
             raise UserError(
                 f"expected --config alone, found --{', --'.join(stated)} too; put them into the "

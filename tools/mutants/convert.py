@@ -62,6 +62,13 @@ MUTANTS = [
         "tests": ("tests/test_convert_integrity.py",),
     },
     {
+        "name": "a block's number in a name may be larger than the number of tensors",
+        "file": "microdit_jax/convert/arguments.py",
+        "old": "if depth > most:",
+        "new": "if depth > 10**6:",
+        "tests": ("tests/test_convert_shapes.py",),
+    },
+    {
         "name": "the memo of a pickle may be of any size",
         "file": "microdit_jax/convert/formats/pickle_machine.py",
         "old": "if index >= len(self.data):",
