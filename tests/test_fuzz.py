@@ -26,16 +26,7 @@ def test_every_target_has_a_corpus(tmp_path):
     assert len(sizes) > 200 and sum(sizes) < 1_000_000
 
 
-PENDING = {"archives", "checkpoint_files", "datasets", "images"}  # readers that are being mended
-
-
-@pytest.mark.parametrize(
-    "module",
-    [
-        pytest.param(name, marks=[pytest.mark.xfail(strict=False)] if name in PENDING else [])
-        for name in sorted(set(MODULES.values()))
-    ],
-)
+@pytest.mark.parametrize("module", sorted(set(MODULES.values())))
 def test_no_file_does_more_than_be_refused(module, tmp_path):
     """In 4 GB of address space and 30 s, all targets of one module."""
     names = [name for name, where in MODULES.items() if where == module]

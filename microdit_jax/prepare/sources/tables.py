@@ -52,7 +52,10 @@ def _rows(path: Path, columns: Sequence[str] | None) -> Generator[Any, None, Non
             for batch in file.iter_batches(_BATCH, columns=names):
                 yield from batch.to_pylist()
     elif path.suffix == ".json":
-        yield from parse_json(read_bytes(path, MAX_JSON))
+        contents = parse_json(read_bytes(path, MAX_JSON))
+        if not isinstance(contents, list):
+            raise ValueError(f"a {type(contents).__name__} in place of a list of rows")
+        yield from contents
     elif path.suffix == ".jsonl":
         with open_regular(path) as file:
             yield from (parse_json(line) for line in _lines(file) if line.strip())
