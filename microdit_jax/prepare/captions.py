@@ -26,6 +26,8 @@ _DASHES = (
     "\ufe31\ufe32\ufe58\ufe63\uff0d"
 )
 _FILE_TYPES = "png|jpg|jpeg|bmp|webp|eps|pdf|apk|mp4"
+# Group 1 takes a word without such a name, to be put back.
+_FILE_NAME = rf"\S+\.(?:{_FILE_TYPES})|(\S+)"
 
 # What goes before and after HTML is stripped: pattern, replacement.
 _BEFORE_HTML = [("<person>", "person"), *((address, r"\1") for address in _WEB_ADDRESSES)]
@@ -46,7 +48,7 @@ _SYMBOLS = [
     (r"#\d{1,3}\b", ""),
     (r"#\d{5,}\b", ""),
     (r"\b\d{6,}\b", ""),
-    (rf"\S+\.(?:{_FILE_TYPES})|(\S+)", r"\1"),  # of a word without a file's name, all is kept
+    (_FILE_NAME, r"\1"),
     ("[\"']{2,}", '"'),
     (r"\.{2,}", " "),
     (r"[#®•©™&@·º½¾¿¡§~)(\][}{|\\/*]+", " "),
@@ -77,6 +79,10 @@ _ENDS = [
 # Characters; the longest captions of real datasets have some thousands, and models read 77 tokens.
 MAX_LENGTH = 50_000
 _MAX_MARKUP = 5_000_000  # tags times characters: 250 tags in 20,000 characters
+# What a text has in which a longer pattern can match: most texts have none of it
+_DOMAIN = re.compile("[.](?:com|co|ru|net|org|edu|gov|it)|http|www:")
+_HINTS = dict.fromkeys(_WEB_ADDRESSES, _DOMAIN)
+_HINTS[_FILE_NAME] = re.compile(rf"\.(?:{_FILE_TYPES})")
 # Text in which there is nothing to mend or to unescape
 _PLAIN = re.compile("[ -%'-~]*")
 # BeautifulSoup warns of captions that look like names of files or addresses
@@ -114,5 +120,7 @@ def _clean_once(text: str) -> str:
 
 def _replace(text: str, rules: list[tuple[str, str]]) -> str:
     for pattern, replacement in rules:
-        text = re.sub(pattern, replacement, text)
+        hint = _HINTS.get(pattern)
+        if hint is None or hint.search(text):
+            text = re.sub(pattern, replacement, text)
     return text
