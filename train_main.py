@@ -56,5 +56,5 @@ def main():
         from microdit_jax.machine import compilation_cache
         from microdit_jax.train import train, train_stages
 
-        compilation_cache.share(Path(workdir))
+        compilation_cache.share(Path(workdir), JOB_TOKEN.value)
         (train_stages if "stages" in config else train)(config, workdir)

@@ -3,15 +3,21 @@
 A process alone keeps them in the user's cache folder. JAX lets only process 0 of a job write, so
 the processes of a job keep theirs in the run's workdir, which all of them see: after a restart
 every host starts from there, wherever it runs.
+
+A compiled program is machine code, and a workdir may be a stranger's. So the folder's name follows
+from a secret of the user's, and programs that anybody else put there are not even looked for.
 """
 
 import collections
 import contextlib
+import hmac
+import secrets
 from pathlib import Path
 
 import jax
 
-from microdit_jax.files import cache_folder
+from microdit_jax.files import cache_folder, read_bytes, write_bytes
+from microdit_jax.machine import hosts
 
 MAX_BYTES = 20 << 30  # of all kept programs; a training step of XL/2 has about 0.1 GB
 NAME = "compiled"  # of the folder in a run's workdir
@@ -30,13 +36,28 @@ def enable() -> None:
     jax.monitoring.register_event_listener(_count_event)
 
 
-def share(workdir: Path) -> None:
+def share(workdir: Path, secret: str | None = None) -> None:
     """Keeps the programs of a job with several processes in its workdir; call it after joining.
 
     Nothing changes for a process alone, or where the user's JAX_COMPILATION_CACHE_DIR says where.
+
+    Args:
+      secret: what names the folder, unknown to strangers; None: a random one that process 0 keeps
+        in its user's cache folder.
     """
     if _is_ours and jax.process_count() > 1:
-        _use(workdir / NAME)
+        name = hosts.from_first("name compiled programs", lambda: _folder_name(secret))
+        _use(workdir / name)
+
+
+def _folder_name(secret: str | None) -> str:
+    if secret is None:
+        path = cache_folder() / "secret"
+        if not path.exists():
+            write_bytes(path, secrets.token_hex(16).encode(), replace=False)
+            path.chmod(0o600)
+        secret = read_bytes(path, 4096).decode()
+    return f"{NAME}-{hmac.new(secret.encode(), NAME.encode(), 'sha256').hexdigest()[:32]}"
 
 
 def _use(folder: Path) -> None:
