@@ -178,7 +178,7 @@ MUTANTS = [
         "file": "microdit_jax/convert/formats/safetensors_file.py",
         "old": "if entry.begin != position:",
         "new": "if entry.begin > position:",
-        "tests": ("tests/test_convert_formats.py",),
+        "tests": ("tests/test_convert_hostile.py",),
     },
     {
         "name": "transposed tensors are written in the order of memory",
