@@ -15,6 +15,7 @@ import secrets
 from pathlib import Path
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 
 from microdit_jax.files import cache_folder, read_bytes, write_bytes
 from microdit_jax.machine import hosts
@@ -65,6 +66,7 @@ def _use(folder: Path) -> None:
     if not jax.distributed.is_initialized() or jax.process_index() == 0:
         trim(folder)
     jax.config.update("jax_compilation_cache_dir", str(folder))
+    compilation_cache.reset_cache()  # or JAX does not look at the setting again
 
 
 def trim(folder: Path, max_bytes: int = MAX_BYTES) -> None:
