@@ -7,7 +7,7 @@ import os
 import sys
 
 import pytest
-from absl import flags
+from absl import app, flags
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_commands_flags import COMMANDS, flags_of
@@ -87,6 +87,7 @@ def get_config(x=''):
 @contextlib.contextmanager
 def command(name: str):
     """A command's `main` with absl's flags of its own: several commands have some of the same."""
+    assert app.__name__ in flags.FLAGS.flags_by_module_dict()  # its import defined its own
     fresh = flags.FlagValues()
     for module, theirs in flags.FLAGS.flags_by_module_dict().items():
         for flag in theirs if module.startswith("absl") else ():
