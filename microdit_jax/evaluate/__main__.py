@@ -128,7 +128,7 @@ def _evaluate() -> None:
     result, files = protocol.evaluate(subject, request, Path(OUT.value))
     if jax.process_index():
         return
-    print((Path(OUT.value) / "result.md").read_text(), end="")
+    print((Path(OUT.value) / "result.md").read_text(encoding="utf-8"), end="")
     for note in result["notes"]:
         print(f"note: {note}")
     print(f"written: {', '.join(map(str, files))}")
