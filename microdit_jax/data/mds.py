@@ -9,10 +9,10 @@ import bisect
 import dataclasses
 import hashlib
 import itertools
-import mmap
 import os
 import struct
 import threading
+import weakref
 from pathlib import PurePosixPath
 from typing import Any, BinaryIO
 
@@ -20,6 +20,7 @@ import numpy as np
 import xxhash
 
 from microdit_jax.data import compression, mds_encodings
+from microdit_jax.data.mapped import map_file
 from microdit_jax.data.shard_files import ShardFiles
 from microdit_jax.errors import UserError, visible
 from microdit_jax.files import parse_json
@@ -27,8 +28,9 @@ from microdit_jax.files import parse_json
 INDEX = "index.json"
 SUFFIX = ".mds"  # of shards, as all writers name them
 _MAX_BYTES = 2**32 - 1  # of a shard, whose offsets are u32
-# Shards kept mapped; the kernel allows 65,530 maps a process.
-_MAX_OPEN = 16_384
+# Shards kept mapped by all readers together; the kernel allows 65,530 maps a process.
+_MAX_OPEN = 32_768
+_readers: "weakref.WeakSet[MdsReader]" = weakref.WeakSet()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,6 +96,7 @@ class MdsReader:
                 "without checking them, or write it with hashes"
             )
         self._views: dict[int, memoryview] = {}
+        _readers.add(self)
         self._number_of = {shard.raw.name: i for i, shard in enumerate(self.shards)}
         self._lock = threading.Lock()
 
@@ -152,7 +155,7 @@ class MdsReader:
         where = self._files.location(shard.raw.name)
         try:
             with self._open_raw(shard) as file:
-                view = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+                view = map_file(file)
         except (OSError, ValueError) as error:
             if isinstance(error, UserError):
                 raise
@@ -160,7 +163,7 @@ class MdsReader:
                 f"expected a shard in {where}, could not open it ({error}); copy it again"
             ) from error
         with self._lock:
-            while len(self._views) >= _MAX_OPEN:
+            while len(self._views) >= max(1, _MAX_OPEN // len(_readers)):
                 del self._views[next(iter(self._views))]
             self._views[number] = view
         return view

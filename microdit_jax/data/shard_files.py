@@ -3,7 +3,6 @@
 import collections
 import contextlib
 import hashlib
-import mmap
 import os
 import threading
 import time
@@ -13,6 +12,7 @@ from typing import BinaryIO, cast
 
 import fsspec
 
+from microdit_jax.data.mapped import map_file
 from microdit_jax.errors import UserError, visible
 from microdit_jax.files import HeldFolder, open_regular, read_bytes
 from microdit_jax.files.reading import MAX_TEXT
@@ -135,7 +135,7 @@ class ShardFiles:
         try:
             _check_size(where, size, os.fstat(file.fileno()).st_size)
             if size:
-                check(_mapped(file), False)
+                check(map_file(file), False)
         except BaseException:
             file.close()
             raise
@@ -176,7 +176,7 @@ class ShardFiles:
             if name in self._mine or not size:
                 return file
             with contextlib.suppress(UserError):
-                check(_mapped(file), True)
+                check(map_file(file), True)
                 return file
         file.close()
         return None
@@ -243,10 +243,6 @@ def _left_by_earlier_runs(cache: HeldFolder) -> Iterator[tuple[str, int]]:
 def _bytes_of(filesystem: fsspec.AbstractFileSystem, path: str, most: int) -> bytes:
     """Reads a file of `most` bytes; of a larger one it asks for a single byte more."""
     return cast(bytes, filesystem.cat_file(path, start=0, end=most + 1))  # str is of text alone
-
-
-def _mapped(file: BinaryIO) -> memoryview:
-    return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
 
 
 def _check_size(where: str, expected: int, found: int) -> None:

@@ -18,6 +18,7 @@ from tensorflow_datasets.core.proto import dataset_info_pb2
 
 from microdit_jax.errors import UserError, visible
 from microdit_jax.files import inside, parse_json, read_bytes, read_json
+from microdit_jax.machine import open_files
 
 # Protobuf makes the class when the module is imported, so type checkers do not see it
 _DatasetInfo = dataset_info_pb2.DatasetInfo  # pyright: ignore[reportAttributeAccessIssue]
@@ -136,6 +137,8 @@ def open_records(folder: str | os.PathLike, split: str) -> ArrayRecordDataSource
             f"{visible(folder)}, could not open it ({visible(error, 200)}); copy it again, or "
             "prepare it with file_format=array_record"
         ) from error
+    # Its reader keeps every file open that was read once.
+    open_files.check_room(len(files), f"the dataset {visible(folder)}")
     return ArrayRecordDataSource(files)
 
 
