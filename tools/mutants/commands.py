@@ -22,8 +22,8 @@ MUTANTS = [
     {
         "name": "SIGTERM ends a command with the status of Ctrl-C",
         "file": "microdit_jax/commands/boundary.py",
-        "old": "            return 128 + number",
-        "new": "            return 128 + signal.SIGINT",
+        "old": "            return interrupts.status_if_stopped(128 + number)",
+        "new": "            return interrupts.status_if_stopped(128 + signal.SIGINT)",
         "tests": _SIGNALS,
     },
     {

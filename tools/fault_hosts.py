@@ -1,0 +1,170 @@
+"""Two hosts as network namespaces, and a training run of both, for tools.fault_table."""
+
+import contextlib
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+ROOT = pathlib.Path(__file__).parents[1]
+ADDRESSES = ("10.123.0.1", "10.123.0.2")
+NAMES = ("a", "b")
+
+
+def run(*command: object, check: bool = True) -> None:
+    subprocess.run([str(part) for part in command], check=check, capture_output=not check)
+
+
+@contextlib.contextmanager
+def network() -> Iterator[None]:
+    """Two hosts, joined by a cable."""
+    for name in NAMES:
+        run("ip", "netns", "del", f"fault_{name}", check=False)
+        run("ip", "netns", "add", f"fault_{name}")
+        names = pathlib.Path("/etc/netns", f"fault_{name}", "hosts")  # found by ip netns exec
+        names.parent.mkdir(parents=True, exist_ok=True)
+        lines = [f"{address} {host}\n" for address, host in zip(ADDRESSES, NAMES, strict=True)]
+        names.write_text("127.0.0.1 localhost\n" + "".join(lines))
+    try:
+        run("ip", "link", "add", "veth_a", "netns", "fault_a", "type", "veth",
+            "peer", "name", "veth_b", "netns", "fault_b")  # fmt: skip
+        for name, address in zip(NAMES, ADDRESSES, strict=True):
+            inside = ("ip", "-n", f"fault_{name}")
+            run(*inside, "addr", "add", f"{address}/24", "dev", f"veth_{name}")
+            run(*inside, "link", "set", "lo", "up")
+            run(*inside, "link", "set", f"veth_{name}", "up")
+        yield
+    finally:
+        for name in NAMES:
+            run("ip", "netns", "del", f"fault_{name}", check=False)
+            shutil.rmtree(f"/etc/netns/fault_{name}", ignore_errors=True)
+
+
+class Job:
+    """A training run of two hosts in its own workdir."""
+
+    def __init__(self, data: pathlib.Path, folder: pathlib.Path, port: int, *, steps: int = 10**6,
+                 every: int = 20, flags: Sequence[str] = (), before: Sequence[str] = ("", ""),
+                 compiling: bool = False, evaluating: bool = False):  # fmt: skip
+        """
+        Args:
+          steps, every: of the run, and between its checkpoints.
+          before: a shell's commands before each process.
+          compiling: a network that takes long to compile.
+          evaluating: with the loss on held-out images, which is also computed at the start.
+        """
+        self.data, self.folder, self.port = data, folder, port
+        self.workdir = folder / "run"
+        self._flags = [f"--config.train.steps={steps}", f"--config.train.checkpoint_every={every}"]
+        evaluators = "('heldout_loss',)" if evaluating else "()"
+        self._flags += [f"--config.eval.evaluators={evaluators}"]
+        self._flags += [*flags, *(["--config.model.options.depth=12"] if compiling else [])]
+        self._before = before
+        self.processes: list[subprocess.Popen] = []
+        self.began = 0.0  # of the fault
+        self.ended: dict[int, float] = {}
+
+    def output(self, number: int) -> pathlib.Path:
+        return self.folder / f"{NAMES[number]}.txt"
+
+    def start(self, number: int, *more: str, package: pathlib.Path = ROOT, mount: str = "") -> None:
+        """Starts a host's process.
+
+        Args:
+          package: the checkout that it runs.
+          mount: a shell's command in a mount namespace of its own.
+        """
+        name = NAMES[number]
+        environment = os.environ | {
+            "JAX_PLATFORMS": "cpu",
+            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # compiles in a third of the time
+            "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+            "PYTHONPATH": str(package),
+            "XDG_CACHE_HOME": str(self.folder / f"cache_{name}"),
+        }
+        script = f'hostname {name}; {mount} {self._before[number]} exec "$@"'
+        unshare = ["unshare", "--uts", *(["--mount"] if mount else [])]
+        command = [
+            "ip", "netns", "exec", f"fault_{name}", *unshare, "bash", "-c", script, "-",
+            sys.executable, "train_main.py", f"--config=tests/support/tiny_config.py:{self.data}",
+            f"--workdir={self.workdir}", *self._flags, f"--coordinator_address={ADDRESSES[0]}:"
+            f"{self.port}", "--num_processes=2", f"--process_id={number}", *more,
+        ]  # fmt: skip
+        with self.output(number).open("a") as output:
+            self.processes.append(
+                subprocess.Popen(
+                    command, cwd=package, env=environment, stdout=output, stderr=output
+                )
+            )
+
+    def start_both(self) -> None:
+        for number in range(2):
+            self.start(number)
+
+    def begin(self, step: int) -> None:
+        """Starts both hosts and waits for a step."""
+        self.start_both()
+        self.wait_for_step(step)
+
+    def step(self) -> int:
+        """The last step that metrics.jsonl tells."""
+        with contextlib.suppress(FileNotFoundError, IndexError, ValueError):
+            text = (self.workdir / "metrics.jsonl").read_text()
+            return json.loads(text[: text.rindex("\n")].splitlines()[-1])["step"]
+        return 0
+
+    def wait(self, ready: Callable[[], bool], what: str, limit: float = 120) -> None:
+        until = time.monotonic() + limit
+        while not ready():
+            if time.monotonic() > until or all(p.poll() is not None for p in self.processes):
+                raise RuntimeError(f"no {what}: {[self.last_line(n) for n in range(2)]}")
+            time.sleep(0.02)
+
+    def wait_for_step(self, step: int) -> None:
+        self.wait(lambda: self.step() >= step, f"step {step}")
+
+    def wait_for_text(self, number: int, words: str) -> None:
+        self.wait(lambda: words in self.output(number).read_text(), words)
+
+    def wait_for_save(self) -> None:
+        """Until a checkpoint is being written."""
+        partials = self.workdir / "checkpoints"
+        self.wait(lambda: any(partials.glob("*.orbax-checkpoint-tmp*")), "save")
+
+    def fault(self, *numbers: int, kind: int | None = None) -> None:
+        """Notes the time of the fault, which is a signal to these processes if one is given."""
+        self.began = time.monotonic()
+        for number in numbers:
+            assert kind is not None
+            self.processes[number].send_signal(kind)
+
+    def look(self, seconds: float = 0.0) -> None:
+        """Notes who has ended, for so long."""
+        until = time.monotonic() + seconds
+        while True:
+            for number, process in enumerate(self.processes):
+                if number not in self.ended and process.poll() is not None:
+                    self.ended[number] = time.monotonic() - self.began
+            if time.monotonic() >= until or len(self.ended) == len(self.processes):
+                return
+            time.sleep(0.02)
+
+    def finish(self, limit: float = 120) -> None:
+        """Waits until all have ended, and kills those that have not."""
+        self.look(limit)
+        for process in self.processes:
+            process.kill()
+            process.wait()
+
+    def last_line(self, number: int) -> str:
+        path = self.output(number)
+        lines = path.read_text(errors="replace").splitlines() if path.exists() else []
+        return ([line for line in lines if line.strip()] or ["-"])[-1]
+
+    def saved(self) -> int:
+        folder = self.workdir / "checkpoints"
+        return max((int(p.name) for p in folder.glob("*") if p.name.isdigit()), default=0)
