@@ -144,7 +144,7 @@ def _prompts() -> list[str]:
     prompts = list(PROMPT.value)
     if PROMPTS.value:
         try:
-            lines = Path(PROMPTS.value).read_text(encoding="utf-8-sig").splitlines()
+            lines = Path(PROMPTS.value).read_text().splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"expected a text file at {PROMPTS.value}, found {error}") from error
         prompts = [line for line in lines if line.strip()]

@@ -16,9 +16,9 @@ from microdit_jax.data.pipeline import Record
 from microdit_jax.data.prefetch import Prefetch
 from microdit_jax.diffusion import EdmConfig
 from microdit_jax.errors import LONGEST, visible
-from microdit_jax.machine import hosts, memory, slices
+from microdit_jax.machine import agreement, hosts, memory, slices, watch
 from microdit_jax.machine.chips import chip_of
-from microdit_jax.machine.signals import StopRequest
+from microdit_jax.machine.signals import Phase, StopRequest
 from microdit_jax.models import flops
 from microdit_jax.models.dit import DiT, for_this_machine
 from microdit_jax.training import report
@@ -31,14 +31,15 @@ from microdit_jax.training.config import (
     num_micro_batches,
 )
 from microdit_jax.training.data import RunData, check_data, load_data
-from microdit_jax.training.evaluation import make_evaluators
+from microdit_jax.training.evaluation import Evaluations, evaluations_due
 from microdit_jax.training.evaluators.base import EvaluationContext
 from microdit_jax.training.loss import Batch
 from microdit_jax.training.metric_writer import MetricWriter
 from microdit_jax.training.progress import Progress, StepTrace
+from microdit_jax.training.replicas import ReplicaCheck
 from microdit_jax.training.start import starting_state
 from microdit_jax.training.step import TrainState
-from microdit_jax.training.workdir import begin_workdir
+from microdit_jax.training.workdir import begin_workdir, claimed
 
 OUT_OF_MEMORY = (
     "a smaller train.micro_batch_size, model.options.remat=block, or more devices over mesh.fsdp"
@@ -55,9 +56,10 @@ def train(config: ConfigDict, workdir: str | Path, stop: StopRequest | None = No
     skipped, profile/ where asked for, and vae/ where the data made their codec.
 
     Args:
-      stop: shared by all stages of a chain, so that no signal is lost between two of them.
+      stop: of the whole command, so that no signal is lost between two stages; its `acted` says
+        that the run stopped before its end.
     Returns:
-      The last state; its step is below config.train.steps after a signal.
+      The last state.
     Raises:
       UserError: a config that cannot be run, data or checkpoints that do not fit it, too many
         updates in a row that are not finite.
@@ -70,10 +72,14 @@ def train(config: ConfigDict, workdir: str | Path, stop: StopRequest | None = No
     cfg, edm = model_config(config), EdmConfig(**config.edm)
     model = DiT(for_this_machine(cfg))
     optimizer, schedule = make_optimizer(config)
-    data = load_data(config, mesh)
-    caption_length = check_data(cfg, data)
 
     with contextlib.ExitStack() as stack:
+        stop = stop or stack.enter_context(StopRequest())
+        stop.phase = Phase.STARTING
+        claim = claimed(workdir, stack)
+        data = load_data(config, mesh)
+        caption_length = check_data(cfg, data)
+        agreement.agree(data.facts())
         # ------------------------------------------------------------ state
         checkpoints = stack.enter_context(
             RunCheckpoints(workdir, keep_last=run.keep_last, keep_every=run.keep_every)
@@ -82,6 +88,8 @@ def train(config: ConfigDict, workdir: str | Path, stop: StopRequest | None = No
             config, workdir, checkpoints, model, optimizer, mesh, data.made_by
         )
         start = int(state.step)
+        watch.at_step(start, saved=checkpoints.newest)
+        due = [] if resumed is None else evaluations_due(workdir, start)
         if first_process:
             print(sharding.table(state, mesh))
             size = sum(leaf.nbytes for leaf in jax.tree.leaves(state.params))
@@ -89,13 +97,13 @@ def train(config: ConfigDict, workdir: str | Path, stop: StopRequest | None = No
                 print(f"warning: {warning}", file=sys.stderr, flush=True)
             begun = f"{workdir}: {origin}; {describe(config, start, mesh, data)}"
             print(visible(begun, LONGEST), flush=True)
-        if start >= run.steps:
+        if start >= run.steps and not due:
             if first_process:
                 print(f"{workdir}: done already")
             return state
         networks = {"dit": dataclasses.asdict(cfg), "edm": dataclasses.asdict(edm)} | data.made_by
         hosts.from_first(
-            f"begin {workdir}", lambda: begin_workdir(config, workdir, data, networks, resumed)
+            "begin the workdir", lambda: begin_workdir(config, workdir, data, networks, resumed)
         )
 
         # ------------------------------------------------------------ records
@@ -127,9 +135,13 @@ def train(config: ConfigDict, workdir: str | Path, stop: StopRequest | None = No
 
         # ------------------------------------------------------------ step, evaluation, data
         step_fn = make_step(config, model, optimizer, schedule, mesh, data.tower)
-        evaluators = make_evaluators(
-            EvaluationContext(config, workdir, model, edm, mesh, data, writer, progress.say)
+        evaluations = Evaluations(
+            EvaluationContext(
+                config, workdir, model, edm, mesh, data, writer, progress.say, stop.check
+            ),
+            stop,
         )
+        replicas = ReplicaCheck(mesh, state, every=run.replica_check_every)
         trace = StepTrace(workdir / "profile", start + config.profile.start, config.profile.steps)
         stack.callback(trace.close)
 
@@ -141,23 +153,26 @@ def train(config: ConfigDict, workdir: str | Path, stop: StopRequest | None = No
         batches = stack.enter_context(Prefetch(data.batches(config, start), to_devices))
 
         # ------------------------------------------------------------ loop
-        stop = stop or stack.enter_context(StopRequest())
         stack.enter_context(memory.out_of_memory(OUT_OF_MEMORY))
-        if resumed is None:
-            with progress.paused():
-                for evaluator in evaluators:
-                    if evaluator.at_start:
-                        evaluator.run(start, state)
+        stack.enter_context(watch.reported())
+        with progress.paused():
+            first_evaluation = evaluations.at_start if resumed is None else due
+            if not evaluations.run(start, state, first_evaluation):
+                progress.say(f"{workdir}: stopped before a step; the same command goes on")
+                return state
         for step in range(start + 1, run.steps + 1):
             with progress.waiting_for_data():
                 names, batch = next(batches)
             trace.before(step)
             first = step == start + 1
             compiling = progress.compiling() if first else contextlib.nullcontext()
+            if first:
+                stop.phase = Phase.STARTING  # compiling may take minutes, and there is no new step
             annotation = jax.profiler.StepTraceAnnotation("train", step_num=step)
             with compiling, annotation, jax.transfer_guard("disallow"):
                 state, metrics = step_fn(state, batch)
             if first:
+                stop.phase = Phase.TRAINING
                 # Tracing and compiling leave 300,000 Python objects behind. Freezing exempts them
                 # from garbage collection; scanning them took 0.2 s at a time (measured).
                 gc.collect()
@@ -165,24 +180,32 @@ def train(config: ConfigDict, workdir: str | Path, stop: StopRequest | None = No
                 stack.callback(gc.unfreeze)
             trace.after(step, metrics)
             progress.push(step, metrics, names)
+            replicas.push(step, state)
             checkpoints.check()
+            if claim is not None:
+                claim.check()
+            watch.at_step(step, saved=checkpoints.newest)
 
             stopping = stop.agreed()
             last = step == run.steps
             evaluating = last or step % run.eval_every == 0
-            saving = last or stopping or step % run.checkpoint_every == 0
-            if evaluating or saving:
+            if evaluating or stopping or step % run.checkpoint_every == 0:
                 progress.catch_up()
-            if evaluating:
+            if evaluating and not stopping:
                 with progress.paused():
-                    for evaluator in evaluators:
-                        evaluator.run(step, state)
+                    stopping = not evaluations.run(step, state)
+            elif evaluating:
+                evaluations.postpone(step)
             # Saved last: all records of a step are on disk before its checkpoint, so a resume from
             # the checkpoint misses none of them.
-            if saving:
+            if last or stopping or step % run.checkpoint_every == 0:
+                replicas.push(step, state, now=True)
+                if claim is not None:
+                    claim.check(now=True)
                 saved = {"step": step, "config": config.to_dict(), **progress.metadata()}
                 checkpoints.save(step, state, saved)
-            if stopping and not last:
+            if stopping:
+                stop.acted = True
                 checkpoints.wait()
                 progress.say(f"{workdir}: stopped and saved at step {step}; same command goes on")
                 break
@@ -201,7 +224,7 @@ def describe(config: ConfigDict, start: int, mesh: Mesh, data: RunData) -> str:
 
 
 # ------------------------------------------------------------------ several stages in a row
-def train_stages(config: ConfigDict, workdir: str | Path) -> bool:
+def train_stages(config: ConfigDict, workdir: str | Path, stop: StopRequest | None = None) -> bool:
     """Trains the stages of `config.stages`, each in its folder of the workdir.
 
     All stages are checked before the first one starts. The same call again passes over the stages
@@ -215,28 +238,48 @@ def train_stages(config: ConfigDict, workdir: str | Path) -> bool:
     """
     workdir, first_process = Path(workdir), jax.process_index() == 0
     check(config)
-    with StopRequest() as stop:
+    with contextlib.ExitStack() as stack:
+        stop = stop or stack.enter_context(StopRequest())
         for position, name in enumerate(config.stages):
             # With several processes, all agree to stop in the next stage's first step instead.
             if stop.received and jax.process_count() == 1:
+                stop.acted = True
                 return False
+            stop.phase = Phase.STARTING
             stage, folder = config[name], workdir / name
             with RunCheckpoints(folder) as checkpoints:
-                done = (checkpoints.latest_step() or 0) >= stage.train.steps
+                step = checkpoints.latest_step() or 0
+            done = step >= stage.train.steps and not evaluations_due(folder, step)
             if first_process:
                 print(f"stage {position + 1} of {len(config.stages)}, {name}{': done' * done}")
             if done:
                 continue
             if first_process:
                 _say_what_is_missing(config, config.stages[position + 1 :])
-            done = int(train(stage, folder, stop).step) >= stage.train.steps
+            train(stage, folder, stop)
             begun = [workdir / name for name in config.stages]
             begun = [folder for folder in begun if is_run(folder)]
             if first_process and begun:
                 report.write(begun, workdir / "report.html")
-            if not done:
+            if stop.acted:
                 return False
     return True
+
+
+def train_all(config: ConfigDict, workdir: str | Path) -> bool:
+    """Trains the stages that a config chains, or the one that it is.
+
+    Returns:
+      True if all is done, False if a signal stopped it: it has saved, and the same call goes on.
+    """
+    with StopRequest() as stop:
+        stop.phase = Phase.STARTING
+        agreement.agree(agreement.software() | agreement.flat({"config": config.to_dict()}))
+        agreement.agree(agreement.devices())
+        if "stages" in config:
+            return train_stages(config, workdir, stop)
+        train(config, workdir, stop)
+        return not stop.acted
 
 
 def _say_what_is_missing(config: ConfigDict, later: tuple[str, ...]) -> None:

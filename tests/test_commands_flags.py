@@ -28,7 +28,10 @@ COMMANDS = {
 BY_NAME = {"microdit_jax.convert.kinds": "microdit_jax.convert."}
 # Imported by more, but what names flags there is only called by these.
 ONLY_FOR = {
-    "microdit_jax.machine.hosts": {"train_main", "microdit_jax.evaluate.__main__"},
+    "microdit_jax.machine.cluster": {"train_main", "microdit_jax.evaluate.__main__"},
+    "microdit_jax.machine.preflight": {"train_main", "microdit_jax.evaluate.__main__"},
+    "microdit_jax.machine.handshake": {"train_main", "microdit_jax.evaluate.__main__"},
+    "microdit_jax.machine.claim": {"train_main"},
     "microdit_jax.commands.cli": {"train_main", "microdit_jax.xla.aot.__main__"},
     "microdit_jax.commands.config_file": {"train_main", "microdit_jax.xla.aot.__main__"},
     "microdit_jax.convert.kinds": {"microdit_jax.convert.__main__"},
@@ -44,7 +47,7 @@ ONLY_FOR = {
 }  # fmt: skip
 FLAG = r"--([a-z]\w+(?:\.[a-z]\w*)*)"
 # What other programs are told.
-OTHERS = r"pip install [^;)]*|XLA_FLAGS=\S+"
+OTHERS = r"pip install [^;)]*|srun [^;)]*|XLA_FLAGS=\S+"
 
 
 def path_of(module: str) -> pathlib.Path:
@@ -98,12 +101,20 @@ def flags_of(module: str) -> frozenset[str]:
                 found |= set(importlib.import_module(module).OPTIONS)
             found |= {flag, f"no{flag}"} if "boolean" in name else {flag}
         if "adopt_module_key_flags" in name:
-            found |= flags_of(f"microdit_jax.{ast.unparse(node.args[0])}")
+            found |= flags_of(imported_as(ast.unparse(node.args[0]), module))
     if "config" in found and "absl" in ast.unparse(tree(module)):
         from microdit_jax.training import defaults
 
         found |= keys(defaults.base(), "config.")
     return frozenset(found)
+
+
+def imported_as(name: str, module: str) -> str:
+    """The full name of what a module imports by this one."""
+    imports = [node for node in ast.walk(tree(module)) if isinstance(node, ast.ImportFrom)]
+    return next(
+        f"{node.module}.{name}" for node in imports if name in [alias.name for alias in node.names]
+    )
 
 
 def keys(config, prefix: str) -> set[str]:

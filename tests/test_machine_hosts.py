@@ -121,7 +121,8 @@ def test_two_processes_as_slurm_starts_them():
         assert lines == [f"[1, None] {[[1], []][number]}", "expected good, found bad"]
 
 
-def test_a_late_process_is_named_and_not_waited_for():
+def test_a_late_process_is_named_and_all_end():
+    """The late one too, in the middle of what it does."""
     program = """
     def main(arguments):
         number = int(arguments[1])
@@ -133,18 +134,13 @@ def test_a_late_process_is_named_and_not_waited_for():
     boundary.run_command("__main__")
     """
     address = f"localhost:{free_port()}"
-    processes = [start(program, address, number, devices=1) for number in range(3)]
-    try:
-        ((status, _, text),) = finish(processes[:1], timeout=60)  # long before the third wakes up
-    finally:
-        for process in processes[1:]:
-            process.kill()
-            process.communicate()
-    assert status == 2
-    assert re.search(
-        "error: process 0: expected all 3 processes at 'save' within 2 s, found some only; "
-        "missing: 2; look at their logs", text,
-    )  # fmt: skip
+    results = finish([start(program, address, number, devices=1) for number in range(3)], 60)
+    for status, _, text in results:
+        assert status == 2, results
+        assert re.search(
+            r"^error: process [01] \(.+\): expected all 3 processes at 'save' within 2 s, found "
+            "some only; missing: 2; look at their logs, then start all again\n$", text,
+        )  # fmt: skip
 
 
 def test_names_in_the_error_of_a_barrier():

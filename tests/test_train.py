@@ -17,6 +17,7 @@ from microdit_jax.assets import load
 from microdit_jax.checkpoints.run import RunCheckpoints, read_run_metadata
 from microdit_jax.data import pipeline
 from microdit_jax.errors import UserError
+from microdit_jax.machine.signals import Phase
 from microdit_jax.models.dit import DiT
 from microdit_jax.sampling.pipeline import LatentDiffusion
 from microdit_jax.train import train
@@ -90,7 +91,11 @@ def test_stopped_and_resumed_is_bit_exact_with_its_records(trained, monkeypatch,
     with monkeypatch.context() as patch:
         # As a signal during step 2, amid the three steps of a line
         asked = itertools.count(1)
-        patch.setattr(train_module.StopRequest, "agreed", lambda self: next(asked) == 2)
+        patch.setattr(
+            train_module.StopRequest,
+            "agreed",
+            lambda self: self.phase is Phase.TRAINING and next(asked) == 2,
+        )
         stopped = train(tiny_config(folder), folder / "resumed")
     assert int(stopped.step) == 2
     assert "stopped and saved at step 2" in capsys.readouterr().out
@@ -103,6 +108,34 @@ def test_stopped_and_resumed_is_bit_exact_with_its_records(trained, monkeypatch,
     assert "since step 2 the config changed: eval.batch_size 16 -> 8" in capsys.readouterr().out
     expected, found = (read_metrics(folder / run) for run in ("whole", "resumed"))
     assert without_clock(found[:-1]) == without_clock(expected[:-1])
+
+
+def test_an_evaluation_that_a_signal_stops_is_made_up_for(trained, monkeypatch, capsys):
+    """At the last step too, whose state is saved: nothing is measured twice or left out."""
+    folder, state = trained
+    run, parts = folder / "left", itertools.count()
+
+    def agreed(stop):
+        # Amid the last step's evaluation, after its first evaluator.
+        return stop.phase is Phase.EVALUATING and step_of(run) == 4 and bool(next(parts))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_module.StopRequest, "agreed", agreed)
+        assert not train_module.train_all(tiny_config(folder), run)
+    assert json.loads((run / "evaluation_due.json").read_text())["step"] == 4
+    assert train_module.train_all(tiny_config(folder), run)
+    assert "resumed; step 4 of 4" in capsys.readouterr().out
+    assert not (run / "evaluation_due.json").exists()
+    assert train_module.train_all(tiny_config(folder), run)
+    assert "done already" in capsys.readouterr().out
+    found, expected = (read_metrics(folder / name) for name in ("left", "whole"))
+    assert without_clock(found) == without_clock(expected)
+
+
+def step_of(run):
+    """The last step in a run's records."""
+    lines = read_metrics(run) if (run / "metrics.jsonl").is_file() else []
+    return max((line["step"] for line in lines), default=0)
 
 
 def test_samples_that_are_not_finite_do_not_end_a_run(trained, monkeypatch, capsys):

@@ -77,7 +77,7 @@ def good_step(workdir: str | os.PathLike, step: int | None = None) -> tuple[int,
             "restore the folder from a copy, or start again in another workdir"
         )
 
-    number, metadata = hosts.from_first(f"check {folder}", choose)
+    number, metadata = hosts.from_first("check the checkpoints", choose)
     return number, metadata
 
 

@@ -30,7 +30,7 @@ from microdit_jax.checkpoints.model_folder import VERSION
 from microdit_jax.checkpoints.restore import good_step, restore_state, say, steps_on_disk
 from microdit_jax.errors import UserError, visible
 from microdit_jax.files import checksums, disk_errors, read_json, write_json
-from microdit_jax.machine import hosts
+from microdit_jax.machine import hosts, watch
 from microdit_jax.machine.background import give_way
 
 RUN_FORMAT = "microdit_jax.run"
@@ -73,6 +73,11 @@ class RunCheckpoints:
         self._newest: int | None = None  # step last saved or restored
         self._rows: dict[str, np.ndarray] = {}  # memory for packed arrays; one save at a time
 
+    @property
+    def newest(self) -> int | None:
+        """The step last saved or restored, on disk and whole; None before either."""
+        return self._newest
+
     def all_steps(self) -> list[int]:
         """Returns the steps that were written whole, oldest first; not checked for damage."""
         return hosts.from_first("list checkpoints", lambda: steps_on_disk(self.workdir))
@@ -107,7 +112,10 @@ class RunCheckpoints:
         )
         with self._save_errors(step):
             self._executor.submit(self._manager.save, step, args=args, force=True).result()
-        self._saving = step, self._executor.submit(self._manager.wait_until_finished)
+        saving = self._executor.submit(self._manager.wait_until_finished)
+        self._saving = step, saving
+        # At once, and not at the next step: this one may wait for a process that waits for ours.
+        saving.add_done_callback(lambda done: self._report(step, done.exception()))
 
     def check(self) -> None:
         """Raises the error of a save that has failed by now; cheap enough to call every step."""
@@ -173,6 +181,7 @@ class RunCheckpoints:
 
     def _prepare(self, step: int, num_bytes: int) -> None:
         """Checks for room on the disk and moves newer steps out of the way; called by process 0."""
+        _remove_partials(self.folder)  # of a run that was killed; they take the room
         with disk_errors(self.folder, num_bytes):
             self.folder.mkdir(parents=True, exist_ok=True)
             oldest = -1 if self._newest is None else self._newest
@@ -185,24 +194,32 @@ class RunCheckpoints:
                 (self.folder / str(number)).rename(aside / str(number))
                 say(f"moved checkpoint {number} to {aside / str(number)}; it may be deleted")
 
+    def _report(self, step: int, error: BaseException | None) -> None:
+        """Tells the other processes of a save that failed on this one."""
+        if error is not None and not watch.is_of_another(error):
+            watch.report(self._fault(step, error))
+
+    def _fault(self, step: int, error: BaseException) -> UserError:
+        if isinstance(error, UserError):
+            return error
+        return UserError(
+            f"could not write checkpoint {step} in {self.folder}: {_reason(error)}; free some "
+            "space or repair the disk; the older checkpoints are as they were, and the same "
+            "command goes on from them"
+        )
+
     @contextlib.contextmanager
-    def _save_errors(self, step: int | None) -> Iterator[None]:
+    def _save_errors(self, step: int) -> Iterator[None]:
         """Turns Orbax's error for a failed save into a UserError, and removes the partial files."""
         try:
             yield
         except UserError:
             raise
-        except BaseException as error:
-            if isinstance(error, KeyboardInterrupt | SystemExit):
-                raise
+        except Exception as error:
             self._manager = None  # it would raise the same error again
             if jax.process_index() == 0:
                 _remove_partials(self.folder)
-            raise UserError(
-                f"could not write checkpoint {step} in {self.folder}: {_reason(error)}; free some "
-                "space or repair the disk; the older checkpoints are as they were, and the same "
-                "command goes on from them"
-            ) from error
+            raise self._fault(step, error) from error
 
 
 class _Manager(ocp.CheckpointManager):

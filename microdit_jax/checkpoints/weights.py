@@ -63,7 +63,7 @@ def load_weights(
         params, step = load_run_params(source, abstract_params, ema=ema)
         return params, describe_weights(source, step, ema=ema)
     metadata = model_folder.read_metadata(source)
-    hosts.from_first(f"check {source}", lambda: model_folder.verify_model(source))
+    hosts.from_first("check the weights", lambda: model_folder.verify_model(source))
     model_folder.check_network(source, abstract_params)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_params)
     params, _ = model_folder.load_model(source, sharding=shardings, verify=False)

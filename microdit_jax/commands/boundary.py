@@ -5,7 +5,9 @@
 | done, also where nobody read the output to its end (`| head -1`) | 0 |
 | a defect of ours; the line says where the traceback was written | 1 |
 | what a person can mend: bad input, a path, memory, a JAX that cannot start, lost output | 2 |
-| Ctrl-C, SIGTERM, SIGHUP; the same command goes on | 130, 143, 129 |
+| a training run that has saved and stopped by a signal before its end, or a process of the job is |
+| gone; the same command goes on | 75 |
+| Ctrl-C, SIGTERM, SIGHUP elsewhere; the same command goes on | 130, 143, 129 |
 
 A command's module begins with these lines, and so runs inside of the boundary from its own imports
 on. Its `main` takes the arguments without the program's name.
@@ -83,7 +85,7 @@ def outcome(work: Callable[[], None], arguments: Sequence[str] = ()) -> int:
         number = interrupts.received() or (isinstance(error, KeyboardInterrupt) and signal.SIGINT)
         if number:
             _say(interrupts.STOPPED)
-            return 128 + number
+            return interrupts.status_if_stopped(128 + number)
         status, line = describe(error)
         _say(line)
         return status

@@ -10,13 +10,16 @@ import contextlib
 import io
 import os
 import re
+import socket
 import sys
+import time
 from typing import TextIO
 
 from microdit_jax.errors import escaped
 
 # tqdm goes to the line's begin by the first character of what it writes, and between bars in writes
 # of their own.
+_LOGS_KEPT = 100  # files of libraries' messages; older ones are deleted
 _BEGIN_OF_LINE, _BETWEEN_BARS = re.compile("\r*"), re.compile(r"(\n|\r|\x1b\[A)*")
 
 
@@ -72,6 +75,31 @@ def protect() -> None:
         except OSError:  # closed: the next file that is opened must not take this number
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
     sys.stdout, sys.stderr = _protected(sys.stdout, 1), _protected(sys.stderr, 2)
+
+
+def divert_libraries() -> str:
+    """Sends what C++ libraries write to standard error into a file, and returns its path.
+
+    sys.stderr stays where it is. A collective that breaks, or a service that ends, says so on pages
+    of C++; the last line that a person sees is the command's own. Returns "" where no file can be
+    written: then nothing changes.
+    """
+    from microdit_jax.files import cache_folder
+
+    try:
+        folder = cache_folder() / "logs"
+        folder.mkdir(parents=True, exist_ok=True)
+        for old in sorted(folder.glob("*.txt"))[:-_LOGS_KEPT]:
+            old.unlink(missing_ok=True)
+        path = folder / f"{time.strftime('%Y%m%d-%H%M%S')}-{socket.gethostname()}-{os.getpid()}.txt"
+        log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+    except (OSError, RuntimeError):  # no home, a full disk
+        return ""
+    sys.stderr.flush()
+    sys.stderr = _protected(sys.stderr, os.dup(2))
+    os.dup2(log, 2)
+    os.close(log)
+    return str(path)
 
 
 def _protected(stream: TextIO | None, number: int) -> TextIO:

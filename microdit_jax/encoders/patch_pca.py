@@ -144,7 +144,7 @@ class PatchPCA:
             "channels": self.channels,
             "scaling_factor": self.scaling_factor,
         }
-        (folder / "codec.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+        (folder / "codec.json").write_text(json.dumps(about, indent=2) + "\n")
 
     @classmethod
     def load(cls, folder: Path) -> "PatchPCA":

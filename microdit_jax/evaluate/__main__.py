@@ -22,6 +22,7 @@ from pathlib import Path
 from absl import flags
 
 from microdit_jax import model_flags
+from microdit_jax.commands import job_flags
 from microdit_jax.commands.cli import absl_command
 from microdit_jax.errors import UserError
 from microdit_jax.files import check_writable
@@ -73,22 +74,13 @@ GENEVAL_RESULTS = flags.DEFINE_string(
 )
 KEEP = flags.DEFINE_boolean("keep_images", False, "Keep all images as PNGs.")
 OUT = flags.DEFINE_string("out", "out/evaluate", "Folder for everything.")
-COORDINATOR = flags.DEFINE_string(
-    "coordinator_address", None, "host:port of process 0, as for train_main.py."
-)
-NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes sample together.")
-PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
-JOB_TOKEN = flags.DEFINE_string("job_token", None, "A text that these processes alone know.")
+flags.adopt_module_key_flags(job_flags)
 flags.adopt_module_key_flags(model_flags)
 
 
 @absl_command(required=("model",))
 def main():
-    # After the flags: --help answers at once.
-    from microdit_jax.machine import hosts
-
-    job = COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value
-    with hosts.job(*job, job_token=JOB_TOKEN.value):
+    with job_flags.joined_job():
         _evaluate()
 
 
@@ -128,7 +120,7 @@ def _evaluate() -> None:
     result, files = protocol.evaluate(subject, request, Path(OUT.value))
     if jax.process_index():
         return
-    print((Path(OUT.value) / "result.md").read_text(encoding="utf-8"), end="")
+    print((Path(OUT.value) / "result.md").read_text(), end="")
     for note in result["notes"]:
         print(f"note: {note}")
     print(f"written: {', '.join(map(str, files))}")

@@ -3,6 +3,7 @@
 Every wait has a time-out, and its error names the processes that are missing.
 """
 
+import atexit
 import collections
 import contextlib
 import json
@@ -17,10 +18,13 @@ from jax.experimental import multihost_utils
 
 from microdit_jax.errors import UserError
 from microdit_jax.files import parse_json
+from microdit_jax.machine import interrupts, watch
 from microdit_jax.machine.cluster import find_job
+from microdit_jax.machine.coordination import Store, delay_aborts
 from microdit_jax.machine.preflight import preflight
 
 BARRIER_SECONDS = 600.0
+HEARTBEAT_SECONDS = 25.0  # and a few more until all have ended
 WORK_SECONDS = 3600.0  # of one process while the others wait
 _barriers: collections.Counter[str] = collections.Counter()
 
@@ -32,7 +36,7 @@ def initialize(
     *,
     job_token: str | None = None,
     timeout_seconds: float = 300.0,
-    heartbeat_seconds: int = 100,
+    heartbeat_seconds: float = HEARTBEAT_SECONDS,
 ) -> bool:
     """Joins the processes of a job into one JAX program; call it before anything uses a device.
 
@@ -43,7 +47,8 @@ def initialize(
       coordinator_address: "host:port" of process 0, a port that is free there and open to all.
       job_token: as `find_job` takes it.
       timeout_seconds: how long to wait for the others, from this process's own start.
-      heartbeat_seconds: a process silent for so long is given up, and all others stop.
+      heartbeat_seconds: a process silent for so long is given up, and all others end
+        (machine.watch).
     Returns:
       True if there are several processes.
     Raises:
@@ -58,6 +63,9 @@ def initialize(
     preflight(job, timeout_seconds)
     # Without GPUs or TPUs, collectives between processes need gloo; others ignore the setting.
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    # machine.signals does its work, and SIGTERM stays Python's.
+    jax.config.update("jax_enable_preemption_service", False)
+    delay_aborts()
     jax.distributed.initialize(
         job.coordinator_address,
         job.num_processes,
@@ -65,9 +73,20 @@ def initialize(
         job.local_device_ids,
         cluster_detection_method="deactivate",  # done above
         initialization_timeout=max(1, int(timeout_seconds)),
-        heartbeat_timeout_seconds=heartbeat_seconds,
+        # JAX would abort with pages of C++: the watch speaks first.
+        heartbeat_timeout_seconds=max(100, int(4 * heartbeat_seconds)),
     )
+    watch.Watch(Store(), heartbeat_seconds).start()
+    atexit.register(_leave)
     return True
+
+
+def _leave() -> None:
+    """Leaves the job, once all the others do; the watch's threads end, and not in mid-call."""
+    if (watching := watch.current()) is not None:
+        watching.close()
+        jax.distributed.shutdown()
+        watching.join()
 
 
 @contextlib.contextmanager
@@ -78,13 +97,12 @@ def job(
     *,
     job_token: str | None = None,
     timeout_seconds: float = 300.0,
-    heartbeat_seconds: int = 100,
+    heartbeat_seconds: float = HEARTBEAT_SECONDS,
 ) -> Iterator[None]:
-    """Joins a job (`initialize`) for a command's whole run; errors name the process they are of.
+    """Joins a job (`initialize`) for a command's whole run, which all processes end together.
 
-    A Python program that ends normally waits for the others first, for minutes, and they wait for
-    its next collective. So the boundary of commands ends a process that failed at once; within
-    `heartbeat_seconds` the others notice its silence and stop.
+    What ends one process ends the others in seconds, with its line: the watch has a thread in each
+    that ends the process from within whatever it does.
     """
     if not initialize(
         coordinator_address,
@@ -96,10 +114,24 @@ def job(
     ):
         yield
         return
+    watching = watch.current()
+    assert watching is not None
     try:
         yield
-    except UserError as error:
-        raise UserError(f"process {jax.process_index()}: {error}") from error
+        # No process leaves while another could still need it, or fail.
+        barrier("the end", timeout_seconds=WORK_SECONDS)
+    except interrupts.Stopped as error:
+        watching.stopped_by(error.number)
+        raise
+    except Exception as error:
+        if isinstance(error, FaultOfFirst):
+            watching.wait_for_verdict(2 * watch.BEAT_SECONDS)
+        elif watch.is_of_another(error):
+            watching.wait_for_verdict()
+        watch.report(error)
+        watching.wait_for_verdict(2 * watch.BEAT_SECONDS)
+        raise
+    _leave()
 
 
 # ------------------------------------------------------------------ together
@@ -131,6 +163,10 @@ def missing_processes(message: str) -> list[int]:
     return sorted({int(number) for number in re.findall(r"(?:^|[\s,]|task:)(\d+)\b", late)})
 
 
+class FaultOfFirst(UserError):
+    """An error of process 0, raised on the others."""
+
+
 def from_first(
     name: str, function: Callable[[], Any], *, timeout_seconds: float = WORK_SECONDS
 ) -> Any:
@@ -160,5 +196,5 @@ def from_first(
     if fault is not None:
         raise fault
     if "error" in answer:
-        raise UserError(answer["error"])
+        raise FaultOfFirst(answer["error"])
     return answer["value"]

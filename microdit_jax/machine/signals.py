@@ -3,61 +3,136 @@
 Everywhere else in a command these signals end it (machine.interrupts).
 """
 
-import itertools
-import os
+import enum
 import signal
 import sys
 import threading
 from types import FrameType
 
-import jax
-from jax.experimental import multihost_utils
+from microdit_jax.machine import interrupts, watch
 
-from microdit_jax.machine import interrupts
+EVALUATION_SECONDS = 3.0  # to leave an evaluation; then the process ends without saving
 
-# Counts questions, not steps: the next stage's steps may begin at 0 again, and the step that the
-# processes had agreed on would never come.
-_times_asked = itertools.count()
+
+class Phase(enum.Enum):
+    """Parts of a run's work, which decide how it answers to a signal."""
+
+    STARTING = "ends at once: there is nothing to save"
+    EVALUATING = "leaves the evaluation, saves and stops; or ends, if that takes too long"
+    TRAINING = "saves after this step and stops"
 
 
 class StopRequest:
     """A signal received within `with StopRequest() as stop:`, for the loop in it to act on.
 
-    One process remembers the signal itself. With several, JAX's preemption service tells all of
-    them about a SIGTERM that any of them received, and picks a step that none has reached yet;
-    other signals become a SIGTERM. Asking costs microseconds; a collective in each step would
-    drain the device's queue. After the first signal, Ctrl-C kills.
+    With several processes the one that was signalled asks all others through the job's store. Each
+    answers how often its loop has asked, and all stop at the next number that none has reached yet.
+    Asking costs microseconds; a collective in each step would drain the device's queue.
 
-    Signals reach the main thread of a program only: in any other this never asks to stop. Signals
-    that the process ignores (nohup ignores SIGHUP) stay ignored.
+    A second signal ends the process at once. Signals reach the main thread of a program only: in
+    any other this never asks to stop. Signals that the process ignores (nohup ignores SIGHUP) stay
+    ignored.
+
+    Attributes:
+      received: True if this process was signalled.
+      acted: True once the loop has begun to stop; the loop sets it.
+      phase: what the run does now; the loop sets it.
     """
 
     def __init__(self):
-        self.received = False
+        self.received = self.acted = False
+        self.phase = Phase.TRAINING
         self._previous = {}
+        self._signals = 0
+        self._lock, self._decided = threading.Lock(), threading.Event()
+        self._times_asked, self._stop_at, self._wanted = 0, 0, False
 
     def agreed(self) -> bool:
-        """Returns True if all processes stop after this step; ask once a step, on all of them."""
-        if jax.process_count() == 1:
+        """Returns True if all processes stop here; ask in the same places on all of them.
+
+        In the loop once a step, in an evaluation between its parts.
+        """
+        if watch.current() is None:
             return self.received
-        return multihost_utils.reached_preemption_sync_point(next(_times_asked))
+        with self._lock:
+            self._times_asked += 1
+            if not self._wanted:
+                return False
+        # Threads decide; until they have, no main thread goes past the number that it told.
+        self._decided.wait()
+        return self._times_asked >= self._stop_at
+
+    def check(self) -> None:
+        """Raises EvaluationStopped if all processes leave the evaluation here."""
+        if self.agreed():
+            raise EvaluationStopped
 
     def __enter__(self) -> "StopRequest":
         if threading.current_thread() is threading.main_thread():
             ours = {n for n in interrupts.SIGNALS if signal.getsignal(n) is not signal.SIG_IGN}
-            if jax.process_count() > 1:  # SIGTERM belongs to the preemption service
-                ours.discard(signal.SIGTERM)
             self._previous = {number: signal.signal(number, self._receive) for number in ours}
+            interrupts.listen(self)
+        if (job := watch.current()) is not None:
+            job.on_stop(self._decide)
         return self
 
     def __exit__(self, *exc_info: object) -> None:
+        if self._previous:
+            interrupts.listen(None)
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
+    # ---------------------------------------------------------------- a signal
+    def heard(self, number: int) -> float | None:
+        """Answers to `interrupts`, in whose thread signals arrive first."""
+        self._signals += 1
+        if self._signals > 1:
+            return 0.0
+        if self.phase is Phase.STARTING:
+            return interrupts.GRACE_SECONDS
+        self._ask_all()
+        return EVALUATION_SECONDS if self.phase is Phase.EVALUATING else None
+
+    def is_overdue(self) -> bool:
+        """Returns True after a second signal, or where the first one has led to nothing."""
+        return self._signals > 1 or not (self.acted or self.phase is Phase.TRAINING)
+
     def _receive(self, number: int, frame: FrameType | None) -> None:
+        if self.phase is Phase.STARTING:
+            interrupts.receive(number, frame)
+        if self.received:
+            interrupts.end(number)
         self.received = True
-        name = signal.Signals(number).name
-        print(f"{name}: saving and stopping; Ctrl-C again kills", file=sys.stderr, flush=True)
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        if jax.process_count() > 1:
-            os.kill(os.getpid(), signal.SIGTERM)
+        name = interrupts.name_of(number)
+        print(f"{name}: saving and stopping; a second signal ends it", file=sys.stderr, flush=True)
+        if not interrupts.installed():
+            self._signals += 1
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # also where Python gets no turn
+            self._ask_all()
+
+    # ---------------------------------------------------------------- together
+    def _ask_all(self) -> None:
+        """Asks the other processes, in a thread: a handler must not wait for the network."""
+        if (job := watch.current()) is not None:
+            threading.Thread(target=job.ask_to_stop, daemon=True).start()
+
+    def _decide(self) -> None:
+        """Agrees on where to stop; the watch calls it in a thread, on every process."""
+        job = watch.current()
+        if job is None:
+            return
+        store = job.store
+        with self._lock:
+            self._wanted, told = True, self._times_asked
+        store.put(f"stop at/{store.process_id}", str(told))
+        counts = []
+        for number in range(store.num_processes):
+            while (count := store.wait(f"stop at/{number}", 60.0)) is None:
+                pass  # a process that is gone ends all
+            counts.append(int(count))
+        self._stop_at = max(counts) + 1
+        self._decided.set()
+
+
+class EvaluationStopped(Exception):
+    """Raised in an evaluation on all processes, at the same place, to stop."""

@@ -63,7 +63,7 @@ def write_metadata(folder: Path, prompts: Sequence[dict[str, Any]]) -> None:
         path, text = folder / f"{number:05d}" / "metadata.jsonl", json.dumps(prompt)
         if not path.exists():
             write_text(path, text)
-        elif path.read_text(encoding="utf-8") != text:
+        elif path.read_text() != text:
             raise UserError(
                 f"expected {path} to hold {text}, found another prompt; choose another folder"
             )

@@ -143,6 +143,6 @@ def main(arguments: Sequence[str]) -> None:
     print(f"{output}: {count:,} images now, {rate:.1f} images/s of all processes")
     if complete:
         sheet = contact_sheet(output, codec, options)
-        print(f"{(output / job.REPORT).read_text(encoding='utf-8').rstrip()}\nlook at {sheet}")
+        print(f"{(output / job.REPORT).read_text().rstrip()}\nlook at {sheet}")
     else:
         print(f"{output}: other processes still work")

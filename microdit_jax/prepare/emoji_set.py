@@ -103,9 +103,7 @@ def _write(
         captions[split] = [listed[i].caption for i in indices]
         embeddings = text_encoder.encode_text(captions[split]).astype(np.float16)
         np.savez(folder / f"{split}.npz", latents=latents[indices], caption_latents=embeddings)
-    (folder / "captions.json").write_text(
-        json.dumps(captions, ensure_ascii=False, indent=0), encoding="utf-8"
-    )
+    (folder / "captions.json").write_text(json.dumps(captions, ensure_ascii=False, indent=0))
     codec.save(folder / "codec")
     meta = {
         **request,
@@ -114,7 +112,7 @@ def _write(
         "images": {split: len(texts) for split, texts in captions.items()},
         "attribution": twemoji.ATTRIBUTION,
     }
-    (folder / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
+    (folder / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
 
 
 def _is_prepared(folder: Path, request: Mapping[str, Any]) -> bool:

@@ -65,6 +65,14 @@ class RunData(NamedTuple):
         if self.tower is not None:
             self.tower.check(batch["tokens"])
 
+    def facts(self) -> dict[str, Any]:
+        """Returns what all processes must find in their datasets (machine.agreement)."""
+        names = (*self.names, "data.heldout")
+        sources = (*self.sources, self.heldout)
+        sizes = {f"records of {n}": len(s) for n, s in zip(names, sources, strict=True)}
+        towers = {f"{kind} of the data": name for kind, name in self.made_by.items()}
+        return sizes | towers
+
     def heldout_caption(self, index: int) -> str:
         """Returns the caption of a held-out record."""
         if isinstance(self.heldout, LatentSource):
@@ -194,7 +202,7 @@ def _open_twemoji(
             codec_resolution=resolution,
         )
 
-    hosts.from_first(f"prepare {folder}", prepare)
+    hosts.from_first("prepare the emoji images", prepare)
     train, heldout, *_ = load_prepared(Path(folder), PatchPCA.load)
     return train if split == "train" else heldout
 

@@ -120,6 +120,9 @@ def base() -> ConfigDict:
                 # Updates in a row that may be skipped for a loss or gradient that is not finite.
                 "max_skipped": 20,
                 "module_grad_norms": False,
+                # Steps between two checks that all copies of the weights are equal on their devices
+                # (training.replicas), which are also made before each save; 0 for none.
+                "replica_check_every": 200,
             },
             "eval": {
                 # What is measured each eval_every steps and at the end, in this order: names of

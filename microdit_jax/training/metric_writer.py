@@ -4,6 +4,7 @@ After a resume all three continue from the restored step. Lines of metrics.jsonl
 removed, so that in the end it equals an unbroken run's line for line, timings apart.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -82,8 +83,9 @@ class MetricWriter:
             self._wandb.log({"step": step, name: import_wandb().Image(image)})
 
     def close(self) -> None:
-        """Closes all files."""
-        self._file.close()
+        """Closes all files; raises nothing, as each line was on disk when `write` returned."""
+        with contextlib.suppress(OSError):  # what a full disk did not take is tried once more
+            self._file.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
         if self._wandb is not None:
@@ -168,7 +170,7 @@ def _start_wandb(project: str, workdir: Path, config: Mapping[str, Any]) -> Any:
     wandb = import_wandb()
     id_file = workdir / "wandb_id"
     if not id_file.exists():
-        id_file.write_text(secrets.token_hex(8))
+        write_text(id_file, secrets.token_hex(8))
     run = wandb.init(
         project=project, name=workdir.name, id=id_file.read_text(), resume="allow",
         dir=str(workdir), config=dict(config),

@@ -197,7 +197,7 @@ class Progress:
             }
             with disk_errors(path):
                 path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_text(json.dumps(contents, indent=1) + "\n", encoding="utf-8")
+                path.write_text(json.dumps(contents, indent=1) + "\n")
         sets = Counter(self._names[where["source"][i]] for i in bad)
         self.say(
             f"step {step}: not finite, update skipped ({in_a_row} in a row, {self._skipped} in "

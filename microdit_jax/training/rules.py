@@ -69,6 +69,7 @@ RANGES = {
     "train.keep_last": COUNT,
     "train.keep_every": COUNT_OR_NONE,
     "train.max_skipped": COUNT_OR_NONE,
+    "train.replica_check_every": COUNT_OR_NONE,
     "eval.num_images": COUNT,
     "eval.batch_size": COUNT,
     "eval.draws": COUNT,

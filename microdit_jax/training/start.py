@@ -126,7 +126,7 @@ def _check_source(key: str, source: str, made_by: dict[str, str]) -> None:
             )
         return {}  # a model folder does not say
 
-    for kind, found in hosts.from_first(f"read {source}", names).items():
+    for kind, found in hosts.from_first("read what the run starts from", names).items():
         if found != made_by[kind]:
             raise UserError(
                 f"{source} was trained with the {kind} {found}, found data made with "

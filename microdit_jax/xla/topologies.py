@@ -215,7 +215,7 @@ def get(name: str) -> Topology:
         options: dict[str, Any] = {
             "platform": "cuda",
             "topology_name": "H100",
-            "target_config": target.read_text(encoding="utf-8"),
+            "target_config": target.read_text(),
             # Slices, hosts of a slice, devices of a host: to JAX each node is a slice.
             "topology": f"{shape.slices}x1x{shape.sizes[0]}",
         }

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -41,6 +41,8 @@ class EvaluationContext:
     Attributes:
       writer: records figures; None on processes that do not write.
       say: prints a line, on the process that writes.
+      check: called between the parts of an evaluation, on all processes in the same places; leaves
+        it by an exception where the run stops.
     """
 
     config: ConfigDict
@@ -51,6 +53,7 @@ class EvaluationContext:
     data: RunData
     writer: MetricWriter | None
     say: Callable[[str], None]
+    check: Callable[[], None] = lambda: None
 
     @functools.cached_property
     def pipe(self) -> LatentDiffusion:
@@ -64,6 +67,13 @@ class EvaluationContext:
         if jax.process_index() == 0:
             codec = load.load_codec(str(self.data.codec or self.config.data.vae))
         return LatentDiffusion(self.model, None, self.edm, encoder, codec)
+
+
+def between(items: Iterable[Any], check: Callable[[], None]) -> Iterator[Any]:
+    """Yields items, calling `check` before each."""
+    for item in items:
+        check()
+        yield item
 
 
 def sampled_params(state: TrainState) -> Any:

@@ -1,6 +1,6 @@
 """The loss on held-out images at fixed noise: comparable between all evaluations of all runs."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -16,7 +16,7 @@ from microdit_jax.machine.placement import full_batches, round_up
 from microdit_jax.models.dit import DiT
 from microdit_jax.training import step as train_step
 from microdit_jax.training.caption_tower import CaptionTower, batch_key
-from microdit_jax.training.evaluators.base import EvaluationContext
+from microdit_jax.training.evaluators.base import EvaluationContext, between
 from microdit_jax.training.step import TrainState
 
 # The noise is the same at every evaluation of every run, whatever its own seed.
@@ -52,6 +52,7 @@ class HeldoutLoss:
       batch_size: images at a time, over all processes.
       noise_samples: noise samples for each image.
       tower: embeds the captions of a source of token ids.
+      check: called before each batch; may leave by an exception.
     """
 
     def __init__(
@@ -65,7 +66,9 @@ class HeldoutLoss:
         batch_size: int,
         noise_samples: int,
         tower: CaptionTower | None = None,
+        check: Callable[[], None] = lambda: None,
     ):
+        self._check = check
         self._source, self._noise_samples, self._mesh = source, noise_samples, mesh
         self._levels = sigma_levels(edm)
         self._captions = batch_key(tower)
@@ -94,7 +97,7 @@ class HeldoutLoss:
           noise level, {"0.549": loss, ...}; NaN for a level that no noise sample came near.
         """
         sums = {"right": [], "shuffled": []}
-        for number, batch in enumerate(self._batches()):
+        for number, batch in enumerate(between(self._batches(), self._check)):
             for i in range(self._noise_samples):
                 sample = {"draw": np.asarray(number * self._noise_samples + i, np.uint32)}
                 for captions, found in sums.items():
@@ -146,6 +149,7 @@ class HeldoutLossEvaluator:
             batch_size=settings.batch_size,
             noise_samples=settings.draws,
             tower=context.data.tower,
+            check=context.check,
         )
 
     def run(self, step: int, state: TrainState) -> None:

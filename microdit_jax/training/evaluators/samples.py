@@ -22,7 +22,7 @@ from microdit_jax.evaluate.scores import feature_scores
 from microdit_jax.images import captioned_grid, save_png, to_uint8
 from microdit_jax.metrics.features import FeatureNetwork, small_features
 from microdit_jax.sampling.pipeline import LatentDiffusion
-from microdit_jax.training.evaluators.base import EvaluationContext, sampled_params
+from microdit_jax.training.evaluators.base import EvaluationContext, between, sampled_params
 from microdit_jax.training.step import TrainState
 
 BATCH_SIZE = 32  # images sampled and decoded at a time
@@ -64,6 +64,7 @@ class SampleGrid:
             seed=self._context.config.seed,
             batch_size=BATCH_SIZE,
             return_only_latents=True,
+            progress=lambda evaluations: between(evaluations, self._context.check),
         )
         if pipe.codec is None:
             return None
@@ -116,6 +117,7 @@ class SampleScores:
                 seed=context.config.seed,
                 batch_size=BATCH_SIZE,
                 return_only_latents=True,
+                progress=lambda evaluations: between(evaluations, context.check),
             )
             if context.writer is None or self._scorer is None:
                 return

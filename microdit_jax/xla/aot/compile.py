@@ -72,7 +72,7 @@ def compile_and_count(
         file = dump / f"{label.replace(', ', '_').replace(' ', '_')}.hlo.txt"
         with disk_errors(file):
             file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(found["text"], encoding="utf-8")
+            file.write_text(found["text"])
     with progress(f"{label}: counting"):
         counts = count(found["text"])
         chip, slices = topology.chip, program.slices

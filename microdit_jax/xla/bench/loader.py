@@ -71,7 +71,7 @@ def make(folder: Path, records: int) -> None:
                 for name, column in INFO.arrays.items()
             }
             writer.write(record | {"caption": f"a caption of a usual length, number {i}"})
-    (folder / SIDECAR).write_text(INFO.to_json(), encoding="utf-8")
+    (folder / SIDECAR).write_text(INFO.to_json())
 
 
 def rate(read: Callable[[], int], seconds: float) -> float:

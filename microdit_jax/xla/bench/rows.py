@@ -120,7 +120,7 @@ def name(what: str, variant: Variant) -> str:
 def _dump(folder: Path, work: Workload) -> None:
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "optimised_hlo.txt").write_text(work.compiled.as_text() or "", encoding="utf-8")
+        (folder / "optimised_hlo.txt").write_text(work.compiled.as_text() or "")
         with jax.profiler.trace(str(folder)):
             work.run()
 

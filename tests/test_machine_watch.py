@@ -1,0 +1,162 @@
+"""What ends one process of a job ends the others in seconds, by name: processes on loopback."""
+
+import os
+import re
+import signal
+import time
+
+from support.processes import finish, free_port, start
+
+JOB = """
+from microdit_jax.machine import watch
+
+def main(arguments):
+    number = int(arguments[1])
+    with hosts.job(arguments[0], 2, number, timeout_seconds=60.0, heartbeat_seconds=5.0):
+        watch.at_step(7, saved=5)
+        hosts.barrier("begun")
+        print("begun", flush=True)
+        work(number, arguments)
+    print("ended", flush=True)
+
+if __name__ == "__main__":
+    boundary.run_command("__main__")
+"""
+WAIT = """
+def work(number, arguments):
+    hosts.barrier(f"for ever {number}", timeout_seconds=300.0)
+"""
+
+
+def pair(work: str, *arguments, **environment) -> list:
+    """Two processes of one job, once they have begun."""
+    address = f"localhost:{free_port()}"
+    processes = [
+        start(work + JOB, address, number, *arguments, devices=1, **environment)
+        for number in range(2)
+    ]
+    for process in processes:
+        assert process.stdout.readline() == "begun\n", finish(processes)
+    return processes
+
+
+def test_a_process_that_is_killed_is_named():
+    for gone in range(2):
+        processes = pair(WAIT)
+        time.sleep(2.5)  # until the others know its step
+        processes[gone].kill()
+        began = time.monotonic()
+        status, _, text = finish(processes, 60)[1 - gone]
+        assert time.monotonic() - began < 20
+        assert status == 75
+        line = r" \(.+\) is gone since step 7; the same command goes on from step 5$"
+        assert re.search(f"^process {gone}{line}", text, re.M), text
+
+
+def test_slow_is_not_dead_and_silence_is():
+    """A process that is stopped for less than the time-out goes on, whichever it is."""
+    processes = pair(
+        """
+def work(number, arguments):
+    time.sleep(1.0)
+    hosts.barrier("stopped", timeout_seconds=300.0)
+    print("again", flush=True)
+    hosts.barrier(f"for ever {number}", timeout_seconds=300.0)
+"""
+    )
+    for process in processes:
+        process.send_signal(signal.SIGSTOP)
+        time.sleep(3.0)
+        process.send_signal(signal.SIGCONT)
+    for process in processes:
+        assert process.stdout.readline() == "again\n"
+    processes[1].send_signal(signal.SIGSTOP)
+    try:
+        ((status, _, text),) = finish(processes[:1], 60)
+    finally:
+        processes[1].send_signal(signal.SIGCONT)
+        ((late, _, told),) = finish(processes[1:], 60)
+    assert (status, late) == (75, 75)
+    assert re.search(r"^process 1 \(.+\) is gone since step 7; the same", text, re.M), text
+    assert re.search(r"^(this process stood still for .*)?process [01] \(", told, re.M), told
+
+
+def test_a_failure_of_one_is_the_line_of_all():
+    """Told at once, though the others wait in a collective; a thread's own failure too."""
+    program = """
+def work(number, arguments):
+    if number == 1 and arguments[2] == "disk":
+        raise UserError("could not write checkpoint 9: the disk is full")
+    if number == 1 and arguments[2] == "defect":
+        {}["nothing"]
+    if number == 1 and arguments[2] == "thread":
+        import threading
+        fault = UserError("could not write checkpoint 9: the disk is full")
+        threading.Thread(target=watch.report, args=(fault,)).start()
+    hosts.barrier(f"for ever {number}", timeout_seconds=300.0)
+"""
+    for kind in ("disk", "thread", "defect"):
+        began = time.monotonic()
+        results = finish(pair(program, kind), 60)
+        assert time.monotonic() - began < 30
+        for status, _, text in results:
+            if kind == "defect":
+                assert status == 1 and "process 1 (" in text, results
+                assert "ended with a defect (KeyError: 'nothing'); see its log" in text
+            else:
+                assert status == 2, results
+                assert re.fullmatch(
+                    r"error: process 1 \(.+\): could not write checkpoint 9: the disk is full\n",
+                    text,
+                ), results
+
+
+def test_a_signal_ends_all_at_once():
+    """Whatever the main thread does, in C++ too; where a run may save it does, and then ends."""
+    for number in (0, 1):
+        processes = pair(WAIT)
+        began = time.monotonic()
+        processes[number].send_signal(signal.SIGTERM)
+        results = finish(processes, 60)
+        assert time.monotonic() - began < 15
+        assert {status for status, _, _ in results} <= {75, 143}
+        assert all("stopped" in text for _, _, text in results), results
+        assert f"process {number} (" in results[1 - number][2]
+
+
+def test_an_evaluation_is_left_together_and_a_stuck_one_ends():
+    program = """
+from microdit_jax.machine.signals import EvaluationStopped, Phase, StopRequest
+
+def work(number, arguments):
+    with StopRequest() as stop:
+        stop.phase = Phase.EVALUATING
+        try:
+            for part in range(10_000):
+                stop.check()
+                hosts.barrier("part")
+                time.sleep(0.01 + (part > 20 and arguments[2] == "stuck") * 300)
+                if part == 20 and number == 1:
+                    os.kill(os.getpid(), signal.SIGTERM)
+        except EvaluationStopped:
+            stop.acted = True
+            print("left", part, flush=True)
+"""
+    results = finish(pair(program, "soon"), 60)
+    assert [status for status, _, _ in results] == [0, 0], results
+    assert results[0][1] == results[1][1] and "left" in results[0][1], results
+    began = time.monotonic()
+    results = finish(pair(program, "stuck"), 60)
+    assert time.monotonic() - began < 40
+    assert {status for status, _, _ in results} <= {75, 143}, results
+    assert "process 1 (" in results[0][2] and "was stopped by SIGTERM" in results[0][2]
+
+
+def test_alone_there_is_no_watch():
+    from microdit_jax.machine import watch
+
+    assert watch.current() is None
+    watch.at_step(1)
+    watch.report(ValueError("nobody hears"))
+    with watch.reported():
+        assert os.getpid()
