@@ -54,6 +54,7 @@ class Source:
     """Parts of 7 images, some of which cannot be used."""
 
     attribution = "me"
+    notes = ()
 
     def __init__(self, count=3):
         self.parts = [f"part {i}" for i in range(count)]

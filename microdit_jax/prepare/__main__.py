@@ -6,9 +6,10 @@ Examples:
   python -m microdit_jax.prepare --source=cc12m --input=data/cc12m --output=latents/cc12m \\
       --resolutions=256,512 --fraction=0.01
 
-Sources: a folder of images with .txt files or a table of captions; webdataset tars; MDS or TFDS
-datasets of images; the emoji set; the paper's datasets (docs/datasets.md). On several hosts, run
-the same command on each with --process_index and --process_count, writing to one shared folder.
+Sources: a folder of images with .txt files or a table of captions; webdataset tars; Parquet or
+Arrow files with images in a column (Hugging Face); MDS or TFDS datasets of images; the emoji set;
+the paper's datasets (docs/datasets.md). On several hosts, run the same command on each with
+--process_index and --process_count, writing to one shared folder.
 """
 
 if __name__ == "__main__":
@@ -32,10 +33,14 @@ from microdit_jax.prepare import job, job_folder
 from microdit_jax.prepare.encoding import make_towers
 from microdit_jax.prepare.options import PrepareOptions
 from microdit_jax.prepare.sources import registry
+from microdit_jax.prepare.sources.caption_choice import CHOICES
 from microdit_jax.towers import Codec
 
 DEFAULT_VAE = "stabilityai/stable-diffusion-xl-base-1.0"
 DEFAULT_TEXT_ENCODER = "openclip:hf-hub:apple/DFN5B-CLIP-ViT-H-14-378"
+_SOURCE_OPTIONS = (
+    *("split", "captions", "cache", "image_column", "caption_column", "captions_of_a_list"),
+)
 _SHEET_IMAGES, _SHEET_COLUMNS = 24, 6
 
 
@@ -77,6 +82,10 @@ def _parser() -> Parser:
     )
     add("--captions", help="a table of captions, for --source=folder")
     add("--split", help="a part of the dataset, for sources that have splits")
+    add("--image_column", help="column of the images, for --source=parquet")
+    add("--caption_column", help="column of the captions, for --source=parquet")
+    add("--captions_of_a_list", choices=CHOICES, help="which caption of several: the first "
+        "(default), or one at random, by the image's id and --seed")  # fmt: skip
     add("--cache", help="a local folder, for --source=mds from a URL")
     add("--fraction", type=float, default=1.0, help="share of the source's parts, for a trial")
     add("--min_size", type=int, help="shorter side of a usable image (default: as small as the "
@@ -117,16 +126,17 @@ def main(arguments: Sequence[str]) -> None:
     source = registry.open_source(
         args.source,
         args.input,
-        split=args.split,
-        captions=args.captions,
-        cache=args.cache,
         fraction=args.fraction,
+        seed=args.seed,
+        **{name: getattr(args, name) for name in _SOURCE_OPTIONS},
     )
+    for note in source.notes:
+        print(note, flush=True)
     compilation_cache.enable()
     codec = load.load_codec(args.vae, dtype=args.dtype)
     text_encoder = load.load_text_encoder(args.text_encoder, dtype=args.dtype)
     output, start = Path(args.output), time.monotonic()
-    asked = ("source", "input", "split", "captions", "fraction", "dtype")
+    asked = ("source", "input", "fraction", "dtype", *(set(_SOURCE_OPTIONS) - {"cache"}))
     done_before = job.count_records(output)
     complete = job.run(
         source,

@@ -6,6 +6,8 @@ from microdit_jax.errors import UserError, visible
 from microdit_jax.files import inside
 from microdit_jax.prepare.sources import tables
 from microdit_jax.prepare.sources.archives import MAX_TEXT
+from microdit_jax.prepare.sources.caption_choice import CAPTION_NAMES, FIRST, CaptionChoice
+from microdit_jax.prepare.sources.column_files import open_column_file
 from microdit_jax.prepare.sources.listed_images import (
     SUFFIXES,
     ListedImages,
@@ -14,12 +16,14 @@ from microdit_jax.prepare.sources.listed_images import (
     read_below,
     skipped_image,
 )
+from microdit_jax.prepare.sources.parquet_images import is_images
 
 _NAMES = ("file_name", "file", "image", "path", "filename")
-_CAPTIONS = ("caption", "text", "prompt")
 
 
-def open_folder(root: Path, captions: Path | None = None) -> ListedImages:
+def open_folder(
+    root: Path, captions: Path | None = None, choice: CaptionChoice = FIRST
+) -> ListedImages:
     """Opens the images of a folder and its subfolders.
 
     Args:
@@ -37,7 +41,7 @@ def open_folder(root: Path, captions: Path | None = None) -> ListedImages:
         names = [f"{name}{s}" for name in ("captions", "metadata") for s in tables.SUFFIXES]
         name = next((name for name in names if (root / name).exists()), None)
         captions = None if name is None else inside(root, name)
-    listed = _with_texts(root) if captions is None else _with_table(root, captions)
+    listed = _with_texts(root) if captions is None else _with_table(root, captions, choice)
     if not listed:
         raise UserError(
             f"expected images ({', '.join(sorted(SUFFIXES))}) below {visible(root)}, found none"
@@ -64,10 +68,33 @@ def _with_texts(root: Path) -> list[SourceImage]:
     return images
 
 
-def _with_table(root: Path, table: Path) -> list[SourceImage]:
+def _check_no_images(table: Path) -> None:
+    """Raises UserError for a table that has the images themselves in a column."""
+    try:
+        schema = open_column_file(table).schema
+    except UserError:
+        return  # reading its rows says what is wrong
+    found = [field.name for field in schema if is_images(field.type)]
+    if found and not any(name in _NAMES and name not in found for name in schema.names):
+        raise UserError(
+            f"expected a table of file names and captions in {visible(table)}, found images in its "
+            f"column {visible(found[0])}; read them with --source=parquet --input={visible(table)}"
+        )
+
+
+def _with_table(root: Path, table: Path, choice: CaptionChoice) -> list[SourceImage]:
+    if table.suffix == ".parquet":
+        _check_no_images(table)
     images, seen = [], set()
     for row in tables.rows(table):
-        name, caption = str(tables.column(row, _NAMES, table)), tables.text(row, _CAPTIONS, table)
+        name = tables.column(row, _NAMES, table)
+        if not isinstance(name, str | int):
+            raise UserError(
+                f"expected names of files in {visible(table)}, found {visible(name, 60)} of type "
+                f"{type(name).__name__}; for images in a column give --source=parquet"
+            )
+        name = str(name)
+        caption = choice(tables.column(row, CAPTION_NAMES, table), name)
         if name in seen:
             images.append(skipped_image(name, "duplicate id"))
         elif Path(name).is_absolute() or ".." in Path(name).parts:

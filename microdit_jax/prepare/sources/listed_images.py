@@ -94,6 +94,11 @@ class ImageSource(Protocol):
         """Text that the licence of the images wants shown, "" if none."""
         ...
 
+    @property
+    def notes(self) -> Sequence[str]:
+        """Lines to print before the work: what was found by itself."""
+        ...
+
     def read(self, part: int) -> Iterator[SourceImage]:
         """Yields the images of the part with this number."""
         ...
@@ -101,6 +106,8 @@ class ImageSource(Protocol):
 
 class ListedImages:
     """A source of single files that are listed beforehand."""
+
+    notes = ()
 
     def __init__(self, images: Sequence[SourceImage], attribution: str = ""):
         self._images = list(images)
@@ -121,7 +128,7 @@ class Fraction:
         kept = min(count, max(1, round(count * fraction)))
         self._source, self._chosen = source, [i * count // kept for i in range(kept)]
         self.parts = [source.parts[i] for i in self._chosen]
-        self.attribution = source.attribution
+        self.attribution, self.notes = source.attribution, source.notes
 
     def read(self, part: int) -> Iterator[SourceImage]:
         """Yields the images of one of the chosen parts."""

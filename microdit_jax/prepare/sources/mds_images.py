@@ -22,6 +22,7 @@ class MdsImages:
     """A source whose parts are the shards of an MDS dataset."""
 
     attribution = ""
+    notes = ()
 
     def __init__(self, root: str | os.PathLike, *, cache: str | None = None):
         """Raises UserError where the dataset has no column of images or none of captions."""

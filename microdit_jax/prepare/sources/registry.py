@@ -14,20 +14,39 @@ from microdit_jax.prepare.sources import (
     folder,
     journeydb,
     mds_images,
+    parquet_images,
     sa1b,
     textcaps,
     webdataset,
 )
+from microdit_jax.prepare.sources.caption_choice import CaptionChoice
 from microdit_jax.prepare.sources.listed_images import Fraction, ImageSource
 
 
 class SourceOptions(NamedTuple):
-    """Values of --input ("" for the emoji set), --split, --captions, --cache; None: not given."""
+    """Values of the flags of those names; None: not given.
+
+    Attributes:
+      input: "" for the emoji set.
+      seed: decides which caption of a list is taken at random.
+    """
 
     input: str
-    split: str | None
-    captions: str | None
-    cache: str | None
+    split: str | None = None
+    captions: str | None = None
+    cache: str | None = None
+    image_column: str | None = None
+    caption_column: str | None = None
+    captions_of_a_list: str | None = None
+    seed: int = 0
+
+    @property
+    def choice(self) -> CaptionChoice:
+        """Rule that takes one caption of a list."""
+        return CaptionChoice(self.captions_of_a_list or "first", self.seed)
+
+
+_COLUMNS = ("image_column", "caption_column", "captions_of_a_list")
 
 
 class _Kind(NamedTuple):
@@ -47,7 +66,17 @@ def _published(open_images: Callable[..., ImageSource], *splits: str) -> _Kind:
 
 def _folder(options: SourceOptions) -> ImageSource:
     table = None if options.captions is None else Path(options.captions)
-    return folder.open_folder(Path(options.input), table)
+    return folder.open_folder(Path(options.input), table, options.choice)
+
+
+def _parquet(options: SourceOptions) -> ImageSource:
+    return parquet_images.ParquetImages(
+        options.input,
+        split=options.split,
+        image_column=options.image_column,
+        caption_column=options.caption_column,
+        choice=options.choice,
+    )
 
 
 def _tfds(options: SourceOptions) -> ImageSource:
@@ -57,8 +86,9 @@ def _tfds(options: SourceOptions) -> ImageSource:
 
 
 KINDS = {
-    "folder": _Kind(_folder, ("captions",)),
+    "folder": _Kind(_folder, ("captions", "captions_of_a_list")),
     "webdataset": _Kind(lambda o: webdataset.open_webdataset(Path(o.input))),
+    "parquet": _Kind(_parquet, ("split", *_COLUMNS)),
     "mds": _Kind(lambda o: mds_images.MdsImages(o.input, cache=o.cache), ("cache",)),
     "tfds": _Kind(_tfds, ("split",)),
     "emoji": _Kind(lambda o: emoji.open_images(o.split or "train"), ("split",), twemoji.SPLITS),
@@ -75,18 +105,17 @@ def open_source(
     name: str,
     input: str | None = None,
     *,
-    split: str | None = None,
-    captions: str | None = None,
-    cache: str | None = None,
     fraction: float = 1.0,
+    seed: int = 0,
+    **options: str | None,
 ) -> ImageSource:
     """Opens a source of captioned images.
 
     Args:
       name: one of `KINDS`.
       input: its folder; the emoji set has none.
-      split, captions, cache: for the sources that have them.
       fraction: share of the source's parts (shards, archives, or thousands of files), for a trial.
+      options: for the sources that have them, by the names in `SourceOptions`.
     Raises:
       UserError: no such source, one without images, or an option that it does not take.
     """
@@ -94,16 +123,17 @@ def open_source(
         raise UserError(f"--source must be one of {', '.join(KINDS)}, found {name!r}")
     if not 0 < fraction <= 1:
         raise UserError(f"--fraction must be above 0 and at most 1, found {fraction}")
-    kind, options = KINDS[name], SourceOptions(input or "", split, captions, cache)
+    kind = KINDS[name]
     needed = name != "emoji"
     if needed != (input is not None):
         raise UserError(f"--source={name} {'needs --input' if needed else 'has no --input'}")
-    for option in ("split", "captions", "cache"):
-        if getattr(options, option) is not None and option not in kind.options:
+    for option, value in options.items():
+        if value is not None and option not in kind.options:
             raise UserError(f"--source={name} takes no --{option}; leave it out")
+    split = options.get("split")
     if kind.splits and split is not None and split not in kind.splits:
         raise UserError(f"{name} has the splits {', '.join(kind.splits)}, found {split!r}")
-    source = kind.open(options)
+    source = kind.open(SourceOptions(input or "", seed=seed, **options))
     if not source.parts:
         raise UserError(f"expected images in {input}, found an empty dataset")
     return source if fraction == 1 else Fraction(source, fraction)

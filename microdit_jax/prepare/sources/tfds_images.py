@@ -22,6 +22,7 @@ class TfdsImages:
     """
 
     attribution = ""
+    notes = ()
 
     def __init__(self, folder: str, split: str):
         """

@@ -16,6 +16,8 @@ CaptionOf = Callable[[str, dict[str, bytes]], str | None]
 class ArchivedImages:
     """A source whose parts are archives, or unpacked folders; read from front to back."""
 
+    notes = ()
+
     def __init__(
         self,
         archives: Sequence[Path],
