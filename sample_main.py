@@ -21,7 +21,7 @@ import functools
 import math
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import tqdm
@@ -51,11 +51,12 @@ HELDOUT = flags.DEFINE_integer(
 )  # fmt: skip
 NUM_IMAGES = flags.DEFINE_integer("num_images", 1, "Images for each prompt.", lower_bound=1)
 STEPS = flags.DEFINE_integer(
-    "num_inference_steps", 30, "Steps of the sampler.", lower_bound=1, upper_bound=100_000
-)
+    "num_inference_steps", None, "Steps of the solver; default: its own, 30 of Heun's.",
+    lower_bound=1, upper_bound=100_000,
+)  # fmt: skip
 GUIDANCE = flags.DEFINE_float(
-    "guidance_scale", None, "Classifier-free guidance; 1 means none; default: 5, for a network "
-    "that was trained on the embedded emoji images 3."
+    "guidance_scale", None, "Strength of guidance; 1 means none, 0 the unconditional model; "
+    "default: 5, for a network that was trained on the embedded emoji images 3."
 )  # fmt: skip
 flags.register_validator(
     GUIDANCE, lambda scale: scale is None or math.isfinite(scale), "expected a finite number"
@@ -77,7 +78,9 @@ GRID = 60  # images in samples.png, at most
 SETTINGS_BYTES = 4096  # of host memory for the path and the settings of one image
 
 # The flags among an image's settings, by the names of images.ImageSettings
-SETTINGS = (MODEL, *model_flags.IMAGE_FLAGS, STEPS, GUIDANCE, SEED, NOISE)
+SETTINGS = (
+    MODEL, *model_flags.IMAGE_FLAGS, STEPS, GUIDANCE, SEED, NOISE, *model_flags.SAMPLER_FLAGS
+)  # fmt: skip
 
 
 @absl_command(words="a prompt goes into --prompt")
@@ -87,7 +90,7 @@ def main():
     from microdit_jax.files import check_writable
     from microdit_jax.machine import memory
     from microdit_jax.machine.compilation_cache import compiled_programs
-    from microdit_jax.sampling import guidance
+    from microdit_jax.sampling import guidance, settings
 
     again = _take_settings(Path(AGAIN.value)) if AGAIN.value else None
     prompts, out = [again.prompt] if again else _prompts(), Path(OUT.value)
@@ -99,10 +102,18 @@ def main():
     )
     check_writable(out / "images", folder=True)
     check_writable(out / "samples.png")
+    kind = model_flags.GUIDANCE.value
+    chosen: dict[str, Any] = model_flags.sampler_settings() | {STEPS.name: STEPS.value}
+    if GUIDANCE.value is not None:
+        chosen[GUIDANCE.name] = GUIDANCE.value
+    elif kind == "cfgpp":
+        chosen[GUIDANCE.name] = guidance.CFGPP_SCALE
+    settings.Sampler(**chosen)  # refuses what does not go together, before anything is loaded
     pipe, model = model_flags.load(MODEL.value)
-    scale = GUIDANCE.value
-    if scale is None:
-        scale = guidance.default_scale(pipe.text_encoder)
+    if GUIDANCE.value is None:
+        chosen[GUIDANCE.name] = guidance.default_scale(pipe.text_encoder, kind)
+    sampler = settings.Sampler(**chosen)
+    plan = sampler.plan(pipe.edm)
 
     real = None
     if HELDOUT.value:
@@ -111,7 +122,7 @@ def main():
     prompts = [prompt for prompt in prompts for _ in range(NUM_IMAGES.value)]
     if WARMUP.value:
         start = time.perf_counter()
-        pipe.warm_up(count, batch_size=BATCH.value, guide=guidance.is_guided(scale))
+        pipe.warm_up(count, batch_size=BATCH.value, **dataclasses.asdict(sampler))
         print(f"compiled in {time.perf_counter() - start:.1f} s{compiled_programs()}", flush=True)
         if not prompts:
             return
@@ -121,13 +132,19 @@ def main():
             cut = f"the last {dropped} tokens of this prompt are cut"
             print(f"warning: {cut}: {visible(prompt, most=10_000)}")
 
-    shared = {flag.name: flag.value for flag in SETTINGS} | {GUIDANCE.name: scale}
+    passes = settings.network_passes(plan)
+    print(
+        f"{sampler.solver} with {sampler.steps} steps: {len(plan)} evaluations of the network, "
+        f"{passes} passes an image"
+    )
+    shared = {flag.name: flag.value for flag in SETTINGS} | dataclasses.asdict(sampler)
     shared |= {"of": again.of if again else len(prompts), "made_with": pipe.description}
+    shared |= {"evaluations": len(plan), "network_passes": passes}
     wanted = {}
     for i, prompt in enumerate(prompts, start=again.index if again else 0):
         path = out / "images" / images.file_name(i, prompt)
         wanted[path] = images.ImageSettings.from_dict(shared | {"prompt": prompt, "index": i})
-    _sample(pipe, wanted)
+    _sample(pipe, wanted, dataclasses.asdict(sampler))
     rows = [np.stack([images.read_png(path) for path in list(wanted)[:GRID]])]
     if real is not None:
         rows.insert(0, real[[i // NUM_IMAGES.value for i in range(len(rows[0]))]])
@@ -161,6 +178,10 @@ def _take_settings(path: Path) -> "ImageSettings":
     if PROMPT.value or PROMPTS.value or HELDOUT.value or NUM_IMAGES.value != 1:
         raise UserError("--again samples one image from its own prompt; give no other prompts")
     settings = images.ImageSettings.from_dict(images.read_settings(path))
+    if model_flags.SOLVER.present:  # another solver takes its own schedule
+        settings = dataclasses.replace(settings, schedule=None)
+    if model_flags.GUIDANCE.present:
+        settings = dataclasses.replace(settings, guidance_interval=None, apg=None)
     taken = [flag.name for flag in SETTINGS if not flags.FLAGS[flag.name].present]
     files = (MODEL.name, model_flags.VAE.name, model_flags.TEXT_ENCODER.name)
     hub.check_known({name: getattr(settings, name) for name in files if name in taken}, path)
@@ -175,7 +196,9 @@ def _take_settings(path: Path) -> "ImageSettings":
     return settings
 
 
-def _sample(pipe: "LatentDiffusion", wanted: "dict[Path, ImageSettings]") -> None:
+def _sample(
+    pipe: "LatentDiffusion", wanted: "dict[Path, ImageSettings]", sampler: dict[str, Any]
+) -> None:
     """Samples the images that are not there yet, a batch at a time, and saves each at once."""
     from microdit_jax.images import is_made_so, save_png
 
@@ -195,11 +218,10 @@ def _sample(pipe: "LatentDiffusion", wanted: "dict[Path, ImageSettings]") -> Non
         indices=list(missing),
         total=settings.of,
         seed=settings.seed,
-        guidance_scale=settings.guidance_scale,
-        num_inference_steps=settings.num_inference_steps,
         noise=settings.noise,
         batch_size=min(BATCH.value, len(missing)),
         progress=functools.partial(tqdm.tqdm, desc="sampling", unit="eval"),
+        **sampler,
     ):
         for index, image in zip(batch.indices, batch.images, strict=True):
             path, settings = missing[index]

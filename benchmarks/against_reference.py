@@ -22,12 +22,13 @@ import numpy as np
 from absl import flags
 
 from convert import reference
-from microdit_jax import diffusion
 from microdit_jax.commands.cli import absl_command
 from microdit_jax.convert.dit import to_torch
+from microdit_jax.diffusion import EdmConfig
 from microdit_jax.errors import UserError
 from microdit_jax.models import dit
 from microdit_jax.models.dit import DiTConfig
+from microdit_jax.sampling.schedules import edm_levels
 from microdit_jax.xla.bench import __main__ as bench
 from microdit_jax.xla.bench import workloads
 from microdit_jax.xla.bench.workloads import Size
@@ -63,7 +64,7 @@ def reference_work(
     data = workloads.inputs(config, size.images)
     if what == "forward":
         return lambda: theirs.forward(data["x"], data["t"], data["y"])
-    sigmas = diffusion.sigma_steps(size.sampler_steps)
+    sigmas = edm_levels(size.sampler_steps, EdmConfig())
     return lambda: theirs.sampler(data["x"], data["y"], sigmas, GUIDANCE_SCALE)
 
 

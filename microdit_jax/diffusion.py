@@ -7,16 +7,12 @@ standard deviation of the data; every computation here is float32 whatever the n
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 from einops import reduce
-from jaxtyping import Array, Float, Float64
-
-from microdit_jax.errors import UserError
+from jaxtyping import Array, Float
 
 Latents = Float[Array, "n height width channels"]
 Network = Callable[[Latents, Float[Array, " n"]], Latents]
@@ -124,113 +120,3 @@ def edm_loss(
         return patches.mean(axis=1)
     kept = 1 - mask
     return (patches * kept).sum(axis=1) / kept.sum(axis=1)
-
-
-def sigma_steps(num_steps: int, config: EdmConfig = EdmConfig()) -> Float64[np.ndarray, " steps"]:
-    """Noise levels of a sampling run, from sigma_max to sigma_min, then 0 (EDM, equation 5).
-
-    Returns:
-      (num_steps + 1,) float64.
-    Raises:
-      UserError: fewer than one step.
-    """
-    if num_steps < 1:
-        raise UserError(f"num_inference_steps must be at least 1, found {num_steps}")
-    low, high = config.sigma_min ** (1 / config.rho), config.sigma_max ** (1 / config.rho)
-    ramp = np.arange(num_steps, dtype=np.float64) / max(num_steps - 1, 1)
-    return np.append((high + ramp * (low - high)) ** config.rho, 0.0)
-
-
-class HeunState(NamedTuple):
-    """The sampler's state between two network evaluations, all float32.
-
-    Attributes:
-      x: input of the next evaluation.
-      x_start: x at the start of the step.
-      slope_start: dx/dsigma at the start of the step.
-    """
-
-    x: Latents
-    x_start: Latents
-    slope_start: Latents
-
-
-def heun_start(noise: Latents, config: EdmConfig = EdmConfig()) -> HeunState:
-    """The state before the first evaluation: standard normal noise times sigma_max."""
-    x = noise.astype(jnp.float32) * np.float32(config.sigma_max)
-    # Three buffers, since the state is donated from evaluation to evaluation. Zeros made from x are
-    # sharded like x.
-    return HeunState(x, jnp.copy(x), 0 * x)
-
-
-def heun_evaluations(num_steps: int, config: EdmConfig = EdmConfig()) -> dict[str, np.ndarray]:
-    """Tabulates the input `at` of `heun_evaluate` for each of the 2 num_steps - 1 evaluations.
-
-    Row 2i evaluates D at sigma_i (a prediction, Euler), row 2i + 1 at sigma_{i+1} (its correction,
-    Heun); both then step from x_i by `step`. The last step, to sigma 0, is Euler's alone.
-
-    Returns:
-      "sigma" float32, "step" float32 and "corrects" bool, each (2 num_steps - 1,).
-    """
-    sigma = sigma_steps(num_steps, config)
-    current, following = sigma[:-1], sigma[1:]
-    return {
-        "sigma": np.stack([current, following], axis=1).reshape(-1)[:-1].astype(np.float32),
-        "step": np.repeat(following - current, 2)[:-1].astype(np.float32),
-        "corrects": (np.arange(2 * num_steps - 1) % 2).astype(bool),
-    }
-
-
-def heun_evaluate(
-    denoise: Denoiser, state: HeunState, at: Mapping[str, Array | np.ndarray]
-) -> HeunState:
-    """Evaluates the network once and updates the state (EDM, Algorithm 1, no churn).
-
-    Args:
-      denoise: D(x, sigma) with sigma (n,).
-      at: one row of `heun_evaluations`; its values may be traced, so that one compiled program
-        serves every evaluation and any number of steps.
-    """
-    x, x_start, slope_start = state
-    slope = (x - denoise(x, jnp.broadcast_to(at["sigma"], x.shape[:1]))) / at["sigma"]
-    mean_slope = jnp.where(at["corrects"], 0.5 * (slope_start + slope), slope)
-    x_next = x_start + at["step"] * mean_slope
-    # A prediction keeps its starting point for the correction that follows.
-    return HeunState(x_next, jnp.where(at["corrects"], x_next, x_start), slope)
-
-
-def heun_denoised(state: HeunState, sigma: Float[Array, ""]) -> Latents:
-    """Recovers D(x; sigma) of a prediction, for a preview: x - sigma dx/dsigma.
-
-    Args:
-      state: result of a `heun_evaluate` that does not correct.
-      sigma: the noise level of that evaluation.
-    """
-    return state.x_start - sigma * state.slope_start
-
-
-def heun_sampler(
-    denoise: Denoiser, noise: Latents, num_steps: int, config: EdmConfig = EdmConfig()
-) -> Latents:
-    """Runs the deterministic second-order sampler (EDM, Algorithm 1, no churn) as one loop.
-
-    The reference keeps the trajectory in float64 and rounds to float32 at every network call. Here
-    the noise levels are computed in float64 and the state is float32. Each update rounds x by about
-    1e-7 of its size, no more than the reference's rounding does, and no two terms cancel, since
-    sigma only falls. The result stays within 1e-5 of the reference's 30-step float64 trajectory
-    (tests/test_diffusion.py) without 64-bit mode, which TPUs lack.
-
-    Args:
-      denoise: D(x, sigma) with sigma (n,).
-      noise: standard normal, (n, height, width, channels).
-      num_steps: steps of the schedule; static.
-    Returns:
-      Denoised latents, float32.
-    """
-    # The loop runs over evaluations, not steps, so that the network is traced once.
-    state, _ = jax.lax.scan(
-        lambda state, at: (heun_evaluate(denoise, state, at), None),
-        heun_start(noise, config),
-        heun_evaluations(num_steps, config),
-    )
-    return state.x

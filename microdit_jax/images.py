@@ -21,6 +21,13 @@ KEY = "microdit_jax"  # of the PNG text that holds the settings
 OPTIONAL = ("vae", "text_encoder")  # texts that may be None
 MAX_STEPS = 100_000  # of the sampler, in an image's settings
 MAX_IMAGES = 2**32  # of a set: each has its own initial noise by its index
+# Settings of the sampler that came after the first PNGs, and what an image cost
+SAMPLER = (
+    "solver", "schedule", "guidance", "guidance_interval", "guidance_rescale", "apg",
+    "negative_prompt",
+)  # fmt: skip
+COSTS = ("evaluations", "network_passes")
+NUMBERS = {"guidance_interval": 2, "apg": 3}  # settings of several numbers: how many
 SURROGATES = re.compile("[\ud800-\udfff]")  # JSON can hold them alone, UTF-8 cannot
 
 
@@ -33,14 +40,17 @@ class ImageSettings:
         them; None: the tower that the network is known for.
       ema: the moving average of the weights, where there is one.
       dtype: type of the computation; None: chosen by model and machine.
-      num_inference_steps: steps of the sampler, up to MAX_STEPS.
-      guidance_scale: classifier-free guidance; 1 or less means none.
+      num_inference_steps: steps of the solver, up to MAX_STEPS.
+      guidance_scale: classifier-free guidance; 1 means none.
+      solver, schedule, guidance, guidance_interval, guidance_rescale, apg, negative_prompt: as
+        `sampling.settings.Sampler` takes them.
       seed: of the initial noise, below 2**64.
       noise: one of `noise.KINDS`.
       of: images in the set that was sampled.
       made_with: a person's description of the network.
       prompt: what was asked for.
       index: the image's index in its set.
+      evaluations, network_passes: of the network, what the image cost; None: not known.
     """
 
     model: str
@@ -56,16 +66,28 @@ class ImageSettings:
     made_with: str = ""
     prompt: str
     index: int
+    solver: str = "heun"
+    schedule: str | None = None
+    guidance: str = "cfg"
+    guidance_interval: tuple[float, ...] | None = None
+    guidance_rescale: float = 0.0
+    apg: tuple[float, ...] | None = None
+    negative_prompt: str = ""
+    evaluations: int | None = None
+    network_passes: int | None = None
 
     @classmethod
     def from_dict(cls, found: dict[str, Any]) -> "ImageSettings":
         """Takes what flags or a PNG say, which may be a stranger's; other keys are left out.
 
+        PNGs from before there were other solvers than Heun's say nothing of one. Guidance of 1 or
+        less was none then.
+
         Raises:
           UserError: a key is missing, or a value is of another type or out of its range.
         """
         names = [field.name for field in dataclasses.fields(cls)]
-        missing = sorted(set(names) - found.keys() - {"made_with"})
+        missing = sorted(set(names) - found.keys() - {"made_with", *SAMPLER, *COSTS})
         if missing:
             raise UserError(
                 f"expected the PNG of one image, found one that does not say {', '.join(missing)}; "
@@ -84,8 +106,42 @@ class ImageSettings:
         _check_whole(values, "seed", 0, 2**64 - 1)
         _check_whole(values, "of", 1, MAX_IMAGES)
         _check_whole(values, "index", 0, values["of"] - 1)
+        _check_sampler({name: values[name] for name in (*SAMPLER, *COSTS) if name in values})
         values["guidance_scale"] = float(values["guidance_scale"])
+        if "solver" not in found:
+            values["guidance_scale"] = max(values["guidance_scale"], 1.0)
+        for name in NUMBERS:
+            if values.get(name) is not None:
+                values[name] = tuple(float(number) for number in values[name])
         return cls(**values)
+
+
+def _check_sampler(values: dict[str, Any]) -> None:
+    """Checks types of those settings that a file may lack; `Sampler` knows which go together."""
+    names = {name: values[name] for name in ("solver", "guidance") if name in values}
+    if values.get("schedule") is not None:
+        names["schedule"] = values["schedule"]
+    for name in names:
+        _check(names, name, "a short name", lambda value: _is_encodable(value) and len(value) < 32)
+    if "negative_prompt" in values:
+        _check(values, "negative_prompt", "a text", _is_encodable)
+    if "guidance_rescale" in values:
+        _check(values, "guidance_rescale", "a finite number", _is_finite)
+    for name, count in NUMBERS.items():
+        if values.get(name) is not None:
+            _check(
+                values,
+                name,
+                f"{count} finite numbers",
+                lambda value, count=count: (
+                    isinstance(value, list | tuple)
+                    and len(value) == count
+                    and all(map(_is_finite, value))
+                ),
+            )
+    for name in COSTS:
+        if values.get(name) is not None:
+            _check_whole(values, name, 1, 4 * MAX_STEPS)
 
 
 def _check_text(values: dict[str, Any], *names: str) -> None:

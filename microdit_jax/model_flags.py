@@ -1,4 +1,4 @@
-"""The flags that all sampling commands share: a network's towers, and how it is computed.
+"""The flags that all sampling commands share: a network's towers, its computation, the sampler.
 
 MODEL = flags.DEFINE_string("model", ...)     one name or several, as the command needs it
 flags.adopt_module_key_flags(model_flags)     --help shows the shared ones too
@@ -9,6 +9,8 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from absl import flags
+
+from microdit_jax.errors import UserError, visible
 
 if TYPE_CHECKING:  # loading these takes a second, and --help should not
     from microdit_jax.assets.load import Model
@@ -28,7 +30,30 @@ FSDP = flags.DEFINE_integer(
     lower_bound=0,
 )  # fmt: skip
 
+SOLVER = flags.DEFINE_string(
+    "solver", "heun", "heun (the reference's), euler, dpmpp_2m, ab3 or unipc: docs/sampling.md."
+)
+SCHEDULE = flags.DEFINE_string(
+    "schedule", None, "Noise levels: edm, log or exponential; default: the solver's own."
+)
+GUIDANCE = flags.DEFINE_string(
+    "guidance", "cfg", "cfg (classifier-free), interval, apg, or cfgpp with --solver=euler."
+)
+INTERVAL = flags.DEFINE_list(
+    "guidance_interval", None, "Noise levels low,high between which --guidance=interval guides."
+)
+RESCALE = flags.DEFINE_float(
+    "guidance_rescale", 0.0, "How far guidance's contrast is brought back, from 0 to 1."
+)
+APG = flags.DEFINE_list(
+    "apg", None, "Parallel weight, momentum and norm of --guidance=apg; default: 0,-0.5,0."
+)
+NEGATIVE_PROMPT = flags.DEFINE_string(
+    "negative_prompt", "", "What guidance leads away from; default: the zero caption."
+)
+
 # The flags among an image's settings, by the names of images.ImageSettings
+SAMPLER_FLAGS = (SOLVER, SCHEDULE, GUIDANCE, INTERVAL, RESCALE, APG, NEGATIVE_PROMPT)
 IMAGE_FLAGS = (VAE, TEXT_ENCODER, EMA, DTYPE)
 
 
@@ -47,6 +72,24 @@ def load(name: str) -> "tuple[LatentDiffusion, Model]":
     if jax.process_index() == 0:
         print(f"{pipe.description}: loaded in {time.perf_counter() - start:.1f} s", flush=True)
     return pipe, model
+
+
+def sampler_settings() -> dict[str, Any]:
+    """Returns the values of SAMPLER_FLAGS by name, as `sampling.settings.Sampler` takes them.
+
+    Raises:
+      UserError: something else where a flag takes numbers.
+    """
+    values: dict[str, Any] = {flag.name: flag.value for flag in SAMPLER_FLAGS}
+    for flag in (INTERVAL, APG):
+        try:
+            numbers = None if flag.value is None else tuple(map(float, flag.value))
+        except ValueError as error:
+            raise UserError(
+                f"--{flag.name} takes numbers divided by commas, found {visible(flag.value)}"
+            ) from error
+        values[flag.name] = numbers
+    return values
 
 
 def image_settings() -> dict[str, Any]:

@@ -7,10 +7,14 @@ import pytest
 from conftest import relative_l2
 
 from microdit_jax import diffusion
-from microdit_jax.errors import UserError
+from microdit_jax.sampling import schedules, solvers
 from microdit_jax.sampling.guidance import guided, interleave
 
 EDM = diffusion.EdmConfig()
+
+
+def heun(denoise, noise, steps, config=EDM):
+    return solvers.sample(denoise, noise, solvers.heun_evaluations(steps, config), config)
 
 
 def network_for(golden, *, guidance=None, **options):
@@ -61,7 +65,7 @@ def test_trajectory_equals_the_float64_reference(golden, steps, guidance):
         plain = network_for(golden)
         network = lambda x, t: plain(x, t)[0]  # noqa: E731
     denoise = diffusion.denoiser(network, EDM.sigma_data)
-    sample = jax.jit(lambda x: diffusion.heun_sampler(denoise, x, steps))(golden["x_init"])
+    sample = jax.jit(lambda x: heun(denoise, x, steps))(golden["x_init"])
     found, expected = np.asarray(sample, np.float64), np.asarray(golden[key], np.float64)
     if relative_l2(found, expected) < 1e-5:
         return
@@ -80,7 +84,7 @@ def test_sampler_traces_the_network_once():
         return jnp.zeros_like(x)
 
     denoise = diffusion.denoiser(network, EDM.sigma_data)
-    jax.jit(lambda x: diffusion.heun_sampler(denoise, x, 30)).lower(jnp.zeros((1, 4, 4, 1)))
+    jax.jit(lambda x: heun(denoise, x, 30)).lower(jnp.zeros((1, 4, 4, 1)))
     assert len(calls) == 1
 
 
@@ -94,7 +98,7 @@ def test_sampler_reaches_the_mean_of_gaussian_data(steps):
         return (std**2 * x + s2 * mean) / (std**2 + s2)
 
     noise = jax.random.normal(jax.random.key(0), (8, 16, 16, 4))
-    sample = diffusion.heun_sampler(denoise, noise, steps)
+    sample = heun(denoise, noise, steps)
     assert np.isfinite(sample).all()
     if steps != 2:  # two steps, 80 -> 0.002 -> 0, overshoot
         assert abs(float(sample.mean()) - mean) < 0.05
@@ -103,11 +107,9 @@ def test_sampler_reaches_the_mean_of_gaussian_data(steps):
 
 
 def test_sigma_steps():
-    steps = diffusion.sigma_steps(18)
+    steps = schedules.edm_levels(18, EDM)
     assert len(steps) == 19 and steps[-1] == 0
     np.testing.assert_allclose(steps[[0, -2]], [80, 0.002], rtol=1e-12)
-    with pytest.raises(UserError, match="at least 1"):
-        diffusion.sigma_steps(0)
 
 
 # ------------------------------------------------------------------------------ by hand
@@ -127,7 +129,7 @@ def affine_denoiser(x, sigma):
 def test_sampler_is_algorithm_1(steps):
     """Float64 NumPy, step by step, with every level off its default."""
     noise = np.random.default_rng(0).normal(size=(2, 3, 3, 1))
-    found = diffusion.heun_sampler(affine_denoiser, jnp.float32(noise), steps, OTHER)
+    found = heun(affine_denoiser, jnp.float32(noise), steps, OTHER)
 
     i = np.arange(steps) / max(steps - 1, 1)
     levels = (9.0 ** (1 / 5) + i * (0.05 ** (1 / 5) - 9.0 ** (1 / 5))) ** 5
@@ -144,23 +146,22 @@ def test_sampler_is_algorithm_1(steps):
 
 
 def test_start_and_evaluations_follow_the_config():
-    state = diffusion.heun_start(jnp.ones((1, 2, 2, 1)), OTHER)
+    state = solvers.start(jnp.ones((1, 2, 2, 1)), OTHER)
     np.testing.assert_array_equal(state.x, np.full((1, 2, 2, 1), 9, np.float32))
     np.testing.assert_array_equal(state.x_start, state.x)
-    assert not state.slope_start.any()
-    table = diffusion.heun_evaluations(3, OTHER)
-    assert [len(column) for column in table.values()] == [5, 5, 5]
-    np.testing.assert_allclose(table["sigma"][[0, 3, 4]], [9, 0.05, 0.05], rtol=1e-6)
-    np.testing.assert_array_equal(table["corrects"], [0, 1, 0, 1, 0])
-    np.testing.assert_allclose(table["step"].sum() - table["step"][[1, 3]].sum(), -9, rtol=1e-6)
+    assert not state.last.any() and not state.before.any()
+    rows = solvers.heun_evaluations(3, OTHER)
+    np.testing.assert_allclose([rows[i].sigma for i in (0, 3, 4)], [9, 0.05, 0.05], rtol=1e-6)
+    np.testing.assert_array_equal([row.restarts for row in rows], [1, 0, 1, 0, 1])
+    np.testing.assert_allclose(sum(row.predictor.step for row in rows), -9, rtol=1e-6)
 
 
 def test_preview_is_the_denoised_image():
     noise = jnp.asarray(np.random.default_rng(1).normal(size=(2, 3, 3, 1)), jnp.float32)
-    start = diffusion.heun_start(noise, OTHER)
-    row = jax.tree.map(lambda column: jnp.asarray(column[0]), diffusion.heun_evaluations(4, OTHER))
-    state = diffusion.heun_evaluate(affine_denoiser, start, row)
-    found = diffusion.heun_denoised(state, jnp.float32(9))
+    start = solvers.start(noise, OTHER)
+    row = solvers.heun_evaluations(4, OTHER)[0]
+    state = solvers.evaluate(affine_denoiser, start, row)
+    found = solvers.denoised(state, row)
     np.testing.assert_allclose(found, affine_denoiser(start.x, jnp.full(2, 9.0)), rtol=2e-5)
 
 

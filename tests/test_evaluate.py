@@ -1,5 +1,6 @@
 """Sets of samples that resume, and the whole protocol on a tiny pipeline."""
 
+import dataclasses
 import json
 import re
 
@@ -10,6 +11,7 @@ from PIL import Image
 from support.evaluation import (
     PROMPTS,
     SAMPLER,
+    STEPS,
     ask,
     make_pipe,
     make_subject,
@@ -122,10 +124,10 @@ def test_processes_deal_from_one_list(tmp_path, monkeypatch):
 
 def test_another_set_is_not_mixed_in(tmp_path):
     measured(tmp_path)
-    other = sample_set.SamplerSettings(7, 2.0, 3, 4)
+    other = sample_set.SamplerSettings(7, dataclasses.replace(STEPS, num_inference_steps=3), 4)
     with pytest.raises(UserError, match=r"differing: num_inference_steps, weights\)"):
         measured(tmp_path, {}, sampler=other, made_by={"weights": "b"})
-    assert SAMPLER.num_inference_steps != other.num_inference_steps
+    assert SAMPLER.sampler.steps != other.sampler.steps
 
 
 def test_the_whole_protocol(tmp_path, monkeypatch):

@@ -14,11 +14,56 @@ from microdit_jax.errors import UserError
 
 IMAGE = np.linspace(0, 1, 12, dtype=np.float32).reshape(2, 2, 3)
 SETTINGS = {"seed": 7, "prompt": "ein Bär 🐻"}
-GOOD = {
+OLD = {
     "model": "instant", "vae": None, "text_encoder": "clip", "ema": True, "dtype": "float32",
     "num_inference_steps": 30, "guidance_scale": 3, "seed": 2024, "noise": "jax", "of": 24,
     "made_with": "the instant model", "prompt": "ein Bär 🐻", "index": 23,
 }  # fmt: skip
+SAMPLER = {
+    "solver": "ab3", "schedule": "log", "guidance": "interval", "guidance_interval": (0.5, 2.0),
+    "guidance_rescale": 0.5, "apg": None, "negative_prompt": "", "evaluations": 16,
+    "network_passes": 22,
+}  # fmt: skip
+GOOD = OLD | SAMPLER
+
+
+def test_a_png_from_before_there_were_solvers():
+    """Guidance of 1 or less was none then, whatever the PNG says."""
+    for asked, meant in ((3, 3.0), (1, 1.0), (0.5, 1.0), (0, 1.0), (-5, 1.0)):
+        taken = images.ImageSettings.from_dict(OLD | {"guidance_scale": asked})
+        assert (taken.guidance_scale, taken.solver, taken.guidance) == (meant, "heun", "cfg")
+    now = images.ImageSettings.from_dict(OLD | {"solver": "heun", "guidance_scale": 0})
+    assert now.guidance_scale == 0
+
+
+def test_settings_of_the_sampler_go_through_a_png(tmp_path):
+    settings = images.ImageSettings.from_dict(GOOD)
+    fields = dataclasses.asdict(settings)
+    images.save_png(tmp_path / "x.png", IMAGE, fields)
+    assert images.is_made_so(tmp_path / "x.png", fields)
+    assert images.ImageSettings.from_dict(images.read_settings(tmp_path / "x.png")) == settings
+    assert settings.guidance_interval == (0.5, 2.0) and settings.network_passes == 22
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        ({"solver": 3}, "solver in an image's settings to be a short name, found 3"),
+        ({"schedule": "x" * 50}, "schedule .* a short name"),
+        ({"guidance": None}, "guidance .* a short name, found None"),
+        ({"guidance_interval": [1.0]}, "to be 2 finite numbers"),
+        ({"guidance_interval": [1.0, "2"]}, "to be 2 finite numbers"),
+        ({"guidance_interval": "12"}, "to be 2 finite numbers"),
+        ({"apg": [1, 2, float("nan")]}, "to be 3 finite numbers"),
+        ({"guidance_rescale": True}, "a finite number, found True"),
+        ({"negative_prompt": None}, "a text, found None"),
+        ({"evaluations": 0}, "a whole number"),
+        ({"network_passes": 10**9}, "a whole number"),
+    ],
+)
+def test_settings_of_the_sampler_that_are_refused(wrong, message):
+    with pytest.raises(UserError, match=message):
+        images.ImageSettings.from_dict(GOOD | wrong)
 
 
 def test_bytes_are_rounded_as_in_a_png():

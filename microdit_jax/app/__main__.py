@@ -94,8 +94,16 @@ def _serve(listening: socket.socket, limits: "Limits") -> None:
     from microdit_jax.app.server import make_app
     from microdit_jax.app.studio import Studio
     from microdit_jax.machine.compilation_cache import compiled_programs
+    from microdit_jax.sampling.settings import Sampler
 
-    studio = Studio(_load(), limits=limits, batch_size=BATCH.value)
+    options = model_flags.sampler_settings()
+    if options["guidance"] == "cfgpp":
+        raise UserError(
+            "the page's guidance goes up from 1, found --guidance=cfgpp, which takes less; give "
+            "another, or sample with sample_main.py"
+        )
+    steps = Sampler(**options).steps  # raises before anything is loaded
+    studio = Studio(_load(), limits=limits, batch_size=BATCH.value, sampler=options)
     start = time.perf_counter()
     sides = studio.warm_up()
     print(f"compiled in {time.perf_counter() - start:.1f} s{compiled_programs()}")
@@ -106,7 +114,7 @@ def _serve(listening: socket.socket, limits: "Limits") -> None:
         ],
         "limits": dataclasses.asdict(limits),
         "defaults": {
-            "num_inference_steps": min(30, limits.steps),
+            "num_inference_steps": min(steps, limits.steps),
             "seed": 2024,
             "count": 1,
         },

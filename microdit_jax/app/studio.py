@@ -8,7 +8,7 @@ import secrets
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,6 +19,7 @@ from microdit_jax import images
 from microdit_jax.app.limits import Limits, SampleRequest
 from microdit_jax.errors import UserError
 from microdit_jax.sampling.pipeline import LatentDiffusion
+from microdit_jax.sampling.settings import Sampler, network_passes
 
 PREVIEW_SHARE = 0.25  # of a request's time, at most, is spent on previews
 PREVIEW_SIDE = 256  # pixels; larger previews are shrunk
@@ -72,10 +73,18 @@ class Studio:
     Args:
       models: by the names that the page shows.
       batch_size: images sampled together when a request asks for several.
+      sampler: fields of `sampling.settings.Sampler` beside those that requests have.
     """
 
-    def __init__(self, models: dict[str, PageModel], *, limits: Limits, batch_size: int = 4):
-        self.models, self.limits = models, limits
+    def __init__(
+        self,
+        models: dict[str, PageModel],
+        *,
+        limits: Limits,
+        batch_size: int = 4,
+        sampler: Mapping[str, Any] | None = None,
+    ):
+        self.models, self.limits, self._sampler = models, limits, dict(sampler or {})
         self._batch_size = min(batch_size, limits.count)
         self._waiting: collections.deque[Job] = collections.deque()
         self._changed = threading.Condition()
@@ -92,8 +101,9 @@ class Studio:
         sides = {}
         for name, (pipe, _) in self.models.items():
             for size in {1, self._batch_size}:
-                for guide in (True, False):
-                    pipe.warm_up(size, batch_size=size, guide=guide)
+                for scale in (2.0, 1.0):
+                    options = self._options({"guidance_scale": scale})
+                    pipe.warm_up(size, batch_size=size, **options)
             (batch,) = pipe.sample(
                 ["a"],
                 seed=0,
@@ -175,12 +185,15 @@ class Studio:
         request, start = job.request, time.perf_counter()
         pipe, model_settings = self.models[request.model]
         shared = {"prompt": request.prompt, "of": request.count}
-        sampler = {
-            "seed": request.seed,
-            "guidance_scale": request.guidance_scale,
-            "num_inference_steps": request.num_inference_steps,
-            "noise": "jax",
-        }
+        options = self._options(
+            {
+                "guidance_scale": request.guidance_scale,
+                "num_inference_steps": request.num_inference_steps,
+            }
+        )
+        noise = {"seed": request.seed, "noise": "jax"}
+        plan = Sampler(**options).plan(pipe.edm)
+        shared |= {"evaluations": len(plan), "network_passes": network_passes(plan)}
         job.listener({"event": "started", "of": request.count})
         (dropped,) = pipe.dropped([request.prompt])
         if dropped:
@@ -190,20 +203,26 @@ class Studio:
         files = []
         for batch in pipe.sample(
             [request.prompt] * request.count,
-            **sampler,
+            **noise,
+            **options,
             batch_size=1 if request.count == 1 else self._batch_size,
             progress=watch.evaluations,
             preview=watch.preview,
         ):
             for index, image in zip(batch.indices, batch.images, strict=True):
                 settings = images.ImageSettings.from_dict(
-                    model_settings | shared | sampler | {"index": index}
+                    model_settings | shared | noise | options | {"index": index}
                 )
                 png = images.encode_png(image, dataclasses.asdict(settings))
                 files.append(PngFile(png, images.file_name(index, request.prompt)))
         names = [self._keep(file) for file in files]
         seconds = round(time.perf_counter() - start, 2)
         return {"event": "done", "images": names, "seconds": seconds}
+
+    def _options(self, asked: dict[str, Any]) -> dict[str, Any]:
+        """Returns the sampler's settings of a request; without guidance a negative prompt rests."""
+        unguided = {"negative_prompt": ""} if asked["guidance_scale"] == 1 else {}
+        return dataclasses.asdict(Sampler(**self._sampler | asked | unguided))
 
     def _keep(self, image: PngFile) -> str:
         """Keeps an image under a random name; drops the oldest where they are too many bytes."""

@@ -42,7 +42,10 @@ NUM_IMAGES = flags.DEFINE_integer(
     "num_images", 0, "Images, for prompts spread evenly; 0: one for each.", lower_bound=0
 )
 GUIDANCE = flags.DEFINE_list("guidance_scale", ["5"], "One scale, or several for a sweep.")
-STEPS = flags.DEFINE_integer("num_inference_steps", 30, "Steps of the sampler.", lower_bound=1)
+STEPS = flags.DEFINE_integer(
+    "num_inference_steps", None, "Steps of the solver; default: its own, 30 of Heun's.",
+    lower_bound=1,
+)  # fmt: skip
 SEEDS = flags.DEFINE_list("seeds", ["2024"], "Seeds of the noise; several give an interval.")
 BATCH = flags.DEFINE_integer("batch_size", 32, "Images sampled at a time.", lower_bound=1)
 CHUNK = flags.DEFINE_integer(
@@ -89,6 +92,7 @@ def _evaluate() -> None:
 
     from microdit_jax.evaluate import protocol
     from microdit_jax.evaluate.request import EvaluationRequest, Subject
+    from microdit_jax.sampling.settings import Sampler
 
     check_writable(OUT.value, folder=True)
     memory.check_host(
@@ -96,13 +100,18 @@ def _evaluate() -> None:
         what=f"a list of --num_images={NUM_IMAGES.value} prompts",
         fix="30,000 are what FID is published with",
     )
+    scales = _numbers("guidance_scale", GUIDANCE.value, float) or (1.0,)
     request = EvaluationRequest(
         metrics=tuple(METRICS.value),
         prompts=PROMPTS.value,
         num_images=NUM_IMAGES.value,
-        guidance_scales=_numbers("guidance_scale", GUIDANCE.value, float),
+        guidance_scales=scales,
         seeds=_numbers("seeds", SEEDS.value, int),
-        num_inference_steps=STEPS.value,
+        sampler=Sampler(
+            **model_flags.sampler_settings(),
+            num_inference_steps=STEPS.value,
+            guidance_scale=scales[0],
+        ),
         batch_size=BATCH.value,
         chunk_size=CHUNK.value,
         reference=REFERENCE.value,

@@ -17,6 +17,7 @@ from microdit_jax.evaluate.sample_set import SamplerSettings, SampleSet, weights
 from microdit_jax.evaluate.scores import over_seeds
 from microdit_jax.machine import hosts
 from microdit_jax.metrics import geneval
+from microdit_jax.sampling.settings import network_passes
 
 
 def evaluate(
@@ -137,7 +138,7 @@ def _geneval_image_path(folder: Path, index: int) -> Path:
 
 def _sampler(plan: _Plan, scale: float, seed: int) -> SamplerSettings:
     request = plan.request
-    return SamplerSettings(seed, scale, request.num_inference_steps, request.batch_size)
+    return SamplerSettings(seed, request.sampler_at(scale), request.batch_size)
 
 
 # ------------------------------------------------------------------ scoring
@@ -151,8 +152,11 @@ def _row(plan: _Plan, scale: float) -> dict[str, Any]:
         if plan.geneval_prompts is not None:
             _sample_for_geneval(plan, plan.geneval_prompts, scale, seed)
     sampled = plan.prompts or plan.geneval_prompts
+    evaluations = plan.request.sampler_at(scale).plan(plan.subject.pipe.edm)
     return {
         "guidance_scale": scale,
+        "evaluations": len(evaluations),
+        "network_passes": network_passes(evaluations),
         "images": 0 if sampled is None else len(sampled.texts),
         "scores": {name: over_seeds(values) for name, values in by_seed.items()},
     }
@@ -182,8 +186,9 @@ def _result(
         "prompts": _about_prompts(plan.prompts),
         "geneval_prompts": _about_prompts(plan.geneval_prompts),
         "sampler": {
-            "name": "heun",
-            "num_inference_steps": request.num_inference_steps,
+            "name": request.sampler.solver,
+            "num_inference_steps": request.sampler.steps,
+            **_about_sampler(request),
             "noise": "jax",
             "edm": dataclasses.asdict(pipe.edm),
         },
@@ -198,6 +203,13 @@ def _result(
         "attribution": _attribution(subject),
         "versions": results.environment(),
     }
+
+
+def _about_sampler(request: EvaluationRequest) -> dict[str, Any]:
+    """Returns the sampler's settings beside its name, steps and guidance scales."""
+    elsewhere = ("solver", "num_inference_steps", "guidance_scale")
+    settings = dataclasses.asdict(request.sampler).items()
+    return {name: value for name, value in settings if name not in elsewhere}
 
 
 def _notes(plan: _Plan, tasks: geneval.Scores | None) -> list[str]:

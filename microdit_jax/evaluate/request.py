@@ -8,6 +8,7 @@ from microdit_jax.assets import load
 from microdit_jax.errors import UserError
 from microdit_jax.evaluate.scores import FEATURE_METRICS, INCEPTION_METRICS, METRICS
 from microdit_jax.sampling.pipeline import LatentDiffusion
+from microdit_jax.sampling.settings import Sampler
 
 # Flags that only some metrics use, with these metrics
 FOR_METRICS = {
@@ -30,7 +31,8 @@ class Subject(NamedTuple):
 class EvaluationRequest:
     """Metrics, prompts and settings of an evaluation; checks them against one another.
 
-    The fields are the flags of python -m microdit_jax.evaluate.
+    The fields are the flags of python -m microdit_jax.evaluate; `sampler` holds those of the
+    sampler, of which the guidance scale goes by `guidance_scales`.
     """
 
     metrics: tuple[str, ...] = ("frechet_small",)
@@ -38,7 +40,7 @@ class EvaluationRequest:
     num_images: int = 0
     guidance_scales: tuple[float, ...] = (5.0,)
     seeds: tuple[int, ...] = (2024,)
-    num_inference_steps: int = 30
+    sampler: Sampler = Sampler()
     batch_size: int = 32
     chunk_size: int = 128
     reference: str | None = None
@@ -83,3 +85,9 @@ class EvaluationRequest:
         if not all(map(math.isfinite, self.guidance_scales)):
             found = ",".join(map(str, self.guidance_scales))
             raise UserError(f"--guidance_scale takes finite numbers, found {found}")
+        for scale in self.guidance_scales:
+            self.sampler_at(scale)  # raises for a scale out of its range
+
+    def sampler_at(self, guidance_scale: float) -> Sampler:
+        """Returns the sampler of one guidance scale."""
+        return dataclasses.replace(self.sampler, guidance_scale=guidance_scale)

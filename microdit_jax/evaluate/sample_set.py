@@ -25,6 +25,7 @@ from microdit_jax.images import is_made_so, read_png, save_png, to_uint8
 from microdit_jax.machine import hosts
 from microdit_jax.metrics.statistics import write_npz
 from microdit_jax.sampling.pipeline import LatentDiffusion
+from microdit_jax.sampling.settings import Sampler
 
 COUNT = "count"  # images of a chunk, in its file beside what was measured
 SAMPLING_SECONDS = 7 * 86400.0  # how long a process waits for the others
@@ -38,8 +39,7 @@ class SamplerSettings:
     """Seed and settings that the images of a set are sampled with."""
 
     seed: int
-    guidance_scale: float
-    num_inference_steps: int
+    sampler: Sampler
     batch_size: int
 
 
@@ -89,8 +89,8 @@ class SampleSet:
         self._identity = dict(made_by) | {
             "prompts": prompts.digest,
             "seed": sampler.seed,
-            "guidance_scale": sampler.guidance_scale,
-            "num_inference_steps": sampler.num_inference_steps,
+            # As JSON, which has no tuples: it is compared with what the folder says.
+            **json.loads(json.dumps(dataclasses.asdict(sampler.sampler))),
         }
 
     def measure(self, measures: Mapping[str, Measure]) -> dict[str, np.ndarray]:
@@ -138,9 +138,8 @@ class SampleSet:
             chunk.prompts,
             seed=self._sampler.seed,
             indices=chunk.indices,
-            guidance_scale=self._sampler.guidance_scale,
-            num_inference_steps=self._sampler.num_inference_steps,
             batch_size=self._sampler.batch_size,
+            **dataclasses.asdict(self._sampler.sampler),
         )
         return to_uint8(np.concatenate([batch.images for batch in batches]))
 

@@ -1,32 +1,20 @@
 """Turns prompts into images: a text encoder, the network in its sampler, and a VAE."""
 
-import contextlib
 import dataclasses
 import secrets
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 from jaxtyping import Float, Float32, Int, Shaped
 
-from microdit_jax import diffusion
 from microdit_jax.diffusion import EdmConfig
 from microdit_jax.errors import UserError
-from microdit_jax.machine import memory
-from microdit_jax.machine.placement import fetch, full_batches, put_rows, round_up, rows_sharding
 from microdit_jax.models.dit import DiT
 from microdit_jax.noise import initial_noise
-from microdit_jax.sampling import programs
-from microdit_jax.sampling.guidance import is_guided
+from microdit_jax.sampling.loop import Preview, Progress, SamplerLoop, timed
+from microdit_jax.sampling.settings import Sampler
 from microdit_jax.towers import Codec, TextEncoder
-
-# Wraps the sequence of network evaluations, as tqdm does.
-Progress = Callable[[Sequence[Any]], Iterable[Any]]
-# Called with the position of a batch's first image among those asked for, the step from 0, and what
-# the network makes of the noise so far: scaled latents (m, h, w, channels) of the batch's images.
-Preview = Callable[[int, int, Float[np.ndarray, "m h w c"]], None]
 
 
 class ImageBatch(NamedTuple):
@@ -73,6 +61,7 @@ class LatentDiffusion:
         noise: str | Float[np.ndarray, "n h w c"] = "jax",
         batch_size: int = 32,
         progress: Progress | None = None,
+        **sampler: Any,
     ) -> Float32[np.ndarray, "n _ _ _"]:
         """Samples one image for each prompt.
 
@@ -81,14 +70,16 @@ class LatentDiffusion:
           tokenized_prompts: token ids (n, l) int32, instead of texts.
           attention_mask: (n, l), nonzero at text, for ids of T5, which sees no padding. CLIP's
             towers see it, as they did in training, and take no notice of a mask.
-          guidance_scale: classifier-free guidance; 1 or less means none.
-          num_inference_steps: steps of the sampler, each two network evaluations but the last.
+          guidance_scale: classifier-free guidance; 1 means none, 0 the unconditional model.
+          num_inference_steps: steps of the solver; Heun's are two network evaluations each, but
+            the last.
           seed: of the initial noise; None chooses one at random.
           return_only_latents: skip the decoder.
           noise: "jax", or "torch_cpu" / "torch_cuda" for the reference's own; or the standard
             normal noise itself.
           batch_size: images sampled at a time, at most.
           progress: wraps the sequence of network evaluations, to show a bar or to stop by raising.
+          sampler: other fields of `settings.Sampler`: solver, schedule, guidance and more.
         Returns:
           float32 (n, H, W, 3) in [0, 1], or latents float32 (n, h, w, channels).
         Raises:
@@ -103,6 +94,7 @@ class LatentDiffusion:
             num_inference_steps=num_inference_steps,
             batch_size=min(batch_size, len(y)),
             progress=progress,
+            **sampler,
         )
         return latents if return_only_latents else self.decode(latents)
 
@@ -113,12 +105,11 @@ class LatentDiffusion:
         seed: int,
         indices: Sequence[int] | None = None,
         total: int | None = None,
-        guidance_scale: float = 5.0,
-        num_inference_steps: int = 30,
         noise: str = "jax",
         batch_size: int = 32,
         progress: Progress | None = None,
         preview: Preview | None = None,
+        **sampler: Any,
     ) -> Iterator[ImageBatch]:
         """Samples images of a larger set batch by batch, so that each can be kept at once.
 
@@ -137,6 +128,7 @@ class LatentDiffusion:
             batch of every call runs the same program. On a mesh, rounded up to its number of
             devices.
           preview: called at each step of each batch, as `Preview` says.
+          sampler: fields of `settings.Sampler`, such as num_inference_steps.
 
         The other arguments, and what is raised, are `generate`'s.
         Yields:
@@ -151,16 +143,17 @@ class LatentDiffusion:
                 f"found {found}"
             )
         noise_of = self._noise_of(noise, seed, total)
-        for rows, latents, seconds in self._latent_batches(
+        settings = Sampler(**sampler)
+        for rows, latents, seconds in self._loop.run(
             len(prompts),
             lambda rows: (self.encode(prompts[rows]), noise_of(indices[rows])),
-            guidance_scale=guidance_scale,
-            num_inference_steps=num_inference_steps,
+            settings,
+            unconditional=self._negative(settings),
             batch_size=batch_size,
             progress=progress,
             preview=preview,
         ):
-            with _timed(seconds, "decoding"):
+            with timed(seconds, "decoding"):
                 images = self.decode(latents)
             yield ImageBatch(list(indices[rows]), images, seconds)
 
@@ -194,85 +187,28 @@ class LatentDiffusion:
         caption_latents: Float[np.ndarray, "n l caption"],
         noise: Float[np.ndarray, "n h w c"],
         *,
-        guidance_scale: float,
-        num_inference_steps: int,
         batch_size: int | None = None,
         progress: Progress | None = None,
+        **sampler: Any,
     ) -> Float[np.ndarray, "n h w c"]:
         """Samples scaled latents (n, h, w, channels) float32 of n captions from given noise.
 
         Args:
           batch_size: as `sample` takes it; None: all images at once.
+          sampler: fields of `settings.Sampler`, such as num_inference_steps.
 
         The other arguments, and what is raised, are `generate`'s.
         """
-        batches = self._latent_batches(
+        settings = Sampler(**sampler)
+        batches = self._loop.run(
             len(noise),
             lambda rows: (caption_latents[rows], noise[rows]),
-            guidance_scale=guidance_scale,
-            num_inference_steps=num_inference_steps,
+            settings,
+            unconditional=self._negative(settings),
             batch_size=batch_size or len(noise),
             progress=progress,
         )
         return np.concatenate([latents for _, latents, _ in batches])
-
-    def _latent_batches(
-        self,
-        count: int,
-        inputs: Callable[[slice], tuple[np.ndarray, np.ndarray]],
-        *,
-        guidance_scale: float,
-        num_inference_steps: int,
-        batch_size: int,
-        progress: Progress | None = None,
-        preview: Preview | None = None,
-    ) -> Iterator[tuple[slice, np.ndarray, dict[str, float]]]:
-        """Runs the sampler over batches; the one loop behind `sample`, `denoise` and `generate`.
-
-        Args:
-          count: images.
-          inputs: caption embeddings (m, l, caption) and noise (m, h, w, channels) of a batch.
-        Yields:
-          The batch's rows, their latents (m, h, w, channels), and the seconds that its parts took.
-        """
-        if not np.isfinite(guidance_scale):
-            raise UserError(f"guidance_scale must be a finite number, found {guidance_scale}")
-        row_sharding, devices = rows_sharding(self.params)
-        size = round_up(batch_size, devices)
-        schedule = diffusion.heun_evaluations(num_inference_steps, self.edm)
-        evaluations = [
-            {name: values[i] for name, values in schedule.items()}
-            for i in range(len(schedule["sigma"]))
-        ]
-        batches = list(full_batches(count, size))
-        work = range(len(batches) * len(evaluations))
-        ticks = iter(work if progress is None else progress(work))
-        for filled, found in batches:
-            start, seconds = int(filled[0]), {}
-            rows = slice(start, start + found)
-            with _timed(seconds, "text"):
-                y, x = inputs(rows)
-            with _timed(seconds, "compiling"):
-                _, encode, evaluate = self.programs(size, y, is_guided(guidance_scale))
-            with _timed(seconds, "sampling"), memory.out_of_memory(f"a batch_size below {size}"):
-                caption = encode(self.params, put_rows(y[filled - start], row_sharding))
-                state = programs.start(put_rows(x[filled - start], row_sharding), edm=self.edm)
-                for i, at in enumerate(evaluations):
-                    next(ticks)
-                    state = evaluate(self.params, caption, state, at, np.float32(guidance_scale))
-                    if progress is not None:
-                        jax.block_until_ready(state)  # or the bar would run ahead of the device
-                    if preview is not None and not at["corrects"]:
-                        denoised = fetch(programs.denoised(state, at["sigma"]))
-                        preview(start, i // 2, denoised[:found])
-                latents = fetch(state.x)[:found]
-            if not np.isfinite(latents).all():
-                raise UserError(
-                    "expected finite latents, found NaN or infinity; check the weights, or use "
-                    "dtype='float32' and a lower guidance_scale"
-                )
-            yield rows, latents, seconds
-        next(ticks, None)  # a bar ends when it is asked for more
 
     def decode(self, latents: Float[np.ndarray, "n h w c"]) -> Float[np.ndarray, "n H W 3"]:
         """Decodes scaled latents to images in [0, 1]."""
@@ -280,35 +216,23 @@ class LatentDiffusion:
         images = self.codec.decode(latents / np.float32(self.codec.scaling_factor))
         return np.clip(images / 2 + 0.5, 0, 1).astype(np.float32)
 
-    def programs(
-        self, batch_size: int, caption_latents: Float[np.ndarray, "n l caption"], guide: bool
-    ) -> tuple[int, Callable, Callable]:
-        """`encode_captions` and `evaluate_network`, compiled once for each shape.
+    def warm_up(self, num_images: int, *, batch_size: int = 32, **sampler: Any) -> None:
+        """Compiles all programs that sampling `num_images` runs, and keeps them.
 
         Args:
-          batch_size: images sampled at a time; on a mesh, rounded up to its number of devices.
-          caption_latents: captions, whose length counts, not what they say.
-        Returns:
-          The size of a batch, and the two programs.
-        Raises:
-          UserError: they need more memory than there is.
+          sampler: fields of `settings.Sampler`.
         """
-        size = round_up(batch_size, rows_sharding(self.params)[1])
-        key = (size, caption_latents.shape[1], guide)
-        if key not in self._programs:
-            self._programs[key] = programs.compile_programs(
-                self.model, self.edm, self.params, size, key[1], guide=guide
-            )
-        return size, *self._programs[key]
-
-    def warm_up(self, num_images: int, *, batch_size: int = 32, guide: bool = True) -> None:
-        """Compiles all programs that `generate` runs for `num_images`, and keeps them."""
         count = min(batch_size, num_images)
-        size, _, _ = self.programs(count, self.encode(["a"]), guide)
-        x = np.zeros((size, *self._latent_shape()), np.float32)
-        row_sharding, _ = rows_sharding(self.params)
-        programs.start(put_rows(x, row_sharding), edm=self.edm)
-        self.decode(x[:count])
+        size = self._loop.warm_up(count, self.encode(["a"]).shape[1], Sampler(**sampler))
+        self.decode(np.zeros((size, *self._latent_shape()), np.float32)[:count])
+
+    @property
+    def _loop(self) -> SamplerLoop:
+        return SamplerLoop(self.model, self.params, self.edm, self._programs)
+
+    def _negative(self, sampler: Sampler) -> Float[np.ndarray, "l caption"] | None:
+        """Embeds the negative prompt; None if there is none."""
+        return self.encode([sampler.negative_prompt])[0] if sampler.negative_prompt else None
 
     def _latent_shape(self) -> tuple[int, int, int]:
         """Height, width and channels of an image's latents."""
@@ -335,10 +259,3 @@ class LatentDiffusion:
             )
         whole = initial_noise(noise, seed, total, *shape)
         return lambda indices: whole[list(indices)]
-
-
-@contextlib.contextmanager
-def _timed(seconds: dict[str, float], part: str) -> Iterator[None]:
-    start = time.perf_counter()
-    yield
-    seconds[part] = time.perf_counter() - start

@@ -1,84 +1,101 @@
 """The sampler's compiled programs: captions encoded once, then one network evaluation at a time."""
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from microdit_jax import diffusion, sharding
-from microdit_jax.diffusion import EdmConfig, HeunState
+from microdit_jax.diffusion import EdmConfig, Latents
 from microdit_jax.machine import memory
 from microdit_jax.machine.placement import mesh_of, rows_sharding
 from microdit_jax.models.dit import Caption, DiT
-from microdit_jax.sampling import guidance
+from microdit_jax.sampling import guidance, solvers
+from microdit_jax.sampling.guidance import Form, Strength
+from microdit_jax.sampling.solvers import Evaluation, SolverState
 
 
-@functools.partial(jax.jit, static_argnames=("model", "guide", "mesh"))
+class SamplerState(NamedTuple):
+    """What one network evaluation hands to the next.
+
+    Attributes:
+      solver: the solver's own state.
+      average: running average of guidance's difference, for `guidance.adjusted` alone.
+    """
+
+    solver: SolverState
+    average: Latents
+
+
+@functools.partial(jax.jit, static_argnames=("model", "mesh"))
 def encode_captions(
-    params: Any,
-    caption_latents: Float[Array, "n l caption"],
-    *,
-    model: DiT,
-    guide: bool,
-    mesh: Mesh | None,
+    params: Any, caption_latents: Float[Array, "n l caption"], *, model: DiT, mesh: Mesh | None
 ) -> Caption:
     """Computes everything that depends on the captions alone, once for all noise levels.
 
     Args:
-      caption_latents: embeddings of n captions.
-      guide: classifier-free guidance: each caption is followed by the zero caption, in the order
-        that `guidance.guided` expects.
+      caption_latents: embeddings of n captions. For programs that guide, each is followed by that
+        of the zero caption or the negative prompt, as `guidance.interleave` does it.
       mesh: the devices over which the batch, and perhaps the weights, are split; None: one device.
     """
 
     def encode(params, y):
-        if guide:
-            y = guidance.interleave(y, jnp.zeros_like(y))
         return model.apply({"params": params}, y, method="encode_caption")
 
     return sharding.on_each_device(encode, mesh, params, (caption_latents,))
 
 
 @functools.partial(
-    jax.jit, static_argnames=("model", "sigma_data", "guide", "mesh"), donate_argnames=("state",)
+    jax.jit, static_argnames=("model", "sigma_data", "form", "mesh"), donate_argnames=("state",)
 )
 def evaluate_network(
     params: Any,
     caption: Caption,
-    state: HeunState,
-    at: dict[str, Array],
-    guidance_scale: Float[Array, ""],
+    state: SamplerState,
+    at: Evaluation,
+    strength: Strength,
     *,
     model: DiT,
     sigma_data: float,
-    guide: bool,
+    form: Form,
     mesh: Mesh | None,
-) -> HeunState:
+) -> SamplerState:
     """Evaluates the network once and updates the sampler's state.
 
-    One program serves all evaluations of any number of steps at any guidance above 1.
+    One program of each form serves all solvers, numbers of steps and strengths of guidance.
 
     Args:
       caption: from `encode_captions`.
-      at: a row of `diffusion.heun_evaluations`.
-      guidance_scale: traced, so that another value compiles nothing.
+      at: one of a solver's evaluations.
+      strength: of guidance, for the forms that guide.
+      form: the conditional and the unconditional one are the same program.
     """
 
-    def evaluate(params, caption, state, at, guidance_scale):
-        def conditional(x, c_noise):
+    def evaluate(params, caption, state, at, strength):
+        def network(x, c_noise):
             return model.apply({"params": params}, x, c_noise, caption, method="predict")[0]
 
-        network = guidance.guided(conditional, guidance_scale) if guide else conditional
-        return diffusion.heun_evaluate(diffusion.denoiser(network, sigma_data), state, at)
+        solver, average = state
 
-    return sharding.on_each_device(evaluate, mesh, params, (caption, state), (at, guidance_scale))
+        def adjusted(x, sigma):
+            nonlocal average
+            D, average = guidance.adjusted(network, x, sigma, average, strength, sigma_data)
+            return D
+
+        guided = form == Form.GUIDED
+        F = guidance.guided(network, strength.scale) if guided else network
+        denoise = adjusted if form == Form.ADJUSTED else diffusion.denoiser(F, sigma_data)
+        return SamplerState(solvers.evaluate(denoise, solver, at), average)
+
+    return sharding.on_each_device(evaluate, mesh, params, (caption, state), (at, strength))
 
 
 def compile_programs(
-    model: DiT, edm: EdmConfig, params: Any, size: int, length: int, *, guide: bool
+    model: DiT, edm: EdmConfig, params: Any, size: int, length: int, *, form: Form
 ) -> tuple[jax.stages.Compiled, jax.stages.Compiled]:
     """Compiles `encode_captions` and `evaluate_network` for batches of one size.
 
@@ -86,14 +103,14 @@ def compile_programs(
       params: where they are says on which devices the programs run.
       size: images in a batch, a multiple of the number of devices.
       length: tokens l of a caption.
-      guide: classifier-free guidance, which doubles the network's batch.
+      form: of an evaluation; those that guide double the network's batch.
     Raises:
       UserError: the batch needs more memory than is free.
     """
     cfg, (row_sharding, _) = model.config, rows_sharding(params)
     rows = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32, sharding=row_sharding)
-    static = {"model": model, "guide": guide, "mesh": mesh_of(params)}
-    y = rows((size, length, cfg.caption_channels))
+    static = {"model": model, "mesh": mesh_of(params)}
+    y = rows((form.passes * size, length, cfg.caption_channels))
     encode = encode_captions.lower(params, y, **static).compile()
     caption = jax.tree.map(
         lambda info, sharding: jax.ShapeDtypeStruct(info.shape, info.dtype, sharding=sharding),
@@ -101,27 +118,40 @@ def compile_programs(
         encode.output_shardings,
     )
     x = rows((size, cfg.input_size, cfg.input_size, cfg.in_channels))
-    at = {
-        name: jax.ShapeDtypeStruct((), values.dtype)
-        for name, values in diffusion.heun_evaluations(1).items()
-    }
     evaluate = evaluate_network.lower(
         params,
         caption,
-        HeunState(x, x, x),  # pyright: ignore[reportArgumentType]  (abstract arrays)
-        at,
-        jax.ShapeDtypeStruct((), jnp.float32),
+        abstract_state(x),
+        *abstract_scalars(),
         sigma_data=edm.sigma_data,
+        form=form,
         **static,
     ).compile()
     memory.check_fit(evaluate, rows=size, what="batch_size")
     return encode, evaluate
 
 
+def abstract_state(x: jax.ShapeDtypeStruct) -> SamplerState:
+    """Returns the state of latents that have only a shape and a sharding."""
+    abstract: Any = x
+    return SamplerState(SolverState(*[abstract] * 4), abstract)
+
+
+def abstract_scalars() -> tuple[Evaluation, Strength]:
+    """Returns the shapes of what `evaluate_network` takes beside the batch."""
+    row = solvers.heun(np.array([1.0, 0.0]))[0]
+    strength = Strength(1.0).as_float32()
+    return jax.eval_shape(lambda *scalars: scalars, row, strength)
+
+
 @functools.partial(jax.jit, static_argnames="edm")
-def start(noise: Float[Array, "n h w c"], *, edm: EdmConfig) -> HeunState:
+def start(noise: Float[Array, "n h w c"], *, edm: EdmConfig) -> SamplerState:
     """The sampler's state before its first evaluation."""
-    return diffusion.heun_start(noise, edm)
+    solver = solvers.start(noise, edm)
+    return SamplerState(solver, 0 * solver.x)
 
 
-denoised = jax.jit(diffusion.heun_denoised)
+@jax.jit
+def denoised(state: SamplerState, at: Evaluation) -> Latents:
+    """Recovers the denoised latents of the last evaluation, as `solvers.denoised` does."""
+    return solvers.denoised(state.solver, at)

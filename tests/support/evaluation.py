@@ -16,8 +16,10 @@ from microdit_jax.evaluate.prompts import PromptSet
 from microdit_jax.evaluate.request import EvaluationRequest, Subject
 from microdit_jax.evaluate.sample_set import SamplerSettings, SampleSet
 from microdit_jax.sampling.pipeline import LatentDiffusion
+from microdit_jax.sampling.settings import Sampler
 
-SAMPLER = SamplerSettings(seed=7, guidance_scale=2.0, num_inference_steps=2, batch_size=4)
+STEPS = Sampler(guidance_scale=2.0, num_inference_steps=2)
+SAMPLER = SamplerSettings(seed=7, sampler=STEPS, batch_size=4)
 PROMPTS = PromptSet(
     "p", [f"a {word}" for word in "cat dog cow hen owl bat elk fox ape".split()], []
 )
@@ -76,7 +78,7 @@ def ask(tmp_path, **changes) -> EvaluationRequest:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("\n".join(PROMPTS.texts) + "\n")
     defaults = {
-        "prompts": str(prompts), "num_inference_steps": 2, "batch_size": 4, "chunk_size": 8,
+        "prompts": str(prompts), "sampler": STEPS, "batch_size": 4, "chunk_size": 8,
         "guidance_scales": (1.0, 2.0), "seeds": (1, 2),
     }  # fmt: skip
     return EvaluationRequest(**defaults | changes)

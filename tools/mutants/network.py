@@ -2,6 +2,8 @@
 
 DIFFUSION, SHARDING = "microdit_jax/diffusion.py", "microdit_jax/sharding.py"
 MOE, DIT = "microdit_jax/models/moe.py", "microdit_jax/models/dit.py"
+SOLVERS = "microdit_jax/sampling/solvers.py"
+SCHEDULES = "microdit_jax/sampling/schedules.py"
 MASKING = "microdit_jax/models/masking.py"
 
 UPDATE = "tests/test_training_update.py"
@@ -10,38 +12,45 @@ MUTANTS = [
     # ------------------------------------------------------------------ the sampler
     {
         "name": "the sampler starts at the default sigma_max",
-        "file": DIFFUSION,
+        "file": SOLVERS,
         "old": "np.float32(config.sigma_max)",
         "new": "np.float32(80)",
         "tests": ["tests/test_diffusion.py::test_start_and_evaluations_follow_the_config"],
     },
     {
-        "name": "the sampler's levels ignore the config",
-        "file": DIFFUSION,
-        "old": "sigma = sigma_steps(num_steps, config)",
-        "new": "sigma = sigma_steps(num_steps)",
-        "tests": ["tests/test_diffusion.py::test_start_and_evaluations_follow_the_config"],
-    },
-    {
         "name": "the sampler's levels ignore rho",
-        "file": DIFFUSION,
+        "file": SCHEDULES,
         "old": "** config.rho, 0.0)",
         "new": "** 7, 0.0)",
         "tests": ["tests/test_diffusion.py::test_sampler_is_algorithm_1"],
     },
     {
         "name": "the sampler never corrects",
-        "file": DIFFUSION,
-        "old": "(np.arange(2 * num_steps - 1) % 2)",
-        "new": "np.zeros(2 * num_steps - 1)",
+        "file": SOLVERS,
+        "old": "        if following > 0:\n            corrector",
+        "new": "        if False:\n            corrector",
         "tests": ["tests/test_diffusion.py::test_sampler_is_algorithm_1"],
     },
     {
         "name": "a correction forgets the first slope",
-        "file": DIFFUSION,
-        "old": "0.5 * (slope_start + slope)",
-        "new": "slope",
+        "file": SOLVERS,
+        "old": "[0.5, 0.5]",
+        "new": "[1.0, 0.0]",
         "tests": ["tests/test_diffusion.py::test_sampler_is_algorithm_1"],
+    },
+    {
+        "name": "outputs of earlier evaluations are taken in the other order",
+        "file": SOLVERS,
+        "old": "slope), state.last, state.before",
+        "new": "slope), state.before, state.last",
+        "tests": ["tests/test_sampling_solvers.py::test_a_solver_is_its_textbook_form"],
+    },
+    {
+        "name": "UniPC is not corrected",
+        "file": SOLVERS,
+        "old": "keeps_denoised=True, restarts=i == 0)",
+        "new": "keeps_denoised=True, restarts=True)",
+        "tests": ["tests/test_sampling_solvers.py::test_a_solver_is_that_of_diffusers"],
     },
     # ------------------------------------------------------------------ the network
     {

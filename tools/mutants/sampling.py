@@ -2,6 +2,8 @@
 
 PIPELINE = "microdit_jax/sampling/pipeline.py"
 PROGRAMS = "microdit_jax/sampling/programs.py"
+LOOP = "microdit_jax/sampling/loop.py"
+SETTINGS = "microdit_jax/sampling/settings.py"
 GUIDANCE = "microdit_jax/sampling/guidance.py"
 IMAGES = "microdit_jax/images.py"
 STUDIO = "microdit_jax/app/studio.py"
@@ -23,18 +25,46 @@ MUTANTS = [
         "tests": [f"{TESTS}::test_seed_0_is_a_seed_and_none_is_another_each_time"],
     },
     {
-        "name": "guidance below 1 extrapolates from a doubled batch",
-        "file": GUIDANCE,
-        "old": "return guidance_scale > 1",
-        "new": "return guidance_scale != 1",
-        "tests": [f"{TESTS}::test_no_guidance_up_to_1"],
+        "name": "a guidance scale below 1 means none",
+        "file": SETTINGS,
+        "old": "        if scale == 1 and",
+        "new": "        if scale <= 1 and",
+        "tests": [f"{TESTS}::test_guidance_scales"],
     },
     {
         "name": "guidance 1 pays for a doubled batch",
-        "file": GUIDANCE,
-        "old": "return guidance_scale > 1",
-        "new": "return guidance_scale >= 1",
-        "tests": [f"{TESTS}::test_no_guidance_up_to_1"],
+        "file": SETTINGS,
+        "old": "        if scale == 1 and",
+        "new": "        if scale is None and",
+        "tests": [f"{TESTS}::test_guidance_scales"],
+    },
+    {
+        "name": "the negative prompt is not used",
+        "file": LOOP,
+        "old": "if unconditional is None else unconditional",
+        "new": "if True else unconditional",
+        "tests": [f"{TESTS}::test_a_negative_prompt_takes_the_zero_captions_place"],
+    },
+    {
+        "name": "outside of its interval guidance is masked, not left out",
+        "file": SETTINGS,
+        "old": "return self.guidance_scale if low < sigma <= high else 1.0",
+        "new": "return self.guidance_scale if low < sigma <= high else 1.0001",
+        "tests": [f"{TESTS}::test_an_interval_runs_the_single_batch_outside_of_it"],
+    },
+    {
+        "name": "the momentum of APG is forgotten",
+        "file": PROGRAMS,
+        "old": "            nonlocal average\n            D, average =",
+        "new": "            D, _ =",
+        "tests": [f"{TESTS}::test_apg_carries_its_average_from_one_evaluation_to_the_next"],
+    },
+    {
+        "name": "an old PNG's guidance below 1 is taken for what it says",
+        "file": IMAGES,
+        "old": 'if "solver" not in found:',
+        "new": "if False:",
+        "tests": ["tests/test_images.py::test_a_png_from_before_there_were_solvers"],
     },
     {
         "name": "the noise of each batch begins again at index 0",
@@ -61,16 +91,16 @@ MUTANTS = [
     },
     {
         "name": "the schedule of a network's own noise levels is ignored",
-        "file": PIPELINE,
-        "old": "diffusion.heun_evaluations(num_inference_steps, self.edm)",
-        "new": "diffusion.heun_evaluations(num_inference_steps)",
+        "file": LOOP,
+        "old": "sampler.plan(self.edm)",
+        "new": "sampler.plan(EdmConfig())",
         "tests": [f"{TESTS}::test_equals_the_sampler_in_one_program"],
     },
     {
         "name": "the network's own sigma_max is ignored at the start",
         "file": PROGRAMS,
-        "old": "return diffusion.heun_start(noise, edm)",
-        "new": "return diffusion.heun_start(noise)",
+        "old": "solvers.start(noise, edm)",
+        "new": "solvers.start(noise, EdmConfig())",
         "tests": [f"{TESTS}::test_equals_the_sampler_in_one_program"],
     },
     {
@@ -103,14 +133,14 @@ MUTANTS = [
     },
     {
         "name": "previews of all batches are shown in the first one's place",
-        "file": PIPELINE,
-        "old": "preview(start, i // 2, denoised[:found])",
-        "new": "preview(0, i // 2, denoised[:found])",
+        "file": LOOP,
+        "old": "preview(start, step,",
+        "new": "preview(0, step,",
         "tests": [f"{TESTS}::test_previews_are_of_their_own_images"],
     },
     {
         "name": "a bar never ends",
-        "file": PIPELINE,
+        "file": LOOP,
         "old": "        next(ticks, None)  # a bar ends when it is asked for more\n",
         "new": "",
         "tests": [f"{TESTS}::test_a_batch_comes_before_the_next_is_begun"],
@@ -118,8 +148,8 @@ MUTANTS = [
     {
         "name": "guidance takes the zero caption for the prompt",
         "file": GUIDANCE,
-        "old": "F_cond, F_uncond = F_both[:, 0], F_both[:, 1]",
-        "new": "F_uncond, F_cond = F_both[:, 0], F_both[:, 1]",
+        "old": "return F_both[:, 0], F_both[:, 1]",
+        "new": "return F_both[:, 1], F_both[:, 0]",
         "tests": ["tests/test_sampling_guidance.py::test_guidance_by_hand"],
     },
     {

@@ -10,13 +10,13 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from microdit_jax import diffusion, sharding
-from microdit_jax.diffusion import HeunState
+from microdit_jax import sharding
 from microdit_jax.errors import UserError
 from microdit_jax.machine.slices import slices_of
 from microdit_jax.models import dit, flops
 from microdit_jax.models.dit import DiT
 from microdit_jax.sampling import programs as sampler
+from microdit_jax.sampling.guidance import Form
 from microdit_jax.training import config as run_config
 from microdit_jax.training import step as train_step
 
@@ -114,25 +114,21 @@ def sampling(
     model = DiT(run_config.model_config(config))
     cfg = model.config
     params = sharding.with_shardings(dit.abstract_params(cfg), mesh)
-    static = {"model": model, "guide": guide, "mesh": mesh}
+    form = Form.GUIDED if guide else Form.CONDITIONAL
+    static = {"model": model, "mesh": mesh}
     x = _rows(mesh, images, cfg.input_size, cfg.input_size, cfg.in_channels)
-    at = {
-        name: jax.ShapeDtypeStruct((), values.dtype)
-        for name, values in diffusion.heun_evaluations(1).items()
-    }
-    scale = jax.ShapeDtypeStruct((), jnp.float32)
 
     def lower():
-        y = _rows(mesh, images, caption_length, cfg.caption_channels)
+        y = _rows(mesh, form.passes * images, caption_length, cfg.caption_channels)
         encode = sampler.encode_captions.lower(params, y, **static)
         caption = jax.tree.map(lambda a: _rows(mesh, *a.shape, dtype=a.dtype), encode.out_info)
         return sampler.evaluate_network.lower(
             params,
             caption,
-            HeunState(x, x, x),  # pyright: ignore[reportArgumentType]  (abstract arrays)
-            at,
-            scale,
+            sampler.abstract_state(x),
+            *sampler.abstract_scalars(),
             sigma_data=config.edm.sigma_data,
+            form=form,
             **static,
         )
 

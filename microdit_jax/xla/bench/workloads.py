@@ -17,6 +17,7 @@ from microdit_jax.machine import memory
 from microdit_jax.models import attention, dit, flops, moe
 from microdit_jax.models.dit import DiT, DiTConfig
 from microdit_jax.models.layers import small_normal
+from microdit_jax.sampling import guidance, solvers
 from microdit_jax.sampling import programs as sampler
 from microdit_jax.training import optim
 from microdit_jax.training import step as train_step
@@ -229,33 +230,28 @@ def sampler_workload(config: DiTConfig, size: Size, variant: Variant) -> Workloa
     shapes = dit.abstract_params(config)
     params = random_tree(shapes, None if mesh is None else sharding.shardings(shapes, mesh))
     data, edm = inputs(config, size.images), diffusion.EdmConfig()
-    static = {"model": model, "guide": True, "mesh": mesh}
-    encode, encode_seconds = _compile(sampler.encode_captions, params, data["y"], **static)
-    caption = encode(params, data["y"])
-    rows = list(_rows(diffusion.heun_evaluations(size.sampler_steps, edm)))
-    start, scale = jax.jit(diffusion.heun_start), np.float32(5.0)
-    state = start(data["x"])
+    static = {"model": model, "mesh": mesh}
+    texts = guidance.interleave(jnp.asarray(data["y"]), jnp.zeros_like(data["y"]))
+    encode, encode_seconds = _compile(sampler.encode_captions, params, texts, **static)
+    caption = encode(params, texts)
+    rows = solvers.heun_evaluations(size.sampler_steps, edm)
+    strength = guidance.Strength(guidance.REFERENCE_SCALE).as_float32()
+    state = sampler.start(data["x"], edm=edm)
     evaluate, seconds = _compile(
-        sampler.evaluate_network, params, caption, state, rows[0], scale,
-        sigma_data=edm.sigma_data, **static,
+        sampler.evaluate_network, params, caption, state, rows[0], strength,
+        sigma_data=edm.sigma_data, form=guidance.Form.GUIDED, **static,
     )  # fmt: skip
 
     def run():
-        caption, state = encode(params, data["y"]), start(data["x"])
+        caption, state = encode(params, texts), sampler.start(data["x"], edm=edm)
         for row in rows:
-            state = evaluate(params, caption, state, row, scale)
-        return jax.block_until_ready(state.x)
+            state = evaluate(params, caption, state, row, strength)
+        return jax.block_until_ready(state.solver.x)
 
     text = flops.caption_flops(model.config, CAPTION_LENGTH)
     image = flops.forward_flops(model.config, 0.0, CAPTION_LENGTH) - text
     operations = 2 * size.images * (image * len(rows) + text)
     return Workload(run, operations, evaluate, seconds + encode_seconds)
-
-
-def _rows(table: dict[str, np.ndarray]) -> Iterator[dict[str, np.generic]]:
-    """Yields the sampler's evaluations, one dictionary of scalars each."""
-    count = len(next(iter(table.values())))
-    return ({name: values[i] for name, values in table.items()} for i in range(count))
 
 
 def moe_workload(config: DiTConfig, size: Size, variant: Variant) -> Workload:
