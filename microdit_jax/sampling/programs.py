@@ -20,7 +20,7 @@ from microdit_jax.sampling.solvers import Evaluation, SolverState
 
 
 class SamplerState(NamedTuple):
-    """What one network evaluation hands to the next.
+    """State between two network evaluations: the solver's and guidance's.
 
     Attributes:
       solver: the solver's own state.

@@ -8,6 +8,7 @@ GUIDANCE = "microdit_jax/sampling/guidance.py"
 IMAGES = "microdit_jax/images.py"
 STUDIO = "microdit_jax/app/studio.py"
 TESTS = "tests/test_sampling_pipeline.py"
+LOOP_TESTS = "tests/test_sampling_loop.py"
 
 MUTANTS = [
     {
@@ -29,35 +30,35 @@ MUTANTS = [
         "file": SETTINGS,
         "old": "        if scale == 1 and",
         "new": "        if scale <= 1 and",
-        "tests": [f"{TESTS}::test_guidance_scales"],
+        "tests": [f"{LOOP_TESTS}::test_guidance_scales"],
     },
     {
         "name": "guidance 1 pays for a doubled batch",
         "file": SETTINGS,
         "old": "        if scale == 1 and",
         "new": "        if scale is None and",
-        "tests": [f"{TESTS}::test_guidance_scales"],
+        "tests": [f"{LOOP_TESTS}::test_guidance_scales"],
     },
     {
         "name": "the negative prompt is not used",
         "file": LOOP,
         "old": "if unconditional is None else unconditional",
         "new": "if True else unconditional",
-        "tests": [f"{TESTS}::test_a_negative_prompt_takes_the_zero_captions_place"],
+        "tests": [f"{LOOP_TESTS}::test_a_negative_prompt_takes_the_zero_captions_place"],
     },
     {
         "name": "outside of its interval guidance is masked, not left out",
         "file": SETTINGS,
         "old": "return self.guidance_scale if low < sigma <= high else 1.0",
         "new": "return self.guidance_scale if low < sigma <= high else 1.0001",
-        "tests": [f"{TESTS}::test_an_interval_runs_the_single_batch_outside_of_it"],
+        "tests": [f"{LOOP_TESTS}::test_an_interval_runs_the_single_batch_outside_of_it"],
     },
     {
         "name": "the momentum of APG is forgotten",
         "file": PROGRAMS,
         "old": "            nonlocal average\n            D, average =",
         "new": "            D, _ =",
-        "tests": [f"{TESTS}::test_apg_carries_its_average_from_one_evaluation_to_the_next"],
+        "tests": [f"{LOOP_TESTS}::test_apg_carries_its_average_from_one_evaluation_to_the_next"],
     },
     {
         "name": "an old PNG's guidance below 1 is taken for what it says",
