@@ -221,8 +221,10 @@ class Studio:
 
     def _options(self, asked: dict[str, Any]) -> dict[str, Any]:
         """Returns the sampler's settings of a request; without guidance a negative prompt rests."""
-        unguided = {"negative_prompt": ""} if asked["guidance_scale"] == 1 else {}
-        return dataclasses.asdict(Sampler(**self._sampler | asked | unguided))
+        chosen: dict[str, Any] = self._sampler | asked
+        if chosen["guidance_scale"] == 1:
+            chosen["negative_prompt"] = ""
+        return dataclasses.asdict(Sampler(**chosen))
 
     def _keep(self, image: PngFile) -> str:
         """Keeps an image under a random name; drops the oldest where they are too many bytes."""

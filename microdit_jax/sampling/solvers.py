@@ -302,8 +302,9 @@ def _row(
     keeps_denoised: bool = False,
     restarts: bool = False,
 ) -> Evaluation:
-    flags: list[Any] = [np.bool_(keeps_denoised), np.bool_(restarts)]
-    return Evaluation(_number(sigma), *flags, corrector, predictor)
+    denoised: Any = np.bool_(keeps_denoised)
+    begins: Any = np.bool_(restarts)
+    return Evaluation(_number(sigma), denoised, begins, corrector, predictor)
 
 
 def _slope_row(sigma: float, step: float, weights: list[float]) -> Evaluation:
