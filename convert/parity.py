@@ -8,6 +8,7 @@ if __name__ == "__main__":
 import argparse
 import dataclasses
 import json
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,9 +23,9 @@ from convert.reference import reference_arguments, run_reference
 from microdit_jax.checkpoints.model_folder import load_model
 from microdit_jax.commands.parser import Parser
 from microdit_jax.convert import dit
+from microdit_jax.convert.inputs import find_input, read_stated_config, read_tensors
 from microdit_jax.convert.keymap import torch_name
-from microdit_jax.convert.state_dict import read_state_dict
-from microdit_jax.errors import UserError
+from microdit_jax.errors import UserError, visible
 from microdit_jax.files import atomic_file, check_writable, read_npz
 from microdit_jax.machine import memory
 from microdit_jax.models.dit import DiT, DiTConfig
@@ -32,6 +33,7 @@ from microdit_jax.models.layers import sincos_pos_embed
 
 CAPTION_TOKENS = 77
 DTYPES = ("float32", "bfloat16")
+SIZES = {"head_dim": int, "expert_capacity": float}  # which no shape tells
 OFF = 1e-3  # an element further off than this, in units of the reference's std, counts as off
 EXAMPLE = """example:
   python -m convert.parity --input=dit.pt --reference=micro_diffusion_checkout --json=parity.json
@@ -67,7 +69,9 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         "--seed", type=int, help="of the inputs (default: 0); near ties differ from one to the next"
     )
     add("--mask_ratio", type=float, help="share of tokens dropped (default: 0)")
-    add("--head_dim", type=int, help="width of an attention head, where the file cannot tell")
+    for name, kind in SIZES.items():
+        add(f"--{name}", type=kind, help="as for python -m convert, where the file cannot tell")
+    add("--config", type=Path, help="JSON of the config, instead of reading the file's own")
     flags = parser.parse_args(argv)
     if (flags.reference is None) == (flags.activations is None):
         raise UserError(
@@ -81,8 +85,12 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     return flags
 
 
-def load(path: Path, head_dim: int | None = None) -> tuple[DiTConfig, dict[str, np.ndarray]]:
-    """Config and state dict of a checkpoint file or of a model folder."""
+def load(flags: argparse.Namespace) -> tuple[DiTConfig, dict[str, np.ndarray]]:
+    """Config and state dict of --input, a checkpoint file or a model folder.
+
+    Says on stderr where the config comes from: a wrong one makes the reference wrong as well.
+    """
+    path: Path = flags.input
     if path.is_dir():
         host = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
         params, metadata = load_model(path, sharding=host)
@@ -90,8 +98,17 @@ def load(path: Path, head_dim: int | None = None) -> tuple[DiTConfig, dict[str, 
             raise UserError(f"expected a model of kind dit in {path}, found {metadata['kind']}")
         config = dit.config_from_dict(metadata["dit"])
         return config, dit.to_torch(params, config)
-    tensors = read_state_dict(path, "dit").tensors
-    return dit.infer_config(tensors, head_dim=head_dim), tensors
+    source = find_input(path, dit.KIND)
+    given, origin = source.config, f"read from {source.config_from}"
+    if flags.config:
+        given, origin = read_stated_config(flags.config, "dit"), f"read from {flags.config}"
+    stated = {name: vars(flags)[name] for name in SIZES if vars(flags)[name] is not None}
+    tensors = read_tensors(source.files, dit.KIND.part).tensors
+    config = dit.KIND.make_config(tensors, given, stated)
+    if given is None:
+        origin = dit.describe_origin(config, stated)
+    print(f"{dit.describe(config)}; {visible(origin)}", file=sys.stderr, flush=True)
+    return config, tensors
 
 
 def at_resolution(
@@ -270,7 +287,7 @@ def main(arguments: Sequence[str]) -> None:
     flags = parse_arguments(arguments)
     for path in filter(None, (flags.record, flags.json)):
         check_writable(path)
-    config, tensors = load(flags.input, flags.head_dim)
+    config, tensors = load(flags)
     if flags.latent_res:
         config, tensors = at_resolution(config, tensors, flags.latent_res)
     params = dit.from_torch(tensors, config)  # before the reference runs: it names bad input

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from conftest import tiny_model
 from support.golden_vae import load_vae
-from support.model_files import tensors
+from support.model_files import tensors, write_dit
 
 import microdit_jax
 from microdit_jax import create, sharding
@@ -20,7 +20,6 @@ from microdit_jax.assets import hub, load
 from microdit_jax.convert import dit
 from microdit_jax.convert.__main__ import main as convert_main
 from microdit_jax.convert.formats.safetensors_file import write_safetensors
-from microdit_jax.convert.formats.torch_file import write_torch
 from microdit_jax.errors import UserError
 from microdit_jax.files import checksums, read_json, write_json
 from microdit_jax.models.dit import DiT, for_this_machine
@@ -53,7 +52,7 @@ def test_a_replaced_file_is_converted_again(files, capsys):
     changed = {name: 2 * tensor for name, tensor in tensors()["dit"].items()}
     changed["pos_embed"] = tensors()["dit"]["pos_embed"]
     (files / "dit.pt").unlink()
-    write_torch(files / "dit.pt", changed)
+    write_dit(files / "dit.pt", changed)
     model = load.load_model(str(files / "dit.pt"))
     same(model.params, dit.from_torch(changed, model.config))
     folders = [p for p in (files / "cache" / "microdit_jax" / "models").iterdir() if p.is_dir()]

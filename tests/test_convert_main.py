@@ -11,6 +11,8 @@ from microdit_jax.convert.formats.safetensors_file import read_safetensors, writ
 from microdit_jax.convert.formats.torch_file import read_torch, write_torch
 from microdit_jax.models.dit import DiTConfig
 
+SIZES = ("--head_dim=8", "--expert_capacity=2")  # of the network below, which no shape tells
+
 
 @pytest.fixture
 def tensors():
@@ -28,7 +30,7 @@ def file(tmp_path, tensors):
 
 @pytest.mark.parametrize("suffix", ["pt", "safetensors"])
 def test_round_trip(tmp_path, file, tensors, suffix, capsys):
-    run("--kind=dit", f"--input={file}", f"--output={tmp_path / 'model'}")
+    run("--kind=dit", *SIZES, f"--input={file}", f"--output={tmp_path / 'model'}")
     report = capsys.readouterr().out
     assert "4 blocks of width 32" in report and "parameters" in report and "MB/s" in report
     back = tmp_path / f"back.{suffix}"
@@ -40,7 +42,7 @@ def test_round_trip(tmp_path, file, tensors, suffix, capsys):
 
 
 def test_the_config_is_stored_beside_the_weights(tmp_path, file):
-    run("--input", file, "--output", tmp_path / "model")
+    run("--input", file, "--output", tmp_path / "model", *SIZES)
     params, metadata = load_model(tmp_path / "model")
     config = DiTConfig(**metadata["dit"])
     assert (metadata["kind"], config.dim, config.in_channels) == ("dit", 32, 4)
@@ -51,7 +53,7 @@ def test_the_config_is_stored_beside_the_weights(tmp_path, file):
 def test_the_same_command_again_does_nothing(tmp_path, file, capsys):
     model, back = tmp_path / "model", tmp_path / "back.pt"
     for arguments, output in (
-        (("--input", file, "--output", model), model / "manifest.json"),
+        (("--input", file, "--output", model, *SIZES), model / "manifest.json"),
         (("--to=torch", "--input", model, "--output", back), back),
     ):
         run(*arguments)
@@ -61,7 +63,7 @@ def test_the_same_command_again_does_nothing(tmp_path, file, capsys):
         assert "nothing to do" in capsys.readouterr().out
         assert output.stat().st_mtime_ns == before
     assert "choose another" in fails(
-        capsys, "--input", file, "--output", model, "--expert_capacity=1"
+        capsys, "--input", file, "--output", model, "--head_dim=8", "--expert_capacity=1"
     )
     assert "made from something else" in fails(
         capsys, "--to=torch", "--input", model, "--output", back, "--dtype=float16"
@@ -69,7 +71,7 @@ def test_the_same_command_again_does_nothing(tmp_path, file, capsys):
 
 
 def test_another_output_in_the_way(tmp_path, file, tensors, capsys):
-    run("--input", file, "--output", tmp_path / "model")
+    run("--input", file, "--output", tmp_path / "model", *SIZES)
     changed = tensors | {"final_layer.linear.bias": tensors["final_layer.linear.bias"] + 1}
     write_torch(tmp_path / "other.pt", changed)
     error = fails(capsys, "--input", tmp_path / "other.pt", "--output", tmp_path / "model")
@@ -83,13 +85,13 @@ def test_wrapped_safetensors_and_what_was_ignored(tmp_path, tensors, capsys):
     wrapped = {f"dit._orig_mod.{name}": tensor for name, tensor in tensors.items()}
     vae = {"vae.decoder.weight": np.zeros((2, 2), np.float32)}
     write_safetensors(tmp_path / "a.safetensors", wrapped | vae)
-    run("--input", tmp_path / "a.safetensors", "--output", tmp_path / "model")
+    run("--input", tmp_path / "a.safetensors", "--output", tmp_path / "model", *SIZES)
     assert "ignored 1 tensors of vae." in capsys.readouterr().out
     assert read_metadata(tmp_path / "model")["dit"]["dim"] == 32
 
 
 def test_types_to_write(tmp_path, file, tensors):
-    run("--input", file, "--output", tmp_path / "model")
+    run("--input", file, "--output", tmp_path / "model", *SIZES)
     back = tmp_path / "back.safetensors"
     run("--to=torch", "--input", tmp_path / "model", "--output", back, "--dtype=bfloat16")
     for name, tensor in read_safetensors(back)[0].items():
@@ -132,6 +134,6 @@ def test_bad_flags_and_inputs(tmp_path, file, capsys):
 def test_nan_weights_leave_nothing(tmp_path, tensors, capsys):
     tensors["blocks.2.mlp.w3.weight"] = np.full_like(tensors["blocks.2.mlp.w3.weight"], np.nan)
     write_torch(tmp_path / "nan.pt", tensors)
-    error = fails(capsys, "--input", tmp_path / "nan.pt", "--output", tmp_path / "model")
+    error = fails(capsys, "--input", tmp_path / "nan.pt", "--output", tmp_path / "model", *SIZES)
     assert "blocks.2.mlp.w3.weight" in error
     assert [path.name for path in tmp_path.iterdir()] == ["nan.pt"]

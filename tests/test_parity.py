@@ -22,6 +22,7 @@ MODULES += [
 ]
 MODULES += ["final_layer", "sample"]
 NAME = "dit_small"
+SIZES = ("--head_dim=8", "--expert_capacity=2")  # of that network
 
 
 def tensors():
@@ -40,7 +41,9 @@ def test_the_table_against_recorded_activations(tmp_path, capsys):
     routing = {"routing/blocks.1": np.zeros((2, 4, 8), np.int32)}  # every expert takes token 0
     keys = [*golden.keys("activation/"), "x", "t", "y", "sample"]
     np.savez(tmp_path / "recorded.npz", **{k: golden.arrays[k] for k in keys}, **routing)
+    (tmp_path / "config.json").write_text(str(golden.arrays["config"]))
     flags = [f"--input={tmp_path / 'dit.pt'}", f"--json={tmp_path / 'parity.json'}"]
+    flags.append(f"--config={tmp_path / 'config.json'}")
     parity.main([*flags, f"--activations={tmp_path / 'recorded.npz'}"])
 
     report = json.loads((tmp_path / "parity.json").read_text())
@@ -110,7 +113,7 @@ def test_bad_flags_and_recordings(tmp_path, monkeypatch, flags, message):
     (tmp_path / "damaged.npz").write_bytes(b"PK\x03\x04 cut")
     write_torch(tmp_path / "dit.pt", tensors())
     with pytest.raises(UserError, match=message):
-        parity.main([f"--input={tmp_path / 'dit.pt'}", *flags])
+        parity.main([f"--input={tmp_path / 'dit.pt'}", *SIZES, *flags])
 
 
 def test_the_reference_needs_torch_and_a_checkout(tmp_path, monkeypatch):

@@ -6,6 +6,7 @@ if __name__ == "__main__":
     run_command("microdit_jax.convert.__main__")
 
 import argparse
+import dataclasses
 import json
 import time
 from collections.abc import Sequence
@@ -18,13 +19,12 @@ from microdit_jax.checkpoints.model_folder import load_model, read_metadata
 from microdit_jax.commands.parser import Parser
 from microdit_jax.convert.formats.safetensors_file import write_safetensors
 from microdit_jax.convert.formats.torch_file import write_torch
-from microdit_jax.convert.inputs import CONFIG, read_note
+from microdit_jax.convert.inputs import CONFIG, NOTE, read_note, read_stated_config
 from microdit_jax.convert.kinds import NAMES, get_kind
 from microdit_jax.convert.to_folder import bar, convert_to_folder, say, say_time
-from microdit_jax.errors import UserError, visible
-from microdit_jax.files import check_writable, read_json, sha256
+from microdit_jax.errors import UserError
+from microdit_jax.files import check_writable, sha256
 
-NOTE = "microdit_jax"  # where a written file says what it was made from
 EXAMPLE = """example:
   python -m convert --kind=dit --input=dit_4_channel_0.5B_synthetic_data.pt --output=models/dit
   python -m convert --kind=vae --input=stable-diffusion-xl-base-1.0 --output=models/vae
@@ -34,7 +34,7 @@ EXAMPLE = """example:
 # Flags of some kinds alone, which go to their infer_config.
 OPTIONS: dict[str, dict[str, Any]] = {
     "head_dim": {"type": int, "help": "dit: width of an attention head, if the file cannot tell"},
-    "expert_capacity": {"type": float, "help": "dit: experts per token (default: 2.0)"},
+    "expert_capacity": {"type": float, "help": "dit: experts per token, if the file cannot tell"},
     "scaling_factor": {"type": float, "help": "vae: of its latents, if there is no config.json"},
     "activation": {"help": "clip_text: quick_gelu, gelu or gelu_tanh, if there is no config"},
     "heads": {"type": int, "help": "clip_text: attention heads, if there is no config"},
@@ -68,7 +68,9 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
 def to_orbax(flags: argparse.Namespace) -> None:
     """Converts a PyTorch or safetensors file to a model folder, unless that was done before."""
     kind = get_kind(flags.kind)
-    config = (_read_config(flags.config, flags.kind), str(flags.config)) if flags.config else None
+    config = (
+        (read_stated_config(flags.config, flags.kind), str(flags.config)) if flags.config else None
+    )
     given = {name: vars(flags)[name] for name in kind.options}
     convert_to_folder(kind, flags.input, flags.output, given=given, config=config)
 
@@ -87,7 +89,10 @@ def to_torch(flags: argparse.Namespace) -> None:
             f"give --kind={metadata['kind']}"
         )
     # The manifest has every file's checksum, so its own stands for the whole folder.
-    note = json.dumps({"model": sha256(flags.input / "manifest.json"), "dtype": flags.dtype})
+    made_from = {"model": sha256(flags.input / "manifest.json"), "dtype": flags.dtype}
+    kind = get_kind(flags.kind)
+    config = kind.config_from_dict(metadata[flags.kind])
+    note = json.dumps({**made_from, "kind": kind.name, "config": dataclasses.asdict(config)})
     if flags.output.exists():
         if read_note(flags.output, NOTE) == note:
             return say("nothing to do", f"{flags.output} is complete, from the same model")
@@ -95,8 +100,6 @@ def to_torch(flags: argparse.Namespace) -> None:
             f"expected {flags.output} not to exist, found a file made from something else; "
             "choose another --output or remove it"
         )
-    kind = get_kind(flags.kind)
-    config = kind.config_from_dict(metadata[flags.kind])
     say("input", f"{flags.input}, {metadata['parameters']:,} parameters")
     say("config", kind.describe(config))
     host = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
@@ -114,22 +117,6 @@ def to_torch(flags: argparse.Namespace) -> None:
             write_torch(flags.output, tensors, notes=members, dtype=flags.dtype, progress=progress)
     say("output", str(flags.output))
     say_time(start, num_bytes)
-
-
-def _read_config(path: Path, kind: str) -> dict[str, Any]:
-    """Reads the config of --config: a JSON object of its own, or a model folder's config.json."""
-    try:
-        contents = read_json(path)
-    except OSError as error:
-        raise UserError(
-            f"expected JSON of a config at {visible(path)}, found {error.strerror}; check the path"
-        ) from error
-    stated = contents.get(kind, contents)
-    if not isinstance(stated, dict):
-        raise UserError(
-            f"expected a JSON object under {kind} in {visible(path)}, found {type(stated).__name__}"
-        )
-    return stated
 
 
 def main(arguments: Sequence[str]) -> None:

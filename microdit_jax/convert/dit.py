@@ -7,7 +7,12 @@ import ml_dtypes
 import numpy as np
 
 from microdit_jax.convert.arguments import config_from_fields
-from microdit_jax.convert.dit_infer import infer_config, interp_scale
+from microdit_jax.convert.dit_infer import (
+    describe_origin,
+    infer_config,
+    infer_config_strictly,
+    interp_scale,
+)
 from microdit_jax.convert.dit_table import buffer_shapes, rename_table
 from microdit_jax.convert.keymap import Params, to_params, to_tensors
 from microdit_jax.convert.kinds import Kind
@@ -15,7 +20,15 @@ from microdit_jax.errors import UserError
 from microdit_jax.models.dit import DiTConfig
 from microdit_jax.models.layers import sincos_pos_embed
 
-__all__ = ["KIND", "config_from_dict", "describe", "from_torch", "infer_config", "to_torch"]
+__all__ = [
+    "KIND",
+    "config_from_dict",
+    "describe",
+    "describe_origin",
+    "from_torch",
+    "infer_config",
+    "to_torch",
+]
 
 
 def from_torch(
@@ -102,7 +115,8 @@ def describe(config: DiTConfig) -> str:
     mixer = f"mixer {config.patch_mixer_depth} x {config.patch_mixer_dim}"
     return (
         f"{config.depth} blocks of width {config.dim}, heads of {config.head_dim}, "
-        f"{mixer if config.use_patch_mixer else 'no mixer'}, {config.num_experts} experts, "
+        f"{mixer if config.use_patch_mixer else 'no mixer'}, "
+        f"{config.num_experts} experts of capacity {config.expert_capacity:g}, "
         f"latents {config.in_channels} x {config.input_size} x {config.input_size}, "
         f"pos_interp_scale {config.pos_interp_scale:g}, captions {config.caption_channels} wide"
     )
@@ -111,10 +125,11 @@ def describe(config: DiTConfig) -> str:
 KIND = Kind(
     name="dit",
     part="dit",
-    infer_config=infer_config,
+    infer_config=infer_config_strictly,
     from_torch=from_torch,
     to_torch=to_torch,
     config_from_dict=config_from_dict,
     describe=describe,
+    describe_origin=describe_origin,
     options=("head_dim", "expert_capacity"),
 )

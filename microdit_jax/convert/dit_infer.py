@@ -18,6 +18,13 @@ from microdit_jax.models.dit import DiTConfig
 from microdit_jax.models.layers import sincos_pos_embed
 
 NEEDED = ("x_embedder.proj.weight", "pos_embed", "y_embedder.y_proj.fc1.weight")
+RELEASED_CAPACITY = 2.0  # experts per token in all released models
+UNTOLD = ("head_dim", "expert_capacity")  # what changes no shape
+# What an architecture leaves open.
+OF_ANY_ARCH = (
+    *("in_channels", "patch_size", "input_size", "caption_channels", "pos_interp_scale"),
+    *("num_experts", "expert_capacity", "experts_every_n"),
+)
 LARGEST_HEAD = 128  # no wider head exists, so a larger common divisor of widths tells nothing
 
 
@@ -25,7 +32,7 @@ def infer_config(
     state_dict: Mapping[str, Any],
     *,
     head_dim: int | None = None,
-    expert_capacity: float = 2.0,
+    expert_capacity: float = RELEASED_CAPACITY,
 ) -> DiTConfig:
     """Returns the config of the network whose state dict this is.
 
@@ -78,6 +85,66 @@ def infer_config(
         if _share_that_fits(shapes, config) > 0.9:  # from_torch names the rest
             return config
     return _custom(shapes, dim, backbone, mixer, head_dim, common)
+
+
+def infer_config_strictly(
+    state_dict: Mapping[str, Any],
+    *,
+    head_dim: int | None = None,
+    expert_capacity: float | None = None,
+) -> DiTConfig:
+    """Returns infer_config's config, but guesses nothing about a network of unknown architecture.
+
+    No shape depends on a head's width within the attention's, nor on the experts' capacity. XL/2
+    and Tiny/2 have been published with theirs; another network's must be given.
+
+    Raises:
+      UserError: as infer_config, and for sizes that are missing.
+    """
+    capacity = RELEASED_CAPACITY if expert_capacity is None else expert_capacity
+    config = infer_config(state_dict, head_dim=head_dim, expert_capacity=capacity)
+    if known_arch(config):
+        return config
+    missing = ["head_dim"] if head_dim is None else []
+    if expert_capacity is None and _has_experts(config):
+        missing.append("expert_capacity")
+    if missing:
+        raise UserError(
+            f"expected the sizes of {' or '.join(ARCHES)}, found a network of width {config.dim} "
+            f"and depth {config.depth}, whose {' and '.join(missing)} no shape tells; give "
+            f"{' '.join(f'--{name}=...' for name in missing)} (or --config=FILE.json) to "
+            "python -m convert"
+        )
+    return config
+
+
+def known_arch(config: DiTConfig) -> str | None:
+    """Returns the architecture whose every size a config has, but those of latents and experts."""
+    mixer_dim = config.patch_mixer_dim if config.use_patch_mixer else config.dim
+    arch = arch_of(config.dim, config.depth, mixer_dim)
+    if arch is None:
+        return None
+    same = {name: getattr(config, name) for name in OF_ANY_ARCH}
+    return arch if ARCHES[arch](**same) == config else None
+
+
+def _has_experts(config: DiTConfig) -> bool:
+    return any(block.is_moe for block in config.backbone_blocks() + config.mixer_blocks())
+
+
+def describe_origin(config: DiTConfig, stated: Mapping[str, Any]) -> str:
+    """Describes where an inferred config comes from: what was read, given and assumed.
+
+    Args:
+      stated: the flags that were given.
+    """
+    given = [f"{name} {stated[name]:g}" for name in UNTOLD if name in stated]
+    assumed = [f"{name} {getattr(config, name):g}" for name in UNTOLD if name not in stated]
+    assumed.append(f"norm_eps {config.norm_eps:g}")
+    arch = known_arch(config)
+    whose = f"{arch}'s" if arch else "the reference's"
+    said = f"; given: {', '.join(given)}" if given else ""
+    return f"sizes read off the shapes{said}; assumed to be {whose}: {', '.join(assumed)}"
 
 
 def interp_scale(pos_embed: Float[np.ndarray, "1 t d"]) -> float | None:

@@ -14,9 +14,10 @@ from microdit_jax.convert.formats.torch_file import read_member
 from microdit_jax.convert.kinds import Kind
 from microdit_jax.convert.state_dict import StateDict, read_state_dict
 from microdit_jax.errors import UserError, visible
-from microdit_jax.files import parse_json, read_bytes, sha256
+from microdit_jax.files import parse_json, read_bytes, read_json, sha256
 
 CONFIG = "config.json"
+NOTE = "microdit_jax"  # what python -m convert --to=torch says of the model in a file it writes
 MAX_CONFIG = 64 << 20  # bytes; an index of shards has a line for each tensor
 SUFFIXES = (".safetensors", ".fp16.safetensors", ".bin", ".fp16.bin", ".pt")  # the best one first
 
@@ -40,7 +41,8 @@ def find_input(path: Path, kind: Kind) -> Input:
       UserError: a folder without weights, or a config.json that is not JSON.
     """
     if not kind.config_keys:
-        return Input((path,), None, "", [])
+        config = read_own_config(path, kind.name)
+        return Input((path,), config, path.name if config else "", [])
     if not path.is_dir():
         # A config.json of another kind of model beside the file belongs to another file.
         if beside := _find_config(path.parent, kind):
@@ -143,6 +145,44 @@ def read_note(path: Path, name: str) -> str | None:
         raise UserError(
             f"expected text in the note {name} of {visible(path)}, found {error}"
         ) from error
+
+
+def read_own_config(path: Path, kind: str) -> dict[str, Any] | None:
+    """Reads the config's fields from a file that python -m convert wrote; None for other files.
+
+    Raises:
+      UserError: the file was made from a model of another kind.
+    """
+    text = read_note(path, NOTE)
+    note = _parse_config(text, path) if text else None
+    if note is None or "config" not in note:
+        return None
+    if note.get("kind") != kind or not isinstance(note["config"], dict):
+        raise UserError(
+            f"expected a model of kind {kind} in {visible(path)}, found "
+            f"{visible(note.get('kind'), 60)}; give --kind={visible(note.get('kind'), 60)}"
+        )
+    return note["config"]
+
+
+def read_stated_config(path: Path, kind: str) -> dict[str, Any]:
+    """Reads the config of --config: a JSON object of its own, or a model folder's config.json.
+
+    Raises:
+      UserError: no such file, or something else in it.
+    """
+    try:
+        contents = read_json(path)
+    except OSError as error:
+        raise UserError(
+            f"expected JSON of a config at {visible(path)}, found {error.strerror}; check the path"
+        ) from error
+    stated = contents.get(kind, contents)
+    if not isinstance(stated, dict):
+        raise UserError(
+            f"expected a JSON object under {kind} in {visible(path)}, found {type(stated).__name__}"
+        )
+    return stated
 
 
 def _weights(folder: Path, stems: Sequence[str]) -> tuple[Path, ...]:

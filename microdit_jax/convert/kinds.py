@@ -38,6 +38,7 @@ class Kind(Generic[Config]):
       to_torch: (parameters, config) -> tensors.
       config_from_dict: (fields of a model folder's config.json) -> config.
       describe: config -> one line.
+      describe_origin: (inferred config, the flags given) -> where it comes from, in one line.
       select: (all tensors of a file) -> those of this model, and notes of what was left out.
       config_json: config -> contents of the config.json beside its torch weights; None: no file.
       options: flags that go to `infer_config`, if given.
@@ -56,6 +57,7 @@ class Kind(Generic[Config]):
     to_torch: Callable[[dict[str, Any], Config], dict[str, np.ndarray]]
     config_from_dict: Callable[[Mapping[str, Any]], Config]
     describe: Callable[[Config], str]
+    describe_origin: Callable[[Config, Mapping[str, Any]], str] | None = None
     select: Callable[[Tensors], StateDict] = keep_all
     config_json: Callable[[Config], dict[str, Any]] | None = None
     options: tuple[str, ...] = ()
@@ -95,10 +97,11 @@ class Kind(Generic[Config]):
                     f"expected the shapes of a {self.name}, found others, from which its config "
                     f"cannot be told ({type(error).__name__}: {visible(error, 100)}); {OTHER_KIND}"
                 ) from error
-        if stated:
+        if other := [name for name, value in stated.items() if given.get(name) != value]:
+            has = ", ".join(f"{name} {visible(given.get(name), 60)}" for name in other)
             raise UserError(
-                f"expected --config alone, found --{', --'.join(stated)} too; put them into the "
-                "config"
+                f"expected the config alone ({has}), found --{', --'.join(other)} too; put them "
+                "into the config, or leave them out"
             )
         return self.config_from_dict(given)
 

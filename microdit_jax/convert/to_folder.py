@@ -63,6 +63,9 @@ def convert_to_folder(
         say("config", kind.describe(model_config))
         if source.config_from:
             say("", f"read from {source.config_from}")
+        elif kind.describe_origin is not None:
+            stated = {name: value for name, value in values.items() if value is not None}
+            say("", kind.describe_origin(model_config, stated))
         with bar("checking", num_bytes) as progress:
             params = kind.from_torch(found.tensors, model_config, progress=progress)
         say("writing", str(output))

@@ -1,5 +1,6 @@
 """A tiny network, its text tower and its VAE as PyTorch files, as people have them."""
 
+import dataclasses
 import functools
 import json
 import pathlib
@@ -36,9 +37,15 @@ def tensors() -> dict[str, dict[str, np.ndarray]]:
     }
 
 
+def write_dit(path: pathlib.Path, state_dict: dict[str, np.ndarray]) -> None:
+    """Writes the network's file as python -m convert --to=torch does, with its config."""
+    note = {"kind": "dit", "config": dataclasses.asdict(tiny_model().config)}
+    write_torch(path, state_dict, notes={"extra/microdit_jax": json.dumps(note).encode()})
+
+
 def write_files(folder: pathlib.Path) -> None:
     """Writes dit.pt, clip/open_clip_pytorch_model.bin and vae/."""
-    write_torch(folder / "dit.pt", tensors()["dit"])
+    write_dit(folder / "dit.pt", tensors()["dit"])
     for name in ("clip", "vae"):
         (folder / name).mkdir()
     write_torch(folder / "clip" / "open_clip_pytorch_model.bin", tensors()["clip_text"])
