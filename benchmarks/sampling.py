@@ -45,17 +45,18 @@ flags.adopt_module_key_flags(model_flags)
 
 CONVERGED = 200  # steps of Heun's
 GRID = (
-    *({"solver": "heun", "num_inference_steps": n} for n in (6, 8, 10, 13, 18, 30, 50)),
+    *({"solver": "heun", "num_inference_steps": n} for n in (10, 13, 18, 24, 30, 50)),
     *(
-        {"solver": solver, "num_inference_steps": n}
+        {"solver": solver, "schedule": schedule, "num_inference_steps": n}
         for solver in ("ab2", "sab2", "ab3")
-        for n in (10, 12, 14, 16, 20, 25)
+        for schedule in ("log", "dense")
+        for n in (12, 14, 16, 20, 25)
     ),
     *(
         {"solver": solver, "schedule": schedule, "num_inference_steps": n}
         for solver in ("dpmpp_2m", "unipc")
-        for schedule in ("edm", "log")
-        for n in (12, 16, 20, 25)
+        for schedule in ("edm", "dense")
+        for n in (16, 20, 25)
     ),
     {"solver": "euler", "num_inference_steps": 50},
 )

@@ -31,10 +31,12 @@ FSDP = flags.DEFINE_integer(
 )  # fmt: skip
 
 SOLVER = flags.DEFINE_string(
-    "solver", "heun", "heun (the reference's), euler, dpmpp_2m, ab3 or unipc: docs/sampling.md."
+    "solver",
+    "heun",
+    "heun (the reference's), euler, dpmpp_2m, ab2, sab2, ab3 or unipc: docs/sampling.md.",
 )
 SCHEDULE = flags.DEFINE_string(
-    "schedule", None, "Noise levels: edm, log or exponential; default: the solver's own."
+    "schedule", None, "Noise levels: edm, log, dense or exponential; default: the solver's own."
 )
 GUIDANCE = flags.DEFINE_string(
     "guidance", "cfg", "cfg (classifier-free), interval, apg, or cfgpp with --solver=euler."

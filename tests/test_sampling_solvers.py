@@ -236,13 +236,19 @@ def test_a_schedule_falls_from_sigma_max_to_0(name, config, steps):
     assert len(levels) == steps + 1 and levels.dtype == np.float64
     assert (levels[0], levels[-1]) == (pytest.approx(config.sigma_max), 0)
     assert np.all(np.diff(levels) < 0)
-    if name != "log" and steps > 1:
+    if name in ("edm", "exponential") and steps > 1:
         assert levels[-2] == pytest.approx(config.sigma_min)
 
 
 def test_log_levels_are_even_in_their_logarithm():
     steps = np.diff(np.log1p(schedules.log_levels(12, OTHER) / schedules.LOG_KNEE))
     np.testing.assert_allclose(steps, steps[0])
+
+
+def test_dense_levels_are_even_in_their_position():
+    levels = schedules.dense_levels(12, OTHER)
+    position = np.log1p(levels / 0.02) + 4 * levels / (levels + 0.8)
+    np.testing.assert_allclose(np.diff(position), -position[0] / 12)
 
 
 def test_an_unknown_solver():

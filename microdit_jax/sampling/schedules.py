@@ -8,6 +8,8 @@ from jaxtyping import Float64
 from microdit_jax.diffusion import EdmConfig
 
 LOG_KNEE = 0.02  # noise level around which the log schedule turns from geometric to even steps
+MIDDLE = 0.8  # noise level around which the dense schedule has more levels than the log schedule
+DENSITY = 4.0  # how many more
 
 Levels = Float64[np.ndarray, " levels"]
 
@@ -41,6 +43,33 @@ def log_levels(num_steps: int, config: EdmConfig) -> Levels:
     return levels
 
 
+def dense_levels(num_steps: int, config: EdmConfig) -> Levels:
+    """Noise levels even in log(1 + sigma / LOG_KNEE) + DENSITY sigma / (sigma + MIDDLE), to 0.
+
+    These are `log_levels` with up to twice as many per octave where images take shape, and fewer
+    above, where the denoised image hardly changes. The constants were chosen on the instant model,
+    by a grid search beside a fit of every level by gradient, which was no better
+    (docs/sampling.md).
+
+    Returns:
+      (num_steps + 1,) float64.
+    """
+
+    def position(level: Levels) -> Levels:
+        return np.log1p(level / LOG_KNEE) + DENSITY * level / (level + MIDDLE)
+
+    top = np.full(num_steps + 1, config.sigma_max)
+    wanted = position(top) * np.linspace(1, 0, num_steps + 1)
+    low, high = np.zeros(num_steps + 1), top.copy()
+    for _ in range(100):  # bisection, to the last bit
+        middle = (low + high) / 2
+        below = position(middle) < wanted
+        low, high = np.where(below, middle, low), np.where(below, high, middle)
+    levels = high
+    levels[[0, -1]] = config.sigma_max, 0.0
+    return levels
+
+
 def exponential_levels(num_steps: int, config: EdmConfig) -> Levels:
     """Noise levels even in log(sigma), from sigma_max to sigma_min, then 0.
 
@@ -54,5 +83,6 @@ def exponential_levels(num_steps: int, config: EdmConfig) -> Levels:
 SCHEDULES: dict[str, Callable[[int, EdmConfig], Levels]] = {
     "edm": edm_levels,
     "log": log_levels,
+    "dense": dense_levels,
     "exponential": exponential_levels,
 }

@@ -10,7 +10,7 @@ from microdit_jax.sampling.guidance import KINDS, Form, Strength
 from microdit_jax.sampling.schedules import SCHEDULES
 from microdit_jax.sampling.solvers import Evaluation, shows_denoised, solver_of
 
-INTERVAL = (0.15, 3.0)  # noise levels in which guidance="interval" guides unless asked otherwise
+INTERVAL = (0.05, 1.5)  # noise levels in which guidance="interval" guides unless asked otherwise
 APG = (0.0, -0.5, 0.0)  # eta, beta and r of guidance="apg" unless asked otherwise
 
 

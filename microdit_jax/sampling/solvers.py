@@ -259,12 +259,12 @@ def unipc(levels: Levels) -> list[Evaluation]:
 
 SOLVERS = {
     "heun": Solver(heun, "edm", 30),
-    "euler": Solver(euler, "log", 50),
-    "dpmpp_2m": Solver(dpmpp_2m, "edm", 25, min_steps=2),
-    "ab2": Solver(functools.partial(adams_bashforth, order=2), "log", 16, min_steps=2),
-    "sab2": Solver(stabilised_adams_bashforth, "log", 16, min_steps=3),
-    "ab3": Solver(adams_bashforth, "log", 16, min_steps=3),
-    "unipc": Solver(unipc, "edm", 25, min_steps=2),
+    "euler": Solver(euler, "dense", 50),
+    "dpmpp_2m": Solver(dpmpp_2m, "dense", 20, min_steps=2),
+    "ab2": Solver(functools.partial(adams_bashforth, order=2), "dense", 16, min_steps=2),
+    "sab2": Solver(stabilised_adams_bashforth, "dense", 16, min_steps=3),
+    "ab3": Solver(adams_bashforth, "dense", 16, min_steps=3),
+    "unipc": Solver(unipc, "dense", 20, min_steps=2),
 }
 
 
