@@ -167,7 +167,7 @@ def test_all_solvers_are_tested():
 @pytest.mark.parametrize("schedule", schedules.SCHEDULES)
 @pytest.mark.parametrize("name", solvers.SOLVERS)
 def test_a_solver_is_its_textbook_form(name, schedule):
-    for steps in (5, 9, 30):
+    for steps in (8, 12, 30):
         levels = schedules.SCHEDULES[schedule](steps, EDM)
         found = path(solvers.SOLVERS[name].evaluations(levels))[-1]
         assert relative_l2(found, BY_HAND[name](levels, NOISE * levels[0])) < 1e-5
