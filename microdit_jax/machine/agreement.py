@@ -14,6 +14,7 @@ from typing import Any
 import jax
 
 from microdit_jax.errors import UserError, visible
+from microdit_jax.files import parse_json
 from microdit_jax.machine import hosts, watch
 
 VERSIONS_OF = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
@@ -52,7 +53,7 @@ def _difference(job: watch.Watch, number: int, mine: dict[str, str], until: floa
         text = job.store.wait(f"facts/{number}/{other}", max(1.0, until - time.monotonic()))
         if text is None:
             return f"expected what process {other} works with, found none in time; look at its log"
-        found = json.loads(text)
+        found = parse_json(text)
         theirs = found["facts"]
         differing = [
             f"{name} {mine.get(name, 'absent')} on {job.who()} and {theirs.get(name, 'absent')} on "

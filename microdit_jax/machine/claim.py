@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 from microdit_jax.errors import UserError, visible
-from microdit_jax.files import disk_errors
+from microdit_jax.files import disk_errors, parse_json
 from microdit_jax.machine import watch
 
 NAME = ".lock"
@@ -190,7 +190,7 @@ def _read(path: Path) -> dict:
     with open(path, "rb") as file:
         text = file.read(_MOST_BYTES)
     try:
-        found = json.loads(text)
+        found = parse_json(text)
         return found if isinstance(found, dict) else {}
     except ValueError:  # being written
         return {}

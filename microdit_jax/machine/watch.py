@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 from microdit_jax.errors import UserError, visible
+from microdit_jax.files import parse_json
 from microdit_jax.machine import interrupts
 from microdit_jax.machine.coordination import Store, Unreachable
 
@@ -153,7 +154,7 @@ class Watch:
             if who not in seen or seen[who][0] != text:
                 seen[who] = text, now
             elif now - seen[who][1] > self._timeout:
-                sign = json.loads(text)
+                sign = parse_json(text)
                 if "done" not in sign:
                     at = "" if sign["step"] is None else f" since step {sign['step']}"
                     name = f"process {who} ({sign['host']})"
@@ -169,7 +170,7 @@ class Watch:
                     self._end_without_first("is gone")
                 return
             if text is not None and not self._closed.is_set():
-                self._end(json.loads(text))
+                self._end(parse_json(text))
 
     def _look(self) -> None:
         """Ends this process if process 0 stays silent; hears that another wants to stop."""
@@ -242,7 +243,7 @@ class Watch:
 
 
 def _host_of(sign: str | None) -> str:
-    return "unknown" if sign is None else json.loads(sign).get("host", "unknown")
+    return "unknown" if sign is None else parse_json(sign).get("host", "unknown")
 
 
 # ------------------------------------------------------------------ for all that may run in a job
