@@ -184,7 +184,7 @@ def test_a_failed_save_raises_at_the_next_call(tmp_path, monkeypatch):
 
     for call in ("check", "wait", "save", "close"):
         checkpoints = RunCheckpoints(tmp_path / call)
-        monkeypatch.setattr("microdit_jax.checkpoints.run.checksums", fail)
+        monkeypatch.setattr("microdit_jax.checkpoints.manager.checksums", fail)
         checkpoints.save(1, make_state(1), {})
         checkpoints._saving[1].exception()  # until it has failed
         monkeypatch.undo()
@@ -201,7 +201,7 @@ def test_a_failed_save_raises_at_the_next_call(tmp_path, monkeypatch):
 def test_a_save_that_hangs(tmp_path, monkeypatch):
     release = threading.Event()
     monkeypatch.setattr(
-        "microdit_jax.checkpoints.run.checksums", lambda folder: release.wait() and {}
+        "microdit_jax.checkpoints.manager.checksums", lambda folder: release.wait() and {}
     )
     checkpoints = RunCheckpoints(tmp_path, timeout_seconds=1.0)
     checkpoints.save(1, make_state(1), {})
@@ -218,3 +218,12 @@ def test_config_of_a_run(tmp_path):
     assert is_run(tmp_path)
     assert read_run_metadata(tmp_path)["has_ema"]
     assert json.loads((tmp_path / "config.json").read_text())["format"] == "microdit_jax.run"
+
+
+def test_a_part_that_is_missing_is_noticed_before_the_commit(tmp_path, monkeypatch):
+    """As of a process that wrote to a disk of its own: the step is no checkpoint."""
+    monkeypatch.setattr("microdit_jax.checkpoints.run.writers_of", lambda arrays: {0, 1})
+    with pytest.raises(UserError, match="part of each process in .*, found none of process 1"):
+        with RunCheckpoints(tmp_path) as checkpoints:
+            checkpoints.save(1, make_state(1), {"step": 1})
+    assert steps_on_disk(tmp_path) == []

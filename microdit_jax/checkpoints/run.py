@@ -15,7 +15,6 @@ import concurrent.futures
 import contextlib
 import os
 import shutil
-import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,13 +22,13 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from orbax.checkpoint import checkpoint_managers as policies
 
 from microdit_jax.checkpoints import packing
+from microdit_jax.checkpoints.manager import Manager, make_manager, remove_partials, writers_of
 from microdit_jax.checkpoints.model_folder import VERSION
 from microdit_jax.checkpoints.restore import good_step, restore_state, say, steps_on_disk
 from microdit_jax.errors import UserError, visible
-from microdit_jax.files import checksums, disk_errors, read_json, write_json
+from microdit_jax.files import disk_errors, read_json, write_json
 from microdit_jax.machine import hosts, watch
 from microdit_jax.machine.background import give_way
 
@@ -66,11 +65,12 @@ class RunCheckpoints:
         self.workdir = Path(workdir).absolute()
         self.folder = self.workdir / "checkpoints"
         self._keep, self._timeout = (keep_last, keep_every), timeout_seconds
-        self._manager: _Manager | None = None
+        self._manager: Manager | None = None
         # Orbax's threads are started by this one and share its priority.
         self._executor = concurrent.futures.ThreadPoolExecutor(1, initializer=give_way)
         self._saving: tuple[int, concurrent.futures.Future] | None = None
         self._newest: int | None = None  # step last saved or restored
+        self._writers: set[int] = set()  # processes with a part of the step being saved
         self._rows: dict[str, np.ndarray] = {}  # memory for packed arrays; one save at a time
 
     @property
@@ -104,8 +104,11 @@ class RunCheckpoints:
         num_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
         hosts.from_first(f"prepare checkpoint {step}", lambda: self._prepare(step, num_bytes))
         if self._manager is None:
-            self._manager = _manager(self.folder, *self._keep, self._timeout)
+            self._manager = make_manager(
+                self.folder, *self._keep, self._timeout, lambda: self._writers
+            )
         arrays, index = packing.pack(state, self._rows)
+        self._writers = writers_of(arrays)
         args = ocp.args.Composite(
             state=ocp.args.PyTreeSave(arrays, custom_metadata=index),
             metadata=ocp.args.JsonSave(dict(metadata)),
@@ -181,7 +184,7 @@ class RunCheckpoints:
 
     def _prepare(self, step: int, num_bytes: int) -> None:
         """Checks for room on the disk and moves newer steps out of the way; called by process 0."""
-        _remove_partials(self.folder)  # of a run that was killed; they take the room
+        remove_partials(self.folder)  # of a run that was killed; they take the room
         with disk_errors(self.folder, num_bytes):
             self.folder.mkdir(parents=True, exist_ok=True)
             oldest = -1 if self._newest is None else self._newest
@@ -218,72 +221,8 @@ class RunCheckpoints:
         except Exception as error:
             self._manager = None  # it would raise the same error again
             if jax.process_index() == 0:
-                _remove_partials(self.folder)
+                remove_partials(self.folder)
             raise self._fault(step, error) from error
-
-
-class _Manager(ocp.CheckpointManager):
-    def reached_preemption(self, step: int) -> bool:
-        # The training loop asks, once a step. Orbax would ask again from its own thread, with the
-        # step that it saves, which sets JAX's count back: the step agreed on could be a past one.
-        return False
-
-
-def _manager(folder: Path, keep_last: int, keep_every: int, timeout_seconds: float) -> _Manager:
-    keep: list[policies.PreservationPolicy] = [policies.LatestN(keep_last)]
-    if keep_every:
-        keep.append(policies.EveryNSteps(keep_every))
-
-    def write_manifest() -> None:
-        # Orbax calls this on process 0 when all files are written, before the rename commits them.
-        (partial,) = _partials(folder)
-        files = checksums(partial)
-        # Orbax adds the time of the commit to its note afterwards; restoring does not read it.
-        del files["_CHECKPOINT_METADATA"]
-        write_json(partial / "manifest.json", {"files": files})
-
-    options = ocp.CheckpointManagerOptions(
-        preservation_policy=policies.AnyPreservationPolicy(keep),
-        cleanup_tmp_directories=True,
-        lightweight_initialize=True,
-        async_options=ocp.AsyncOptions(
-            timeout_secs=max(1, int(timeout_seconds)), post_finalization_callback=write_manifest
-        ),
-    )
-    # OCDBT packs many arrays and shards into few files; weights do not compress (8 % at a third of
-    # the speed, measured).
-    # Devices that hold copies of one array can each write a part of it, which compiles a program
-    # for each part: only for large arrays (10 s less at a run's first save, measured).
-    # Shardings are not stored, since a run restores to its own; they would take a quarter of a
-    # small save's time.
-    arrays = ocp.type_handlers.ArrayHandler(
-        min_slice_bytes_for_replica_parallel=64 * 2**20, enable_write_sharding_file=False
-    )
-    handler = ocp.PyTreeCheckpointHandler(
-        use_ocdbt=True,
-        use_compression=False,
-        type_handler_registry=ocp.type_handlers.create_type_handler_registry(
-            (jax.Array, arrays), (np.ndarray, ocp.type_handlers.NumpyHandler())
-        ),
-    )
-    registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
-    registry.add("state", ocp.args.PyTreeSave, handler)
-    registry.add("metadata", ocp.args.JsonSave, ocp.JsonCheckpointHandler())
-    return _Manager(folder, options=options, handler_registry=registry)
-
-
-def _partials(folder: Path) -> list[Path]:
-    """Lists the folders of steps being written, or left by a run that was killed."""
-    return list(folder.glob("*.orbax-checkpoint-tmp*"))
-
-
-def _remove_partials(folder: Path) -> None:
-    for _ in range(20):  # other files of the failed save may still be arriving
-        for partial in _partials(folder):
-            shutil.rmtree(partial, ignore_errors=True)
-        if not _partials(folder):
-            return
-        time.sleep(0.1)
 
 
 def _reason(error: BaseException) -> str:
