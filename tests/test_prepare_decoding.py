@@ -1,6 +1,7 @@
 """Images: the reference's transform bit for bit, and files of every kind and state."""
 
 import concurrent.futures
+import dataclasses
 import io
 import threading
 import time
@@ -8,11 +9,13 @@ import time
 import numpy as np
 import pytest
 from conftest import GOLDEN
-from PIL import Image
+from PIL import Image, ImageOps
 
 from microdit_jax.files import image_files
 from microdit_jax.prepare import decoding
 from microdit_jax.prepare.decoding import decode, resize_and_crop, to_float
+from microdit_jax.prepare.options import PrepareOptions
+from microdit_jax.prepare.sources.listed_images import SourceImage
 
 RNG = np.random.default_rng(0)
 IMAGE = Image.fromarray(RNG.integers(0, 256, (40, 60, 3), np.uint8))
@@ -162,3 +165,20 @@ def test_a_pixel_column_without_pixels_is_refused():
     for size in ((0, 0), (0, 7)):
         with pytest.raises(ValueError, match="no pixels"):
             decode(Image.new("RGB", size))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_the_cameras_orientation_is_applied_where_asked(orientation):
+    pixels = np.random.default_rng(orientation).integers(0, 256, (20, 30, 3), np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG", exif=exif)
+    options = PrepareOptions(resolutions=(16,), min_size=16, seed=0, batch=1)
+    expected = {False: Image.fromarray(pixels)}
+    expected[True] = ImageOps.exif_transpose(Image.open(io.BytesIO(file.getvalue())))
+    for exif_on, upright in expected.items():
+        asked = dataclasses.replace(options, exif=exif_on)
+        image = SourceImage("x", "words", file.getvalue)
+        (found,) = decoding._decode_one(image, asked, decoding.PixelLimit()).crops
+        np.testing.assert_array_equal(found, decoding.resize_and_crop(upright, 16))

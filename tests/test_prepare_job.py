@@ -30,6 +30,7 @@ from microdit_jax.errors import UserError
 from microdit_jax.prepare import __main__, encoding, job
 from microdit_jax.prepare.encoding import image_noise, make_towers
 from microdit_jax.prepare.options import PrepareOptions
+from microdit_jax.prepare.sources import listed_images
 from microdit_jax.prepare.sources.listed_images import SourceImage, skipped_image
 
 TABLE = TokenTable(width=8, max_tokens=6, seed=0)
@@ -55,10 +56,17 @@ class Source:
 
     attribution = "me"
     notes = ()
+    part_size = 1
 
     def __init__(self, count=3):
         self.parts = [f"part {i}" for i in range(count)]
         self.reads = []
+
+    def listing(self, part):
+        return {self.parts[part]: ""}
+
+    def regrouped(self, parts):
+        return listed_images.ChosenParts(self, [self.parts.index(name) for (name,) in parts])
 
     def read(self, part):
         self.reads.append(part)

@@ -104,6 +104,31 @@ def test_coco2014(tmp_path):
         open_source("coco2014", str(tmp_path))
 
 
+def test_coco2017(tmp_path):
+    write(tmp_path / "train2017/000000000139.jpg", image(50))
+    data = {
+        "images": [{"id": 139, "file_name": "000000000139.jpg"}],
+        "annotations": [{"image_id": 139, "id": 1, "caption": "a room"}],
+    }
+    path = write_json(tmp_path / "annotations/captions_train2017.json", data)
+    good, bad = read(open_source("coco2017", str(tmp_path), split="train"))
+    assert good == [("000000000139", "a room", 50)] and not bad
+    with pytest.raises(UserError, match="found annotations .annotations, images., as COCO"):
+        open_source("folder", str(tmp_path / "train2017"), captions=str(path))
+
+
+@pytest.mark.parametrize("ending", ["csv", "tsv", "jsonl", "json"])
+def test_tables_with_a_byte_order_mark(tmp_path, ending):
+    """As spreadsheets save them."""
+    comma = {"csv": ",", "tsv": "\t"}.get(ending)
+    text = '{"file_name": "b.jpg", "caption": "bee"}'
+    if comma is not None:
+        text = f"file_name{comma}caption\r\nb.jpg{comma}bee\r\n"
+    write(tmp_path / f"captions.{ending}", "\ufeff" + (f"[{text}]" if ending == "json" else text))
+    write(tmp_path / "b.jpg", image(20))
+    assert read(open_source("folder", str(tmp_path)))[0] == [("b.jpg", "bee", 20)]
+
+
 def test_textcaps(tmp_path):
     rows = [("a", "reads stop"), ("a", "second"), ("b", "reads go")]
     data = {"data": [{"image_id": i, "caption_str": c, "reference_strs": []} for i, c in rows]}

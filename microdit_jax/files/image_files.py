@@ -10,11 +10,12 @@ import re
 import struct
 from collections.abc import Iterator
 
-from PIL import Image
+from PIL import Image, features
 
 from microdit_jax.files.reading import read_bytes
 
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
+FORMATS += ("AVIF",) if features.check("avif") else ()  # not in every build of Pillow
 # 300 MB for one image in memory; a larger one is refused before it is decoded.
 MAX_PIXELS = 100_000_000
 MAX_BYTES = 4 * MAX_PIXELS  # of a file: RGBA, uncompressed

@@ -17,6 +17,7 @@ if __name__ == "__main__":
 
     run_command("microdit_jax.prepare.__main__")
 
+import argparse
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -82,8 +83,8 @@ def _parser() -> Parser:
     )
     add("--captions", help="a table of captions, for --source=folder")
     add("--split", help="a part of the dataset, for sources that have splits")
-    add("--image_column", help="column of the images, for --source=parquet")
-    add("--caption_column", help="column of the captions, for --source=parquet")
+    add("--image_column", help="column (webdataset: ending) of the images")
+    add("--caption_column", help="column (webdataset: ending, field) of captions")
     add("--captions_of_a_list", choices=CHOICES, help="which caption of several: the first "
         "(default), or one at random, by the image's id and --seed")  # fmt: skip
     add("--cache", help="a local folder, for --source=mds from a URL")
@@ -91,11 +92,14 @@ def _parser() -> Parser:
     add("--min_size", type=int, help="shorter side of a usable image (default: as small as the "
         "smallest resolution)")  # fmt: skip
     add("--keep_captions", action="store_true", help="do not clean the captions")
+    add("--exif", action=argparse.BooleanOptionalAction, help="turn images as the camera's "
+        "orientation says (default: for folder and parquet; the reference never does)")  # fmt: skip
     add("--captions_as", default="embeddings", choices=("embeddings", "tokens", "both"),
         help="store embeddings, token ids to embed while training, or both")  # fmt: skip
     add("--batch", type=int, default=16, help="images that a device encodes at a time")
     add("--threads", type=int, default=8, help="threads that decode images")
     add("--seed", type=int, default=2024, help="seed of the noise that latents are sampled with")
+    add("--append", action="store_true", help="the source has grown: make new parts of what is new")
     add("--process_index", type=int, default=0, help="which process this is")
     add("--process_count", type=int, default=1, help="how many share the work")
     return parser
@@ -108,6 +112,8 @@ def main(arguments: Sequence[str]) -> None:
         resolutions = tuple(int(side) for side in args.resolutions.split(","))
     except ValueError:
         parser.error(f"argument --resolutions: expected 256,512, found {args.resolutions!r}")
+    if args.append and args.fraction != 1:
+        parser.error("argument --append: it takes a whole source; leave --fraction out")
     job_folder.check_counts(args.process_index, args.process_count, threads=args.threads)
     options = PrepareOptions(
         resolutions=resolutions,
@@ -116,6 +122,7 @@ def main(arguments: Sequence[str]) -> None:
         batch=args.batch,
         clean=not args.keep_captions,
         caption_store=args.captions_as,
+        exif=registry.KINDS[args.source].photographs if args.exif is None else args.exif,
     )
     check_writable(args.output, folder=True)
     memory.check_host(
@@ -147,6 +154,7 @@ def main(arguments: Sequence[str]) -> None:
         process_index=args.process_index,
         process_count=args.process_count,
         threads=args.threads,
+        append=args.append,
     )
     count = job.count_records(output) - done_before
     rate = count / (time.monotonic() - start)

@@ -18,6 +18,17 @@ from microdit_jax.prepare import captions
 from microdit_jax.prepare.options import PrepareOptions
 from microdit_jax.prepare.sources.listed_images import ImageSource, SourceImage
 
+# The tag of the camera's orientation (EXIF 2.3, 4.6.4), and what makes each upright
+_ORIENTATION = 0x0112
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 # Bytes of undecoded files that wait for a thread.
 _MAX_WAITING = 1 << 30
 
@@ -27,8 +38,6 @@ def decode(file: bytes | Image.Image, max_pixels: int = MAX_PIXELS) -> Image.Ima
     """Decodes an image file to RGB: grey and CMYK converted, alpha over white, the first frame.
 
     The reference drops alpha instead, which shows what was meant to be hidden; its data have none.
-    As in the reference, the camera's orientation is not applied.
-
     Raises:
       ValueError: no image, a damaged or an enormous one; the message is a short reason.
     """
@@ -212,10 +221,21 @@ def _crops(
 ) -> tuple[UInt8[np.ndarray, "h w 3"], ...]:
     with _opened(file) as image, limit.hold(image.width * image.height):
         image.load()
+        turn = _TURNS.get(_orientation(image)) if options.exif else None
         image = _to_rgb(image)
+        if turn is not None:
+            image = image.transpose(turn)
         if min(image.size) < options.min_size:
             raise _Refused(f"smaller than {options.min_size} pixels")
         return tuple(resize_and_crop(image, side) for side in options.resolutions)
+
+
+def _orientation(image: Image.Image) -> int:
+    """Returns how the camera was held, 1 to 8; 1 where that is not told, or damaged."""
+    try:
+        return int(image.getexif().get(_ORIENTATION, 1))
+    except Exception:  # an image whose pixels are whole is used
+        return 1
 
 
 def _load(image: SourceImage) -> bytes | Image.Image:

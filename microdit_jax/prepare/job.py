@@ -5,10 +5,12 @@ the output is the same for any number of processes and devices and however often
 """
 
 import collections
+import contextlib
 import dataclasses
+import functools
 import itertools
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -22,9 +24,10 @@ from microdit_jax.files import atomic_folder, read_json, write_text
 from microdit_jax.prepare import job_folder
 from microdit_jax.prepare.decoding import decode_parts
 from microdit_jax.prepare.encoding import DeviceTowers, Record, SkippedImage, encode_parts
+from microdit_jax.prepare.listing import LISTING, agree
 from microdit_jax.prepare.mds_writer import MdsWriter, merge_index
 from microdit_jax.prepare.options import PrepareOptions
-from microdit_jax.prepare.sources.listed_images import ImageSource
+from microdit_jax.prepare.sources.listed_images import ChosenParts, ImageSource, SourceImage
 
 REPORT, SKIPPED = "report.json", "skipped.jsonl"
 _PART_REPORT = "part.json"
@@ -42,6 +45,7 @@ def run(
     process_index: int = 0,
     process_count: int = 1,
     threads: int = 4,
+    append: bool = False,
     progress: bool = True,
 ) -> bool:
     """Writes an MDS dataset of latents; the same call again goes on where it was.
@@ -53,10 +57,11 @@ def run(
       request: what else decides the output (the source's options), kept in job.json.
       process_index, process_count: this process takes every process_count-th part.
       threads: that decode.
+      append: new parts are made of what the source has more than when the job began.
     Returns:
       True if the output is complete; False while other processes still work.
     Raises:
-      UserError: another job's folder, a full disk, or no usable image at all.
+      UserError: another job's folder, a source that changed, a full disk, or no usable image.
     """
     job_folder.check_counts(process_index, process_count, threads=threads)
     codec, text_encoder = towers[0].codec, towers[0].text_encoder
@@ -65,14 +70,34 @@ def run(
         request
         | dataclasses.asdict(options)
         | {"vae": codec.name, "text_encoder": text_encoder.name}
-        | {"job": "prepare", "parts": len(source.parts), "first_part": source.parts[0]},
+        | {"job": "prepare"},
     )
+    with _let_go_unless_begun(output, alone=process_count == 1):
+        source = agree(output, source, append=append)
+        return _run_parts(
+            source,
+            towers,
+            output,
+            options,
+            own=range(process_index, len(source.parts), process_count),
+            threads=threads,
+            progress=progress,
+        )
+
+
+def _run_parts(
+    source: ImageSource,
+    towers: Sequence[DeviceTowers],
+    output: Path,
+    options: PrepareOptions,
+    *,
+    own: range,
+    threads: int,
+    progress: bool,
+) -> bool:
+    source = _Counted(source)
     folders = [output / f"{number:06}" for number in range(len(source.parts))]
-    own_parts = [
-        number
-        for number in range(process_index, len(folders), process_count)
-        if not folders[number].exists()
-    ]
+    own_parts = [number for number in own if not folders[number].exists()]
     with (
         ThreadPoolExecutor(threads) as decoders,
         ThreadPoolExecutor(len(towers)) as encoders,
@@ -82,7 +107,8 @@ def run(
         decoded = decode_parts(source, own_parts, options, decoders, ahead=ahead)
         encoded = encode_parts(decoded, towers, options, encoders)
         for number, items in itertools.groupby(encoded, key=lambda item: item[0]):
-            _write_part(folders[number], (item for _, item in items), options, bar)
+            seen = functools.partial(source.seen.__getitem__, number)
+            _write_part(folders[number], (item for _, item in items), options, bar, seen)
     complete = all(folder.exists() for folder in folders)
     if complete:
         _finish(output, folders, source, towers[0])
@@ -94,6 +120,7 @@ def _write_part(
     items: Iterable[Record | SkippedImage | None],
     options: PrepareOptions,
     bar: tqdm.tqdm,
+    seen: Callable[[], int],
 ) -> None:
     skipped, shapes, count = [], {}, 0
     with (
@@ -108,8 +135,47 @@ def _write_part(
                 writer.write({k: v.tobytes() if k in shapes else v for k, v in item.items()})
                 count += 1
                 bar.update()
+        # Nothing vanishes uncounted: what the source gave is a record or has a reason
+        if count + len(skipped) != seen():
+            raise RuntimeError(
+                f"{seen()} images of {folder.name} became {count} records, {len(skipped)} skipped"
+            )
         report = {"records": count, "shapes": shapes, "skipped": skipped}
         write_text(partial / _PART_REPORT, json.dumps(report))
+
+
+class _Counted(ChosenParts):
+    """A source that counts the images which it gives.
+
+    Attributes:
+      seen: number of images by part.
+    """
+
+    def __init__(self, source: ImageSource):
+        super().__init__(source, range(len(source.parts)))
+        self.seen: collections.Counter[int] = collections.Counter()
+
+    def read(self, part: int) -> Iterator[SourceImage]:
+        """Yields the images of one part."""
+        self.seen[part] = 0
+        for image in super().read(part):
+            self.seen[part] += 1
+            yield image
+
+
+@contextlib.contextmanager
+def _let_go_unless_begun(output: Path, *, alone: bool) -> Iterator[None]:
+    """Frees the folder of a run that fails without a record, for other settings or sources.
+
+    Args:
+      alone: no other process may be at work there.
+    """
+    try:
+        yield
+    except BaseException:
+        if alone and not count_records(output):
+            job_folder.let_go(output, LISTING, _PART_REPORT)
+        raise
 
 
 def _json_line(value: dict[str, Any]) -> str:

@@ -4,8 +4,10 @@ Any number of processes may work on one folder, each on its own parts; a process
 parts done finishes the job. A part takes its name once it is whole, so a kill leaves no half ones.
 """
 
+import contextlib
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +60,22 @@ def begin(folder: Path, request: dict[str, Any]) -> None:
         )
 
 
+def let_go(folder: Path, *names: str) -> None:
+    """Removes what binds a folder to a job that has written nothing, and its empty parts.
+
+    Args:
+      names: files of the job beside its own; a subfolder with one of them is a part.
+    """
+    with contextlib.suppress(OSError):  # the failure that led here is what matters
+        for part in folder.glob("[0-9]*[0-9]"):
+            if any((part / name).is_file() for name in names):
+                shutil.rmtree(part)
+        for name in (*names, JOB):
+            (folder / name).unlink(missing_ok=True)
+
+
 def _content(folder: Path) -> list[str]:
     """Lists a folder, if it exists, without job.json and half-written copies of it."""
     found = [path.name for path in folder.iterdir()] if folder.exists() else []
-    return [name for name in found if not re.fullmatch(rf"(\.{JOB}\..*\.partial|{JOB})", name)]
+    own = rf"\.{JOB}\..*\.partial|{JOB}|skipped\.jsonl"  # the last stays of a job that let go
+    return [name for name in found if not re.fullmatch(own, name)]

@@ -16,6 +16,7 @@ class PrepareOptions:
       batch: images that a device encodes at a time.
       clean: clean the captions.
       caption_store: "embeddings", "tokens" or "both".
+      exif: turn images as the camera's orientation says.
     """
 
     resolutions: tuple[int, ...]
@@ -24,6 +25,7 @@ class PrepareOptions:
     batch: int
     clean: bool = True
     caption_store: str = "embeddings"
+    exif: bool = False
 
     def __post_init__(self):
         """Raises UserError, naming the flag, for a value out of range."""

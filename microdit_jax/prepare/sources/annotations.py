@@ -1,4 +1,4 @@
-"""COCO 2014 and TextCaps: images in folders, captions by image in one json file a split."""
+"""COCO and TextCaps: images in folders, captions by image in one json file a split."""
 
 from collections.abc import Callable, Iterable
 from pathlib import Path

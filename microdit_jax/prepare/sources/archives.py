@@ -7,7 +7,7 @@ import struct
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
@@ -36,23 +36,25 @@ class Member(NamedTuple):
     reason: str | None = None
 
 
-def suffix_of(name: str) -> str:
-    """Returns what follows the first dot of a file's name, in lower case: ".jpg"."""
-    return f".{PurePosixPath(name).name.partition('.')[2].lower()}"
+def _everything(name: str) -> bool:
+    return True
 
 
-def members(path: Path) -> Iterator[Member]:
+def members(path: Path, wants: Callable[[str], bool] = _everything) -> Iterator[Member]:
     """Yields the files of an archive or folder, in stored order (a folder's sorted).
 
     A damaged archive gives what can be read, then one member with the reason.
+
+    Args:
+      wants: tells by a name if the file is to be read; else its data are b"".
     """
     try:
         if path.is_dir():
-            yield from _folder(path)
+            yield from _folder(path, wants)
         elif path.suffix == ".zip":
-            yield from _zip(path)
+            yield from _zip(path, wants)
         else:
-            yield from _tar(path)
+            yield from _tar(path, wants)
     except DAMAGE as error:
         yield Member("", b"", f"archive damaged or cut off ({type(error).__name__})")
 
@@ -76,15 +78,17 @@ def read_member(path: Path, name: str, num_bytes: int) -> bytes:
 
 def _most_bytes(name: str) -> int | None:
     """Returns how large a file may be; None for one that is not needed."""
-    suffix = suffix_of(name)
-    return MAX_BYTES if suffix in SUFFIXES else MAX_TEXT if suffix in (".txt", ".json") else None
+    suffix = PurePosixPath(name).suffix.lower()
+    if suffix in SUFFIXES:
+        return MAX_BYTES
+    return MAX_TEXT if suffix in (".txt", ".caption", ".json") else None
 
 
-def _folder(path: Path) -> Iterator[Member]:
+def _folder(path: Path, wants: Callable[[str], bool]) -> Iterator[Member]:
     for file in sorted(path.rglob("*")):
         name = file.relative_to(path).as_posix()
         if not file.is_dir():
-            most = _most_bytes(name)
+            most = _most_bytes(name) if wants(name) else None
             try:
                 yield Member(name, b"" if most is None else read_below(path, name, most))
             except ValueError as error:
@@ -93,24 +97,27 @@ def _folder(path: Path) -> Iterator[Member]:
                 yield Member(name, b"", f"cannot be read ({error.strerror})")
 
 
-def _zip(path: Path) -> Iterator[Member]:
+def _zip(path: Path, wants: Callable[[str], bool]) -> Iterator[Member]:
     with ZipArchive(path) as archive:
         for info in archive:
-            most = _most_bytes(info.filename)
+            most = _most_bytes(info.filename) if wants(info.filename) else None
             try:
                 yield Member(info.filename, b"" if most is None else archive.read(info, most))
             except ValueError as error:
                 yield Member(info.filename, b"", str(error))
 
 
-def _tar(path: Path) -> Iterator[Member]:
+def _tar(path: Path, wants: Callable[[str], bool]) -> Iterator[Member]:
     for member in tar_members(path):
         most = _most_bytes(member.name)
-        if member.kind == "other" or most is None:
+        if member.kind == "other":
             continue
-        if member.kind != "file":  # a link, or a file with holes
+        if most is None:
+            yield Member(member.name, b"")
+        elif member.kind != "file":  # a link, or a file with holes
             yield Member(member.name, b"", f"a {member.kind} in an archive, which is not read")
         elif member.size > most:
             yield Member(member.name, b"", f"a file of {member.size} bytes")
         else:
-            yield Member(member.name, member.file.read(member.size))
+            data = member.file.read(member.size) if wants(member.name) else b""
+            yield Member(member.name, data)

@@ -2,10 +2,12 @@
 
 import functools
 from pathlib import Path
+from typing import Any
 
 from microdit_jax.files import parse_json
 from microdit_jax.prepare.sources import tables
-from microdit_jax.prepare.sources.webdataset import ArchivedImages, find_archives, text_or_json
+from microdit_jax.prepare.sources.archived_images import ArchivedImages, find_archives
+from microdit_jax.prepare.sources.webdataset import caption_in_text
 
 
 def open_images(root: Path) -> ArchivedImages:
@@ -20,14 +22,16 @@ def open_images(root: Path) -> ArchivedImages:
         rows = tables.rows(table, columns=("url", "caption"))
         return {row["url"]: row["caption"] for row in rows}
 
-    def caption_of(name: str, files: dict[str, bytes]) -> str | None:
-        caption = text_or_json(name, files)
-        if caption is None and table.is_file():
+    in_text = caption_in_text()
+
+    def caption_in(ending: str, data: bytes) -> Any:
+        caption = in_text(ending, data)
+        if caption is None and ending == ".json" and table.is_file():
             try:
-                address = parse_json(files[".json"])["url"]
+                address = parse_json(data)["url"]
             except (KeyError, ValueError, TypeError):
                 return None
             caption = captions().get(str(address))
         return caption
 
-    return ArchivedImages(find_archives(root, "*.tar"), lambda archive: caption_of)
+    return ArchivedImages(find_archives(root, "*.tar"), caption_in=caption_in)

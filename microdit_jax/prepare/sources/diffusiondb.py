@@ -1,12 +1,13 @@
 """DiffusionDB Large: Stable Diffusion's images in zips, each zip with its prompts as json."""
 
 import functools
+import re
 from pathlib import Path, PurePosixPath
 
 from microdit_jax.files import parse_json
 from microdit_jax.prepare.sources import tables
+from microdit_jax.prepare.sources.archived_images import ArchivedImages, CaptionOf, find_archives
 from microdit_jax.prepare.sources.archives import DAMAGE, read_member
-from microdit_jax.prepare.sources.webdataset import ArchivedImages, CaptionOf, find_archives
 
 # The reference skips images with a higher chance of being unsafe, by image or by prompt.
 SAFETY_THRESHOLD = 0.2
@@ -35,12 +36,15 @@ def open_images(root: Path) -> ArchivedImages:
 
     def captions_of(archive: Path) -> CaptionOf:
         prompts = _prompts(archive)
-        return lambda name, files: prompts.get(PurePosixPath(name).name)
+        return lambda name: prompts.get(PurePosixPath(name).name)
 
     def skip_reason_of(name: str) -> str | None:
         return unsafe().get(PurePosixPath(name).name)
 
-    return ArchivedImages(archives, captions_of, skip_reason_of=skip_reason_of)
+    def is_prompts(name: str) -> bool:
+        return re.fullmatch(r"part-\d+\.json", PurePosixPath(name).name) is not None
+
+    return ArchivedImages(archives, captions_of, aside=is_prompts, skip_reason_of=skip_reason_of)
 
 
 def _prompts(archive: Path) -> dict[str, str]:

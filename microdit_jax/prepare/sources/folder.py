@@ -10,6 +10,7 @@ from microdit_jax.prepare.sources.caption_choice import CAPTION_NAMES, FIRST, Ca
 from microdit_jax.prepare.sources.column_files import open_column_file
 from microdit_jax.prepare.sources.listed_images import (
     SUFFIXES,
+    UNREAD_SUFFIXES,
     ListedImages,
     SourceImage,
     image_below,
@@ -52,7 +53,11 @@ def open_folder(
 def _with_texts(root: Path) -> list[SourceImage]:
     images = []
     for path in sorted(root.rglob("*")):
-        if path.suffix.lower() in SUFFIXES and not path.is_dir():
+        suffix = path.suffix.lower()
+        if suffix in UNREAD_SUFFIXES and not path.is_dir():
+            name = path.relative_to(root).as_posix()
+            images.append(skipped_image(name, f"a format that is not read ({suffix})"))
+        if suffix in SUFFIXES and not path.is_dir():
             name = path.relative_to(root).as_posix()
             try:
                 caption = read_below(

@@ -4,7 +4,7 @@ import functools
 from pathlib import Path, PurePosixPath
 
 from microdit_jax.prepare.sources import tables
-from microdit_jax.prepare.sources.webdataset import ArchivedImages, find_archives
+from microdit_jax.prepare.sources.archived_images import ArchivedImages, find_archives
 
 # As published, the misspelling too.
 _ANNOTATIONS = {
@@ -33,7 +33,7 @@ def open_images(root: Path, split: str = "train") -> ArchivedImages:
                 found[path.name] = prompt
         return found
 
-    def caption_of(name: str, files: dict[str, bytes]) -> str | None:
+    def caption_of(name: str) -> str | None:
         return prompts().get(PurePosixPath(name).name)
 
     return ArchivedImages(archives, lambda archive: caption_of)

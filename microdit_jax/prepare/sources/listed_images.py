@@ -1,7 +1,10 @@
 """Captioned images as `prepare` reads them: parts that can be read alone, in a fixed order."""
 
+import abc
+import collections
 import functools
-import math
+import hashlib
+import itertools
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -11,9 +14,13 @@ from PIL import Image
 
 from microdit_jax.errors import UserError
 from microdit_jax.files import inside, open_regular, read_at_most
-from microdit_jax.files.image_files import MAX_BYTES
+from microdit_jax.files.image_files import FORMATS, MAX_BYTES
 
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+SUFFIXES = {".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+SUFFIXES |= {".avif"} if "AVIF" in FORMATS else set()
+# Images that are counted and listed, but not read
+UNREAD_SUFFIXES = {".heic", ".heif", ".jxl", ".jp2", ".svg", ".psd", ".eps", ".ico", ".dng", ".cr2"}
+UNREAD_SUFFIXES |= {".avif", ".nef", ".arw", ".ppm", ".tga"} - SUFFIXES
 _PART = 1000  # images, where files come one by one
 
 
@@ -99,6 +106,19 @@ class ImageSource(Protocol):
         """Lines to print before the work: what was found by itself."""
         ...
 
+    @property
+    def part_size(self) -> int:
+        """Number of keys of `listing` that make a new part."""
+        ...
+
+    def listing(self, part: int) -> dict[str, str]:
+        """Returns what a part is listed to hold: keys, unique in the source, with fingerprints."""
+        ...
+
+    def regrouped(self, parts: Sequence[Sequence[str]]) -> "ImageSource":
+        """Returns a source of the same images, with parts of these keys."""
+        ...
+
     def read(self, part: int) -> Iterator[SourceImage]:
         """Yields the images of the part with this number."""
         ...
@@ -108,28 +128,111 @@ class ListedImages:
     """A source of single files that are listed beforehand."""
 
     notes = ()
+    part_size = _PART
 
-    def __init__(self, images: Sequence[SourceImage], attribution: str = ""):
+    def __init__(
+        self,
+        images: Sequence[SourceImage],
+        attribution: str = "",
+        *,
+        sizes: Sequence[int] | None = None,
+    ):
+        """
+        Args:
+          sizes: number of images of each part, by default 1,000.
+        """
         self._images = list(images)
-        count = math.ceil(len(self._images) / _PART)
-        self.parts = [f"images {i * _PART} to {(i + 1) * _PART - 1}" for i in range(count)]
+        count = len(self._images)
+        sizes = [min(_PART, count - i) for i in range(0, count, _PART)] if sizes is None else sizes
+        self._starts = [0, *itertools.accumulate(sizes)]
+        ranges = itertools.pairwise(self._starts)
+        # A part's name tells how many it may hold, so that a shorter last one is named as before
+        self.parts = [
+            f"images {i} to {max(j, i + _PART if j == count else j) - 1}" for i, j in ranges
+        ]
         self.attribution = attribution
 
     def read(self, part: int) -> Iterator[SourceImage]:
         """Yields the images of one part."""
-        yield from self._images[part * _PART : (part + 1) * _PART]
+        yield from self._images[self._starts[part] : self._starts[part + 1]]
+
+    @functools.cached_property
+    def _keys(self) -> list[str]:
+        """Ids, made unique: those that are met again are skipped, but listed."""
+        seen = collections.Counter[str]()
+        keys = []
+        for image in self._images:
+            seen[image.id] += 1
+            again = seen[image.id]
+            key = image.id if again == 1 else f"{image.id} (again, {again - 1})"
+            keys.append(key.encode(errors="backslashreplace").decode())
+        return keys
+
+    def listing(self, part: int) -> dict[str, str]:
+        """Returns the ids of a part, with a hash of each caption."""
+        here = slice(self._starts[part], self._starts[part + 1])
+        texts = (f"{image.caption}/{image.skip_reason}" for image in self._images[here])
+        hashes = (hashlib.sha256(text.encode(errors="replace")).hexdigest()[:12] for text in texts)
+        return dict(zip(self._keys[here], hashes, strict=True))
+
+    def regrouped(self, parts: Sequence[Sequence[str]]) -> "ListedImages":
+        """Returns the images in the order of these ids."""
+        by_key = dict(zip(self._keys, self._images, strict=True))
+        images = [by_key[key] for part in parts for key in part]
+        return ListedImages(images, self.attribution, sizes=[len(part) for part in parts])
 
 
-class Fraction:
+class WholeParts(abc.ABC):
+    """A source whose parts are files, or pieces of files, that come and go as a whole."""
+
+    notes: Sequence[str] = ()
+    attribution = ""
+    part_size = 1
+    parts: Sequence[str]
+
+    @abc.abstractmethod
+    def fingerprint(self, part: int) -> str:
+        """Returns a text that differs for other contents, without reading them."""
+
+    @abc.abstractmethod
+    def read(self, part: int) -> Iterator[SourceImage]:
+        """Yields the images of the part with this number."""
+
+    def listing(self, part: int) -> dict[str, str]:
+        """Returns the part's name with its fingerprint."""
+        return {self.parts[part]: self.fingerprint(part)}
+
+    def regrouped(self, parts: Sequence[Sequence[str]]) -> ImageSource:
+        """Returns the parts in another order."""
+        return ChosenParts(self, [self.parts.index(name) for part in parts for name in part])
+
+
+class ChosenParts:
+    """Some parts of a source, in any order."""
+
+    def __init__(self, source: ImageSource, chosen: Sequence[int]):
+        self._source, self._chosen = source, list(chosen)
+        self.parts = [source.parts[i] for i in self._chosen]
+        self.attribution, self.notes = source.attribution, source.notes
+        self.part_size = source.part_size
+
+    def listing(self, part: int) -> dict[str, str]:
+        """Returns what one of the chosen parts is listed to hold."""
+        return self._source.listing(self._chosen[part])
+
+    def regrouped(self, parts: Sequence[Sequence[str]]) -> ImageSource:
+        """Returns a source of these keys, of all parts."""
+        return self._source.regrouped(parts)
+
+    def read(self, part: int) -> Iterator[SourceImage]:
+        """Yields the images of one of the chosen parts."""
+        yield from self._source.read(self._chosen[part])
+
+
+class Fraction(ChosenParts):
     """Evenly spaced parts of a source, for a trial; at least one."""
 
     def __init__(self, source: ImageSource, fraction: float):
         count = len(source.parts)
         kept = min(count, max(1, round(count * fraction)))
-        self._source, self._chosen = source, [i * count // kept for i in range(kept)]
-        self.parts = [source.parts[i] for i in self._chosen]
-        self.attribution, self.notes = source.attribution, source.notes
-
-    def read(self, part: int) -> Iterator[SourceImage]:
-        """Yields the images of one of the chosen parts."""
-        yield from self._source.read(self._chosen[part])
+        super().__init__(source, [i * count // kept for i in range(kept)])

@@ -12,17 +12,14 @@ from microdit_jax.data import mds_encodings
 from microdit_jax.data.mds import MdsReader
 from microdit_jax.errors import UserError, visible
 from microdit_jax.files.image_files import MAX_BYTES, MAX_PIXELS, UnusableImage
-from microdit_jax.prepare.sources.listed_images import SourceImage, skipped_image
+from microdit_jax.prepare.sources.listed_images import SourceImage, WholeParts, skipped_image
 
 _IMAGES = ("jpeg", "png", "pil")
 _IMAGE_NAMES = ("jpg", "jpeg", "png", "image", "img")
 
 
-class MdsImages:
+class MdsImages(WholeParts):
     """A source whose parts are the shards of an MDS dataset."""
-
-    attribution = ""
-    notes = ()
 
     def __init__(self, root: str | os.PathLike, *, cache: str | None = None):
         """Raises UserError where the dataset has no column of images or none of captions."""
@@ -42,6 +39,12 @@ class MdsImages:
             )
         self._image, self._caption = (*images, "")[0], (*captions, "")[0]
         self.parts = [shard.raw.name for shard in self._reader.shards]
+
+    def fingerprint(self, part: int) -> str:
+        """Returns what the index says of a shard, and where its samples begin, which are ids."""
+        start = sum(shard.samples for shard in self._reader.shards[:part])
+        shard = self._reader.shards[part]
+        return f"{start} {shard.samples} {shard.raw.size}"
 
     def read(self, part: int) -> Iterator[SourceImage]:
         """Yields the images of one shard."""

@@ -16,7 +16,12 @@ from microdit_jax.files import inside, read_json
 from microdit_jax.files.image_files import MAX_BYTES
 from microdit_jax.prepare.sources.caption_choice import CAPTION_NAMES, FIRST, CaptionChoice
 from microdit_jax.prepare.sources.column_files import ColumnFile, open_column_file
-from microdit_jax.prepare.sources.listed_images import SourceImage, read_below, skipped_image
+from microdit_jax.prepare.sources.listed_images import (
+    SourceImage,
+    WholeParts,
+    read_below,
+    skipped_image,
+)
 
 SUFFIXES = (".parquet", ".arrow")
 IMAGE_NAMES = ("image", "img", "jpg", "jpeg", "png", "webp", "image_bytes", "images")
@@ -34,14 +39,12 @@ class _Part(NamedTuple):
     rows: int
 
 
-class ParquetImages:
+class ParquetImages(WholeParts):
     """A source whose parts are groups of rows, at least 1,000 rows where a file has as many.
 
     Attributes:
       notes: lines that tell which columns are read.
     """
-
-    attribution = ""
 
     def __init__(
         self,

@@ -8,7 +8,7 @@ from microdit_jax.data import twemoji
 from microdit_jax.errors import UserError
 from microdit_jax.prepare.sources import (
     cc12m,
-    coco2014,
+    coco,
     diffusiondb,
     emoji,
     folder,
@@ -50,11 +50,16 @@ _COLUMNS = ("image_column", "caption_column", "captions_of_a_list")
 
 
 class _Kind(NamedTuple):
-    """Opens one kind of source, and names the options it takes beside --input."""
+    """Opens one kind of source, and names the options it takes beside --input.
+
+    Attributes:
+      photographs: files as cameras leave them, to be turned by their orientation.
+    """
 
     open: Callable[[SourceOptions], ImageSource]
     options: tuple[str, ...] = ()
     splits: tuple[str, ...] = ()
+    photographs: bool = False
 
 
 def _published(open_images: Callable[..., ImageSource], *splits: str) -> _Kind:
@@ -67,6 +72,15 @@ def _published(open_images: Callable[..., ImageSource], *splits: str) -> _Kind:
 def _folder(options: SourceOptions) -> ImageSource:
     table = None if options.captions is None else Path(options.captions)
     return folder.open_folder(Path(options.input), table, options.choice)
+
+
+def _webdataset(options: SourceOptions) -> ImageSource:
+    return webdataset.open_webdataset(
+        options.input,
+        image_column=options.image_column,
+        caption_column=options.caption_column,
+        choice=options.choice,
+    )
 
 
 def _parquet(options: SourceOptions) -> ImageSource:
@@ -86,9 +100,9 @@ def _tfds(options: SourceOptions) -> ImageSource:
 
 
 KINDS = {
-    "folder": _Kind(_folder, ("captions", "captions_of_a_list")),
-    "webdataset": _Kind(lambda o: webdataset.open_webdataset(Path(o.input))),
-    "parquet": _Kind(_parquet, ("split", *_COLUMNS)),
+    "folder": _Kind(_folder, ("captions", "captions_of_a_list"), photographs=True),
+    "webdataset": _Kind(_webdataset, _COLUMNS),
+    "parquet": _Kind(_parquet, ("split", *_COLUMNS), photographs=True),
     "mds": _Kind(lambda o: mds_images.MdsImages(o.input, cache=o.cache), ("cache",)),
     "tfds": _Kind(_tfds, ("split",)),
     "emoji": _Kind(lambda o: emoji.open_images(o.split or "train"), ("split",), twemoji.SPLITS),
@@ -97,7 +111,8 @@ KINDS = {
     "journeydb": _published(journeydb.open_images, "train", "valid"),
     "diffusiondb": _published(diffusiondb.open_images),
     "textcaps": _published(textcaps.open_images, "train", "val"),
-    "coco2014": _published(coco2014.open_images, "val", "train"),
+    "coco2014": _published(coco.open_2014, "val", "train"),
+    "coco2017": _published(coco.open_2017, "val", "train"),
 }
 
 

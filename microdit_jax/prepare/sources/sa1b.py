@@ -4,9 +4,9 @@ from pathlib import Path, PurePosixPath
 
 from microdit_jax.errors import UserError
 from microdit_jax.prepare.sources import tables
+from microdit_jax.prepare.sources.archived_images import ArchivedImages, find_archives
 from microdit_jax.prepare.sources.archives import MAX_TEXT
 from microdit_jax.prepare.sources.listed_images import read_below
-from microdit_jax.prepare.sources.webdataset import ArchivedImages, find_archives
 
 
 def open_images(root: Path) -> ArchivedImages:
@@ -30,7 +30,7 @@ def open_images(root: Path) -> ArchivedImages:
             "captions.json; unpack SA1B_caption.tar.gz there (docs/datasets.md)"
         )
 
-    def caption_of(name: str, files: dict[str, bytes]) -> str | None:
+    def caption_of(name: str) -> str | None:
         stem = PurePosixPath(name).stem
         if table is not None:
             return texts.get(stem)

@@ -17,6 +17,7 @@ from microdit_jax.prepare.sources.tar_stream import tar_members
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 MAX_JSON = 1 << 30  # bytes of a file that is read whole
+_ANNOTATIONS = {"annotations", "images", "data"}  # of files of another kind
 _MAX_LINE = 16 << 20  # characters
 _BATCH = 4096  # rows of a .parquet file in memory
 
@@ -37,6 +38,8 @@ def rows(path: Path, columns: Sequence[str] | None = None) -> Iterator[dict[str,
                 if not isinstance(row, dict):
                     raise ValueError(f"a {type(row).__name__} in place of a row")
                 yield row
+    except UserError:
+        raise
     except (OSError, ValueError, csv.Error, tarfile.TarError, EOFError, pa.ArrowException) as error:
         raise UserError(
             f"expected a table of captions in {visible(path)}, could not read it after row "
@@ -53,6 +56,13 @@ def _rows(path: Path, columns: Sequence[str] | None) -> Generator[Any, None, Non
                 yield from batch.to_pylist()
     elif path.suffix == ".json":
         contents = parse_json(read_bytes(path, MAX_JSON))
+        if isinstance(contents, dict) and (found := _ANNOTATIONS & contents.keys()):
+            raise UserError(
+                f"expected a list of rows in {visible(path)}, found annotations "
+                f"({', '.join(sorted(found))}), as COCO and TextCaps have them; give "
+                "--source=coco2014, coco2017 or textcaps with the folder that holds them, or make "
+                "a table of file_name and caption"
+            )
         if not isinstance(contents, list):
             raise ValueError(f"a {type(contents).__name__} in place of a list of rows")
         yield from contents
@@ -80,7 +90,7 @@ def _rows(path: Path, columns: Sequence[str] | None) -> Generator[Any, None, Non
 
 def _lines(file: io.BufferedReader, newline: str | None = None) -> Iterator[str]:
     """Yields the lines of a text in UTF-8; raises ValueError for one that does not end."""
-    with io.TextIOWrapper(file, encoding="utf-8", newline=newline) as text:
+    with io.TextIOWrapper(file, encoding="utf-8-sig", newline=newline) as text:
         while line := text.readline(_MAX_LINE + 1):
             if len(line) > _MAX_LINE:
                 raise ValueError(f"a line of more than {_MAX_LINE} characters")

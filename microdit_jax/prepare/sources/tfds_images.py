@@ -9,20 +9,17 @@ from PIL import Image
 from microdit_jax.data.arrayrecord import Example
 from microdit_jax.data.tfds_folder import Feature, open_records, read_features
 from microdit_jax.errors import UserError, visible
-from microdit_jax.prepare.sources.listed_images import SourceImage, skipped_image
+from microdit_jax.prepare.sources.listed_images import SourceImage, WholeParts, skipped_image
 
 _PART = 1000
 _CAPTIONS = ("caption", "captions", "text")
 
 
-class TfdsImages:
+class TfdsImages(WholeParts):
     """A source whose parts are runs of 1,000 records.
 
     Images are taken as the files that TFDS stores, and decoded as all others are.
     """
-
-    attribution = ""
-    notes = ()
 
     def __init__(self, folder: str, split: str):
         """
@@ -43,6 +40,10 @@ class TfdsImages:
         self._caption = _stored_name(caption, features[caption])
         starts = range(0, len(self._records), _PART)
         self.parts = [f"records {i} to {min(i + _PART, len(self._records)) - 1}" for i in starts]
+
+    def fingerprint(self, part: int) -> str:
+        """Returns nothing more than the part's name says: TFDS datasets are made once."""
+        return self.parts[part]
 
     def read(self, part: int) -> Iterator[SourceImage]:
         """Yields the images of one part."""

@@ -1,116 +1,122 @@
-"""Images in archives, as img2dataset and most published datasets store them."""
+"""Tar shards as the webdataset library and img2dataset write them."""
 
-import functools
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path, PurePosixPath
+import glob
+import os
+import re
+from pathlib import Path
+from typing import Any
 
 from microdit_jax.errors import UserError, visible
 from microdit_jax.files import parse_json
-from microdit_jax.prepare.sources.archives import Member, members, suffix_of
-from microdit_jax.prepare.sources.listed_images import SUFFIXES, SourceImage, skipped_image
+from microdit_jax.prepare.sources.archived_images import ArchivedImages, CaptionIn, find_archives
+from microdit_jax.prepare.sources.caption_choice import CAPTION_NAMES, FIRST, CaptionChoice
 
-# (the image's member name, files of the same key by suffix) -> the caption, or None
-CaptionOf = Callable[[str, dict[str, bytes]], str | None]
-
-
-class ArchivedImages:
-    """A source whose parts are archives, or unpacked folders; read from front to back."""
-
-    notes = ()
-
-    def __init__(
-        self,
-        archives: Sequence[Path],
-        captions_of: Callable[[Path], CaptionOf],
-        *,
-        attribution: str = "",
-        skip_reason_of: Callable[[str], str | None] = lambda name: None,
-    ):
-        """
-        Args:
-          captions_of: called for each archive that is read.
-          skip_reason_of: why an image of that name is left out, or None.
-        """
-        self._archives = list(archives)
-        self._captions_of, self._skip_reason_of = captions_of, skip_reason_of
-        self.parts = [path.name for path in archives]
-        self.attribution = attribution
-
-    def read(self, part: int) -> Iterator[SourceImage]:
-        """Yields the images of one archive."""
-        archive, seen = self._archives[part], set[str]()
-        caption_of = self._captions_of(archive)
-        for key, group in _grouped(members(archive)):
-            id = f"{archive.name.split('.')[0]}/{PurePosixPath(key).name}"
-            images = [member for suffix, member in group.items() if suffix in SUFFIXES]
-            texts = {s: member for s, member in group.items() if s not in SUFFIXES}
-            unread = [member.reason for member in texts.values() if member.reason is not None]
-            if not images and unread:
-                yield skipped_image(id, unread[0])
-            for image in images:
-                reason = image.reason or ("duplicate id" if id in seen else None)
-                reason = reason or self._skip_reason_of(image.name)
-                seen.add(id)
-                if reason is None:
-                    read = {suffix: text.data for suffix, text in texts.items() if not text.reason}
-                    caption = caption_of(image.name, read)
-                    reason = None if caption is not None else (*unread, "no caption")[0]
-                if reason is not None:
-                    yield skipped_image(id, reason)
-                else:
-                    load = functools.partial(getattr, image, "data")
-                    yield SourceImage(id, caption, load, num_bytes=len(image.data))
+_PATTERNS = ("*.tar", "*.tar.gz", "*.tgz", "*.tar.bz2")
+_MAX_NAMES = 1_000_000  # that braces may stand for
+_BRACES = re.compile(r"\{([^{}]*)\}")
+_RANGE = re.compile(r"(\d{1,18})\.\.(\d{1,18})")
 
 
-def _grouped(found: Iterator[Member]) -> Iterator[tuple[str, dict[str, Member]]]:
-    """Groups consecutive members of one key, which is the path up to the name's first dot.
+def open_webdataset(
+    input: str,
+    *,
+    image_column: str | None = None,
+    caption_column: str | None = None,
+    choice: CaptionChoice = FIRST,
+) -> ArchivedImages:
+    """Opens tars with captions in .txt, .caption or .json members beside the images.
 
-    Of several images of one key, the first alone keeps its data.
+    Args:
+      input: a folder, whose subfolders count too; one tar; or a pattern with braces, such as
+        shards/{00000..00012}.tar, or stars.
+      image_column, caption_column: the endings of the members that are taken, such as input.jpg;
+        of captions also a field in the .json members.
+    Raises:
+      UserError: there are no such tars.
     """
-    last, files, has_image = "", {}, False
-    for member in found:
-        path, suffix = PurePosixPath(member.name), suffix_of(member.name)
-        stem = path.name.partition(".")[0]
-        key = str(path.with_name(stem)) if stem else member.name
-        if (key != last or suffix in files) and files:
-            yield last, files
-            files, has_image = {}, False
-        last = key
-        if suffix in SUFFIXES and member.reason is None:
-            member = member._replace(data=b"", reason="duplicate id") if has_image else member
-            has_image = True
-        if member.data or member.reason is not None or suffix in SUFFIXES:
-            files[suffix] = member
-    if files:
-        yield last, files
+    root, archives = _archives(input)
+    names = [path.relative_to(root).as_posix() for path in archives]
+    ending = None if image_column is None else f".{image_column.lower().lstrip('.')}"
+    caption_in = caption_in_text(caption_column)
+    return ArchivedImages(
+        archives,
+        caption_in=caption_in,
+        names=names,
+        whole_keys=True,
+        image_ending=ending,
+        choice=choice,
+    )
 
 
-def text_or_json(name: str, files: dict[str, bytes]) -> str | None:
-    """Finds img2dataset's caption of an image: in .txt, else in the .json's "caption"."""
-    if ".txt" in files:
-        return files[".txt"].decode("utf-8", "replace")
-    try:
-        caption = parse_json(files[".json"]).get("caption")
-    except (KeyError, ValueError, AttributeError):
-        return None
-    return None if caption is None else str(caption)
+def caption_in_text(column: str | None = None) -> CaptionIn:
+    """Makes what reads a caption: a .txt or .caption as it is, of a .json the usual fields."""
+    asked = None if column is None else f".{column.lower().lstrip('.')}"
+
+    def caption_in(ending: str, data: bytes) -> Any:
+        if not ending.endswith(".json"):
+            return data.decode("utf-8", "replace") if asked in (None, ending) else None
+        try:
+            fields = parse_json(data)
+        except ValueError:
+            return None
+        if not isinstance(fields, dict):
+            return None
+        names = CAPTION_NAMES if column is None or asked == ending else (column,)
+        found = (fields[name] for name in names if name in fields)
+        return next((value for value in found if value is not None), None)
+
+    return caption_in
 
 
-def find_archives(root: Path, *patterns: str) -> list[Path]:
-    """Finds the archives (or folders) below `root` that match, sorted.
+def _archives(input: str) -> tuple[Path, list[Path]]:
+    """Finds the tars that --input names, and the folder that all are in."""
+    path = Path(input)
+    if path.is_dir():
+        return path, find_archives(path, *(f"**/{pattern}" for pattern in _PATTERNS))
+    if path.exists():
+        return path.parent, [path]
+    found = []
+    for name in expand_braces(input):
+        here = sorted(glob.glob(name, recursive=True)) if glob.has_magic(name) else [name]
+        if not here or not os.path.exists(here[0]):
+            raise UserError(
+                f"expected a tar at {visible(name)}, found none; check --input, or download the "
+                "shard"
+            )
+        found += [Path(each) for each in here]
+    found = list(dict.fromkeys(found))
+    return Path(os.path.commonpath([file.parent for file in found])), found
+
+
+def expand_braces(text: str) -> list[str]:
+    """Expands {00000..00012} and {a,b} as a shell does; several multiply.
 
     Raises:
-      UserError: there are none.
+      UserError: they stand for more than a million names.
     """
-    found = sorted({path for pattern in patterns for path in root.glob(pattern)})
-    if not found:
+    found = [""]
+    at = 0
+    for match in _BRACES.finditer(text):
+        inside = match[1]
+        if span := _RANGE.fullmatch(inside):
+            first, last = int(span[1]), int(span[2])
+            count, step = abs(last - first) + 1, 1 if last >= first else -1
+            width = len(span[1]) if span[1].startswith("0") or len(span[1]) == len(span[2]) else 0
+            _check_count(text, count * len(found))
+            options = [str(first + i * step).zfill(width) for i in range(count)]
+        elif "," in inside:
+            options = inside.split(",")
+            _check_count(text, len(options) * len(found))
+        else:
+            options = [match[0]]
+        before = text[at : match.start()]
+        found = [f"{start}{before}{option}" for start in found for option in options]
+        at = match.end()
+    return [f"{start}{text[at:]}" for start in found]
+
+
+def _check_count(text: str, count: int) -> None:
+    if count > _MAX_NAMES:
         raise UserError(
-            f"expected {' or '.join(patterns)} in {visible(root)}, found none; check --input, or "
-            "download the dataset as docs/datasets.md says"
+            f"expected at most {_MAX_NAMES:,} names in --input, found {count:,} in {visible(text)}"
         )
-    return found
-
-
-def open_webdataset(root: Path) -> ArchivedImages:
-    """Opens the tar shards in a folder, with captions in .txt or .json files beside the images."""
-    return ArchivedImages(find_archives(root, "*.tar"), lambda archive: text_or_json)
