@@ -25,7 +25,7 @@ from microdit_jax.commands.parser import Parser
 from microdit_jax.convert import dit
 from microdit_jax.convert.inputs import find_input, read_stated_config, read_tensors
 from microdit_jax.convert.keymap import torch_name
-from microdit_jax.errors import UserError, visible
+from microdit_jax.errors import LONGEST, UserError, visible
 from microdit_jax.files import atomic_file, check_writable, read_npz
 from microdit_jax.machine import memory
 from microdit_jax.models.dit import DiT, DiTConfig
@@ -71,6 +71,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     add("--mask_ratio", type=float, help="share of tokens dropped (default: 0)")
     for name, kind in SIZES.items():
         add(f"--{name}", type=kind, help="as for python -m convert, where the file cannot tell")
+    add("--weights", help="model, ema or KEY.PATH, of several that the input holds")
     add("--config", type=Path, help="JSON of the config, instead of reading the file's own")
     flags = parser.parse_args(argv)
     if (flags.reference is None) == (flags.activations is None):
@@ -103,12 +104,13 @@ def load(flags: argparse.Namespace) -> tuple[DiTConfig, dict[str, np.ndarray]]:
     if flags.config:
         given, origin = read_stated_config(flags.config, "dit"), f"read from {flags.config}"
     stated = {name: vars(flags)[name] for name in SIZES if vars(flags)[name] is not None}
-    tensors = read_tensors(source.files, dit.KIND.part).tensors
-    config = dit.KIND.make_config(tensors, given, stated)
+    found = read_tensors(source.files, dit.KIND.part, flags.weights)
+    config = dit.KIND.make_config(found.tensors, given, stated)
     if given is None:
         origin = dit.describe_origin(config, stated)
-    print(f"{dit.describe(config)}; {visible(origin)}", file=sys.stderr, flush=True)
-    return config, tensors
+    for line in (*found.notes, f"{dit.describe(config)}; {origin}"):
+        print(visible(line, LONGEST), file=sys.stderr, flush=True)
+    return config, found.tensors
 
 
 def at_resolution(

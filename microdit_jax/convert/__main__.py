@@ -54,6 +54,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     for name, settings in OPTIONS.items():
         add(f"--{name}", **settings)
     add("--config", type=Path, help="JSON of the config, instead of reading the model's own")
+    add("--weights", help="model, ema or KEY.PATH, of several that the input holds")
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="type to write with --to=torch")
     flags = parser.parse_args(argv)
     given = {name for name, value in vars(flags).items() if value is not None}
@@ -72,7 +73,9 @@ def to_orbax(flags: argparse.Namespace) -> None:
         (read_stated_config(flags.config, flags.kind), str(flags.config)) if flags.config else None
     )
     given = {name: vars(flags)[name] for name in kind.options}
-    convert_to_folder(kind, flags.input, flags.output, given=given, config=config)
+    convert_to_folder(
+        kind, flags.input, flags.output, given=given, config=config, weights=flags.weights
+    )
 
 
 def to_torch(flags: argparse.Namespace) -> None:

@@ -73,8 +73,8 @@ def _find_config(folder: Path, kind: Kind) -> tuple[dict[str, Any], str] | None:
     return None
 
 
-def read_tensors(files: Sequence[Path], part: str | None) -> StateDict:
-    """Reads the tensors of all files together.
+def read_tensors(files: Sequence[Path], part: str | None, weights: str | None = None) -> StateDict:
+    """Reads the tensors of all files together; `part` and `weights` as for read_state_dict.
 
     Raises:
       UserError: a file cannot be read, or a tensor is in two of them.
@@ -82,7 +82,7 @@ def read_tensors(files: Sequence[Path], part: str | None) -> StateDict:
     tensors: dict[str, np.ndarray] = {}
     notes: list[str] = []
     for file in files:
-        found = read_state_dict(file, part)
+        found = read_state_dict(file, part, weights)
         doubled = [name for name in found.tensors if name in tensors]
         if doubled:
             raise UserError(

@@ -28,6 +28,7 @@ def convert_to_folder(
     *,
     given: Mapping[str, Any] | None = None,
     config: tuple[dict[str, Any], str] | None = None,
+    weights: str | None = None,
     notes: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes the model folder `output`; does nothing if it was made from the same file before.
@@ -36,6 +37,7 @@ def convert_to_folder(
       path: the file, or a model's folder in the layout of its library.
       given: values of the kind's options.
       config: contents of a config, and what it was read from, instead of the model's own.
+      weights: which, if the file holds several; see holdings.choose.
       notes: more for the folder's config.json.
     Raises:
       UserError: the file is no such model or damaged, or another model is in the way.
@@ -46,11 +48,12 @@ def convert_to_folder(
         source = source._replace(config=config[0], config_from=config[1])
     values = {name: (given or {}).get(name) for name in kind.options}
     options = {**values, "config": source.config}
+    options |= {"weights": weights} if weights else {}
     if output.exists():
         _check_same(source, options, output)
         return _copy_tokenizer(kind, source, output)
     with ThreadPoolExecutor(1) as pool:
-        found = read_tensors(source.files, kind.part)
+        found = read_tensors(source.files, kind.part, weights)
         selected = kind.select(found.tensors)
         found = StateDict(selected.tensors, found.notes + selected.notes)
         about = pool.submit(describe_source, source.files)  # while the tensors are checked
