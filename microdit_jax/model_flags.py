@@ -83,14 +83,17 @@ def sampler_settings() -> dict[str, Any]:
       UserError: something else where a flag takes numbers.
     """
     values: dict[str, Any] = {flag.name: flag.value for flag in SAMPLER_FLAGS}
-    for flag in (INTERVAL, APG):
+    for flag, count in ((INTERVAL, 2), (APG, 3)):
+        if flag.value is None:
+            continue
         try:
-            numbers = None if flag.value is None else tuple(map(float, flag.value))
+            values[flag.name] = tuple(map(float, flag.value))
         except ValueError as error:
             raise UserError(
                 f"--{flag.name} takes numbers divided by commas, found {visible(flag.value)}"
             ) from error
-        values[flag.name] = numbers
+        if len(flag.value) != count:
+            raise UserError(f"--{flag.name} takes {count} numbers, found {visible(flag.value)}")
     return values
 
 

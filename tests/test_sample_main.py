@@ -99,6 +99,11 @@ def test_sampled_resumed_and_sampled_again(files):
         (["--prompt=a", "--vae=table:x"], "of the Hugging Face repository table:x"),
         (["--again=pyproject.toml"], "expected a PNG made by sample_main.py"),
         (["--prompt= "], "expected a prompt, found an empty one"),
+        (["--prompt=a", "--solver=ddim"], "solver must be one of heun, "),
+        (["--prompt=a", "--solver=ab3", "--num_inference_steps=1"], "must be at least 3"),
+        (["--prompt=a", "--guidance_scale=-5"], "guidance_scale must not be negative, found -5"),
+        (["--prompt=a", "--guidance=apg", "--apg=a,b,c"], "--apg takes numbers divided by commas"),
+        (["--prompt=a", "--guidance=interval", "--guidance_interval=1"], "takes 2 numbers"),
         (["--prompt=a", "--guidance_scale=nan"], "--guidance_scale=nan: expected a finite number"),
     ],
 )

@@ -198,7 +198,8 @@ NOT_A_NUMBER, INFINITY = math.nan, math.inf
         ({"train.mask_ratio": 1.0}, "train.mask_ratio must be at least 0 and below 1, found 1"),
         ({"train.mask_ratio": NOT_A_NUMBER}, "train.mask_ratio must be finite and at least 0"),
         ({"data.caption_drop": 1.1}, "caption_drop must be at least 0 and at most 1, found 1.1"),
-        ({"eval.guidance_scale": INFINITY}, "eval.guidance_scale must be a finite number, found"),
+        ({"eval.guidance_scale": INFINITY}, "eval.guidance_scale must be finite and at least 0"),
+        ({"eval.guidance_scale": -2.0}, "eval.guidance_scale must be at least 0, found -2"),
         # what goes together
         ({"train.batch_size": 12}, "train.batch_size must be a multiple of the 8 devices"),
         ({"train.micro_batch_size": 3}, "must divide the 8 images of each device, found 3"),

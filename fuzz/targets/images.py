@@ -32,7 +32,9 @@ def _open(scratch: Scratch) -> Read:
 
 
 WORDS = ("model", "vae", "text_encoder", "ema", "dtype", "num_inference_steps", "guidance_scale",
-         "seed", "noise", "of", "made_with", "prompt", "index")  # fmt: skip
+         "seed", "noise", "of", "made_with", "prompt", "index", "solver",
+         "schedule", "guidance", "guidance_interval", "guidance_rescale", "apg", "negative_prompt",
+         "evaluations", "network_passes")  # fmt: skip
 TARGETS = {
     "png_settings": Target(
         _open,

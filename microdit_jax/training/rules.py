@@ -75,7 +75,7 @@ RANGES = {
     "eval.draws": COUNT,
     "eval.num_samples": COUNT_OR_NONE,
     "eval.score_images": COUNT_OR_NONE,
-    "eval.guidance_scale": FINITE,
+    "eval.guidance_scale": NOT_NEGATIVE,
     "eval.num_inference_steps": COUNT,
     "profile.start": COUNT,
     "profile.steps": COUNT_OR_NONE,
