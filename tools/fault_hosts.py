@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 ROOT = pathlib.Path(__file__).parents[1]
 ADDRESSES = ("10.123.0.1", "10.123.0.2")
 NAMES = ("a", "b")
+NOISE = re.compile(r"\[Gloo\]|peer ranks|^step \d+/")  # lines of libraries, and of each step
 
 
 def run(*command: object, check: bool = True) -> None:
@@ -163,7 +165,8 @@ class Job:
     def last_line(self, number: int) -> str:
         path = self.output(number)
         lines = path.read_text(errors="replace").splitlines() if path.exists() else []
-        return ([line for line in lines if line.strip()] or ["-"])[-1]
+        said = [line for line in lines if line.strip() and not NOISE.search(line)]
+        return (said or ["-"])[-1]
 
     def saved(self) -> int:
         folder = self.workdir / "checkpoints"
