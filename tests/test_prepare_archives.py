@@ -42,12 +42,18 @@ def test_damaged_archives_give_what_is_left(tmp_path):
     path = write_tar(tmp_path / "0.tar", shard("a", "b", "c"))
     path.write_bytes(path.read_bytes()[: 512 * 9])
     write(tmp_path / "1.tar", b"not a tar")
+    (tmp_path / "1a.tar").symlink_to(tmp_path / "nowhere")
     write_tar(tmp_path / "2.tar", shard("a", "b") | {"c/a.jpg": image(1), "c/a.txt": "x"})
     good, bad = read(open_source("webdataset", str(tmp_path)))
     assert good[0] == ("0/a", "caption a", 0)
     assert [g[0] for g in good[-3:]] == ["2/a", "2/b", "2/c/a"]
     damaged = [reason for _, reason in bad]
-    assert damaged == [f"archive damaged or cut off ({kind})" for kind in ("ReadError",) * 2]
+    assert damaged == [
+        f"archive damaged or cut off ({kind})"
+        for kind in ("ReadError", "ReadError", "FileNotFoundError")
+    ]
+    source = open_source("webdataset", str(tmp_path))
+    assert len({source.fingerprint(part) for part in range(4)}) == 4
 
 
 def test_cc12m(tmp_path):

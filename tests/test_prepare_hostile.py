@@ -232,7 +232,8 @@ def test_mds(prepare, tmp_path):
         (b"", '"empty"', "an?.*|.*buffer.*|.*values.*"),
         (pil(9, 9, b"RGB", bytes(243)), DEEP, "damaged sample: .*"),
         (pil(9, 9, b"RGB", bytes(243)), "{", "damaged sample: .*"),
-        (pil(9, 9, b"RGB", bytes(243)), "null", None),
+        (pil(9, 9, b"RGB", bytes(243)), "null", "no caption"),
+        (pil(9, 9, b"RGB", bytes(243)), '["the first", "the second"]', None),
     ]
     with MdsWriter(tmp_path / "data", {"image": "pil", "caption": "json"}) as writer:
         for picture, caption, _ in cases:

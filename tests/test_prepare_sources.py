@@ -155,6 +155,9 @@ def test_mds_of_images(tmp_path, kind, caption):
     source = open_source("mds", str(tmp_path))
     good, bad = read(source)
     assert good == [(str(i), f"no. {i}", 10 * i) for i in range(8)] and not bad
+    with MdsWriter(tmp_path / "lists", {"jpg": "jpeg", "caption": "json"}) as writer:
+        writer.write({"jpg": image(0), "caption": ["first", "second"]})
+    assert read(open_source("mds", str(tmp_path / "lists")))[0] == [("0", "first", 0)]
     with MdsWriter(tmp_path / "other", {"a": "int"}) as writer:
         writer.write({"a": 1})
     with pytest.raises(UserError, match="expected a column of images"):

@@ -6,6 +6,7 @@ is a member's ending. Members of a key may lie anywhere in their archive.
 
 import dataclasses
 import hashlib
+import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -115,10 +116,10 @@ class ArchivedImages(WholeParts):
     def fingerprint(self, part: int) -> str:
         """Returns what changes when an archive grows or is another one; its bytes are not read."""
         path = self._archives[part]
-        if path.is_dir():
-            found = sorted(file.relative_to(path).as_posix() for file in path.rglob("*"))
-        else:
-            found = [str(path.stat().st_size)]
+        try:
+            found = sorted(os.listdir(path)) if path.is_dir() else [str(path.stat().st_size)]
+        except OSError as error:  # reading it is what tells
+            found = [type(error).__name__]
         return hashlib.sha256("\n".join(found).encode(errors="surrogateescape")).hexdigest()
 
     def read(self, part: int) -> Iterator[SourceImage]:

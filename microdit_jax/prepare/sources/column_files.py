@@ -1,6 +1,7 @@
 """Rows of Parquet and Arrow files, group by group, few in memory at a time."""
 
 import hashlib
+import os
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -67,15 +68,13 @@ class _Parquet:
     """A Parquet file; pages are read as they are needed."""
 
     def __init__(self, path: Path):
-        self._path = path
+        self._path, self._footer = path, _footer_hash(path)
         with self._open() as file:
             self.schema, metadata = file.schema_arrow, file.metadata
             groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
             self.group_rows = [group.num_rows for group in groups]
             if min(self.group_rows, default=0) < 0:
                 raise ValueError("a negative number of rows")
-            # Bytes of each group's columns, and where they lie, stand for what they hold
-            self._texts = [_group_text(group) for group in groups]
             self._bytes = [max(group.total_byte_size, 0) for group in groups]
 
     def _open(self) -> pq.ParquetFile:
@@ -83,12 +82,13 @@ class _Parquet:
             self._path,
             buffer_size=_BUFFER,
             pre_buffer=False,
+            page_checksum_verification=True,
             thrift_container_size_limit=10**7,
             thrift_string_size_limit=_MAX_HEADER,
         )
 
     def describe(self, groups: range) -> str:
-        return _digest(self._texts[i] for i in groups)
+        return f"{groups} {self._footer}"
 
     def rows(self, groups: range, columns: Sequence[str]) -> Generator[dict[str, Any], None, None]:
         with self._open() as file:
@@ -145,9 +145,19 @@ def _rows(batch: pa.RecordBatch, columns: Sequence[str]) -> Generator[dict[str, 
         yield {name: array[index].as_py() for name, array in zip(columns, arrays, strict=True)}
 
 
-def _group_text(group: Any) -> str:
-    sizes = [group.column(i).total_compressed_size for i in range(group.num_columns)]
-    return f"{group.num_rows} {group.total_byte_size} {sizes}"
+def _footer_hash(path: Path) -> str:
+    """Returns a hash of the table of contents at a Parquet file's end: sizes and places of all.
+
+    PyArrow ends the process at some damaged descriptions of columns, so they are not asked for.
+    """
+    with open_regular(path) as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(size - 8, 0))
+        length = int.from_bytes(file.read(4), "little") + 8
+        if length > min(size, _MAX_HEADER):
+            raise ValueError(f"a table of contents of {length} bytes")
+        file.seek(size - length)
+        return hashlib.sha256(file.read(length)).hexdigest()
 
 
 def _digest(texts: Iterable[str]) -> str:

@@ -204,7 +204,8 @@ class WholeParts(abc.ABC):
 
     def regrouped(self, parts: Sequence[Sequence[str]]) -> ImageSource:
         """Returns the parts in another order."""
-        return ChosenParts(self, [self.parts.index(name) for part in parts for name in part])
+        numbers = {name: number for number, name in enumerate(self.parts)}
+        return ChosenParts(self, [numbers[name] for part in parts for name in part])
 
 
 class ChosenParts:

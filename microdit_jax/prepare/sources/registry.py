@@ -96,15 +96,18 @@ def _parquet(options: SourceOptions) -> ImageSource:
 def _tfds(options: SourceOptions) -> ImageSource:
     from microdit_jax.prepare.sources.tfds_images import TfdsImages  # TFDS is slow to import
 
-    return TfdsImages(options.input, options.split or "train")
+    return TfdsImages(options.input, options.split or "train", options.choice)
 
 
 KINDS = {
     "folder": _Kind(_folder, ("captions", "captions_of_a_list"), photographs=True),
     "webdataset": _Kind(_webdataset, _COLUMNS),
     "parquet": _Kind(_parquet, ("split", *_COLUMNS), photographs=True),
-    "mds": _Kind(lambda o: mds_images.MdsImages(o.input, cache=o.cache), ("cache",)),
-    "tfds": _Kind(_tfds, ("split",)),
+    "mds": _Kind(
+        lambda o: mds_images.MdsImages(o.input, cache=o.cache, choice=o.choice),
+        ("cache", "captions_of_a_list"),
+    ),
+    "tfds": _Kind(_tfds, ("split", "captions_of_a_list")),
     "emoji": _Kind(lambda o: emoji.open_images(o.split or "train"), ("split",), twemoji.SPLITS),
     "cc12m": _published(cc12m.open_images),
     "sa1b": _published(sa1b.open_images),

@@ -9,6 +9,7 @@ from PIL import Image
 from microdit_jax.data.arrayrecord import Example
 from microdit_jax.data.tfds_folder import Feature, open_records, read_features
 from microdit_jax.errors import UserError, visible
+from microdit_jax.prepare.sources.caption_choice import FIRST, CaptionChoice
 from microdit_jax.prepare.sources.listed_images import SourceImage, WholeParts, skipped_image
 
 _PART = 1000
@@ -21,13 +22,14 @@ class TfdsImages(WholeParts):
     Images are taken as the files that TFDS stores, and decoded as all others are.
     """
 
-    def __init__(self, folder: str, split: str):
+    def __init__(self, folder: str, split: str, choice: CaptionChoice = FIRST):
         """
         Args:
           folder: of the prepared dataset, with its dataset_info.json.
         Raises:
           UserError: no such dataset or split, or none with an image and a caption.
         """
+        self._choice = choice
         self._records = open_records(folder, split)
         features = read_features(folder)
         caption = next((name for name in _CAPTIONS if name in features), None)
@@ -50,8 +52,8 @@ class TfdsImages(WholeParts):
         for index in range(part * _PART, min((part + 1) * _PART, len(self._records))):
             try:
                 stored = Example.FromString(self._records[index]).features.feature
-                # The first of several; an empty text where there is none
-                caption = (*stored[self._caption].bytes_list.value, b"")[0].decode(errors="replace")
+                texts = list(stored[self._caption].bytes_list.value)
+                caption = self._choice(texts or "", str(index))
                 load = self._loader(stored["image"])
             except Exception as error:  # array_record, protobuf and NumPy have their own
                 yield skipped_image(str(index), f"damaged record ({type(error).__name__})")
