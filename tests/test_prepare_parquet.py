@@ -78,6 +78,17 @@ def test_img2dataset(tmp_path):
         open_parquet(RECORDED / "img2dataset_webdataset")
 
 
+@pytest.mark.parametrize("name", ["{}.parquet", "default/{}/0000.parquet", "{}/0.parquet"])
+def test_splits_by_names_of_files_and_folders(tmp_path, name):
+    for i, split in enumerate(("train", "validation")):
+        path = tmp_path / name.format(split)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(pa.table({"image": [image(10 * i)], "text": [f"number {i}"]}), path)
+    with pytest.raises(UserError, match="has the splits train, validation; choose one"):
+        open_parquet(tmp_path)
+    assert reds(open_parquet(tmp_path, split="validation")) == (numbers(1), [])
+
+
 def arrow_file(path, table, rows, is_file):
     with (pa.ipc.new_file if is_file else pa.ipc.new_stream)(path, table.schema) as writer:
         writer.write_table(table, max_chunksize=rows)

@@ -26,7 +26,8 @@ from microdit_jax.prepare.sources.listed_images import (
 SUFFIXES = (".parquet", ".arrow")
 IMAGE_NAMES = ("image", "img", "jpg", "jpeg", "png", "webp", "image_bytes", "images")
 _PART = 1000  # rows at least, where a file has smaller groups of rows
-# What Hugging Face's files are called: train-00000-of-00005.parquet
+# Hugging Face's names: train/0000.parquet, train-00000-of-00005.parquet
+_SPLITS = {"train", "training", "test", "testing", "eval", "val", "valid", "validation", "dev"}
 _SPLIT_NAME = re.compile(r"(.+?)-\d{5}-of-\d{5}(?:-[0-9a-f]+)?")
 
 
@@ -212,11 +213,14 @@ def _in_folder(root: Path) -> list[Path]:
 
 
 def _split_of(file: Path, root: Path) -> str | None:
-    """Names the split of a file by Hugging Face's rules: its name, or its folder's in a dict."""
+    """Names the split of a file by Hugging Face's rules: its name, or its folder's."""
     if (file.parent.parent / "dataset_dict.json").exists() and file.parent != root:
         return file.parent.name
     match = _SPLIT_NAME.fullmatch(file.stem)
-    return match[1] if match and match[1] != "data" else None
+    if match and match[1] != "data":
+        return match[1]
+    folders = [folder.name for folder in file.parents if root in folder.parents]
+    return next((name for name in (file.stem, *folders) if name.lower() in _SPLITS), None)
 
 
 # ------------------------------------------------------------------ columns
