@@ -20,11 +20,12 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from convert.reference import reference_arguments, run_reference
-from microdit_jax.checkpoints.model_folder import load_model
 from microdit_jax.commands.parser import Parser
 from microdit_jax.convert import dit
 from microdit_jax.convert.inputs import find_input, read_stated_config, read_tensors
 from microdit_jax.convert.keymap import torch_name
+from microdit_jax.convert.networks import open_source
+from microdit_jax.convert.shipped import find_shipped
 from microdit_jax.errors import LONGEST, UserError, visible
 from microdit_jax.files import atomic_file, check_writable, read_npz
 from microdit_jax.machine import memory
@@ -58,7 +59,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     """The command's flags; an unknown or bad one is a UserError."""
     parser = Parser("convert.parity", __doc__, EXAMPLE)
     add = parser.add_argument
-    add("--input", required=True, type=Path, help=".pt, .safetensors, or a model folder")
+    add("--input", required=True, type=Path, help=".pt, .safetensors, a model folder, or a run")
     add("--reference", type=Path, help="checkout that holds micro_diffusion/; needs torch")
     add("--activations", type=Path, help="a recorded .npz to compare with instead")
     add("--record", type=Path, help="write what the reference gave to this .npz")
@@ -87,18 +88,15 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def load(flags: argparse.Namespace) -> tuple[DiTConfig, dict[str, np.ndarray]]:
-    """Config and state dict of --input, a checkpoint file or a model folder.
+    """Config and state dict of --input, a file, a model folder or a training run.
 
     Says on stderr where the config comes from: a wrong one makes the reference wrong as well.
     """
     path: Path = flags.input
-    if path.is_dir():
-        host = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
-        params, metadata = load_model(path, sharding=host)
-        if "dit" not in metadata:
-            raise UserError(f"expected a model of kind dit in {path}, found {metadata['kind']}")
-        config = dit.config_from_dict(metadata["dit"])
-        return config, dit.to_torch(params, config)
+    if path.is_dir() or find_shipped(path) != path:
+        ours = open_source(path, "dit", flags.weights)
+        print(ours.description, file=sys.stderr, flush=True)
+        return ours.config, dit.to_torch(ours.load(), ours.config)
     source = find_input(path, dit.KIND)
     given, origin = source.config, f"read from {source.config_from}"
     if flags.config:

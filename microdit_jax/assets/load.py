@@ -86,8 +86,7 @@ def load_model(
     path, released = Path(name), hub.RELEASED.get(name.removesuffix(".pt"))
     if released and not path.exists():
         path = hub.released_checkpoint(name)
-    if name == hub.INSTANT and not path.exists():
-        path = instant.FOLDER
+    path = instant.find_shipped(path)
     if path.is_file():
         model = _from_folder(converted("dit", path), mesh)
         model = model._replace(description=path.name)

@@ -15,21 +15,22 @@ from typing import Any
 
 import jax
 
-from microdit_jax.checkpoints.model_folder import load_model, read_metadata
 from microdit_jax.commands.parser import Parser
 from microdit_jax.convert.formats.safetensors_file import write_safetensors
 from microdit_jax.convert.formats.torch_file import write_torch
 from microdit_jax.convert.inputs import CONFIG, NOTE, read_note, read_stated_config
 from microdit_jax.convert.kinds import NAMES, get_kind
+from microdit_jax.convert.networks import open_source
 from microdit_jax.convert.to_folder import bar, convert_to_folder, say, say_time
 from microdit_jax.errors import UserError
-from microdit_jax.files import check_writable, sha256
+from microdit_jax.files import check_writable
 
 EXAMPLE = """example:
   python -m convert --kind=dit --input=dit_4_channel_0.5B_synthetic_data.pt --output=models/dit
   python -m convert --kind=vae --input=stable-diffusion-xl-base-1.0 --output=models/vae
   python -m convert --kind=clip_text --input=DFN5B-CLIP-ViT-H-14-378 --output=models/clip_text
   python -m convert --kind=dit --to=torch --input=models/dit --output=dit.safetensors
+  python -m convert --to=torch --input=runs/s4 --weights=ema --output=dit.pt
 """
 # Flags of some kinds alone, which go to their infer_config.
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -48,7 +49,9 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = Parser("convert", __doc__, EXAMPLE)
     add = parser.add_argument
     add("--kind", choices=NAMES, default="dit", help="what the model is (default: dit)")
-    add("--input", required=True, type=Path, help=".pt, .bin, .safetensors, or a model's folder")
+    add(
+        "--input", required=True, type=Path, help=".pt, .bin, .safetensors, a model's folder; a run"
+    )
     add("--output", required=True, type=Path, help="model folder; or .pt, .bin or .safetensors")
     add("--to", choices=("orbax", "torch"), default="orbax", help="direction (default: orbax)")
     for name, settings in OPTIONS.items():
@@ -79,22 +82,16 @@ def to_orbax(flags: argparse.Namespace) -> None:
 
 
 def to_torch(flags: argparse.Namespace) -> None:
-    """Converts a model folder to a PyTorch or safetensors file, unless that was done before."""
+    """Converts a model folder, or a run's network, to a file, unless that was done before."""
     start = time.monotonic()
     if flags.output.suffix not in (".pt", ".bin", ".safetensors"):
         raise UserError(
             f"expected --output to end in .pt, .bin or .safetensors, found {flags.output}"
         )
-    metadata = read_metadata(flags.input)
-    if metadata["kind"] != flags.kind:
-        raise UserError(
-            f"expected a model of kind {flags.kind} in {flags.input}, found {metadata['kind']}; "
-            f"give --kind={metadata['kind']}"
-        )
-    # The manifest has every file's checksum, so its own stands for the whole folder.
-    made_from = {"model": sha256(flags.input / "manifest.json"), "dtype": flags.dtype}
     kind = get_kind(flags.kind)
-    config = kind.config_from_dict(metadata[flags.kind])
+    source = open_source(flags.input, kind.name, flags.weights)
+    config = source.config
+    made_from = {**source.made_from, "dtype": flags.dtype}
     note = json.dumps({**made_from, "kind": kind.name, "config": dataclasses.asdict(config)})
     if flags.output.exists():
         if read_note(flags.output, NOTE) == note:
@@ -103,10 +100,9 @@ def to_torch(flags: argparse.Namespace) -> None:
             f"expected {flags.output} not to exist, found a file made from something else; "
             "choose another --output or remove it"
         )
-    say("input", f"{flags.input}, {metadata['parameters']:,} parameters")
+    say("input", source.description)
     say("config", kind.describe(config))
-    host = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
-    params, _ = load_model(flags.input, sharding=host)
+    params = source.load()
     tensors = kind.to_torch(params, config)
     notes = {NOTE: note}
     if kind.config_json is not None:

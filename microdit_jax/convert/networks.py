@@ -1,0 +1,114 @@
+"""Opens what holds a model of ours: a model folder, a training run, or the model in the package."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+from microdit_jax.checkpoints.model_folder import Params, is_model, load_model, read_metadata
+from microdit_jax.checkpoints.restore import good_step
+from microdit_jax.checkpoints.run import is_run, read_run_metadata
+from microdit_jax.checkpoints.weights import describe_weights, load_run_params
+from microdit_jax.convert.kinds import get_kind
+from microdit_jax.convert.shipped import MANIFEST, find_shipped, is_shipped, load_params
+from microdit_jax.errors import UserError, visible
+from microdit_jax.files import sha256
+from microdit_jax.models import dit
+
+
+class Source(NamedTuple):
+    """A model of ours, with weights that are not yet read.
+
+    Attributes:
+      made_from: tells its weights from others: checksums, and which of a run's.
+      description: says in words what it is, and which weights are taken.
+      load: reads the parameters into the memory of the host.
+    """
+
+    config: Any
+    made_from: dict[str, Any]
+    description: str
+    load: Callable[[], Params]
+
+
+def open_source(path: Path, kind: str, weights: str | None = None) -> Source:
+    """Opens a model folder, a training run or the model in the package.
+
+    Args:
+      kind: the kind of the model; a run and the model in the package are of kind dit.
+      weights: "ema" or "model", of a run that keeps both; None takes the average if there is one,
+        as sampling does.
+    Raises:
+      UserError: nothing usable there, a model of another kind, or no such weights.
+    """
+    path = find_shipped(path)
+    if not is_model(path) and (is_shipped(path) or is_run(path)):
+        _check_kind(path, "dit", kind)
+        return _shipped(path, weights) if is_shipped(path) else _run(path, weights)
+    metadata = read_metadata(path)
+    _check_kind(path, metadata["kind"], kind)
+    if weights not in (None, "model"):
+        raise UserError(
+            f"expected one set of weights in the model folder {visible(path)}, found "
+            f"--weights={visible(weights, 100)}; choose when converting to it"
+        )
+    # The manifest has every file's checksum, so its own stands for the whole folder.
+    made_from = {"model": sha256(path / "manifest.json")}
+    config = get_kind(kind).config_from_dict(metadata[kind])
+    said = f"{path}, {metadata['parameters']:,} parameters"
+    return Source(config, made_from, said, lambda: load_model(path, sharding=_host())[0])
+
+
+def _check_kind(path: Path, found: str, wanted: str) -> None:
+    if found != wanted:
+        raise UserError(
+            f"expected a model of kind {wanted} in {visible(path)}, found {visible(found, 60)}; "
+            f"give --kind={visible(found, 60)}"
+        )
+
+
+def _shipped(path: Path, weights: str | None) -> Source:
+    if weights not in (None, "ema"):
+        raise UserError(
+            f"expected --weights=ema, as {visible(path)} holds the moving average alone, found "
+            f"{visible(weights, 100)}; leave it out"
+        )
+    config = _config(path)
+    made_from = {"model": sha256(path / MANIFEST)}
+    said = f"{path}, moving average, which is all it holds"
+    return Source(config, made_from, said, lambda: load_params(path, _abstract(config)))
+
+
+def _run(path: Path, weights: str | None) -> Source:
+    has_ema = read_run_metadata(path, "has_ema")["has_ema"]
+    if weights not in (None, "model", "ema") or (weights == "ema" and not has_ema):
+        holds = "model and ema" if has_ema else "model alone"
+        raise UserError(
+            f"expected --weights of those that the run {visible(path)} keeps ({holds}), found "
+            f"{visible(weights, 100)}; give one of them"
+        )
+    ema = has_ema and weights != "model"
+    config, (step, _) = _config(path), good_step(path)
+    manifest = path / "checkpoints" / str(step) / "manifest.json"
+    made_from = {"model": sha256(manifest), "weights": "ema" if ema else "model"}
+    other = f"; --weights={'model' if ema else 'ema'} takes the other" if has_ema else ""
+    said = describe_weights(path, step, ema=ema) + other
+    return Source(
+        config, made_from, said, lambda: load_run_params(path, _abstract(config), ema=ema)[0]
+    )
+
+
+def _config(path: Path) -> dit.DiTConfig:
+    return get_kind("dit").config_from_dict(read_run_metadata(path, "dit")["dit"])
+
+
+def _host() -> jax.sharding.Sharding:
+    return jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
+
+
+def _abstract(config: dit.DiTConfig) -> Any:
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=_host()),
+        dit.abstract_params(config),
+    )
