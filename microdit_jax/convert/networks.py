@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from microdit_jax.checkpoints.model_folder import Params, is_model, load_model, read_metadata
+from microdit_jax.checkpoints.model_folder import Params, load_model, read_metadata
 from microdit_jax.checkpoints.restore import good_step
 from microdit_jax.checkpoints.run import is_run, read_run_metadata
 from microdit_jax.checkpoints.weights import describe_weights, load_run_params
@@ -43,7 +43,7 @@ def open_source(path: Path, kind: str, weights: str | None = None) -> Source:
       UserError: nothing usable there, a model of another kind, or no such weights.
     """
     path = find_shipped(path)
-    if not is_model(path) and (is_shipped(path) or is_run(path)):
+    if is_shipped(path) or is_run(path):
         _check_kind(path, "dit", kind)
         return _shipped(path, weights) if is_shipped(path) else _run(path, weights)
     metadata = read_metadata(path)
