@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from microdit_jax.convert import clip_text
+from microdit_jax.convert import clip_text, openclip_config
 from microdit_jax.convert.arguments import (
     OTHER_KIND,
     config_from_fields,
@@ -153,7 +153,7 @@ def infer_config(
     sizes, given = _image_sizes(tensors, layout), _image_fields(config_json)
     faults = size_faults(given, sizes)
     refuse_other_config(faults)
-    text = clip_text.infer_config(tensors, config_json.get("text", config_json))
+    text = clip_text.infer_config(tensors, config_json.get("text", config_json), pooled=True)
     # (d, e) in OpenCLIP, a linear layer's (e, d) in transformers
     name = {"openclip": "text_projection", "transformers": "text_projection.weight"}[layout]
     ((rows, columns),) = matrix_shapes(tensors, [name], "a CLIP")
@@ -251,25 +251,7 @@ def _layout(tensors: Mapping[str, Any]) -> str:
 def _image_fields(config_json: Mapping[str, Any]) -> dict[str, Any]:
     """Reads those of ClipImageConfig's fields that a JSON file states."""
     if "model_cfg" in config_json:
-        model, prepare = config_json["model_cfg"], config_json.get("preprocess_cfg", {})
-        vision = model.get("vision_cfg", {})
-        for name in ("timm_model_name", "attentional_pool", "no_ln_pre", "ls_init_value"):
-            if vision.get(name):
-                raise UserError(
-                    f"expected a plain vision transformer, found {name} {vision[name]} in "
-                    "open_clip_config.json; this CLIP is not supported"
-                )
-        heads = {}
-        if "width" in vision:
-            heads = {"heads": vision["width"] // vision.get("head_width", 64)}
-        names = ("width", "layers", "image_size", "patch_size")
-        return {
-            "activation": "quick_gelu" if model.get("quick_gelu") else "gelu",
-            **heads,
-            **{name: vision[name] for name in names if name in vision},
-            **{name: tuple(prepare[name]) for name in ("mean", "std") if name in prepare},
-            "resize": prepare.get("resize_mode", "shortest"),
-        }
+        return openclip_config.image_fields(config_json)
     if "vision_config" in config_json:
         vision = config_json["vision_config"]
         act = vision.get("hidden_act", "quick_gelu")  # transformers' defaults, as for the rest

@@ -1,9 +1,10 @@
-"""Reads the text tower's config out of OpenCLIP's and transformers' config files."""
+"""Reads the text tower's config out of a config file of OpenCLIP, of transformers or of ours."""
 
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from microdit_jax.convert import openclip_config
 from microdit_jax.encoders.clip_text import ClipTextConfig
 from microdit_jax.errors import UserError
 
@@ -17,17 +18,18 @@ ACTIVATIONS = {
 }
 
 
-def stated_fields(config_json: Mapping[str, Any]) -> dict[str, Any]:
+def stated_fields(config_json: Mapping[str, Any], *, pooled: bool = False) -> dict[str, Any]:
     """Reads those of ClipTextConfig's fields that a JSON file states.
 
     Args:
       config_json: contents of open_clip_config.json or of transformers' config.json, of a text
         model or a whole CLIP; or ClipTextConfig's fields.
+      pooled: True if one embedding of a whole text is taken, as a CLIP score does.
     Raises:
       UserError: none of these, or a tower that is not CLIP's.
     """
     if "model_cfg" in config_json:
-        return _openclip_fields(config_json["model_cfg"])
+        return openclip_config.text_fields(config_json, pooled=pooled)
     if "hidden_act" in config_json or "text_config" in config_json:
         return _transformers_fields(config_json.get("text_config") or config_json)
     if unknown := [name for name in config_json if name not in FIELDS]:
@@ -37,23 +39,6 @@ def stated_fields(config_json: Mapping[str, Any]) -> dict[str, Any]:
             "the text tower's own config"
         )
     return {name: value for name, value in config_json.items() if value is not None}
-
-
-def _openclip_fields(model: Mapping[str, Any]) -> dict[str, Any]:
-    text = model.get("text_cfg", {})
-    for name in ("hf_model_name", "no_causal_mask", "embed_cls"):
-        if text.get(name):
-            raise UserError(
-                f"expected a causal CLIP text tower, found {name} {text[name]} in "
-                "open_clip_config.json; this tower is not supported"
-            )
-    sizes = ("width", "layers", "heads", "context_length", "vocab_size")
-    gelu = "gelu_tanh" if text.get("act_kwargs", {}).get("approximate") == "tanh" else "gelu"
-    return {
-        "activation": "quick_gelu" if model.get("quick_gelu") else gelu,
-        "norm_eps": text.get("norm_kwargs", {}).get("eps", 1e-5),
-        **{name: text[name] for name in sizes if name in text},
-    }
 
 
 def _transformers_fields(text: Mapping[str, Any]) -> dict[str, Any]:

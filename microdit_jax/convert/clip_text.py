@@ -142,6 +142,7 @@ def infer_config(
     activation: str | None = None,
     heads: int | None = None,
     padding: int | None = None,
+    pooled: bool = False,
 ) -> ClipTextConfig:
     """Returns the config of the text tower whose state dict this is.
 
@@ -155,13 +156,14 @@ def infer_config(
       heads: for weights without a config whose heads are not 64 wide.
       padding: id after a text's end. By default 0, but END_OF_TEXT for QuickGELU towers in
         transformers' layout (Stable Diffusion 1.x; huggingface/diffusers issue 2201).
+      pooled: True for the text tower of a whole CLIP, whose pooling matters.
     Raises:
       UserError: not such a text tower, no activation, or a config of another network.
     """
     tensors = select(state_dict).tensors
     layout = _layout(tensors)
     sizes = _sizes(tensors, layout)
-    given = stated_fields(config_json or {})
+    given = stated_fields(config_json or {}, pooled=pooled)
     faults = size_faults(given, sizes)
     flags = {"activation": activation, "heads": heads, "padding": padding}
     for name, value in flags.items():
