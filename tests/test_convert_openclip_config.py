@@ -1,21 +1,19 @@
 """Every key of an open_clip_config.json is used, known to be without effect, or refused by name."""
 
-import copy
-
+import numpy as np
 import pytest
-from conftest import load_golden
+from conftest import GOLDEN
 from support.small_clip import openclip_config, small_config, small_tensors
 
 from microdit_jax.convert import clip, clip_text
 from microdit_jax.convert.openclip_config import ONLY, USED, WITHOUT_EFFECT
 from microdit_jax.errors import UserError
 
-GOLDEN = "clip_small"
-
 
 @pytest.fixture
 def config():
-    return copy.deepcopy(openclip_config(load_golden(GOLDEN).arrays, "gelu"))
+    with np.load(GOLDEN / "clip_small.npz") as golden:
+        return openclip_config(golden, "gelu")
 
 
 def changed(config: dict, part: str, **keys) -> dict:

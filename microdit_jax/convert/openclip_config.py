@@ -126,16 +126,22 @@ def _checked(name: str, part: Mapping[str, Any]) -> Mapping[str, Any]:
     for key, value in part.items():
         if key in ONLY[name]:
             if not any(value is only or value == only for only in ONLY[name][key]):
-                _refuse(name, key, value, f"in {[v for v in ONLY[name][key] if v is not None]}")
+                _refuse(name, key, value, _wanted(ONLY[name][key]))
         elif key not in USED[name] and key not in WITHOUT_EFFECT[name]:
             _refuse(name, key, value, "left out, as its effect is not known")
     return part
 
 
+def _wanted(values: tuple) -> str:
+    """Says which values a key may have."""
+    stated = [repr(value) for value in values if value]
+    return f"as {' or '.join(stated)}" if stated else "left out, as of a causal CLIP's plain towers"
+
+
 def _refuse(part: str, key: str, value: Any, wanted: str) -> None:
     raise UserError(
         f"expected {visible(key, 60)} {wanted} in {part} of open_clip_config.json, found "
-        f"{visible(repr(value), 60)}; this CLIP is not supported"
+        f"{visible(key, 60)} {visible(value, 60)}; this CLIP is not supported"
     )
 
 
