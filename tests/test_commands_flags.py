@@ -34,7 +34,7 @@ ONLY_FOR = {
     "microdit_jax.machine.claim": {"train_main"},
     "microdit_jax.commands.cli": {"train_main", "microdit_jax.xla.aot.__main__"},
     "microdit_jax.commands.config_file": {"train_main", "microdit_jax.xla.aot.__main__"},
-    "microdit_jax.convert.kinds": {"microdit_jax.convert.__main__"},
+    "microdit_jax.convert.networks": {"microdit_jax.convert.__main__", "convert.parity"},
     "microdit_jax.prepare.job_folder": {
         "microdit_jax.prepare.__main__", "microdit_jax.prepare.reformat",
     },
@@ -98,7 +98,8 @@ def flags_of(module: str) -> frozenset[str]:
         if re.search(r"DEFINE_|add_argument$|^add$", name) and node.args:
             flag = words(node.args[0]).removeprefix("--")
             if flag == "{}":  # flags by a table of the module
-                found |= set(importlib.import_module(module).OPTIONS)
+                tables = vars(importlib.import_module(module))
+                found |= set(tables["OPTIONS"] if "OPTIONS" in tables else tables["SIZES"])
             found |= {flag, f"no{flag}"} if "boolean" in name else {flag}
         if "adopt_module_key_flags" in name:
             found |= flags_of(imported_as(ast.unparse(node.args[0]), module))

@@ -64,7 +64,7 @@ def test_the_same_export_again_does_nothing_and_others_do_not_overwrite(tmp_path
     assert "made from something else" in fails(capsys, *flags, "--weights=model")
     flags = ("--to=torch", "--input", workdir, "--output", tmp_path / "b.pt")
     assert "keeps (model and ema), found other" in fails(capsys, *flags, "--weights=other")
-    assert "found dit; give --kind=dit" in fails(capsys, *flags, "--kind=vae")
+    assert "found dit; give python -m convert --kind=dit" in fails(capsys, *flags, "--kind=vae")
 
 
 @pytest.mark.parametrize("name", ["instant", "microdit_jax/instant", instant.FOLDER])

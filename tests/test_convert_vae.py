@@ -295,7 +295,7 @@ def test_the_codec_of_a_model_folder(tmp_path, small, folder, capsys):
     error = fails(
         capsys, "--to=torch", f"--input={tmp_path / 'model'}", f"--output={tmp_path / 'x.pt'}"
     )
-    assert "give --kind=vae" in error
+    assert "give python -m convert --kind=vae" in error
 
 
 def test_half_precision_weights_become_float32(small):

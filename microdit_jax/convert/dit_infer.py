@@ -112,8 +112,8 @@ def infer_config_strictly(
         raise UserError(
             f"expected the sizes of {' or '.join(ARCHES)}, found a network of width {config.dim} "
             f"and depth {config.depth}, whose {' and '.join(missing)} no shape tells; give "
-            f"{' '.join(f'--{name}=...' for name in missing)} (or --config=FILE.json) to "
-            "python -m convert"
+            f"python -m convert {' '.join(f'--{name}=...' for name in missing)}, or "
+            "python -m convert --config=FILE.json"
         )
     return config
 

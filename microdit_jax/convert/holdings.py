@@ -163,7 +163,7 @@ def choose(holdings: list[Holding], weights: str | None, path: str) -> Holding |
     wanted = f"weights under {visible(weights, 100)}" if weights else "the weights of one network"
     raise UserError(
         f"expected {wanted} in {visible(path)}, found {list_holdings(holdings) or 'none'}; "
-        "choose by --weights=model, ema or KEY.PATH"
+        "choose by python -m convert --weights=model, ema or KEY.PATH"
     )
 
 
@@ -194,5 +194,6 @@ def describe_choice(chosen: Holding, holdings: list[Holding]) -> list[str]:
         return []
     rest = f"; also in the file: {list_holdings(others)}" if others else ""
     averages = sum(holding.role == EMA for holding in others)
-    hint = "; --weights=ema takes the average" if averages == 1 and chosen.role != EMA else ""
+    takes = averages == 1 and chosen.role != EMA
+    hint = "; python -m convert --weights=ema takes the average" if takes else ""
     return [f"weights taken from {chosen.describe()}{rest}{hint}"]

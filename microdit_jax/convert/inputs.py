@@ -160,7 +160,8 @@ def read_own_config(path: Path, kind: str) -> dict[str, Any] | None:
     if note.get("kind") != kind or not isinstance(note["config"], dict):
         raise UserError(
             f"expected a model of kind {kind} in {visible(path)}, found "
-            f"{visible(note.get('kind'), 60)}; give --kind={visible(note.get('kind'), 60)}"
+            f"{visible(note.get('kind'), 60)}; give "
+            f"python -m convert --kind={visible(note.get('kind'), 60)}"
         )
     return note["config"]
 

@@ -64,7 +64,7 @@ def _check_kind(path: Path, found: str, wanted: str) -> None:
     if found != wanted:
         raise UserError(
             f"expected a model of kind {wanted} in {visible(path)}, found {visible(found, 60)}; "
-            f"give --kind={visible(found, 60)}"
+            f"give python -m convert --kind={visible(found, 60)}"
         )
 
 

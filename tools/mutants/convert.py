@@ -91,9 +91,9 @@ MUTANTS = [
     },
     {
         "name": "a CLIP's own standard deviations of colours are ignored",
-        "file": "microdit_jax/convert/clip.py",
-        "old": 'for name in ("mean", "std") if name in prepare',
-        "new": 'for name in ("mean",) if name in prepare',
+        "file": "microdit_jax/convert/openclip_config.py",
+        "old": 'for name in ("mean", "std") if prepare.get(name)',
+        "new": 'for name in ("mean",) if prepare.get(name)',
         "tests": _CLIP,
     },
     {
