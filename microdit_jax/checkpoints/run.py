@@ -109,6 +109,7 @@ class RunCheckpoints:
             )
         arrays, index = packing.pack(state, self._rows)
         self._writers = writers_of(arrays)
+        self._manager.failed = lambda error: self._report(step, error)
         args = ocp.args.Composite(
             state=ocp.args.PyTreeSave(arrays, custom_metadata=index),
             metadata=ocp.args.JsonSave(dict(metadata)),
