@@ -15,6 +15,8 @@ from test_commands_flags import COMMANDS, flags_of
 from microdit_jax.commands import boundary
 from microdit_jax.errors import UserError
 
+# Modules that define flags of several commands.
+SHARED_FLAGS = ("microdit_jax.model_flags", "microdit_jax.commands.job_flags")
 # What makes the rest of the arguments matter.
 BASE = {
     "train_main": ["--config=configs/demo.py:pretrain", "--workdir=out"],
@@ -94,10 +96,12 @@ def command(name: str):
             fresh[flag.name] = flag
             fresh.register_flag_by_module(module, flag)
     before, loaded = dict(flags.FLAGS.__dict__), {}
-    for module in (name, "microdit_jax.model_flags"):
+    for module in (name, *SHARED_FLAGS):
         loaded[module] = sys.modules.pop(module, None)
-    package = sys.modules["microdit_jax"]
-    held = package.__dict__.pop("model_flags", None)
+    held = {}
+    for module in SHARED_FLAGS:  # a package keeps what was imported of it
+        package, _, own = module.rpartition(".")
+        held[package, own] = vars(sys.modules[package]).pop(own, None)
     flags.FLAGS.__dict__.clear()
     flags.FLAGS.__dict__.update(fresh.__dict__)
     try:
@@ -109,8 +113,9 @@ def command(name: str):
             sys.modules.pop(module, None)
             if old is not None:
                 sys.modules[module] = old
-        if held is not None:
-            package.model_flags = held
+        for (package, own), old in held.items():
+            if old is not None:
+                setattr(sys.modules[package], own, old)
 
 
 def run(main, arguments: list[str]) -> tuple[int, str]:

@@ -58,7 +58,7 @@ def test_parity_takes_the_config_of_our_files(tmp_path, model, capsys):
     told = capsys.readouterr().err
     assert "heads of 4" in told and "capacity 1" in told and "read from ours.pt" in told
     foreign = [f"--input={tmp_path / 'foreign.pt'}", "--activations=a.npz"]
-    with pytest.raises(UserError, match="give --head_dim=... --expert_capacity=..."):
+    with pytest.raises(UserError, match="--head_dim=... --expert_capacity=..., or"):
         parity.load(parity.parse_arguments(foreign))
     stated = parity.parse_arguments([*foreign, f"--config={tmp_path / 'config.json'}"])
     assert parity.load(stated)[0] == CUSTOM
@@ -69,7 +69,7 @@ def test_nothing_is_guessed_of_an_unknown_architecture(tmp_path, capsys):
     flags = ("--input", tmp_path / "a.safetensors", "--output", tmp_path / "model")
     error = fails(capsys, *flags)
     assert "MicroDiT_XL_2 or MicroDiT_Tiny_2, found a network of width 32 and depth 4" in error
-    assert "give --head_dim=... --expert_capacity=... (or --config=FILE.json)" in error
+    assert "give python -m convert --head_dim=... --expert_capacity=..., or" in error
     assert "head_dim no shape tells" in fails(capsys, *flags, "--expert_capacity=1")
     assert "expert_capacity no shape tells" in fails(capsys, *flags, "--head_dim=4")
     assert not (tmp_path / "model").exists()
