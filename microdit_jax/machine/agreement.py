@@ -37,9 +37,7 @@ def agree(facts: Mapping[str, Any], *, timeout_seconds: float = AGREE_SECONDS) -
     store.put(f"facts/{number}/{store.process_id}", json.dumps({"who": job.who(), "facts": mine}))
     if store.process_id:
         # Process 0 answers at its own time-out, and is watched.
-        while (fault := store.wait(f"agreed/{number}", 60.0)) is None:
-            pass
-        if fault:
+        if fault := store.wait_for(f"agreed/{number}"):
             raise hosts.FaultOfFirst(fault)
         return
     fault = _difference(job, number, mine, time.monotonic() + timeout_seconds)

@@ -89,6 +89,16 @@ class Store:
                 return None
             raise Unreachable(str(error)) from error
 
+    def wait_for(self, key: str) -> str:
+        """Returns the value of a key that will come, unless its process ends and with it the job.
+
+        Raises:
+          Unreachable: process 0 does not answer.
+        """
+        while (value := self.wait(key, 60.0)) is None:
+            continue
+        return value
+
     def folder(self, name: str) -> dict[str, str]:
         """Returns the values of all keys "name/...", by what stands for the dots.
 

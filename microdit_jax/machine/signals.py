@@ -125,11 +125,7 @@ class StopRequest:
         with self._lock:
             self._wanted, told = True, self._times_asked
         store.put(f"stop at/{store.process_id}", str(told))
-        counts = []
-        for number in range(store.num_processes):
-            while (count := store.wait(f"stop at/{number}", 60.0)) is None:
-                pass  # a process that is gone ends all
-            counts.append(int(count))
+        counts = [int(store.wait_for(f"stop at/{i}")) for i in range(store.num_processes)]
         self._stop_at = max(counts) + 1
         self._decided.set()
 

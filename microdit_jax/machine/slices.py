@@ -5,6 +5,7 @@ slices is DCN), and on GPUs those of one NVLink domain, which is a node or a rac
 between them is InfiniBand or Ethernet).
 """
 
+import collections
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -47,7 +48,7 @@ def arrange(devices: Sequence[Any], sizes: Sequence[int]) -> Shaped[np.ndarray, 
     groups = [sorted(slices[number], key=lambda device: device.id) for number in sorted(slices)]
     inner = math.prod(sizes[1:])
     if any(len(group) % inner for group in groups):
-        return _as_array([device for group in groups for device in group]).reshape(sizes)
+        return np.array([device for group in groups for device in group], object).reshape(sizes)
     parts = [_within_a_slice(group, (len(group) // inner, *sizes[1:])) for group in groups]
     return np.concatenate(parts)
 
@@ -56,12 +57,6 @@ def _within_a_slice(devices: Sequence[Any], sizes: Sequence[int]) -> np.ndarray:
     # As jax.make_mesh does it: TPU v5e lacks links that the torus of others has.
     split = devices[0].device_kind in ("TPU v5 lite", "TPU v5e")
     return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=split)
-
-
-def _as_array(devices: Sequence[Any]) -> np.ndarray:
-    array = np.empty(len(devices), dtype=object)
-    array[:] = devices
-    return array
 
 
 def slices_of(mesh: Mesh) -> tuple[int, ...]:
@@ -88,7 +83,7 @@ def crossing_warning(mesh: Mesh, num_bytes: int) -> str:
     names = crossing(mesh)
     if not names:
         return ""
-    sizes = [slices_of(mesh).count(number) for number in sorted(set(slices_of(mesh)))]
+    sizes = collections.Counter(slices_of(mesh)).values()
     axes = " and ".join(f"{name}={mesh.shape[name]}" for name in names)
     return (
         f"the mesh's {axes} cross slices of {min(sizes)} devices: in each step every device "
@@ -100,9 +95,7 @@ def crossing_warning(mesh: Mesh, num_bytes: int) -> str:
 
 def described() -> str:
     """Describes the slices of this job's devices: ", 2 slices of 8"; "" where there is one."""
-    counts: dict[int, int] = {}
-    for device in jax.devices():
-        counts[slice_of(device)] = counts.get(slice_of(device), 0) + 1
+    counts = collections.Counter(map(slice_of, jax.devices()))
     if len(counts) == 1:
         return ""
     each = sorted(set(counts.values()))
