@@ -118,27 +118,44 @@ def test_bytes_become_minus_one_to_one():
     assert decoding.MAX_PIXELS == 100_000_000
 
 
-def test_threads_share_a_number_of_pixels_in_turn():
+def test_threads_share_a_number_of_pixels():
     limit, lock, held, most = decoding.PixelLimit(100), threading.Lock(), [0], [0]
-    order = []
 
-    def decode_one(number, pixels):
+    def decode_one(pixels):
         with limit.hold(pixels):
             with lock:
                 held[0] += pixels
                 most[0] = max(most[0], held[0] if pixels <= 100 else 0)
-                order.append(number)
                 assert pixels <= 100 or held[0] == pixels  # alone
             time.sleep(0.002)
             with lock:
                 held[0] -= pixels
 
-    sizes = [60, 30, 50, 250, 10, 10, 80] * 5
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        list(pool.map(decode_one, range(len(sizes)), sizes))
-    assert 60 < most[0] <= 100 and held == [0] and sorted(order) == list(range(len(sizes)))
-    # A large image waits for those that run, not for those that come after it.
-    assert all(order.index(i) < i + 9 for i in range(len(sizes)) if sizes[i] == 250)
+        list(pool.map(decode_one, [60, 30, 50, 250, 10, 10, 80] * 5))
+    assert 60 <= most[0] <= 100 and held == [0]
+
+
+def test_a_large_image_is_not_overtaken_by_small_ones():
+    limit, order = decoding.PixelLimit(100), []
+
+    def decode_one(pixels):
+        with limit.hold(pixels):
+            order.append(pixels)
+
+    with limit.hold(60):
+        large = threading.Thread(target=decode_one, args=(250,))
+        large.start()
+        while not limit._turn.locked():  # until it waits for the 60 pixels
+            time.sleep(0.001)
+        small = [threading.Thread(target=decode_one, args=(pixels,)) for pixels in (10, 20)]
+        for thread in small:
+            thread.start()
+        time.sleep(0.05)  # there is room for both, but they come after the large one
+        assert not order
+    for thread in [large, *small]:
+        thread.join(30)
+    assert order[0] == 250 and sorted(order) == [10, 20, 250]
 
 
 def test_files_of_other_formats_scans_and_strips_are_refused(monkeypatch):
