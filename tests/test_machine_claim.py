@@ -9,8 +9,9 @@ import time
 import pytest
 
 from microdit_jax.errors import UserError
+from microdit_jax.files.lock import NAME
 from microdit_jax.machine import claim
-from microdit_jax.machine.claim import NAME, Claim, check_shared
+from microdit_jax.machine.claim import Claim, check_shared
 
 
 def leave(folder, **changes) -> None:

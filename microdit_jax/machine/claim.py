@@ -1,8 +1,8 @@
 """A job's claim on its workdir: a second job is refused, and a disk that is not shared is noticed.
 
-WORKDIR/.lock names who is at work: host, process number and a random token. Its time of change is a
-sign of life, renewed every few seconds. A claim whose process is gone from this host, or that gave
-no sign for a minute, is taken over.
+WORKDIR/.lock (files.lock) names who is at work: host, process number and a random token. It gets a
+sign of life every few seconds. A claim whose process is gone from this host, or that gave no sign
+for a minute, is taken over.
 """
 
 import contextlib
@@ -17,33 +17,34 @@ from pathlib import Path
 
 from microdit_jax.errors import UserError, visible
 from microdit_jax.files import disk_errors, parse_json
+from microdit_jax.files.lock import NAME, Held, LockFile, lock_of
 from microdit_jax.machine import watch
 
-NAME = ".lock"
 BEAT_SECONDS = 5.0
 STALE_SECONDS = 60.0
-_MOST_BYTES = 4096
 
 
 class Claim:
-    """The claim of this process on a folder, as a context manager; see `taken`.
+    """The claim of this process on a folder, as a context manager.
 
     Attributes:
       token: random, in the folder's .lock alone.
     """
 
-    def __init__(self, folder: Path, *, stale_seconds: float = STALE_SECONDS):
+    def __init__(
+        self, folder: Path, *, lock: LockFile | None = None, stale_seconds: float = STALE_SECONDS
+    ):
         """
+        Args:
+          lock: where the claim is kept; by default the folder's own.
         Raises:
           UserError: another job is at work there, or the folder cannot be written.
         """
         self.token = secrets.token_hex(8)
-        self._folder, self._path = folder, folder / NAME
+        self._folder, self._lock = folder, lock or lock_of(folder)
         self._stale, self._lost = stale_seconds, ""
         self._closing = threading.Event()
-        with disk_errors(self._path):
-            self._made = not folder.exists()
-            folder.mkdir(parents=True, exist_ok=True)
+        with disk_errors(folder / NAME):
             self._take()
         self._thread = threading.Thread(target=self._beat, name="claim", daemon=True)
         self._thread.start()
@@ -66,71 +67,43 @@ class Claim:
         self._closing.set()
         self._thread.join(BEAT_SECONDS)
         with contextlib.suppress(OSError):
-            if _read(self._path).get("token") == self.token:
-                self._path.unlink()
-            if self._made:
-                self._folder.rmdir()  # of a run that was refused before it wrote anything
+            held = self._lock.read()
+            if held is not None and _about(held).get("token") == self.token:
+                self._lock.remove(held)
 
     # ---------------------------------------------------------------- taking it
     def _take(self) -> None:
-        first_seen, told = None, False
-        while not self._create():
-            try:
-                about, changed = _read(self._path), self._path.stat().st_mtime
-            except FileNotFoundError:
+        first_seen, told, place = None, False, visible(self._folder)
+        while not self._lock.create(self._contents()):
+            held = self._lock.read()
+            if held is None:
                 continue
-            first_seen = changed if first_seen is None else first_seen
-            age = self._now() - changed
-            if _is_gone(about) or age > self._stale:
-                self._take_over()
-                return
-            who = f"process {about.get('pid', '?')} on {visible(about.get('host', '?'), 64)}"
-            if changed != first_seen:
+            about = _about(held)
+            if _is_gone(about) or held.age > self._stale:
+                if self._lock.replace(held, self._contents()):
+                    return
+                time.sleep(0.5)  # another one takes it over
+                continue
+            first_seen = first_seen or held.version
+            if held.version != first_seen:
                 raise UserError(
-                    f"expected {visible(self._folder)} for this job alone, found another at work "
-                    f"there: {who}; wait for it, end it, or give another --workdir"
+                    f"expected {place} for this job alone, found another at work there: "
+                    f"{_who(about)}, which gave a sign of life {held.age:.0f} s ago; wait for it, "
+                    "end it, or give another --workdir"
                 )
-            if not told and age > 2 * BEAT_SECONDS:
+            if not told and held.age > 2 * BEAT_SECONDS:
                 told = True
                 print(
-                    f"{visible(self._folder)}: {who} gave its last sign of life {age:.0f} s ago; "
+                    f"{place}: {_who(about)} gave its last sign of life {held.age:.0f} s ago; "
                     f"this job goes on when that is {self._stale:.0f} s",
                     file=sys.stderr,
                     flush=True,
                 )
             time.sleep(0.5)
 
-    def _create(self) -> bool:
-        try:
-            file = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
-        except FileExistsError:
-            return False
-        with os.fdopen(file, "w") as lock:
-            lock.write(self._contents())
-        return True
-
-    def _take_over(self) -> None:
-        partial = self._path.with_name(f"{NAME}.{self.token}.partial")
-        try:
-            partial.write_text(self._contents())
-            os.replace(partial, self._path)
-        finally:
-            partial.unlink(missing_ok=True)
-        time.sleep(0.5)  # of two that take it over the second stays
-        self.check(now=True)
-
     def _contents(self) -> str:
         who = {"host": socket.gethostname(), "pid": os.getpid(), "processes": _process_space()}
         return json.dumps(who | {"token": self.token}) + "\n"
-
-    def _now(self) -> float:
-        """Returns the disk's time, which is not this host's."""
-        probe = self._path.with_name(f"{NAME}.{self.token}.partial")
-        try:
-            probe.touch()
-            return probe.stat().st_mtime
-        finally:
-            probe.unlink(missing_ok=True)
 
     # ---------------------------------------------------------------- keeping it
     def _beat(self) -> None:
@@ -141,24 +114,22 @@ class Claim:
                 return
 
     def _look(self) -> None:
-        found, place = {}, visible(self._folder)
+        place = visible(self._folder)
         try:
-            found = _read(self._path)
-            if found.get("token") == self.token:
-                with contextlib.suppress(PermissionError):
-                    os.utime(self._path)
+            held = self._lock.read()
+            if held is not None and _about(held).get("token") == self.token:
+                self._lock.renew(held)
                 return
-        except FileNotFoundError:
-            pass
         except OSError:
             return  # a disk that fails says so where it is written
-        if "token" in found:
-            who = f"process {found.get('pid')} on {visible(found.get('host', '?'), 64)}"
-            self._lost = f"expected {place} for this job alone, found it taken over by {who}"
-        else:
+        if held is None or not (about := _about(held)):
             self._lost = (
                 f"expected the workdir {place} as this run began it, found its {NAME} gone: the "
                 "folder was moved, unmounted or emptied; put it back, and the same command goes on"
+            )
+        else:
+            self._lost = (
+                f"expected {place} for this job alone, found it taken over by {_who(about)}"
             )
 
 
@@ -170,12 +141,12 @@ def check_shared(folder: Path, token: str) -> None:
     Raises:
       UserError: it is another folder, on another disk.
     """
-    until = time.monotonic() + 5.0  # for a network's disk to show a new file
+    lock, until = lock_of(folder), time.monotonic() + 5.0  # for a network's disk to show a new file
     while True:
-        found = {}
+        held = None
         with contextlib.suppress(OSError):
-            found = _read(folder / NAME)
-        if found.get("token") == token:
+            held = lock.read()
+        if held is not None and _about(held).get("token") == token:
             return
         if time.monotonic() > until:
             break
@@ -186,14 +157,17 @@ def check_shared(folder: Path, token: str) -> None:
     )
 
 
-def _read(path: Path) -> dict:
-    with open(path, "rb") as file:
-        text = file.read(_MOST_BYTES)
+def _about(held: Held) -> dict:
+    """Returns what a lock's text says; {} while it is being written."""
     try:
-        found = parse_json(text)
+        found = parse_json(held.text)
         return found if isinstance(found, dict) else {}
-    except ValueError:  # being written
+    except ValueError:
         return {}
+
+
+def _who(about: dict) -> str:
+    return f"process {visible(about.get('pid', '?'), 20)} on {visible(about.get('host', '?'), 64)}"
 
 
 def _is_gone(about: dict) -> bool:
