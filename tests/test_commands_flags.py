@@ -47,7 +47,7 @@ ONLY_FOR = {
 }  # fmt: skip
 FLAG = r"--([a-z]\w+(?:\.[a-z]\w*)*)"
 # What other programs are told.
-OTHERS = r"pip install [^;)]*|srun [^;)]*|XLA_FLAGS=\S+"
+OTHERS = r"pip install [^;)]*|srun [^;)]*|XLA_FLAGS=\S+|aws s3 [^;)]*"
 
 
 def path_of(module: str) -> pathlib.Path:

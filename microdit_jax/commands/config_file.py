@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from microdit_jax.errors import UserError
 from microdit_jax.files import shipped
+from microdit_jax.files.urls import check_local
 
 _MOST_BYTES = 2**24
 WANTED = "a Python file with get_config, such as configs/demo.py"
@@ -40,6 +41,7 @@ def read_config(path: str) -> ConfigDict:
       UserError: no such file, no Python, no get_config, another return value, or any exception
         that the file raises, with its line.
     """
+    check_local(path)
     name, _, variant = path.partition(":")
     file = installed(name)
     module = types.ModuleType("microdit_jax_config")

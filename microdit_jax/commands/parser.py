@@ -1,9 +1,10 @@
 """The argument parser of commands without a run configuration."""
 
 import argparse
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from microdit_jax.commands import boundary
+from microdit_jax.commands.paths import check_stores
 from microdit_jax.errors import UserError
 
 
@@ -21,6 +22,13 @@ class Parser(argparse.ArgumentParser):
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
+        self._module = module
+
+    def parse_known_args(self, *arguments: Any, **options: Any) -> Any:
+        """Parses as argparse does, and refuses URLs that the command cannot use."""
+        found, rest = super().parse_known_args(*arguments, **options)
+        check_stores(self._module, vars(found))
+        return found, rest
 
     def error(self, message: str) -> NoReturn:
         """Raises UserError with what argparse could not take."""

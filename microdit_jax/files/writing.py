@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from microdit_jax.errors import UserError
+from microdit_jax.files.urls import check_local
 
 
 @contextlib.contextmanager
@@ -25,7 +26,10 @@ def disk_errors(path: str | os.PathLike, num_bytes: int = 0) -> Iterator[None]:
 
     Args:
       num_bytes: how much will be written; refused at once when the disk has less free.
+    Raises:
+      UserError: such a failure, or `path` is a URL.
     """
+    check_local(path)
     try:
         folder = next(parent for parent in Path(path).absolute().parents if parent.exists())
         free = shutil.disk_usage(folder).free

@@ -1,0 +1,104 @@
+"""The one table of the paths that commands take, and on which stores each of them works.
+
+A URL in any flag or key of a configuration that is not named here is refused before any work: there
+is no flag that a URL slips through, to become a local folder named "gs:".
+"""
+
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+from ml_collections import ConfigDict
+
+from microdit_jax.errors import UserError, visible
+from microdit_jax.files.urls import COPY_AFTERWARDS, COPY_FIRST, as_given, scheme_of
+
+ANY_FSSPEC = ("gs", "s3", "memory", "https", "http", "file")
+
+
+class Place(NamedTuple):
+    """A flag or key that takes a path.
+
+    Attributes:
+      stores: schemes of the URLs that it takes beside local paths.
+      output: True if the command writes there.
+      otherwise: the way out, for the error.
+    """
+
+    stores: tuple[str, ...] = ()
+    output: bool = False
+    otherwise: str = ""
+
+
+_IN, _OUT = Place(), Place(output=True)
+_DATA = Place(ANY_FSSPEC)
+# What a text may say is nobody's business, a URL included.
+TEXTS = {
+    *("prompt", "negative_prompt", "coordinator_address", "job_token", "config.eval.prompts"),
+    *("config.log.wandb",),
+}
+_MODEL_FLAGS = {"model": _IN, "vae": _IN, "text_encoder": _IN}
+_CONFIG = {
+    "config": _IN,
+    "config.init_from": _IN,
+    "config.init_weights_from": _IN,
+    "config.data.cache": _OUT,
+    "config.data.datasets.folder": _DATA,
+    "config.data.heldout.folder": _DATA,
+    "config.data.text_encoder": _IN,
+    "config.data.vae": _IN,
+    "config.eval.score_prompts": _IN,
+    "config.eval.score_reference": _IN,
+}
+# Command -> its flags that take paths.
+PLACES: dict[str, dict[str, Place]] = {
+    "train_main": _CONFIG | {"workdir": _OUT},
+    "sample_main": _MODEL_FLAGS | {"prompts": _IN, "again": _IN, "out": _OUT},
+    "microdit_jax.evaluate": _MODEL_FLAGS
+    | {"prompts": _IN, "reference": _IN, "inception": _IN, "clip": _IN}
+    | {"geneval_prompts": _IN, "geneval_results": _IN, "out": _OUT},
+    "microdit_jax.app": _MODEL_FLAGS,
+    "convert": {"input": _IN, "config": _IN, "output": _OUT},
+    "convert.parity": {"input": _IN, "reference": _IN, "activations": _IN, "config": _IN}
+    | {"record": _OUT, "json": _OUT},
+    "microdit_jax.prepare": {"input": _IN, "captions": _IN, "vae": _IN, "text_encoder": _IN}
+    | {"cache": _OUT, "output": _OUT},
+    "microdit_jax.prepare.reformat": {"input": _DATA, "vae": _IN, "text_encoder": _IN}
+    | {"cache": _OUT, "output": _OUT},
+    "microdit_jax.xla.aot": _CONFIG | {"report": _OUT, "dump": _OUT},
+    "microdit_jax.xla.bench": {"input": _DATA, "report": _OUT, "dump": _OUT},
+    "microdit_jax.xla.plot": {"reports": _IN, "out": _OUT},
+    "microdit_jax.training.report": {"runs": _IN, "out": _OUT},
+}
+
+
+def check_stores(command: str, values: Mapping[str, Any]) -> None:
+    """Raises UserError for a URL where the command cannot use one.
+
+    Args:
+      command: a key of PLACES; of any other every URL is refused.
+      values: of all its flags, configurations among them.
+    """
+    places = PLACES.get(command.removesuffix(".__main__"), {})
+    for name, path in _texts(values):
+        scheme = scheme_of(path)
+        if not scheme or name in TEXTS or "." in name and name in values:
+            continue  # keys that were given as flags are read where the configuration has them
+        place = places.get(name, Place())
+        if scheme not in place.stores:
+            also = f" or a URL of {', '.join(place.stores)}" if place.stores else ""
+            way_out = place.otherwise or (COPY_AFTERWARDS if place.output else COPY_FIRST)
+            shown = visible(as_given(path))
+            raise UserError(f"expected a local path{also} in --{name}, found {shown}; {way_out}")
+
+
+def _texts(values: Mapping[str, Any] | ConfigDict, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Yields the texts in nested values; items of a list, and stages of a chain, as one name."""
+    stages = values.get("stages", ()) if prefix else ()
+    for name, value in values.items():
+        path = prefix if name in stages else f"{prefix}{name}."
+        for item in value if isinstance(value, list | tuple | set) else (value,):
+            if isinstance(item, Mapping | ConfigDict):
+                yield from _texts(item, path)
+            elif isinstance(item, str | os.PathLike):
+                yield path[:-1], os.fspath(item)
