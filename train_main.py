@@ -26,6 +26,10 @@ from microdit_jax.files import check_writable
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/, with its variants.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints, logs and samples go.")
+HEALTH = flags.DEFINE_string(
+    "health_file", None, "A local file that this process writes every few seconds while it goes "
+    "on: the last step's number and time, for a probe of its health."
+)  # fmt: skip
 flags.adopt_module_key_flags(job_flags)
 
 
@@ -33,8 +37,10 @@ flags.adopt_module_key_flags(job_flags)
 def main():
     workdir, config = str(WORKDIR.value), CONFIG.value
     check_writable(workdir, folder=True)
+    from microdit_jax.training import goodput  # after the flags: --help answers at once
+
+    goodput.watch_this_process(HEALTH.value)
     with job_flags.joined_job():
-        # After the flags: --help answers at once.
         from microdit_jax.machine import compilation_cache
         from microdit_jax.train import train_all
 

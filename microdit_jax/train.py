@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import gc
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -34,8 +35,10 @@ from microdit_jax.training.data import RunData, check_data, load_data
 from microdit_jax.training.evaluation import Evaluations, evaluations_due
 from microdit_jax.training.evaluators.base import EvaluationContext
 from microdit_jax.training.loss import Batch
+from microdit_jax.training.goodput import Goodput
 from microdit_jax.training.metric_writer import MetricWriter
-from microdit_jax.training.progress import Progress, StepTrace
+from microdit_jax.training.profiling import REQUEST, StepTrace
+from microdit_jax.training.progress import Progress
 from microdit_jax.training.replicas import ReplicaCheck
 from microdit_jax.training.start import starting_state
 from microdit_jax.training.step import TrainState
@@ -76,6 +79,8 @@ def train(config: ConfigDict, workdir: str | Path, stop: StopRequest | None = No
     with contextlib.ExitStack() as stack:
         stop = stop or stack.enter_context(StopRequest())
         stop.phase = Phase.STARTING
+        goodput = Goodput(workdir, writes=first_process)
+        stack.callback(goodput.close)
         claim = claimed(workdir, stack)
         data = load_data(config, mesh)
         caption_length = check_data(cfg, data)
@@ -84,9 +89,10 @@ def train(config: ConfigDict, workdir: str | Path, stop: StopRequest | None = No
         checkpoints = stack.enter_context(
             RunCheckpoints(workdir, keep_last=run.keep_last, keep_every=run.keep_every)
         )
-        state, resumed, origin = starting_state(
-            config, workdir, checkpoints, model, optimizer, mesh, data.made_by
-        )
+        with goodput.spent_on("restore"):
+            state, resumed, origin = starting_state(
+                config, workdir, checkpoints, model, optimizer, mesh, data.made_by
+            )
         start = int(state.step)
         watch.at_step(start, saved=checkpoints.newest)
         due = [] if resumed is None else evaluations_due(workdir, start)
@@ -117,10 +123,12 @@ def train(config: ConfigDict, workdir: str | Path, stop: StopRequest | None = No
                 config=config.to_dict(),
             )
             stack.callback(writer.close)
+            writer.mark_restart(goodput.restarts, step=start, reached=goodput.reached)
         chip = chip_of(jax.devices()[0].device_kind)
         progress = Progress(
             workdir,
             writer,
+            goodput,
             start=start,
             total=run.steps,
             resumed=resumed or {},
@@ -132,17 +140,30 @@ def train(config: ConfigDict, workdir: str | Path, stop: StopRequest | None = No
             dataset_names=data.names,
         )
         stack.callback(progress.close)
+        stack.callback(goodput.end)
 
         # ------------------------------------------------------------ step, evaluation, data
         step_fn = make_step(config, model, optimizer, schedule, mesh, data.tower)
+
+        def between_parts() -> None:
+            goodput.beat()
+            stop.check()
+
         evaluations = Evaluations(
             EvaluationContext(
-                config, workdir, model, edm, mesh, data, writer, progress.say, stop.check
+                config, workdir, model, edm, mesh, data, writer, progress.say, between_parts
             ),
             stop,
         )
         replicas = ReplicaCheck(mesh, state, every=run.replica_check_every)
-        trace = StepTrace(workdir / "profile", start + config.profile.start, config.profile.steps)
+        trace = StepTrace(
+            workdir / "profile",
+            start + config.profile.start,
+            config.profile.steps,
+            request=workdir / REQUEST,
+            clock=time.monotonic,
+            writing=lambda: progress.paused("profile"),
+        )
         stack.callback(trace.close)
 
         def to_devices(batch: Record) -> tuple[Record, Batch]:
@@ -155,7 +176,8 @@ def train(config: ConfigDict, workdir: str | Path, stop: StopRequest | None = No
         # ------------------------------------------------------------ loop
         stack.enter_context(memory.out_of_memory(OUT_OF_MEMORY))
         stack.enter_context(watch.reported())
-        with progress.paused():
+        goodput.begin(start)
+        with progress.paused("evaluation"):
             first_evaluation = evaluations.at_start if resumed is None else due
             if not evaluations.run(start, state, first_evaluation):
                 progress.say(f"{workdir}: stopped before a step; the same command goes on")
@@ -192,7 +214,7 @@ def train(config: ConfigDict, workdir: str | Path, stop: StopRequest | None = No
             if evaluating or stopping or step % run.checkpoint_every == 0:
                 progress.catch_up()
             if evaluating and not stopping:
-                with progress.paused():
+                with progress.paused("evaluation"):
                     stopping = not evaluations.run(step, state)
             elif evaluating:
                 evaluations.postpone(step)
@@ -203,10 +225,12 @@ def train(config: ConfigDict, workdir: str | Path, stop: StopRequest | None = No
                 if claim is not None:
                     claim.check(now=True)
                 saved = {"step": step, "config": config.to_dict(), **progress.metadata()}
-                checkpoints.save(step, state, saved)
+                with goodput.spent_on("save"):
+                    checkpoints.save(step, state, saved)
             if stopping:
                 stop.acted = True
-                checkpoints.wait()
+                with goodput.spent_on("save"):
+                    checkpoints.wait()
                 progress.say(f"{workdir}: stopped and saved at step {step}; same command goes on")
                 break
     return state

@@ -77,6 +77,9 @@ def test_a_run_leaves_what_it_promises(trained):
     speed = lines[0]["speed"]
     assert speed["images_per_second"] * speed["seconds_per_step"] == pytest.approx(8)
     assert 0 <= speed["data_wait"] < 1 and "mfu" not in speed
+    kinds = {"start", "restore", "compile", "data", "evaluation", "profile", "save"}
+    assert {f"badput_{kind}" for kind in kinds} <= set(lines[1]["speed"])
+    assert sum(v for k, v in speed.items() if k.endswith("put") or "put_" in k) == pytest.approx(1)
     assert set(lines[0]["module_grad_norm"]) == set(state.params)
     with Image.open(run / "samples" / "step_0000004.png") as image:
         assert image.width > 300

@@ -59,6 +59,18 @@ def test_a_resume_hides_later_events(tmp_path):
     assert starts[-1] == 4  # what TensorBoard drops: everything from here on
 
 
+def test_a_restart_is_marked_with_the_steps_that_it_redoes(tmp_path):
+    writer = MetricWriter(tmp_path, restored_step=4)
+    for number, step, reached in ((0, 0, 0), (1, 4, 9), (2, 9, 9)):
+        writer.mark_restart(number, step=step, reached=reached)
+    writer.close()
+    values = [(e.step, v.tensor.string_val) for e in events(tmp_path) for v in e.summary.value]
+    assert values == [
+        (4, [b"restart 1 at step 4; steps 5 to 9 are run again"]),
+        (9, [b"restart 2 at step 9"]),
+    ]
+
+
 def test_reading_nothing_says_so(tmp_path):
     keep_until(tmp_path / "metrics.jsonl", 3)
     with pytest.raises(UserError, match="expected a training run with metrics.jsonl"):
@@ -82,7 +94,9 @@ def test_wandb_is_optional_but_never_ignored(tmp_path, monkeypatch):
         )
         writer.write(1, {"loss": 0.5, "note": "no number"})
         writer.image(1, "samples", np.zeros((2, 2, 3), np.float32))
+        writer.mark_restart(restored or 0, step=3, reached=5)
         writer.close()
+    assert logged[-1] == {"step": 3, "restart": 1, "restart_redoes_steps": 2}
     assert logged[:2] == [{"step": 1, "loss": 0.5}, {"step": 1, "samples": (2, 2, 3)}]
     assert started[0]["project"] == "p" and started[0]["config"] == {"a": 1}
     assert started[0]["id"] == started[1]["id"]

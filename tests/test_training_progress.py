@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from microdit_jax.errors import UserError
+from microdit_jax.training.goodput import Goodput
 from microdit_jax.training.metric_writer import MetricWriter, read_metrics
-from microdit_jax.training.progress import AHEAD, Progress, StepTrace, describe
+from microdit_jax.training.progress import AHEAD, Progress, describe
 
 NAMES = {"source": np.array([0, 1]), "index": np.array([7, 8])}
 
@@ -18,7 +19,9 @@ def make_progress(workdir, writer, **changes):
         "images_per_step": 2, "flops_per_image": 10**9, "peak_flops": None,
         "dataset_names": ["cats", "dogs"],
     }  # fmt: skip
-    return Progress(workdir, writer, **options | changes)
+    goodput = Goodput(workdir)
+    goodput.begin(0)
+    return Progress(workdir, writer, goodput, **options | changes)
 
 
 def metrics_of(loss, in_a_row=0):
@@ -75,7 +78,7 @@ def test_speed_leaves_out_pauses_and_counts_waits(tmp_path, writer, monkeypatch)
         with progress.waiting_for_data():
             spend(1)
         spend(3)
-        with progress.paused():
+        with progress.paused("evaluation"):
             spend(100)
         progress.push(step, metrics_of(1.0), NAMES)
     progress.catch_up()
@@ -85,6 +88,9 @@ def test_speed_leaves_out_pauses_and_counts_waits(tmp_path, writer, monkeypatch)
     assert speed["data_wait"] == 0.25 and speed["seconds_left"] == 4 * 98
     assert speed["tflops_per_device"] * jax.device_count() == pytest.approx(2e9 / 4 / 1e12)
     assert speed["mfu"] == pytest.approx(2 / jax.device_count())
+    # Evaluations are no throughput, but they are wall time.
+    wall = {"goodput": 6 / 208, "badput_data": 2 / 208, "badput_evaluation": 200 / 208}
+    assert {name: speed[name] for name in wall} == pytest.approx(wall)
     assert "MFU" in describe(line) and "data wait 25%" in describe(line)
 
 
@@ -98,20 +104,3 @@ def test_too_many_skipped_in_a_row_stop_the_run(tmp_path, writer, capsys):
     assert "1 images' losses {'dogs': 1}" in capsys.readouterr().out
     names = sorted(path.name for path in (tmp_path / "nonfinite").iterdir())
     assert names == ["step_1.json", "step_2.json", "step_3.json"]
-
-
-def test_a_trace_covers_its_steps(tmp_path, monkeypatch):
-    calls = []
-    monkeypatch.setattr(jax.profiler, "start_trace", lambda folder: calls.append("start"))
-    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: calls.append("stop"))
-    for first, steps in ((3, 2), (2, 0)):
-        trace = StepTrace(tmp_path, first, steps)
-        for step in range(1, 6):
-            trace.before(step)
-            calls.append(step)
-            trace.after(step, metrics_of(1.0))
-    assert calls == [1, 2, "start", 3, 4, "stop", 5] + [1, 2, 3, 4, 5]
-    trace = StepTrace(tmp_path, 1, 5)
-    trace.before(1)
-    trace.close()  # a run that ends early
-    assert calls[-2:] == ["start", "stop"]

@@ -147,6 +147,16 @@ def test_metrics_with_nothing_measured(tmp_path):
     assert "<td>run<td>3<td><td>" in (tmp_path / "report.html").read_text()
 
 
+def test_the_page_says_what_time_was_spent_on(tmp_path):
+    seconds = {"steps": 5400, "compile": 1200, "down": 600}
+    sums = {"reached": 9, "until": 1e9, "restarts": 2, "seconds": seconds}
+    (write_run(tmp_path / "run") / "goodput.json").write_text(json.dumps(sums))
+    report.write([tmp_path / "run", write_run(tmp_path / "other")], tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    assert "<td>run<td>2.00<td>2<td>75.0%<td>compile 16.7%, down 8.3%</tr>" in page
+    assert "<td>other<td>0.00" not in page
+
+
 def test_a_page_holds_no_markup_and_no_scripts_of_a_run(tmp_path):
     """Names of folders, of files and the attribution are a stranger's."""
     run = write_run(tmp_path / "javascript:alert(1)<img src=x onerror='a()'>$x^$\x1b")

@@ -164,6 +164,8 @@ def _watch(reading: int) -> None:
     """Ends the process some time after a signal that is ours, unless the main thread does."""
     while True:
         (number,) = os.read(reading, 1)
+        if number not in SIGNALS:  # one that asks for something else, such as a profile
+            continue
         if signal.getsignal(number) is receive:
             seconds, listener = GRACE_SECONDS, None
         elif (listener := _listener) is not None:

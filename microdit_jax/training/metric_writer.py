@@ -75,6 +75,23 @@ class MetricWriter:
         if self._wandb is not None:
             self._wandb.log({"step": step} | scalars)
 
+    def mark_restart(self, number: int, *, step: int, reached: int) -> None:
+        """Marks in TensorBoard and W&B where a run began again, and which steps are run twice.
+
+        Args:
+          number: of the restart; 0 marks nothing.
+          step: the step that it began from.
+          reached: the last step that was done before.
+        """
+        if not number:
+            return
+        again = f"; steps {step + 1} to {reached} are run again" if reached > step else ""
+        if self._tensorboard is not None:
+            self._tensorboard.add_text("restarts", f"restart {number} at step {step}{again}", step)
+        if self._wandb is not None:
+            redone = max(0, reached - step)
+            self._wandb.log({"step": step, "restart": number, "restart_redoes_steps": redone})
+
     def image(self, step: int, name: str, image: Float[np.ndarray, "H W 3"]) -> None:
         """Shows an image with values in [0, 1] in TensorBoard and W&B."""
         if self._tensorboard is not None:

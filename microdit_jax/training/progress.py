@@ -16,6 +16,7 @@ from jax.experimental import multihost_utils
 from microdit_jax.errors import LONGEST, UserError, visible
 from microdit_jax.files import disk_errors
 from microdit_jax.machine.placement import fetch
+from microdit_jax.training.goodput import Goodput
 from microdit_jax.training.metric_writer import MetricWriter
 
 # Steps dispatched to the devices before the results of an earlier one are read
@@ -27,6 +28,7 @@ class Progress:
 
     Args:
       writer: None on processes that do not write.
+      goodput: counts what the time is spent on.
       start, total: the step this command starts from, and the run's last.
       resumed: `metadata` of the step that the run resumes from; {} at the start of a stage.
       max_skipped: updates in a row that may be skipped.
@@ -40,6 +42,7 @@ class Progress:
         self,
         workdir: Path,
         writer: MetricWriter | None,
+        goodput: Goodput,
         *,
         start: int,
         total: int,
@@ -51,7 +54,8 @@ class Progress:
         peak_flops: float | None,
         dataset_names: list[str],
     ):
-        self._workdir, self._writer, self._total = workdir, writer, total
+        self._workdir, self._writer, self._goodput = workdir, writer, goodput
+        self._total = total
         self._log_every, self._max_skipped = log_every, max_skipped
         self._images_per_step, self._names = images_per_step, dataset_names
         self._flops_per_step_and_device = flops_per_image * images_per_step / jax.device_count()
@@ -75,21 +79,27 @@ class Progress:
     def waiting_for_data(self) -> Iterator[None]:
         """Times the wait for a batch."""
         begin = time.perf_counter()
-        yield
+        with self._goodput.spent_on("data"):
+            yield
         self._waited += time.perf_counter() - begin
 
     @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """Leaves the time of evaluations and the like out of the throughput."""
+    def paused(self, kind: str) -> Iterator[None]:
+        """Leaves the time of evaluations and the like out of the throughput.
+
+        Args:
+          kind: one of `goodput.KINDS`.
+        """
         begin = time.perf_counter()
-        yield
+        with self._goodput.spent_on(kind):
+            yield
         self._since += time.perf_counter() - begin
 
     @contextlib.contextmanager
     def compiling(self) -> Iterator[None]:
         """Times the first step, whose call returns once it is compiled."""
         begin = time.perf_counter()
-        with self.paused():
+        with self.paused("compile"):
             yield
         self.say(f"compiled the training step in {time.perf_counter() - begin:.0f} s")
 
@@ -128,6 +138,7 @@ class Progress:
         # at every step, and the others when a line is written.
         loss, skipped = np.asarray(metrics["loss"]), np.asarray(metrics["skipped"])
         self._steps += 1
+        self._goodput.step_done(step)
         if skipped:
             self._skipped += 1
             self._window.append(None)
@@ -163,7 +174,7 @@ class Progress:
             print(f"step {step}/{self._total}: {text}, {days} d {left} left", flush=True)
 
     def _speed(self, step: int) -> dict[str, float]:
-        """Returns throughput and waiting times, the only values that differ between equal runs."""
+        """Returns throughput and shares of time, the only values that differ in equal runs."""
         seconds = (time.perf_counter() - self._since) / self._steps
         speed = {
             "images_per_second": self._images_per_step / seconds,
@@ -174,7 +185,7 @@ class Progress:
         }
         if self._peak_flops is not None:
             speed["mfu"] = speed["tflops_per_device"] * 1e12 / self._peak_flops
-        return speed
+        return speed | self._goodput.figures()
 
     def _report_skipped(
         self, step: int, metrics: dict, where: dict[str, np.ndarray], in_a_row: int
@@ -209,38 +220,6 @@ class Progress:
                 f"to step {step}; look at {path.parent}, then start the same command with a lower "
                 "optim.learning_rate or clip_norm, or without the data named there"
             )
-
-
-class StepTrace:
-    """Records a jax.profiler trace of some steps, for XProf or Perfetto.
-
-    Args:
-      folder: where the trace is written.
-      first: first step of the trace.
-      steps: number of steps; 0 for no trace.
-    """
-
-    def __init__(self, folder: Path, first: int, steps: int):
-        self._folder, self._first, self._last = folder, first, first + steps - 1
-        self._running = False
-
-    def before(self, step: int) -> None:
-        """Starts the trace at its first step."""
-        if step == self._first <= self._last:
-            jax.profiler.start_trace(str(self._folder))
-            self._running = True
-
-    def after(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Ends the trace once the devices have finished its last step."""
-        if step == self._last >= self._first:
-            jax.block_until_ready(metrics)
-            self.close()
-
-    def close(self) -> None:
-        """Ends a trace that is still running."""
-        if self._running:
-            jax.profiler.stop_trace()
-            self._running = False
 
 
 def describe(line: Mapping[str, Any]) -> str:

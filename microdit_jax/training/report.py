@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from microdit_jax.checkpoints.run import read_run_metadata
 from microdit_jax.errors import UserError, visible
 from microdit_jax.files import check_writable, write_bytes
+from microdit_jax.training import goodput
 from microdit_jax.training.metric_writer import read_metrics
 
 if TYPE_CHECKING:  # matplotlib takes a second to import: only where a page is written
@@ -48,6 +49,7 @@ figcaption {{ color: #555 }}
 <img src="data:image/png;base64,{curves}" alt="Losses, loss by noise and throughput">
 <table><tr><th>run<th>step<th>held-out loss, right<th>shuffled<th>ratio<th>images/s<th>skipped</tr>
 {rows}</table>
+{time}
 {grids}
 </body></html>
 """
@@ -70,11 +72,12 @@ def series(lines: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[int, floa
 
 
 class Run(NamedTuple):
-    """A training run's folder, with the lines of its metrics.jsonl and its config.json."""
+    """A training run's folder, with its metrics.jsonl, config.json and, if it has, goodput.json."""
 
     workdir: Path
     lines: list[dict[str, Any]]
     metadata: dict[str, Any]
+    time: goodput.Totals | None
 
 
 def read(workdirs: Sequence[str | Path]) -> list[Run]:
@@ -86,7 +89,10 @@ def read(workdirs: Sequence[str | Path]) -> list[Run]:
     if not workdirs:
         raise UserError("expected at least one run, found none; give --runs=WORKDIR")
     folders = [Path(workdir).absolute() for workdir in workdirs]
-    runs = [Run(folder, read_metrics(folder), read_run_metadata(folder)) for folder in folders]
+    runs = [
+        Run(folder, read_metrics(folder), read_run_metadata(folder), goodput.read(folder))
+        for folder in folders
+    ]
     for run in runs:
         for line in run.lines:
             for name, levels in FIGURES.items():
@@ -235,6 +241,7 @@ def write(workdirs: Sequence[str | Path], out: str | Path) -> None:
             title=_escaped(", ".join(run.workdir.name for run in runs)),
             curves=base64.b64encode(data).decode(),
             rows="\n".join(map(_row, runs)),
+            time=_time(runs),
             grids="\n".join(_grids(run, out.absolute().parent) for run in runs),
         )
         data = page.encode(errors="backslashreplace")
@@ -254,6 +261,24 @@ def _row(run: Run) -> str:
     cells += [f"{speed:,.0f}" if speed is not None else "", str(last.get("skipped", ""))]
     cells = [run.workdir.name, str(last.get("step", "")), *cells]
     return f"<tr>{''.join(f'<td>{_escaped(cell)}' for cell in cells)}</tr>"
+
+
+def _time(runs: Sequence[Run]) -> str:
+    """Returns a table of what the runs' wall time was spent on, over all restarts."""
+    rows = []
+    for run in runs:
+        if run.time is None:
+            continue
+        rest = sorted(run.time.badput().items(), key=lambda item: -item[1])
+        hours = sum(run.time.seconds.values()) / 3600
+        cells = [run.workdir.name, f"{hours:,.2f}", str(run.time.restarts)]
+        cells += [f"{run.time.goodput:.1%}", ", ".join(f"{kind} {x:.1%}" for kind, x in rest)]
+        rows.append(f"<tr>{''.join(f'<td>{_escaped(cell)}' for cell in cells)}</tr>")
+    if not rows:
+        return ""
+    kinds = "; ".join(f"{kind}: {text}" for kind, text in goodput.KINDS.items())
+    head = "<tr><th>run<th>hours<th>restarts<th>goodput<th>the rest of the time</tr>"
+    return f"<table>{head}\n{''.join(rows)}</table><p>{_escaped(kinds)}</p>"
 
 
 def _grids(run: Run, base: Path) -> str:
