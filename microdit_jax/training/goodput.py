@@ -59,7 +59,7 @@ def _age() -> float:
 
 
 class Totals(NamedTuple):
-    """What goodput.json holds of a stage.
+    """Sums of a stage, as goodput.json holds them.
 
     Attributes:
       reached: the last step that any process has done.
