@@ -52,7 +52,7 @@ _CONFIG = {
 }
 # Command -> its flags that take paths.
 PLACES: dict[str, dict[str, Place]] = {
-    "train_main": _CONFIG | {"workdir": _OUT},
+    "train_main": _CONFIG | {"workdir": _OUT, "health_file": _OUT},
     "sample_main": _MODEL_FLAGS | {"prompts": _IN, "again": _IN, "out": _OUT},
     "microdit_jax.evaluate": _MODEL_FLAGS
     | {"prompts": _IN, "reference": _IN, "inception": _IN, "clip": _IN}
