@@ -34,8 +34,8 @@ from microdit_jax.training.config import (
 from microdit_jax.training.data import RunData, check_data, load_data
 from microdit_jax.training.evaluation import Evaluations, evaluations_due
 from microdit_jax.training.evaluators.base import EvaluationContext
-from microdit_jax.training.loss import Batch
 from microdit_jax.training.goodput import Goodput
+from microdit_jax.training.loss import Batch
 from microdit_jax.training.metric_writer import MetricWriter
 from microdit_jax.training.profiling import REQUEST, StepTrace
 from microdit_jax.training.progress import Progress
