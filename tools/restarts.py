@@ -1,0 +1,267 @@
+"""Training that is killed and started again, by itself and on other numbers of hosts.
+
+  python -m tools.restarts loops [--faults=10] [--steps=600] [--seed=0]
+  python -m tools.restarts hosts
+
+`loops`: two hosts, each `until train_main.py ...; do sleep 1; done`, are signalled at random
+moments; the run must reach its last step by itself, and end as an unbroken one, bit for bit.
+`hosts`: a run goes from 2 hosts to 1, 3 and 2 by kill -9 each; prints how far its weights end from
+those of unbroken runs. Both are processes on loopback, with simulated devices, and take minutes.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import pathlib
+import random
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+
+import numpy as np
+
+from tools.fault_hosts import ROOT
+from tools.fault_table import make_data
+
+LIMIT_SECONDS = 1800.0  # of a run
+
+
+def free_port() -> int:
+    with socket.create_server(("localhost", 0)) as server:
+        return server.getsockname()[1]
+
+
+class Host:
+    """A host's shell, which starts the command once or until it is done."""
+
+    def __init__(self, number: int, hosts: int, devices: int, port: int, workdir: pathlib.Path,
+                 flags: list[str], *, again: bool):  # fmt: skip
+        self.output = workdir.with_name(f"{workdir.name}_{number}.txt")
+        environment = os.environ | {
+            "JAX_PLATFORMS": "cpu",
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+            "PYTHONPATH": str(ROOT),
+        }
+        script = 'until "$@"; do echo "ended with status $?"; sleep 1; done' if again else '"$@"'
+        command = [sys.executable, "train_main.py", f"--workdir={workdir}", *flags]
+        if hosts > 1:
+            command += [f"--coordinator_address=localhost:{port}", f"--num_processes={hosts}",
+                        f"--process_id={number}"]  # fmt: skip
+        with self.output.open("a") as output:
+            self.shell = subprocess.Popen(
+                ["bash", "-c", script, "-", *command], cwd=ROOT, env=environment, stdout=output,
+                stderr=output, start_new_session=True,
+            )  # fmt: skip
+
+    def pid(self) -> int | None:
+        """The command's process, None between two."""
+        with contextlib.suppress(OSError):
+            path = f"/proc/{self.shell.pid}/task/{self.shell.pid}/children"
+            for child in pathlib.Path(path).read_text().split():
+                if b"train_main.py" in pathlib.Path("/proc", child, "cmdline").read_bytes():
+                    return int(child)
+        return None
+
+    def signal(self, number: int) -> bool:
+        with contextlib.suppress(ProcessLookupError):
+            if (pid := self.pid()) is not None:
+                os.kill(pid, number)
+                return True
+        return False
+
+    def end(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.shell.pid, signal.SIGKILL)
+        self.shell.wait()
+
+    def tail(self) -> str:
+        return "\n".join(self.output.read_text(errors="replace").splitlines()[-5:])
+
+
+class Run:
+    """The processes of one job."""
+
+    def __init__(self, workdir: pathlib.Path, hosts: int, devices: int, flags: list[str], *,
+                 again: bool = False):  # fmt: skip
+        self.workdir, port = workdir, free_port()
+        self.hosts = [
+            Host(n, hosts, devices, port, workdir, flags, again=again) for n in range(hosts)
+        ]
+
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        for host in self.hosts:
+            host.end()
+
+    def step(self) -> int:
+        """The last step that metrics.jsonl tells."""
+        with contextlib.suppress(FileNotFoundError, IndexError, ValueError):
+            text = (self.workdir / "metrics.jsonl").read_text()
+            return json.loads(text[: text.rindex("\n")].splitlines()[-1])["step"]
+        return 0
+
+    def saved(self) -> int:
+        folder = self.workdir / "checkpoints"
+        return max((int(p.name) for p in folder.glob("*") if p.name.isdigit()), default=0)
+
+    def is_over(self) -> bool:
+        return all(host.shell.poll() is not None for host in self.hosts)
+
+    def wait(self, ready, limit: float = LIMIT_SECONDS) -> None:
+        until = time.monotonic() + limit
+        while not ready():
+            if time.monotonic() > until:
+                raise SystemExit("no end:\n" + "\n\n".join(host.tail() for host in self.hosts))
+            time.sleep(0.02)
+
+    def finish(self) -> None:
+        """Waits for the end of all, which must be the run's."""
+        self.wait(self.is_over)
+        if any(host.shell.returncode for host in self.hosts):
+            raise SystemExit("failed:\n" + "\n\n".join(host.tail() for host in self.hosts))
+
+
+def settings(data: pathlib.Path, steps: int, *more: str) -> list[str]:
+    return [
+        f"--config=tests/support/tiny_config.py:{data}", f"--config.train.steps={steps}",
+        "--config.train.checkpoint_every=20", "--config.train.eval_every=150",
+        "--config.eval.evaluators=('heldout_loss',)", *more,
+    ]  # fmt: skip
+
+
+def state_of(workdir: pathlib.Path, step: int) -> dict[str, np.ndarray]:
+    """Every array of a run's checkpoint."""
+    sys.path.insert(0, str(ROOT / "tests"))
+    from support.train_command import state_of  # pyright: ignore[reportMissingImports]
+
+    return state_of(workdir, step)
+
+
+def logged(workdir: pathlib.Path) -> list[dict]:
+    """The lines of metrics.jsonl without what a clock measured."""
+    found = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+    return [{name: value for name, value in line.items() if name != "speed"} for line in found]
+
+
+# ------------------------------------------------------------------ loops
+def loops(data: pathlib.Path, folder: pathlib.Path, faults: int, steps: int, seed: int) -> None:
+    flags, rng = settings(data, steps), random.Random(seed)
+    began = time.monotonic()
+    with Run(folder / "unbroken", 2, 2, flags) as run:
+        run.finish()
+    print(f"unbroken run of {steps} steps: {time.monotonic() - began:.0f} s", flush=True)
+    began, redone, done = time.monotonic(), 0, 0
+    with Run(folder / "loops", 2, 2, flags, again=True) as run:
+        while done < faults and not run.is_over():
+            wait, host = rng.uniform(0, 25), rng.randrange(2)
+            kind = rng.choice([signal.SIGTERM, signal.SIGKILL])
+            time.sleep(wait)
+            if not run.hosts[host].signal(kind):
+                continue  # between two starts; the next moment comes
+            done += 1
+            step, saved = run.step(), run.saved()
+            redone += step - saved if kind == signal.SIGKILL else 0
+            print(
+                f"{time.monotonic() - began:5.0f} s: {kind.name} to host {host} at step {step}, "
+                f"checkpoint {saved}",
+                flush=True,
+            )
+        run.finish()
+        starts = sum(h.output.read_text().count("ended with status") for h in run.hosts)
+        counts = {
+            status: sum(h.output.read_text().count(f"status {status}\n") for h in run.hosts)
+            for status in (75, 137, 143, 2, 1)
+        }
+    print(f"reached its last step after {time.monotonic() - began:.0f} s and {starts} ends of a "
+          f"process ({counts}), {redone} steps behind a checkpoint when killed")  # fmt: skip
+    one, other = (state_of(folder / name, steps) for name in ("unbroken", "loops"))
+    same = one.keys() == other.keys() and all(
+        one[path].tobytes() == other[path].tobytes() for path in one
+    )
+    print(f"{len(one)} arrays of the state bit-equal: {same}")
+    print(f"metrics.jsonl equal: {logged(folder / 'unbroken') == logged(folder / 'loops')}")
+    if done < faults:
+        raise SystemExit(f"only {done} of {faults} faults before the end; give more --steps")
+    if not same:
+        raise SystemExit(1)
+
+
+# ------------------------------------------------------------------ other numbers of hosts
+def hosts(data: pathlib.Path, folder: pathlib.Path) -> None:
+    """Chains with devices for each host (hosts x devices), against unbroken runs."""
+    flags = settings(data, 200, "--config.train.batch_size=12")
+    ends: dict[str, dict[str, np.ndarray]] = {}
+    start: dict[str, np.ndarray] = {}
+
+    def whole(name: str, *parts: tuple[int, int]) -> None:
+        workdir = folder / name.replace(" ", "_")
+        for number, (count, devices) in enumerate(parts):
+            with Run(workdir, count, devices, flags) as run:
+                if number == len(parts) - 1:
+                    run.finish()
+                else:
+                    goal = 50 * (number + 1) + 5
+                    run.wait(lambda run=run, goal=goal: run.step() >= goal)
+                    run.hosts[number % count].signal(signal.SIGKILL)
+                    run.wait(run.is_over)
+        ends[name] = weights(state_of(workdir, 200))
+        print(f"{name}: done", flush=True)
+
+    def weights(state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return {path: leaf for path, leaf in state.items() if path.startswith("params")}
+
+    first = settings(data, 1, "--config.train.batch_size=12", "--config.optim.learning_rate=0")
+    with Run(folder / "start", 1, 1, first) as run:
+        run.finish()
+    start.update(weights(state_of(folder / "start", 1)))
+    whole("2 hosts x 1", (2, 1))
+    whole("2 hosts x 1 again", (2, 1))
+    whole("1 host x 2", (1, 2))
+    whole("1 host x 1", (1, 1))
+    whole("3 hosts x 1", (3, 1))
+    whole("2 x 1, 1 x 1, 3 x 1, 2 x 1", (2, 1), (1, 1), (3, 1), (2, 1))
+    whole("2 hosts x 3", (2, 3))
+    whole("2 x 3, 1 x 6, 3 x 2, 2 x 3", (2, 3), (1, 6), (3, 2), (2, 3))
+    print("\n| run | against | arrays bit-equal | relative L2 | share of what training changed |")
+    print("|---|---|---|---|---|")
+    for name, end in ends.items():
+        for other in ("2 hosts x 1", "2 hosts x 3"):
+            if name == other:
+                continue
+            equal = sum(end[p].tobytes() == ends[other][p].tobytes() for p in end)
+            far, moved = distance(end, ends[other]), distance(start, ends[other])
+            print(f"| {name} | {other} | {equal} of {len(end)} | {far:.1e} | {far / moved:.1e} |")
+
+
+def distance(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> float:
+    """Relative L2 distance of all arrays together."""
+    difference = sum(float(np.sum((one[p].astype(float) - other[p]) ** 2)) for p in one)
+    return (difference / sum(float(np.sum(other[p].astype(float) ** 2)) for p in one)) ** 0.5
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
+    parser.add_argument("what", choices=["loops", "hosts"])
+    parser.add_argument("--data", type=pathlib.Path, default=pathlib.Path("/tmp/faults/data"))
+    parser.add_argument("--faults", type=int, default=10)
+    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    if not args.data.exists():
+        make_data(args.data)
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        if args.what == "loops":
+            loops(args.data, pathlib.Path(folder), args.faults, args.steps, args.seed)
+        else:
+            hosts(args.data, pathlib.Path(folder))
+
+
+if __name__ == "__main__":
+    main()
