@@ -11,6 +11,7 @@ from conftest import tiny_model
 from microdit_jax import sharding
 from microdit_jax.diffusion import EdmConfig
 from microdit_jax.training import step as train_step
+from microdit_jax.training.evaluators import heldout_loss as heldout_module
 from microdit_jax.training.evaluators.heldout_loss import HeldoutLoss, nearest_level, sigma_levels
 
 EDM = EdmConfig(P_mean=-0.3, P_std=0.8, sigma_data=0.7)
@@ -118,3 +119,31 @@ def test_images_are_spread_over_the_whole_source(monkeypatch):
     batch = images.batch([0, 8, 16]) | {"draw": np.uint32(0)}
     losses, _ = formula(0.3, batch)
     assert found["right"] == pytest.approx(np.mean(np.asarray(losses)), rel=1e-5)
+
+
+def test_a_stop_waits_for_few_programs(monkeypatch):
+    """Devices are never far behind, and each noise sample asks whether the run stops."""
+    monkeypatch.setattr(train_step, "make_eval_step", lambda *args, **kwargs: formula)
+    running, most, asked = 0, 0, 0
+
+    class Result(np.ndarray):
+        def block_until_ready(self):
+            nonlocal running
+            running -= 1
+
+    def check():
+        nonlocal asked
+        asked += 1
+
+    measure = heldout_loss(Images(16), noise_samples=10, check=check)
+    compiled = measure._weighted_sums
+
+    def dispatched(*args):
+        nonlocal running, most
+        running += 1
+        most = max(most, running)
+        return np.asarray(compiled(*args)).view(Result)
+
+    monkeypatch.setattr(measure, "_weighted_sums", dispatched)
+    measure(jnp.float32(0.3))
+    assert (most, asked) == (heldout_module.AHEAD + 1, 2 * 10)

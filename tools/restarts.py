@@ -46,7 +46,10 @@ class Host:
             "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
             "PYTHONPATH": str(ROOT),
         }
-        script = 'until "$@"; do echo "ended with status $?"; sleep 1; done' if again else '"$@"'
+        script = (
+            'until "$@"; do echo "ended with status $?"; sleep 1; done' if again else 'exec "$@"'
+        )
+        self._again = again
         command = [sys.executable, "train_main.py", f"--workdir={workdir}", *flags]
         if hosts > 1:
             command += [f"--coordinator_address=localhost:{port}", f"--num_processes={hosts}",
@@ -59,6 +62,8 @@ class Host:
 
     def pid(self) -> int | None:
         """The command's process, None between two."""
+        if not self._again:
+            return self.shell.pid
         with contextlib.suppress(OSError):
             path = f"/proc/{self.shell.pid}/task/{self.shell.pid}/children"
             for child in pathlib.Path(path).read_text().split():

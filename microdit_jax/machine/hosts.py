@@ -60,22 +60,23 @@ def initialize(
     )
     if job is None or job.num_processes == 1:
         return False
-    preflight(job, timeout_seconds)
+    lifelines = preflight(job, timeout_seconds)
     # Without GPUs or TPUs, collectives between processes need gloo; others ignore the setting.
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     # machine.signals does its work, and SIGTERM stays Python's.
     jax.config.update("jax_enable_preemption_service", False)
     delay_aborts()
-    jax.distributed.initialize(
-        job.coordinator_address,
-        job.num_processes,
-        job.process_id,
-        job.local_device_ids,
-        cluster_detection_method="deactivate",  # done above
-        initialization_timeout=max(1, int(timeout_seconds)),
-        # JAX would abort with pages of C++: the watch speaks first.
-        heartbeat_timeout_seconds=max(100, int(4 * heartbeat_seconds)),
-    )
+    with lifelines:
+        jax.distributed.initialize(
+            job.coordinator_address,
+            job.num_processes,
+            job.process_id,
+            job.local_device_ids,
+            cluster_detection_method="deactivate",  # done above
+            initialization_timeout=max(1, int(timeout_seconds)),
+            # JAX would abort with pages of C++: the watch speaks first.
+            heartbeat_timeout_seconds=max(100, int(4 * heartbeat_seconds)),
+        )
     watch.Watch(Store(), heartbeat_seconds).start()
     atexit.register(_leave)
     return True

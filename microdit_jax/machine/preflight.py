@@ -15,6 +15,7 @@ from microdit_jax.errors import UserError, visible
 from microdit_jax.machine import handshake
 from microdit_jax.machine.cluster import Job
 from microdit_jax.machine.handshake import LINE_BYTES, Introduction, WrongToken
+from microdit_jax.machine.lifelines import Lifelines, Peer, probe
 
 CALL_SECONDS = 5.0  # for a connection to say who it is
 HANG_UP_SECONDS = 5.0  # for all to hang up, having been answered
@@ -22,18 +23,21 @@ MAX_PENDING = 256  # connections that have not said who they are; the oldest mak
 SHOWN = 16  # processes in an error
 
 
-def preflight(job: Job, timeout_seconds: float) -> None:
+def preflight(job: Job, timeout_seconds: float) -> Lifelines:
     """Waits until every process of the job has called; process 0 counts, on the coordinator's port.
 
     jax.distributed.initialize would wait as long, but could not say for whom.
 
+    Returns:
+      The connections, to be held in a `with` block around that call.
     Raises:
       UserError: on every process that is there, naming the numbers of those that are not.
     """
     deadline = time.monotonic() + timeout_seconds
-    fault = (_Counter(job, deadline).run if job.process_id == 0 else _Caller(job, deadline).run)()
-    if fault:
+    part = _Counter(job, deadline) if job.process_id == 0 else _Caller(job, deadline)
+    if fault := part.run():
         raise UserError(fault)
+    return Lifelines(part.peers, first=job.process_id == 0)
 
 
 # ------------------------------------------------------------------ process 0
@@ -68,6 +72,7 @@ class _Counter:
         self._pending: dict[socket.socket, _Pending] = {}  # oldest first
         self._strangers = 0  # calls with another token
         self._fault = ""
+        self.peers: dict[int, Peer] = {}  # once all are there
 
     def run(self) -> str:
         """Returns what is wrong, "" if all processes are there."""
@@ -121,6 +126,7 @@ class _Counter:
             time.sleep(0.01)
             return
         connection.setblocking(False)
+        probe(connection)  # a host that lost its power hangs up too
         pending = _Pending(handshake.new_nonce(), time.monotonic() + CALL_SECONDS)
         self._pending[connection] = pending
         selector.register(connection, selectors.EVENT_READ)
@@ -188,15 +194,19 @@ class _Counter:
         )
 
     def _answer(self) -> None:
-        """Tells all, and waits until they hang up: the port must be free for JAX at once."""
+        """Tells all; after a fault also waits until they hang up: the port must be free at once."""
         deadline = time.monotonic() + HANG_UP_SECONDS
         with selectors.DefaultSelector() as selector, contextlib.ExitStack() as stack:
-            for call in self._calls.values():
-                stack.enter_context(call.connection)
+            for number, call in self._calls.items():
+                if self._fault:
+                    stack.enter_context(call.connection)
+                else:
+                    self.peers[number] = Peer(call.who.host, call.connection)
                 line = handshake.answer(self._fault, call.who.nonce, self._job.token)
                 with contextlib.suppress(OSError):
                     call.connection.send(line)
-                    selector.register(call.connection, selectors.EVENT_READ)
+                    if self._fault:
+                        selector.register(call.connection, selectors.EVENT_READ)
             while selector.get_map() and (left := deadline - time.monotonic()) > 0:
                 for key, _ in selector.select(left):
                     selector.unregister(key.fileobj)
@@ -224,14 +234,20 @@ class _Caller:
         self._job, self._start, self._deadline = job, time.monotonic(), deadline
         host, _, port = job.coordinator_address.rpartition(":")
         self._host, self._port = host.strip("[]"), int(port)
+        self.peers: dict[int, Peer] = {}  # process 0 alone, once all are there
 
     def run(self) -> str:
         """Returns what process 0 says is wrong, "" if nothing, or that it does not answer."""
         reason = ""
         while True:
             try:
-                with socket.create_connection((self._host, self._port), CALL_SECONDS) as call:
-                    return self._ask(call)
+                with contextlib.ExitStack() as stack:
+                    call = socket.create_connection((self._host, self._port), CALL_SECONDS)
+                    stack.enter_context(call)
+                    if not (fault := self._ask(call)):
+                        stack.pop_all()
+                        self.peers[0] = Peer(visible(self._host, 64), call)
+                    return fault
             except (OSError, ValueError) as error:
                 if isinstance(error, ValueError) or not reason:
                     reason = visible(error, 200)  # what somebody said there tells more

@@ -58,7 +58,8 @@ def preflights(*jobs: Job, seconds: float = 1.5) -> list[str]:
 
     def check(i):
         try:
-            preflight(jobs[i], seconds)
+            with preflight(jobs[i], seconds):
+                pass
         except UserError as error:
             errors[i] = str(error)
 

@@ -1,5 +1,6 @@
 """The loss on held-out images at fixed noise: comparable between all evaluations of all runs."""
 
+from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -23,6 +24,7 @@ from microdit_jax.training.step import TrainState
 NOISE_SEED = 0x4E1D
 # Noise levels that losses are reported for: this many, half a P_std apart in ln sigma.
 NUM_SIGMAS = 9
+AHEAD = 2  # programs on the devices before one's result is waited for: a stop waits for these
 
 
 def sigma_levels(edm: EdmConfig) -> Float64[np.ndarray, " levels"]:
@@ -52,7 +54,7 @@ class HeldoutLoss:
       batch_size: images at a time, over all processes.
       noise_samples: noise samples for each image.
       tower: embeds the captions of a source of token ids.
-      check: called before each batch; may leave by an exception.
+      check: called before each noise sample of a batch; may leave by an exception.
     """
 
     def __init__(
@@ -97,14 +99,19 @@ class HeldoutLoss:
           noise level, {"0.549": loss, ...}; NaN for a level that no noise sample came near.
         """
         sums = {"right": [], "shuffled": []}
-        for number, batch in enumerate(between(self._batches(), self._check)):
-            for i in range(self._noise_samples):
+        running: deque[Any] = deque()
+        for number, batch in enumerate(self._batches()):
+            for i in between(range(self._noise_samples), self._check):
                 sample = {"draw": np.asarray(number * self._noise_samples + i, np.uint32)}
                 for captions, found in sums.items():
                     part = {"latents": batch["latents"], self._captions: batch[captions]}
                     part |= sample | {"weight": batch["weight"]}
                     placed = sharding.put_batch(part, self._mesh)
                     found.append(self._weighted_sums(params, self._tower_params, placed))
+                    # Hundreds of collectives at a time lock up devices that are CPUs.
+                    running.append(found[-1])
+                    if len(running) > AHEAD:
+                        jax.block_until_ready(running.popleft())
         totals = {name: np.sum(jax.device_get(parts), axis=0) for name, parts in sums.items()}
         means = {name: float(loss.sum() / count.sum()) for name, (loss, count) in totals.items()}
         with np.errstate(invalid="ignore"):
