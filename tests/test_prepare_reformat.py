@@ -28,8 +28,8 @@ QUIET = {"progress": False, "records_per_shard": 4}
 
 def test_there_and_back_gives_the_same_samples(tmp_path):
     write_mds(tmp_path / "mds", count=10)
-    assert reformat(str(tmp_path / "mds"), tmp_path / "ar", to="arrayrecord", **QUIET)
-    assert reformat(str(tmp_path / "ar"), tmp_path / "back", to="mds", compression="zstd", **QUIET)
+    reformat(str(tmp_path / "mds"), tmp_path / "ar", to="arrayrecord", **QUIET)
+    reformat(str(tmp_path / "ar"), tmp_path / "back", to="mds", compression="zstd", **QUIET)
     for name in ("ar", "back"):
         store, info = open_store(tmp_path / name)
         assert len(store) == 10 and info == INFO
@@ -57,7 +57,7 @@ def test_an_interrupted_conversion_goes_on(tmp_path, to, monkeypatch):
     write = {"mds": write_array_record, "arrayrecord": write_mds}[to]
     write(tmp_path / "in", count=10)
     arguments = (str(tmp_path / "in"),)
-    assert reformat(*arguments, tmp_path / "whole", to=to, **QUIET)
+    reformat(*arguments, tmp_path / "whole", to=to, **QUIET)
 
     class Killed(BaseException):
         pass
@@ -76,21 +76,33 @@ def test_an_interrupted_conversion_goes_on(tmp_path, to, monkeypatch):
         with pytest.raises(Killed):
             reformat(*arguments, tmp_path / "out", to=to, **QUIET)
         assert not (tmp_path / "out/index.json").exists()
-    assert reformat(*arguments, tmp_path / "out", to=to, **QUIET)
+    reformat(*arguments, tmp_path / "out", to=to, **QUIET)
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
     before = len(reads)
-    assert reformat(*arguments, tmp_path / "out", to=to, **QUIET) and len(reads) == before
+    reformat(*arguments, tmp_path / "out", to=to, **QUIET)
+    assert len(reads) == before
     with pytest.raises(UserError, match="records_per_shard=4, now 5; use those"):
         reformat(*arguments, tmp_path / "out", to=to, progress=False, records_per_shard=5)
 
 
-def test_processes_share_the_work(tmp_path):
+@pytest.mark.parametrize("to", ("mds", "arrayrecord"))
+def test_a_process_does_the_parts_of_others_too(tmp_path, monkeypatch, to):
+    """Its own first; one that another has written meanwhile stays."""
     write_mds(tmp_path / "in", count=10)
     arguments = (str(tmp_path / "in"), tmp_path / "out")
-    for index, complete in ((0, False), (2, False), (1, True)):
-        shared = {"process_index": index, "process_count": 3}
-        assert reformat(*arguments, to="arrayrecord", **shared, **QUIET) == complete
-    reformat(arguments[0], tmp_path / "whole", to="arrayrecord", **QUIET)
+    samples, written = module._samples, []
+
+    def noted(store, info, indices):
+        written.append(indices.start // 4)
+        if written == [1]:  # another host does the same meanwhile
+            reformat(*arguments, to=to, **QUIET)
+        return samples(store, info, indices)
+
+    monkeypatch.setattr(module, "_samples", noted)
+    reformat(*arguments, to=to, process_index=1, process_count=3, **QUIET)
+    assert written == [1, 0, 1, 2]
+    monkeypatch.undo()
+    reformat(arguments[0], tmp_path / "whole", to=to, **QUIET)
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 

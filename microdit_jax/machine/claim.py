@@ -68,19 +68,19 @@ class Claim:
         self._thread.join(BEAT_SECONDS)
         with contextlib.suppress(OSError):
             held = self._lock.read()
-            if held is not None and _about(held).get("token") == self.token:
+            if held is not None and owner_of(held).get("token") == self.token:
                 self._lock.remove(held)
 
     # ---------------------------------------------------------------- taking it
     def _take(self) -> None:
         first_seen, told, place = None, False, visible(self._folder)
-        while not self._lock.create(self._contents()):
+        while not self._lock.create(owner_text(self.token)):
             held = self._lock.read()
             if held is None:
                 continue
-            about = _about(held)
-            if _is_gone(about) or held.age > self._stale:
-                if self._lock.replace(held, self._contents()):
+            about = owner_of(held)
+            if is_gone(about) or held.age > self._stale:
+                if self._lock.replace(held, owner_text(self.token)):
                     return
                 time.sleep(0.5)  # another one takes it over
                 continue
@@ -88,22 +88,18 @@ class Claim:
             if held.version != first_seen:
                 raise UserError(
                     f"expected {place} for this job alone, found another at work there: "
-                    f"{_who(about)}, which gave a sign of life {held.age:.0f} s ago; wait for it, "
-                    "end it, or give another --workdir"
+                    f"{name_of(about)}, which gave a sign of life {held.age:.0f} s ago; wait for "
+                    "it, end it, or give another --workdir"
                 )
             if not told and held.age > 2 * BEAT_SECONDS:
                 told = True
                 print(
-                    f"{place}: {_who(about)} gave its last sign of life {held.age:.0f} s ago; "
+                    f"{place}: {name_of(about)} gave its last sign of life {held.age:.0f} s ago; "
                     f"this job goes on when that is {self._stale:.0f} s",
                     file=sys.stderr,
                     flush=True,
                 )
             time.sleep(0.5)
-
-    def _contents(self) -> str:
-        who = {"host": socket.gethostname(), "pid": os.getpid(), "processes": _process_space()}
-        return json.dumps(who | {"token": self.token}) + "\n"
 
     # ---------------------------------------------------------------- keeping it
     def _beat(self) -> None:
@@ -117,19 +113,19 @@ class Claim:
         place = visible(self._folder)
         try:
             held = self._lock.read()
-            if held is not None and _about(held).get("token") == self.token:
+            if held is not None and owner_of(held).get("token") == self.token:
                 self._lock.renew(held)
                 return
         except OSError:
             return  # a disk that fails says so where it is written
-        if held is None or not (about := _about(held)):
+        if held is None or not (about := owner_of(held)):
             self._lost = (
                 f"expected the workdir {place} as this run began it, found its {NAME} gone: the "
                 "folder was moved, unmounted or emptied; put it back, and the same command goes on"
             )
         else:
             self._lost = (
-                f"expected {place} for this job alone, found it taken over by {_who(about)}"
+                f"expected {place} for this job alone, found it taken over by {name_of(about)}"
             )
 
 
@@ -146,7 +142,7 @@ def check_shared(folder: Path, token: str) -> None:
         held = None
         with contextlib.suppress(OSError):
             held = lock.read()
-        if held is not None and _about(held).get("token") == token:
+        if held is not None and owner_of(held).get("token") == token:
             return
         if time.monotonic() > until:
             break
@@ -157,7 +153,13 @@ def check_shared(folder: Path, token: str) -> None:
     )
 
 
-def _about(held: Held) -> dict:
+def owner_text(token: str) -> str:
+    """Returns what this process writes into a lock that it holds."""
+    who = {"host": socket.gethostname(), "pid": os.getpid(), "processes": _process_space()}
+    return json.dumps(who | {"token": token}) + "\n"
+
+
+def owner_of(held: Held) -> dict:
     """Returns what a lock's text says; {} while it is being written."""
     try:
         found = parse_json(held.text)
@@ -166,11 +168,12 @@ def _about(held: Held) -> dict:
         return {}
 
 
-def _who(about: dict) -> str:
+def name_of(about: dict) -> str:
+    """Names the owner of a lock, for messages."""
     return f"process {visible(about.get('pid', '?'), 20)} on {visible(about.get('host', '?'), 64)}"
 
 
-def _is_gone(about: dict) -> bool:
+def is_gone(about: dict) -> bool:
     """Returns True if the claim is of a process of this host that has ended, or is this one."""
     pid = about.get("pid")
     here = about.get("host") == socket.gethostname() and about.get("processes") == _process_space()

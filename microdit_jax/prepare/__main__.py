@@ -8,8 +8,8 @@ Examples:
 
 Sources: a folder of images with .txt files or a table of captions; webdataset tars; Parquet or
 Arrow files with images in a column (Hugging Face); MDS or TFDS datasets of images; the emoji set;
-the paper's datasets (docs/datasets.md). On several hosts, run the same command on each with
---process_index and --process_count, writing to one shared folder.
+the paper's datasets (docs/datasets.md). On several hosts, run the same command on each, writing to
+one shared folder: each claims part after part, those of hosts that are lost too.
 """
 
 if __name__ == "__main__":
@@ -100,8 +100,9 @@ def _parser() -> Parser:
     add("--threads", type=int, default=8, help="threads that decode images")
     add("--seed", type=int, default=2024, help="seed of the noise that latents are sampled with")
     add("--append", action="store_true", help="the source has grown: make new parts of what is new")
-    add("--process_index", type=int, default=0, help="which process this is")
-    add("--process_count", type=int, default=1, help="how many share the work")
+    add("--process_index", type=int, default=0, help="which of several processes "
+        "this is: each begins with other parts")  # fmt: skip
+    add("--process_count", type=int, default=1, help="how many begin together")
     return parser
 
 
@@ -145,7 +146,7 @@ def main(arguments: Sequence[str]) -> None:
     output, start = Path(args.output), time.monotonic()
     asked = ("source", "input", "fraction", "dtype", *(set(_SOURCE_OPTIONS) - {"cache"}))
     done_before = job.count_records(output)
-    complete = job.run(
+    job.run(
         source,
         make_towers(codec, text_encoder, args.seed),
         output,
@@ -159,8 +160,5 @@ def main(arguments: Sequence[str]) -> None:
     count = job.count_records(output) - done_before
     rate = count / (time.monotonic() - start)
     print(f"{output}: {count:,} images now, {rate:.1f} images/s of all processes")
-    if complete:
-        sheet = contact_sheet(output, codec, options)
-        print(f"{(output / job.REPORT).read_text().rstrip()}\nlook at {sheet}")
-    else:
-        print(f"{output}: other processes still work")
+    sheet = contact_sheet(output, codec, options)
+    print(f"{(output / job.REPORT).read_text().rstrip()}\nlook at {sheet}")

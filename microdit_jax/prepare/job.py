@@ -7,13 +7,12 @@ the output is the same for any number of processes and devices and however often
 import collections
 import contextlib
 import dataclasses
-import functools
 import itertools
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import tqdm
@@ -21,7 +20,7 @@ import tqdm
 from microdit_jax.data.records import SIDECAR, LatentInfo
 from microdit_jax.errors import UserError, visible
 from microdit_jax.files import atomic_folder, read_json, write_text
-from microdit_jax.prepare import job_folder
+from microdit_jax.prepare import claims, job_folder
 from microdit_jax.prepare.decoding import decode_parts
 from microdit_jax.prepare.encoding import DeviceTowers, Record, SkippedImage, encode_parts
 from microdit_jax.prepare.listing import LISTING, agree
@@ -47,101 +46,176 @@ def run(
     threads: int = 4,
     append: bool = False,
     progress: bool = True,
-) -> bool:
+) -> None:
     """Writes an MDS dataset of latents; the same call again goes on where it was.
+
+    Several processes may do so at once. Each claims one part after the other, those of processes
+    that are gone too, and returns when all parts are done.
 
     Args:
       towers: the same ones on each device that is to work.
       output: a folder that all processes share. At the end it holds index.json, latents.json,
         report.json (counts), skipped.jsonl (ids and reasons), and a folder for each part.
       request: what else decides the output (the source's options), kept in job.json.
-      process_index, process_count: this process takes every process_count-th part.
+      process_index, process_count: this process begins with every process_count-th part.
       threads: that decode.
       append: new parts are made of what the source has more than when the job began.
-    Returns:
-      True if the output is complete; False while other processes still work.
     Raises:
       UserError: another job's folder, a source that changed, a full disk, or no usable image.
     """
     job_folder.check_counts(process_index, process_count, threads=threads)
-    codec, text_encoder = towers[0].codec, towers[0].text_encoder
+    alone = process_count == 1
+    with begun(
+        source, towers[0], output, options, request=request, append=append, alone=alone
+    ) as source:
+        names = part_names(source)
+        writer = PartWriter(source, towers, output, options, threads=threads, progress=progress)
+        with claims.Claims(
+            output, names, process_index=process_index, process_count=process_count
+        ) as claimed:
+            while True:
+                for number, _ in writer.write(claimed.available()):
+                    claimed.release(number)
+                # Only now: what is claimed must be written before one waits for others.
+                if not claimed.left():
+                    break
+                claims.wait_a_moment()
+        finish(output, source, towers[0])
+
+
+@contextlib.contextmanager
+def begun(
+    source: ImageSource,
+    towers: DeviceTowers,
+    output: Path,
+    options: PrepareOptions,
+    *,
+    request: dict[str, Any],
+    append: bool = False,
+    alone: bool = True,
+) -> Iterator[ImageSource]:
+    """Begins the job, or goes on with it; gives the source with the job's parts.
+
+    A job that fails without a record lets its folder go, for other settings or sources.
+
+    Args:
+      towers: any that it is done with.
+      alone: no other process may be at work there, unless it holds a claim.
+    Raises:
+      UserError: another job's folder, or a source that changed.
+    """
     job_folder.begin(
         output,
         request
         | dataclasses.asdict(options)
-        | {"vae": codec.name, "text_encoder": text_encoder.name}
+        | {"vae": towers.codec.name, "text_encoder": towers.text_encoder.name}
         | {"job": "prepare"},
     )
-    with _let_go_unless_begun(output, alone=process_count == 1):
-        source = agree(output, source, append=append)
-        return _run_parts(
-            source,
-            towers,
-            output,
-            options,
-            own=range(process_index, len(source.parts), process_count),
-            threads=threads,
-            progress=progress,
-        )
+    try:
+        yield agree(output, source, append=append)
+    except BaseException:
+        if alone and not claims.others_at_work(output) and not count_records(output):
+            job_folder.let_go(output, LISTING, _PART_REPORT)
+        raise
 
 
-def _run_parts(
-    source: ImageSource,
-    towers: Sequence[DeviceTowers],
-    output: Path,
-    options: PrepareOptions,
-    *,
-    own: range,
-    threads: int,
-    progress: bool,
-) -> bool:
-    source = _Counted(source)
-    folders = [output / f"{number:06}" for number in range(len(source.parts))]
-    own_parts = [number for number in own if not folders[number].exists()]
-    with (
-        ThreadPoolExecutor(threads) as decoders,
-        ThreadPoolExecutor(len(towers)) as encoders,
-        tqdm.tqdm(desc="encoding", unit=" images", disable=not progress) as bar,
+def part_names(source: ImageSource) -> list[str]:
+    """Returns the names of the parts' folders in the output."""
+    return [f"{number:06}" for number in range(len(source.parts))]
+
+
+class PartReport(NamedTuple):
+    """Counts of a part.
+
+    Attributes:
+      records: images that became one.
+      skipped: images that did not.
+    """
+
+    records: int
+    skipped: int
+
+
+class PartWriter:
+    """Decodes, encodes and writes parts of a source.
+
+    Args:
+      source: with the parts of the job.
+      output: the folder of the job.
+      threads: that decode.
+      progress: shows the images that are encoded.
+    """
+
+    def __init__(
+        self,
+        source: ImageSource,
+        towers: Sequence[DeviceTowers],
+        output: Path,
+        options: PrepareOptions,
+        *,
+        threads: int,
+        progress: bool = False,
     ):
-        ahead = 2 * threads + options.batch
-        decoded = decode_parts(source, own_parts, options, decoders, ahead=ahead)
-        encoded = encode_parts(decoded, towers, options, encoders)
-        for number, items in itertools.groupby(encoded, key=lambda item: item[0]):
-            seen = functools.partial(source.seen.__getitem__, number)
-            _write_part(folders[number], (item for _, item in items), options, bar, seen)
-    complete = all(folder.exists() for folder in folders)
-    if complete:
-        _finish(output, folders, source, towers[0])
-    return complete
+        self._source, self._towers, self._options = _Counted(source), towers, options
+        self._folders = [output / name for name in part_names(source)]
+        self._threads, self._progress = threads, progress
+        self._images = 0  # that the progress line counts
 
+    def write(self, parts: Iterable[int]) -> Iterator[tuple[int, PartReport]]:
+        """Writes parts, and yields the number and the counts of each once it is done.
 
-def _write_part(
-    folder: Path,
-    items: Iterable[Record | SkippedImage | None],
-    options: PrepareOptions,
-    bar: tqdm.tqdm,
-    seen: Callable[[], int],
-) -> None:
-    skipped, shapes, count = [], {}, 0
-    with (
-        atomic_folder(folder) as partial,
-        MdsWriter(partial, options.columns, size_limit=_SHARD_BYTES) as writer,
-    ):
-        for item in items:
-            if isinstance(item, SkippedImage):
-                skipped.append(item._asdict())
-            elif item is not None:
-                shapes = {k: v.shape for k, v in item.items() if isinstance(v, np.ndarray)}
-                writer.write({k: v.tobytes() if k in shapes else v for k, v in item.items()})
-                count += 1
-                bar.update()
-        # Nothing vanishes uncounted: what the source gave is a record or has a reason
-        if count + len(skipped) != seen():
-            raise RuntimeError(
-                f"{seen()} images of {folder.name} became {count} records, {len(skipped)} skipped"
-            )
-        report = {"records": count, "shapes": shapes, "skipped": skipped}
-        write_text(partial / _PART_REPORT, json.dumps(report))
+        Args:
+          parts: asked for the next one while some of those before are still at work.
+        """
+        threads, options = self._threads, self._options
+        with (
+            ThreadPoolExecutor(threads) as decoders,
+            ThreadPoolExecutor(len(self._towers)) as encoders,
+            tqdm.tqdm(
+                desc="encoding", unit=" images", initial=self._images, disable=not self._progress
+            ) as bar,
+        ):
+            ahead = 2 * threads + options.batch
+            decoded = decode_parts(self._source, parts, options, decoders, ahead=ahead)
+            encoded = encode_parts(decoded, self._towers, options, encoders)
+            for number, items in itertools.groupby(encoded, key=lambda item: item[0]):
+                yield number, self._write_part(number, (item for _, item in items), bar)
+            self._images = bar.n
+
+    def _write_part(
+        self, number: int, items: Iterable[Record | SkippedImage | None], bar: tqdm.tqdm
+    ) -> PartReport:
+        folder, columns = self._folders[number], self._options.columns
+        skipped, shapes, count = [], {}, 0
+        try:
+            with (
+                # Another process may write the same part, if it took this one for gone.
+                atomic_folder(folder, keep=folder.exists) as partial,
+                MdsWriter(partial, columns, size_limit=_SHARD_BYTES) as writer,
+            ):
+                for item in items:
+                    if isinstance(item, SkippedImage):
+                        skipped.append(item._asdict())
+                    elif item is not None:
+                        shapes = {k: v.shape for k, v in item.items() if isinstance(v, np.ndarray)}
+                        writer.write(
+                            {k: v.tobytes() if k in shapes else v for k, v in item.items()}
+                        )
+                        count += 1
+                        bar.update()
+                # Nothing vanishes uncounted: what the source gave is a record or has a reason
+                seen = self._source.seen[number]
+                if count + len(skipped) != seen:
+                    raise RuntimeError(
+                        f"{seen} images of {folder.name} became {count} records, {len(skipped)} "
+                        "skipped"
+                    )
+                report = {"records": count, "shapes": shapes, "skipped": skipped}
+                write_text(partial / _PART_REPORT, json.dumps(report))
+        except UserError:
+            if not folder.exists():  # else what was unfinished was removed with the job's end
+                raise
+        return PartReport(count, len(skipped))
 
 
 class _Counted(ChosenParts):
@@ -163,21 +237,6 @@ class _Counted(ChosenParts):
             yield image
 
 
-@contextlib.contextmanager
-def _let_go_unless_begun(output: Path, *, alone: bool) -> Iterator[None]:
-    """Frees the folder of a run that fails without a record, for other settings or sources.
-
-    Args:
-      alone: no other process may be at work there.
-    """
-    try:
-        yield
-    except BaseException:
-        if alone and not count_records(output):
-            job_folder.let_go(output, LISTING, _PART_REPORT)
-        raise
-
-
 def _json_line(value: dict[str, Any]) -> str:
     """Returns JSON that a terminal shows as it is: names as they are, but no hidden effects."""
     text = json.dumps(value, ensure_ascii=False)
@@ -185,10 +244,14 @@ def _json_line(value: dict[str, Any]) -> str:
     return (text if text.isprintable() else "".join(shown)) + "\n"
 
 
-def _finish(
-    output: Path, folders: Sequence[Path], source: ImageSource, towers: DeviceTowers
-) -> None:
-    """Merges the parts; every process that finds them all done writes the same."""
+def finish(output: Path, source: ImageSource, towers: DeviceTowers) -> None:
+    """Merges the parts; every process that finds them all done writes the same.
+
+    Raises:
+      UserError: no usable image in any part.
+    """
+    claims.remove_leftovers(output)
+    folders = [output / name for name in part_names(source)]
     reasons: collections.Counter = collections.Counter()
     lines, shapes, count = [], {}, 0
     for folder, part in zip(folders, source.parts, strict=True):

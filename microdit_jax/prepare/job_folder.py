@@ -1,7 +1,8 @@
 """Folder of a long job, written part by part: the same job goes on, another one is refused.
 
-Any number of processes may work on one folder, each on its own parts; a process that finds all
-parts done finishes the job. A part takes its name once it is whole, so a kill leaves no half ones.
+Any number of processes may work on one folder, each on the parts that it claims; a process that
+finds all parts done finishes the job. A part takes its name once it is whole, so a kill leaves no
+half ones.
 """
 
 import contextlib
@@ -77,5 +78,6 @@ def let_go(folder: Path, *names: str) -> None:
 def _content(folder: Path) -> list[str]:
     """Lists a folder, if it exists, without job.json and half-written copies of it."""
     found = [path.name for path in folder.iterdir()] if folder.exists() else []
-    own = rf"\.{JOB}\..*\.partial|{JOB}|skipped\.jsonl"  # the last stays of a job that let go
+    # skipped.jsonl stays of a job that let go
+    own = rf"\.{JOB}\..*\.partial|{JOB}|skipped\.jsonl|\.claims"
     return [name for name in found if not re.fullmatch(own, name)]

@@ -6,7 +6,8 @@ Example:
       --output=latents_mds --to=mds --compression=zstd
 
 The reference's datasets do not say which towers made them: add --vae and --text_encoder. Several
-processes share the work, each with its --process_index of --process_count, writing to one folder.
+processes share the work: the same command on each, writing to one folder; each claims shard after
+shard.
 """
 
 if __name__ == "__main__":
@@ -28,7 +29,7 @@ from microdit_jax.data.records import SIDECAR, LatentInfo, Store, infer_info
 from microdit_jax.data.stores import open_store
 from microdit_jax.errors import UserError
 from microdit_jax.files import atomic_folder, check_writable, write_text
-from microdit_jax.prepare import job_folder, mds_writer
+from microdit_jax.prepare import claims, job_folder, mds_writer
 
 FORMATS = ("mds", "arrayrecord")
 
@@ -47,7 +48,7 @@ def reformat(
     process_count: int = 1,
     progress: bool = True,
     **options: Any,
-) -> bool:
+) -> None:
     """Writes the samples of a dataset, byte for byte, in the other format, in the same order.
 
     Args:
@@ -57,10 +58,8 @@ def reformat(
       vae, text_encoder, caption_tokens: towers that made the data, and l of its captions, for
         datasets without latents.json.
       compression: of MDS shards.
-      process_index, process_count: which of how many processes this is.
+      process_index, process_count: this process begins with every process_count-th part.
       options: see `open_store`.
-    Returns:
-      True if the output is complete; False while other processes still work.
     Raises:
       UserError: bad input, a damaged sample, or another job's folder.
     """
@@ -92,14 +91,22 @@ def reformat(
     ]
     kind = _MdsOutput if to == "mds" else _ArrayRecordOutput
     dataset = kind(output, info, [len(part) for part in parts], compression)
-    own_parts = range(process_index, len(parts), process_count)
-    for number in tqdm.tqdm(own_parts, "reformatting", unit="shard", disable=not progress):
-        if not dataset.path(number).exists():
-            dataset.write(number, _samples(store, info, parts[number]))
-    complete = all(dataset.path(number).exists() for number in range(len(parts)))
-    if complete:
-        dataset.finish()
-    return complete
+    names = [dataset.path(number).name for number in range(len(parts))]
+    begin = {"process_index": process_index, "process_count": process_count}
+    with (
+        claims.Claims(output, names, **begin) as claimed,
+        tqdm.tqdm(desc="reformatting", unit="shard", total=len(parts), disable=not progress) as bar,
+    ):
+        while left := claimed.left():
+            bar.update(len(parts) - left - bar.n)
+            for number in claimed.available():
+                dataset.write(number, _samples(store, info, parts[number]))
+                claimed.release(number)
+                bar.update()
+            if claimed.left():
+                claims.wait_a_moment()
+    claims.remove_leftovers(output)
+    dataset.finish()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,7 +130,7 @@ class _MdsOutput(_Output):
         """Writes one part, whole or not at all."""
         columns = dict.fromkeys(self.info.arrays, "bytes") | {"caption": "str", "id": "str"}
         with (
-            atomic_folder(self.path(number)) as folder,
+            atomic_folder(self.path(number), keep=self.path(number).exists) as folder,
             mds_writer.MdsWriter(
                 folder, columns, compression=self.compression, size_limit=1 << 28
             ) as writer,
@@ -191,14 +198,14 @@ def _parser() -> Parser:
     parser.add_argument("--compression", help="of MDS shards: zstd, gz:6, ...")
     parser.add_argument("--cache", help="a local folder for shards fetched from a URL")
     parser.add_argument("--check_hashes", action="store_true", help="if an MDS dataset has them")
-    parser.add_argument("--process_index", type=int, default=0, help="which process this is")
-    parser.add_argument("--process_count", type=int, default=1, help="how many share the work")
+    parser.add_argument("--process_index", type=int, default=0, help="which of several processes "
+        "this is: each begins with other shards")  # fmt: skip
+    parser.add_argument("--process_count", type=int, default=1, help="how many begin together")
     return parser
 
 
 def main(arguments: Sequence[str]) -> None:
     asked = vars(_parser().parse_args(arguments))
     check_writable(asked["output"], folder=True)
-    complete = reformat(**asked)
-    state = "complete" if complete else "other processes still write"
-    print(f"{asked['output']}: {state}")
+    reformat(**asked)
+    print(f"{asked['output']}: complete")

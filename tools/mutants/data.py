@@ -107,8 +107,8 @@ MUTANTS = [
     {
         "name": "images that vanish between a source and its records are not noticed",
         "file": PREPARE + "job.py",
-        "old": "if count + len(skipped) != seen():",
-        "new": "if count + len(skipped) > seen():",
+        "old": "if count + len(skipped) != seen:",
+        "new": "if count + len(skipped) > seen:",
         "tests": ["tests/test_prepare_listing.py::test_images_that_vanish_are_a_defect"],
     },
     {
@@ -267,10 +267,17 @@ MUTANTS = [
         "tests": ["tests/test_prepare_emoji_set.py::test_the_codec_sees_training_images_only"],
     },
     {
-        "name": "a process does the parts of all",
-        "file": PREPARE + "reformat.py",
-        "old": "range(process_index, len(parts), process_count)",
-        "new": "range(len(parts))",
-        "tests": ["tests/test_prepare_reformat.py::test_processes_share_the_work"],
+        "name": "a lost host's parts are left",
+        "file": PREPARE + "claims.py",
+        "old": "or held.age > STALE_SECONDS",
+        "new": "",
+        "tests": ["tests/test_prepare_claims.py::test_a_lost_hosts_part_is_taken_over"],
+    },
+    {
+        "name": "a part that a slow host still writes is an error",
+        "file": PREPARE + "job.py",
+        "old": "if not folder.exists():  # else",
+        "new": "if True:  # else",
+        "tests": ["tests/test_prepare_claims.py::test_a_host_that_was_only_slow_does_no_harm"],
     },
 ]
