@@ -87,6 +87,6 @@ def test_a_failed_run_without_a_record_lets_its_folder_go(tmp_path):
         compute(tmp_path)
     shared = {"process_index": 0, "process_count": 2}
     with pytest.raises(RuntimeError), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(job, "_run_parts", lambda *_, **__: (_ for _ in ()).throw(RuntimeError()))
+        patch.setattr(job, "part_names", lambda *_, **__: (_ for _ in ()).throw(RuntimeError()))
         compute(tmp_path / "two", **shared)
     assert (tmp_path / "two/job.json").exists()  # another process may be at work
