@@ -24,8 +24,7 @@ from microdit_jax.commands.parser import Parser
 from microdit_jax.convert import dit
 from microdit_jax.convert.inputs import find_input, read_stated_config, read_tensors
 from microdit_jax.convert.keymap import torch_name
-from microdit_jax.convert.networks import open_source
-from microdit_jax.convert.shipped import find_shipped
+from microdit_jax.convert.networks import is_ours, open_source
 from microdit_jax.errors import LONGEST, UserError, visible
 from microdit_jax.files import atomic_file, check_writable, read_npz
 from microdit_jax.machine import memory
@@ -93,7 +92,7 @@ def load(flags: argparse.Namespace) -> tuple[DiTConfig, dict[str, np.ndarray]]:
     Says on stderr where the config comes from: a wrong one makes the reference wrong as well.
     """
     path: Path = flags.input
-    if path.is_dir() or find_shipped(path) != path:
+    if is_ours(path):
         ours = open_source(path, "dit", flags.weights)
         print(ours.description, file=sys.stderr, flush=True)
         return ours.config, dit.to_torch(ours.load(), ours.config)

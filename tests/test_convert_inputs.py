@@ -96,3 +96,61 @@ def test_towers_there_and_back(tmp_path, name, capsys):
         capsys, f"--kind={kind}", f"--input={back}", f"--output={tmp_path / 'x'}", "--head_dim=8"
     )
     assert f"--head_dim does not go with --kind={kind}" in error
+
+
+@pytest.mark.parametrize("kind", ["dit", "t5"])
+@pytest.mark.parametrize(
+    "name", ["model.safetensors.index.json", "model.fp16.safetensors.index.json",
+             "model.safetensors.index.fp16.json", "pytorch_model.bin.index.fp16.json"],
+)  # fmt: skip
+def test_shards_by_any_spelling_of_their_index(tmp_path, kind, name):
+    """In a folder, and the index itself given as the input."""
+    names = [f"part-{i}.safetensors" for i in range(2)]
+    for i, file in enumerate(names):
+        write_safetensors(tmp_path / file, {f"w{i}": ONES["a"]})
+    (tmp_path / name).write_text(json.dumps({"weight_map": {"w0": names[0], "w1": names[1]}}))
+    for given in (tmp_path, tmp_path / name):
+        found = find_input(given, get_kind(kind))
+        assert [file.name for file in found.files] == names
+        assert set(read_tensors(found.files, None).tensors) == {"w0", "w1"}
+    (tmp_path / name).write_text("{}")
+    with pytest.raises(UserError, match="expected a weight_map of file names in .*" + name):
+        find_input(tmp_path / name, get_kind(kind))
+
+
+def test_a_file_beside_an_index_is_taken_and_said(tmp_path):
+    write_safetensors(tmp_path / "model.safetensors", ONES)
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "other.safetensors"}}))
+    found = find_input(tmp_path, get_kind("t5"))
+    assert [file.name for file in found.files] == ["model.safetensors"]
+    assert found.notes == [
+        "weights in model.safetensors; left aside model.safetensors.index.json and its shards"
+    ]
+
+
+def test_a_folder_with_one_file_of_a_network(tmp_path):
+    """Whatever its name; of two neither is guessed."""
+    write_torch(tmp_path / "ep3-ba1000-rank0.pt", ONES)
+    (tmp_path / "log.txt").touch()
+    kind = get_kind("dit")
+    assert [file.name for file in find_input(tmp_path, kind).files] == ["ep3-ba1000-rank0.pt"]
+    write_torch(tmp_path / "ep4-ba2000-rank0.pt", ONES)
+    with pytest.raises(UserError, match="found ep3-ba1000-rank0.pt, ep4-ba2000-rank0.pt, log.txt"):
+        find_input(tmp_path, kind)
+
+
+@pytest.mark.parametrize("name", ["a.pt", "a.safetensors", "a.bin"])
+def test_pointers_of_git_lfs(tmp_path, capsys, name):
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+    (tmp_path / name).write_bytes(pointer)
+    error = fails(capsys, f"--input={tmp_path / name}", f"--output={tmp_path / 'm'}")
+    assert "found a Git LFS pointer; fetch the real file: git lfs pull" in error
+    (tmp_path / "config.json").write_bytes(pointer)
+    error = fails(capsys, "--kind=vae", f"--input={tmp_path / name}", f"--output={tmp_path / 'm'}")
+    assert "config.json, found a Git LFS pointer" in error
+
+
+def test_what_is_ours_is_not_converted(tmp_path, capsys):
+    error = fails(capsys, "--input=instant", f"--output={tmp_path / 'm'}")
+    assert "found a model of ours" in error and "--to=torch" in error

@@ -6,8 +6,10 @@ from conftest import GOLDEN
 from support.small_clip import openclip_config, small_config, small_tensors
 
 from microdit_jax.convert import clip, clip_text
-from microdit_jax.convert.openclip_config import ONLY, USED, WITHOUT_EFFECT
+from microdit_jax.convert.openclip_config import MODEL, PREPARE, TEXT, VISION
 from microdit_jax.errors import UserError
+
+PARTS = {keys.part: keys for keys in (MODEL, VISION, TEXT, PREPARE)}
 
 
 @pytest.fixture
@@ -44,7 +46,7 @@ def changed(config: dict, part: str, **keys) -> dict:
         ("model_cfg", "quick_gelu", "yes"),
         ("preprocess_cfg", "interpolation", "bilinear"),
         ("preprocess_cfg", "size", 336),
-        *((part, "from_the_future", 1) for part in USED),
+        *((part, "from_the_future", 1) for part in PARTS),
     ],
 )
 def test_what_is_not_supported_is_refused_by_name(config, part, key, value):
@@ -83,14 +85,13 @@ def test_pooling_does_not_matter_where_tokens_are_taken(config):
 
 
 def test_keys_without_effect_change_nothing(config):
-    for part, keys in WITHOUT_EFFECT.items():
-        changed(config, part, **dict.fromkeys(keys))
-    for part, keys in ONLY.items():
-        changed(config, part, **{key: values[-1] for key, values in keys.items()})
+    for part, keys in PARTS.items():
+        changed(config, part, **dict.fromkeys(keys.without_effect))
+        changed(config, part, **{key: values[-1] for key, values in keys.only.items()})
     assert clip.infer_config(small_tensors(), config) == small_config("gelu")
 
 
 def test_no_key_has_two_fates():
-    for part in USED:
-        fates = [*USED[part], *WITHOUT_EFFECT[part], *ONLY[part]]
+    for keys in PARTS.values():
+        fates = [*keys.used, *keys.without_effect, *keys.only]
         assert len(fates) == len(set(fates))

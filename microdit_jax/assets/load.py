@@ -30,7 +30,7 @@ from microdit_jax.checkpoints.weights import describe_weights, load_run_params
 from microdit_jax.convert import clip_text, t5, vae
 from microdit_jax.convert.arguments import config_from_fields, tower_name
 from microdit_jax.convert.dit import config_from_dict
-from microdit_jax.convert.inputs import find_input, read_config
+from microdit_jax.convert.inputs import find_input, holds_weights, read_config
 from microdit_jax.convert.kinds import get_kind
 from microdit_jax.convert.to_folder import convert_to_folder
 from microdit_jax.diffusion import EdmConfig
@@ -87,13 +87,13 @@ def load_model(
     if released and not path.exists():
         path = hub.released_checkpoint(name)
     path = instant.find_shipped(path)
-    if path.is_file():
-        model = _from_folder(converted("dit", path), mesh)
-        model = model._replace(description=path.name)
-    elif instant.is_shipped(path):
+    if instant.is_shipped(path):
         model = _from_shipped(path, ema, mesh)
     elif is_run(path):
         model = _from_run(path, ema, mesh)
+    elif path.is_file() or (not model_folder.is_model(path) and holds_weights(path)):
+        model = _from_folder(converted("dit", path), mesh)
+        model = model._replace(description=path.name)
     elif path.is_dir():
         model = _from_folder(path, mesh)
     else:

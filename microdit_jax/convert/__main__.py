@@ -20,9 +20,9 @@ from microdit_jax.convert.formats.safetensors_file import write_safetensors
 from microdit_jax.convert.formats.torch_file import write_torch
 from microdit_jax.convert.inputs import CONFIG, NOTE, read_note, read_stated_config
 from microdit_jax.convert.kinds import NAMES, get_kind
-from microdit_jax.convert.networks import open_source
+from microdit_jax.convert.networks import is_ours, open_source
 from microdit_jax.convert.to_folder import bar, convert_to_folder, say, say_time
-from microdit_jax.errors import UserError
+from microdit_jax.errors import UserError, visible
 from microdit_jax.files import check_writable
 
 EXAMPLE = """example:
@@ -70,7 +70,17 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def to_orbax(flags: argparse.Namespace) -> None:
-    """Converts a PyTorch or safetensors file to a model folder, unless that was done before."""
+    """Converts a PyTorch or safetensors file to a model folder, unless that was done before.
+
+    Raises:
+      UserError: the input is ours. A model folder would lose a run's towers and noise levels.
+    """
+    if is_ours(flags.input):
+        raise UserError(
+            f"expected a file or folder of PyTorch's at {visible(flags.input)}, found a model of "
+            "ours, which every command takes as it is (sample_main.py --model=...); "
+            "give python -m convert --to=torch for a file of its weights"
+        )
     kind = get_kind(flags.kind)
     config = (
         (read_stated_config(flags.config, flags.kind), str(flags.config)) if flags.config else None

@@ -132,4 +132,5 @@ KIND = Kind(
     describe=describe,
     describe_origin=describe_origin,
     options=("head_dim", "expert_capacity"),
+    stems=("diffusion_pytorch_model", "model", "pytorch_model", "dit"),
 )

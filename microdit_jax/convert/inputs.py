@@ -1,25 +1,32 @@
 """Finds the weights and the config.json in what a user points at: a file, or a model's folder."""
 
 import hashlib
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from microdit_jax.convert.formats.distributed import METADATA
 from microdit_jax.convert.formats.file_bytes import map_bytes
 from microdit_jax.convert.formats.safetensors_file import looks_like_safetensors, read_safetensors
 from microdit_jax.convert.formats.torch_file import read_member
-from microdit_jax.convert.kinds import Kind
+from microdit_jax.convert.kinds import Kind, get_kind
+from microdit_jax.convert.scaled import apply_scales
 from microdit_jax.convert.state_dict import StateDict, read_state_dict
+from microdit_jax.convert.weight_files import (
+    KINDS,
+    WeightFiles,
+    find_weights,
+    lone_file,
+    parse_config,
+    read_config,
+)
 from microdit_jax.errors import UserError, visible
-from microdit_jax.files import parse_json, read_bytes, read_json, sha256
+from microdit_jax.files import read_json, sha256
 
 CONFIG = "config.json"
 NOTE = "microdit_jax"  # what python -m convert --to=torch says of the model in a file it writes
-MAX_CONFIG = 64 << 20  # bytes; an index of shards has a line for each tensor
-SUFFIXES = (".safetensors", ".fp16.safetensors", ".bin", ".fp16.bin", ".pt")  # the best one first
 
 
 class Input(NamedTuple):
@@ -35,33 +42,52 @@ def find_input(path: Path, kind: Kind) -> Input:
     """Finds the weights and the config of one model.
 
     Args:
-      path: a file; a folder in the layout of diffusers, transformers or OpenCLIP (config.json and
-        weights, whole or in shards with an index); or a pipeline's folder with that inside.
+      path: a file; the index of shards; a folder in the layout of diffusers, transformers or
+        OpenCLIP (config.json and weights, whole or in shards with an index); a pipeline's folder
+        with that inside; or a folder that PyTorch's distributed checkpointing wrote.
     Raises:
       UserError: a folder without weights, or a config.json that is not JSON.
     """
-    if not kind.config_keys:
-        config = read_own_config(path, kind.name)
-        return Input((path,), config, path.name if config else "", [])
     if not path.is_dir():
+        found = find_weights(path, kind.stems) or WeightFiles((path,), [])
+        if not kind.config_keys:
+            config = read_own_config(path, kind.name) if found.files == (path,) else None
+            return Input(found.files, config, path.name if config else "", found.notes)
         # A config.json of another kind of model beside the file belongs to another file.
         if beside := _find_config(path.parent, kind):
-            return Input((path,), *beside, [])
-        text = read_note(path, CONFIG)
-        config = _parse_config(text, path) if text else None
-        return Input((path,), config, path.name if text else "", [])
+            return Input(found.files, *beside, found.notes)
+        text = read_note(path, CONFIG) if found.files == (path,) else None
+        config = parse_config(text, path) if text else None
+        return Input(found.files, config, path.name if text else "", found.notes)
     for folder in (path, *(path / name for name in kind.subfolders)):
-        if files := _weights(folder, kind.stems):
-            config, config_from = _find_config(folder, kind) or (None, "")
-            notes = [] if folder == path else [f"taken from its folder {folder.name}"]
-            notes.append(f"weights in {', '.join(file.name for file in files)}")
-            return Input(files, config, config_from, notes)
-    wanted = " or ".join(f"{stem}{SUFFIXES[0]}" for stem in kind.stems)
-    found = ", ".join(sorted(p.name for p in path.iterdir())[:8]) or "nothing"
+        if found := find_weights(folder, kind.stems):
+            return _of_folder(path, folder, found, kind)
+    if not kind.config_keys and (found := lone_file(path)):
+        return _of_folder(path, path, found, kind)
+    wanted = " or ".join(f"{stem}{KINDS[0]}" for stem in kind.stems)
+    inside = f" or its folder {' or '.join(kind.subfolders)}" if kind.subfolders else ""
+    shown = ", ".join(sorted(p.name for p in path.iterdir())[:8]) or "nothing"
     raise UserError(
-        f"expected {wanted} (or .bin) in {path} or its folder {' or '.join(kind.subfolders)}, "
-        f"found {found}; give the weights' file or folder"
+        f"expected {wanted or 'a file of weights'} (or .bin) in {visible(path)}{inside}, found "
+        f"{visible(shown)}; give the weights' file or folder"
     )
+
+
+def holds_weights(folder: Path, kind: str = "dit") -> bool:
+    """Returns True for a folder in which find_input finds a kind's weights by name."""
+    return folder.is_dir() and find_weights(folder, get_kind(kind).stems) is not None
+
+
+def _of_folder(path: Path, folder: Path, found: WeightFiles, kind: Kind) -> Input:
+    """Makes the input of weights that lie in a folder: `path` itself, or one inside it."""
+    if kind.config_keys:
+        config, config_from = _find_config(folder, kind) or (None, "")
+    else:
+        one = found.files[0] if len(found.files) == 1 else None
+        config = read_own_config(one, kind.name) if one else None
+        config_from = str(one) if config else ""
+    notes = [] if folder == path else [f"taken from its folder {folder.name}"]
+    return Input(found.files, config, config_from, notes + found.notes)
 
 
 def _find_config(folder: Path, kind: Kind) -> tuple[dict[str, Any], str] | None:
@@ -81,7 +107,8 @@ def read_tensors(files: Sequence[Path], part: str | None, weights: str | None = 
     """
     tensors: dict[str, np.ndarray] = {}
     notes: list[str] = []
-    for file in files:
+    # The files of a distributed checkpoint are read through the first, which describes them.
+    for file in files[:1] if files[0].name == METADATA else files:
         found = read_state_dict(file, part, weights)
         doubled = [name for name in found.tensors if name in tensors]
         if doubled:
@@ -92,7 +119,8 @@ def read_tensors(files: Sequence[Path], part: str | None, weights: str | None = 
             )
         tensors |= found.tensors
         notes += [note for note in found.notes if note not in notes]
-    return StateDict(tensors, notes)
+    tensors, scaled = apply_scales(tensors)
+    return StateDict(tensors, notes + scaled)
 
 
 def describe_source(files: Sequence[Path]) -> dict[str, Any]:
@@ -106,28 +134,6 @@ def describe_source(files: Sequence[Path]) -> dict[str, Any]:
         "bytes": sum(file.stat().st_size for file in files),
         "sha256": digest if isinstance(digest, str) else digest.hexdigest(),
     }
-
-
-def read_config(path: Path) -> dict[str, Any] | None:
-    """Reads a JSON file's object; None if there is no file, or another JSON value in it.
-
-    Raises:
-      UserError: it is not JSON, or larger than any config.
-    """
-    if not path.is_file():
-        return None
-    return _parse_config(read_bytes(path, MAX_CONFIG), path)
-
-
-def _parse_config(text: str | bytes, path: Path) -> dict[str, Any] | None:
-    """Parses the text of a config; `path` names the file in errors."""
-    try:
-        contents = parse_json(text)
-    except ValueError as error:
-        raise UserError(
-            f"expected JSON in {visible(path)}, found {visible(error)}; fetch it again"
-        ) from error
-    return contents if isinstance(contents, dict) else None
 
 
 def read_note(path: Path, name: str) -> str | None:
@@ -154,7 +160,7 @@ def read_own_config(path: Path, kind: str) -> dict[str, Any] | None:
       UserError: the file was made from a model of another kind.
     """
     text = read_note(path, NOTE)
-    note = _parse_config(text, path) if text else None
+    note = parse_config(text, path) if text else None
     if note is None or "config" not in note:
         return None
     if note.get("kind") != kind or not isinstance(note["config"], dict):
@@ -184,24 +190,3 @@ def read_stated_config(path: Path, kind: str) -> dict[str, Any]:
             f"expected a JSON object under {kind} in {visible(path)}, found {type(stated).__name__}"
         )
     return stated
-
-
-def _weights(folder: Path, stems: Sequence[str]) -> tuple[Path, ...]:
-    """Finds the best weights in a folder, as one file or as the shards of an index."""
-    for stem in stems:
-        for suffix in SUFFIXES:
-            file = folder / f"{stem}{suffix}"
-            if file.is_file():
-                return (file,)
-            index = folder / f"{stem}{suffix}.index.json"
-            if index.is_file():
-                weight_map = (read_config(index) or {}).get("weight_map")
-                names = list(weight_map.values()) if isinstance(weight_map, dict) else []
-                if not names or not all(isinstance(name, str) for name in names):
-                    raise UserError(
-                        f"expected a weight_map of file names in {visible(index)}, found none; "
-                        "fetch it again"
-                    )
-                # basename: shards outside of this folder are not followed.
-                return tuple(folder / os.path.basename(name) for name in sorted(set(names)))
-    return ()

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from microdit_jax.checkpoints.model_folder import Params, load_model, read_metadata
+from microdit_jax.checkpoints.model_folder import Params, is_model, load_model, read_metadata
 from microdit_jax.checkpoints.restore import good_step
 from microdit_jax.checkpoints.run import is_run, read_run_metadata
 from microdit_jax.checkpoints.weights import describe_weights, load_run_params
@@ -30,6 +30,12 @@ class Source(NamedTuple):
     made_from: dict[str, Any]
     description: str
     load: Callable[[], Params]
+
+
+def is_ours(path: Path) -> bool:
+    """Returns True for what open_source opens: no file or folder of another library."""
+    path = find_shipped(path)
+    return is_model(path) or is_shipped(path) or is_run(path)
 
 
 def open_source(path: Path, kind: str, weights: str | None = None) -> Source:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from microdit_jax.convert import holdings
+from microdit_jax.convert.formats.distributed import METADATA, DistributedCheckpoint
 from microdit_jax.convert.formats.file_bytes import map_bytes
 from microdit_jax.convert.formats.safetensors_file import looks_like_safetensors, read_safetensors
 from microdit_jax.convert.formats.torch_file import TorchFile
@@ -197,6 +198,8 @@ def read_state_dict(
 ) -> StateDict:
     """Reads a .pt, .bin or .safetensors file (told apart by content) and unwraps its tensors.
 
+    A distributed checkpoint is named by its file .metadata.
+
     Args:
       part: see strip_prefixes.
       weights: which, if it holds several; see holdings.choose.
@@ -204,6 +207,12 @@ def read_state_dict(
       UserError: the file cannot be read, or holds no state dict.
     """
     map_bytes(path)  # raises unless it exists and is not empty
+    if Path(path).name == METADATA:
+        file = DistributedCheckpoint(Path(path).parent)
+        found = find_tensors(file.contents, str(path), weights)
+        stripped = strip_prefixes(found.tensors, part)
+        tensors = {name: file.load(tensor) for name, tensor in stripped.tensors.items()}
+        return StateDict(tensors, file.notes + found.notes + stripped.notes)
     if Path(path).suffix == ".safetensors" or looks_like_safetensors(path):
         found = find_tensors(read_safetensors(path)[0], str(path), weights)
         stripped = strip_prefixes(found.tensors, part)

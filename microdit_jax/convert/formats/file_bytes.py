@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Shaped, UInt8
 
-from microdit_jax.errors import UserError
+from microdit_jax.errors import UserError, visible
 
+LFS = b"version https://git-lfs"  # begins a pointer, where the real file was not fetched
 CHUNK = 1 << 24  # bytes handled at a time, so that no second copy of a file is ever held
 
 
@@ -26,6 +27,11 @@ def map_bytes(path: str | os.PathLike) -> UInt8[np.ndarray, " b"]:
     if not path.stat().st_size:
         raise UserError(f"expected a checkpoint at {path}, found an empty file; fetch it again")
     with path.open("rb") as file:
+        if file.read(len(LFS)) == LFS:
+            raise UserError(
+                f"expected a checkpoint at {visible(path)}, found a Git LFS pointer; fetch the "
+                "real file: git lfs pull"
+            )
         return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
 
 

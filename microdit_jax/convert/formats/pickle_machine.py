@@ -2,7 +2,8 @@
 
 A pickle is a program: its names are imported, called, and given a state. This machine calls
 nothing. A name stays a name, a call stays the name and its arguments, and what is set on an object
-is dropped, so whatever the program says, numbers, texts and tokens are all that comes out of it.
+is dropped (or kept as a token beside the call), so whatever the program says, numbers, texts and
+tokens are all that comes out of it.
 torch_values.py makes arrays of those tokens that stand for tensors.
 
 OPCODES is the whole language: what is not in that table is refused. Everything is bounded: opcodes,
@@ -40,10 +41,13 @@ class PickleMachine:
     Args:
       data: the file's bytes, or a part of them.
       check_name: called with every name before it is put on the stack; raises to refuse it.
+      keep_states: keep what is set on an object as the call's `state`, for objects that are data.
     """
 
-    def __init__(self, data: memoryview, check_name: Callable[[str], Any]):
-        self.data, self.check_name = data, check_name
+    def __init__(
+        self, data: memoryview, check_name: Callable[[str], Any], *, keep_states: bool = False
+    ):
+        self.data, self.check_name, self.keep_states = data, check_name, keep_states
         self.position, self.steps = 0, 0
         self.stack: list[Any] = []
         self.marks: list[int] = []  # heights of the stack
@@ -189,10 +193,12 @@ class PickleMachine:
         self.call()
 
     def drop_state(self) -> None:
-        """Drops what would become an object's attributes: no token has any."""
-        self.pop()
-        if not isinstance(self.top(), Call | Table | Items):
+        """Drops what would become an object's attributes, or keeps it where that was asked for."""
+        state, target = self.pop(), self.top()
+        if not isinstance(target, Call | Table | Items):
             raise PickleFault("a state for what is no object")
+        if self.keep_states and isinstance(target, Call):
+            target.state = state
 
     def storage(self) -> None:
         """Replaces a persistent id by the token of a storage."""

@@ -20,12 +20,16 @@ class Name:
 
 
 class Call:
-    """A call that a pickle asks for: the callable's name and its arguments, never carried out."""
+    """A call that a pickle asks for: the callable's name and its arguments, never carried out.
 
-    __slots__ = ("arguments", "name")
+    Attributes:
+      state: a token of what would become the object's attributes, where the machine keeps it.
+    """
+
+    __slots__ = ("arguments", "name", "state")
 
     def __init__(self, name: str, arguments: tuple):
-        self.name, self.arguments = name, arguments
+        self.name, self.arguments, self.state = name, arguments, None
 
 
 class Items:

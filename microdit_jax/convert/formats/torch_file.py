@@ -16,7 +16,7 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-from jaxtyping import Shaped
+from jaxtyping import Shaped, UInt8
 
 from microdit_jax.convert.formats.file_bytes import byte_chunks, map_bytes
 from microdit_jax.convert.formats.legacy_torch_file import MAGIC, load_legacy
@@ -37,8 +37,6 @@ MAX_NOTE = 1 << 20  # bytes of a member that is read as text
 def _not_a_zip(path: Path, head: bytes) -> UserError:
     if head.startswith(b"PK"):
         found, fix = "a zip without its end, so it is truncated", "fetch it again"
-    elif head.startswith(b"version https://git-lfs"):
-        found, fix = "a Git LFS pointer", "fetch the real file: git lfs pull"
     elif head.lstrip().startswith((b"<", b"{")):
         found, fix = "a web page or text", "fetch the file itself"
     else:
@@ -46,15 +44,18 @@ def _not_a_zip(path: Path, head: bytes) -> UserError:
     return UserError(f"expected a .pt file (zip) at {visible(path)}, found {found}; {fix}")
 
 
-def _open_zip(path: Path) -> ZipMembers:
+def _open_zip(path: Path, data: UInt8[np.ndarray, " b"]) -> ZipMembers:
     try:
-        return ZipMembers(path)
+        return ZipMembers(path, data)
     except NotAZipError as error:
-        raise _not_a_zip(path, bytes(map_bytes(path)[:64])) from error
+        raise _not_a_zip(path, bytes(data[:64])) from error
 
 
 class TorchFile:
     """Reads what `torch.save` wrote, all but the tensors' bytes.
+
+    Args:
+      data: the bytes to read, where they are only a part of the file.
 
     Attributes:
       contents: usually a dict, nested as saved, of arrays: read-only views of the mapped file in
@@ -66,16 +67,16 @@ class TorchFile:
       UserError: the file is truncated, damaged, or wants to run code.
     """
 
-    def __init__(self, path: str | os.PathLike):
+    def __init__(self, path: str | os.PathLike, data: UInt8[np.ndarray, " b"] | None = None):
         self.path = path = Path(path)
-        data = map_bytes(path)
+        data = map_bytes(path) if data is None else data
         self._zip: ZipMembers | None = None
         if data[: len(MAGIC)].tobytes() == MAGIC:
             machine = PickleMachine(data.data, lambda name: check_name(path, name))
-            self._values, self.contents = _undamaged(path, lambda: load_legacy(path, machine, data))
+            self._values, self.contents = undamaged(path, lambda: load_legacy(path, machine, data))
             self.notes = []
         else:
-            self._zip = _open_zip(path)
+            self._zip = _open_zip(path, data)
             self._values, self.contents = self._read_zip(self._zip)
             self.notes = [] if self._zip.has_checksums else [_WITHOUT_CHECKSUMS]
         if aside := self._values.left_aside:
@@ -110,7 +111,7 @@ class TorchFile:
             machine = PickleMachine(program.data, lambda name: check_name(self.path, name))
             return values.of(machine.load()[0])
 
-        return values, _undamaged(self.path, load)
+        return values, undamaged(self.path, load)
 
     def _member(self, key: str) -> str:
         return f"{self._root}/data/{key}"
@@ -166,7 +167,7 @@ def read_member(path: Path, name: str) -> bytes | None:
     return member.tobytes()
 
 
-def _undamaged(path: Path, load: Callable[[], Any]) -> Any:
+def undamaged(path: Path, load: Callable[[], Any]) -> Any:
     """Calls `load`; raises UserError if the pickle or a storage is damaged."""
     try:
         return load()

@@ -117,7 +117,7 @@ class Values:
             what = "a set" if isinstance(token, Items) else "a storage"
             return self._aside(token.text if isinstance(token, Name) else what), 1
         if token.name == torch_names.SIZE:
-            return _integers(token), 1 + len(token.arguments)
+            return integers(token), 1 + len(token.arguments)
         if token.name == torch_names.ENCODE:  # how Python 2 keeps bytes: text in latin-1
             return self._bytes(token.arguments), 1
         if token.name == "builtins.bytes" and not token.arguments:
@@ -197,7 +197,7 @@ class Values:
         data = self._storage(key)
         if count * item > len(data):
             raise PickleFault(f"a storage of {count * item:,} bytes, found {len(data):,}")
-        view = self._view(key, data, found, offset, _integers(size), _integers(stride))
+        view = self._view(key, data, found, offset, integers(size), integers(stride))
         if isinstance(view, np.ndarray):
             self.keys_of[id(view)] = key
         return view
@@ -261,7 +261,7 @@ def storage_parts(token: Any) -> tuple[str, str, int]:
     return kind.text, str(key), count
 
 
-def _integers(token: Any) -> tuple[int, ...]:
+def integers(token: Any) -> tuple[int, ...]:
     """A size or stride: exact integers, which nothing can make overflow."""
     if isinstance(token, Call) and token.name == torch_names.SIZE and len(token.arguments) == 1:
         token = token.arguments[0]

@@ -43,6 +43,9 @@ class _Member(NamedTuple):
 class ZipMembers:
     """Opens a zip.
 
+    Args:
+      data: bytes of the zip, where it is only a part of the file.
+
     Attributes:
       has_checksums: False if the zip was written without them: torch.save does so when asked to.
     Raises:
@@ -50,8 +53,8 @@ class ZipMembers:
       UserError: the directory does not fit the members, or there is no such file.
     """
 
-    def __init__(self, path: Path):
-        self.path, self.data = path, map_bytes(path)
+    def __init__(self, path: Path, data: UInt8[np.ndarray, " b"] | None = None):
+        self.path, self.data = path, map_bytes(path) if data is None else data
         self._members: dict[str, _Member] = {}
         self._good: set[str] = set()  # whose checksums were found right
         try:
