@@ -1,22 +1,26 @@
 """Images in columns: files of Hugging Face and img2dataset, as their own libraries wrote them."""
 
+import contextlib
 import io
 import json
 import random
 import re
 import shutil
+import subprocess
+import sys
 import tracemalloc
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import GOLDEN
+from conftest import GOLDEN, ROOT
 from PIL import Image
 from support.source_files import image, read, write, write_json
 
 from microdit_jax.errors import UserError
-from microdit_jax.prepare.sources import parquet_images
+from microdit_jax.prepare.sources import column_process, parquet_images
 from microdit_jax.prepare.sources.caption_choice import CaptionChoice
+from microdit_jax.prepare.sources.column_files import open_column_file
 from microdit_jax.prepare.sources.registry import open_source
 
 RECORDED = GOLDEN / "image_datasets"  # tests/support/write_image_datasets.py
@@ -202,12 +206,12 @@ def test_memory_is_bounded_by_a_few_rows(tmp_path):
         table, tmp_path / "x.parquet", compression="none", use_dictionary=False, write_batch_size=8
     )
     del table, data
-    source = open_parquet(tmp_path)
     before, most = pa.total_allocated_bytes(), 0
-    tracemalloc.start()
-    for found in source.read(0):
-        assert found.num_bytes == 10**6
+    for row in open_column_file(tmp_path / "x.parquet").rows(range(1), ["image", "text"]):
+        assert len(row["image"]) == 10**6
         most = max(most, pa.total_allocated_bytes() - before)
+    tracemalloc.start()
+    assert sum(found.num_bytes for found in open_parquet(tmp_path).read(0)) == 300 * 10**6
     python = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert most < 200 * 10**6 and python < 20 * 10**6
@@ -240,3 +244,71 @@ def test_damage_is_an_error_or_counted(tmp_path, kind):
             continue
         assert all(image.skip_reason or len(image.load()) < 10**5 for image in found)
     assert 10 < refused < 150
+
+
+# ------------------------------------------------------------------ the process that decodes
+def _images(path):
+    return list(parquet_images.ParquetImages(str(path)).read(0))
+
+
+def _one_file(tmp_path, rows=5):
+    table = pa.table({"image": [b"x%d" % i for i in range(rows)], "caption": ["a"] * rows})
+    pq.write_table(table, tmp_path / "x.parquet")
+    return tmp_path / "x.parquet"
+
+
+def test_one_process_reads_file_after_file(tmp_path, monkeypatch):
+    column_process.close()
+    started = []
+    start = subprocess.Popen
+    monkeypatch.setattr(
+        column_process.subprocess, "Popen", lambda *a, **k: started.append(a) or start(*a, **k)
+    )
+    path = _one_file(tmp_path)
+    for _ in range(3):
+        assert [image.load() for image in _images(path)] == [b"x%d" % i for i in range(5)]
+    assert len(started) == 1
+    # One that is left in the middle is replaced, since its rows still wait.
+    with contextlib.closing(parquet_images.ParquetImages(str(path)).read(0)) as images:
+        assert next(images).load() == b"x0"
+    assert [image.load() for image in _images(path)] == [b"x%d" % i for i in range(5)]
+    assert len(started) == 2
+    first, second = (parquet_images.ParquetImages(str(path)).read(0) for _ in range(2))
+    assert [(a.load(), b.load()) for a, b in zip(first, second, strict=True)] == [
+        (b"x%d" % i, b"x%d" % i) for i in range(5)
+    ]
+    assert len(started) == 3
+
+
+@pytest.mark.parametrize(
+    "body, told",
+    [
+        ("signal.alarm(1)\nwhile True: pass", "a row took longer than 60 s"),
+        ("os.kill(os.getpid(), signal.SIGSEGV)", "PyArrow ended with SIGSEGV"),
+        ("sys.exit(3)", "PyArrow ended with 3"),
+        (
+            'print(\'{"rows": [{"fields": {"image": {"bytes": 9}}}]}\\nshort\', end=\'\')',
+            "a row was cut",
+        ),
+    ],
+)
+def test_a_decoder_that_is_ended_costs_its_rows(tmp_path, monkeypatch, body, told):
+    column_process.close()
+    path, start = _one_file(tmp_path), subprocess.Popen
+    code = f"import os, signal, sys\nsys.stdin.readline()\n{body}"
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            column_process.subprocess,
+            "Popen",
+            lambda command, **k: start([sys.executable, "-c", code], **k),
+        )
+        (image,) = _images(path)
+    assert image.skip_reason == f"rows 0 to 4 are damaged or too large ({told})"
+    assert len(_images(path)) == 5  # the next file has a new process
+
+
+def test_a_page_that_keeps_the_decoder_busy_for_ever_ends(monkeypatch, tmp_path):
+    monkeypatch.setattr(column_process, "ROW_SECONDS", 1)
+    shutil.copy(ROOT / "fuzz/corpora/columns/found_endless", tmp_path / "x.parquet")
+    (image,) = _images(tmp_path / "x.parquet")
+    assert image.skip_reason and image.skip_reason.startswith("rows 0 to 2 are damaged")

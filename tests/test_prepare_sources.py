@@ -68,7 +68,7 @@ def test_tables_that_cannot_be_read_are_named(tmp_path):
         ("a.jsonl", '{"file_name": "b.jpg", "caption": "x"}\n{"file', "after row 1"),
         ("b.jsonl", "[1]\n", "a list in place of a row"),
         ("c.csv", "file_name,caption\nb.jpg\n", "1 values for 2 columns"),
-        ("d.parquet", "PAR1", "after row 0"),
+        ("d.parquet", "PAR1", "could not read it .a table of contents"),
         ("e.jsonl", '{"url": "x"}\n', "expected a column file_name or .*found url"),
         ("f.json", "\xff", "after row 0"),
     ):

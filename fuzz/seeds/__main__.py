@@ -3,11 +3,11 @@
 from pathlib import Path
 
 from fuzz.run import CORPORA
-from fuzz.seeds import archives, checkpoint_files, datasets, folders, messages, scores
+from fuzz.seeds import archives, checkpoint_files, columns, datasets, folders, messages, scores
 
 MAKERS = {
     name: make
-    for module in (archives, checkpoint_files, datasets, folders, messages, scores)
+    for module in (archives, checkpoint_files, columns, datasets, folders, messages, scores)
     for name, make in module.MAKERS.items()
 }
 

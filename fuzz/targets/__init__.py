@@ -39,6 +39,7 @@ MODULES = {
     "tar": "archives",
     "zip": "archives",
     "table": "archives",
+    "columns": "columns",
     "model_config": "folders",
     "run_config": "folders",
     "manifest": "folders",

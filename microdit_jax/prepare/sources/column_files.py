@@ -52,11 +52,14 @@ def open_column_file(path: Path) -> ColumnFile:
       UserError: it is none of these, or damaged.
     """
     try:
-        with open_regular(path) as file:
-            magic = file.read(6)
+        with open_regular(path) as opened:
+            magic = opened.read(6)
         if magic[:4] == b"PAR1":
-            return _Parquet(path)
-        return _Arrow(path, is_file=magic == b"ARROW1")
+            file = _Parquet(path)
+        else:
+            file = _Arrow(path, is_file=magic == b"ARROW1")
+        _decode_names(file.schema)
+        return file
     except (pa.ArrowException, OSError, ValueError, MemoryError) as error:
         raise UserError(
             f"expected a Parquet or Arrow file at {visible(path)}, could not read it "
@@ -143,6 +146,15 @@ def _rows(batch: pa.RecordBatch, columns: Sequence[str]) -> Generator[dict[str, 
     arrays = [batch.column(name) for name in columns]
     for index in range(batch.num_rows):
         yield {name: array[index].as_py() for name, array in zip(columns, arrays, strict=True)}
+
+
+def _decode_names(fields: Iterable[pa.Field]) -> None:
+    """Raises UnicodeDecodeError, as whoever asks for a damaged name of a column would."""
+    waiting = list(fields)
+    while waiting:
+        field = waiting.pop()
+        _ = field.name
+        waiting += [field.type.field(i) for i in range(field.type.num_fields)]
 
 
 def _footer_hash(path: Path) -> str:

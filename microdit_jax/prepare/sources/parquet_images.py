@@ -5,7 +5,7 @@ import functools
 import glob
 import hashlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,8 +14,10 @@ import pyarrow as pa
 from microdit_jax.errors import UserError, visible
 from microdit_jax.files import inside, read_json
 from microdit_jax.files.image_files import MAX_BYTES
+from microdit_jax.prepare.sources import column_process
 from microdit_jax.prepare.sources.caption_choice import CAPTION_NAMES, FIRST, CaptionChoice
 from microdit_jax.prepare.sources.column_files import ColumnFile, open_column_file
+from microdit_jax.prepare.sources.column_process import DamagedRows
 from microdit_jax.prepare.sources.listed_images import (
     SourceImage,
     WholeParts,
@@ -66,6 +68,7 @@ class ParquetImages(WholeParts):
         """
         self._root, paths = _files(input, split)
         self._choice = choice
+        self._paths = paths
         self._names = [path.relative_to(self._root).as_posix() for path in paths]
         self._files = [open_column_file(path) for path in paths]
         schema = self._files[0].schema
@@ -74,11 +77,11 @@ class ParquetImages(WholeParts):
         self._columns = [self._image, self._caption]
         if "status" in schema.names:  # img2dataset's, of images that it could not fetch
             self._columns.append("status")
+        kinds = {field.name: field.type for field in schema}
         for path, file in zip(paths, self._files, strict=True):
+            found = {field.name: field.type for field in file.schema}
             for name in self._columns:
-                if name not in file.schema.names or file.schema.field(name).type != schema.field(
-                    name
-                ).type:  # fmt: skip
+                if found.get(name) != kinds[name]:
                     raise UserError(
                         f"expected the columns of {visible(paths[0])} in {visible(path)} too, "
                         f"found none or another kind for {visible(name)}; give files of one dataset"
@@ -99,23 +102,24 @@ class ParquetImages(WholeParts):
         text = f"{self._names[chosen.file]}:{self._files[chosen.file].describe(chosen.groups)}"
         return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()
 
-    def read(self, part: int) -> Iterator[SourceImage]:
+    def read(self, part: int) -> Generator[SourceImage, None, None]:
         """Yields the images of one part, a few of which are in memory at a time."""
         chosen = self._parts[part]
-        file, name = self._files[chosen.file], self._names[chosen.file]
+        path, name = self._paths[chosen.file], self._names[chosen.file]
         stem, count = name.rsplit(".", 1)[0], 0
         try:
-            with contextlib.closing(file.rows(chosen.groups, self._columns)) as rows:
+            found = column_process.rows(path, chosen.groups, self._columns)
+            with contextlib.closing(found) as rows:
                 for row in rows:
                     if count == chosen.rows:
-                        raise ValueError("more rows than the file says")
+                        raise DamagedRows("more than the file says")
                     yield self._image_of(row, f"{stem}/{chosen.first_row + count}")
                     count += 1
             if count < chosen.rows:
-                raise ValueError("fewer rows than the file says")
-        except (pa.ArrowException, OSError, ValueError, MemoryError, LookupError) as error:
+                raise DamagedRows("fewer than the file says")
+        except DamagedRows as error:
             left = f"rows {chosen.first_row + count} to {chosen.first_row + chosen.rows - 1}"
-            reason = f"{left} are damaged or too large ({type(error).__name__})"
+            reason = f"{left} are damaged or too large ({error})"
             yield skipped_image(f"{stem}/{chosen.first_row + count}", reason)
 
     def _image_of(self, row: dict[str, Any], id: str) -> SourceImage:

@@ -8,18 +8,16 @@ from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from microdit_jax.errors import UserError, visible
 from microdit_jax.files import open_regular, parse_json, read_bytes
+from microdit_jax.prepare.sources import column_process
+from microdit_jax.prepare.sources.column_files import open_column_file
 from microdit_jax.prepare.sources.tar_stream import tar_members
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 MAX_JSON = 1 << 30  # bytes of a file that is read whole
 _ANNOTATIONS = {"annotations", "images", "data"}  # of files of another kind
 _MAX_LINE = 16 << 20  # characters
-_BATCH = 4096  # rows of a .parquet file in memory
 
 
 def rows(path: Path, columns: Sequence[str] | None = None) -> Iterator[dict[str, Any]]:
@@ -40,7 +38,7 @@ def rows(path: Path, columns: Sequence[str] | None = None) -> Iterator[dict[str,
                 yield row
     except UserError:
         raise
-    except (OSError, ValueError, csv.Error, tarfile.TarError, EOFError, pa.ArrowException) as error:
+    except (OSError, ValueError, csv.Error, tarfile.TarError, EOFError) as error:
         raise UserError(
             f"expected a table of captions in {visible(path)}, could not read it after row "
             f"{number} ({visible(error, 200)}); mend the file or download it again"
@@ -49,11 +47,9 @@ def rows(path: Path, columns: Sequence[str] | None = None) -> Iterator[dict[str,
 
 def _rows(path: Path, columns: Sequence[str] | None) -> Generator[Any, None, None]:
     if path.suffix == ".parquet":
-        open_regular(path).close()
-        names = None if columns is None else list(columns)
-        with pq.ParquetFile(path) as file:
-            for batch in file.iter_batches(_BATCH, columns=names):
-                yield from batch.to_pylist()
+        file = open_column_file(path)
+        groups = range(len(file.group_rows))
+        yield from column_process.rows(path, groups, columns or file.schema.names)
     elif path.suffix == ".json":
         contents = parse_json(read_bytes(path, MAX_JSON))
         if isinstance(contents, dict) and (found := _ANNOTATIONS & contents.keys()):
