@@ -4,7 +4,7 @@ BIN := .venv/bin
 DEMO := out/demo
 PYTHONS := python3.11 python3.12 python3.13 python3.14
 
-.PHONY: demo test bench test-ui test-matrix test-oldest $(PYTHONS:%=test-%) test-newest nightly wheel-test docs mutants fuzz lint setup clean
+.PHONY: demo test bench test-ui test-ray test-matrix test-oldest $(PYTHONS:%=test-%) test-newest nightly wheel-test docs mutants fuzz lint setup clean
 setup: .venv/.ready
 
 .venv/.ready: pyproject.toml constraints.txt
@@ -33,6 +33,10 @@ test-ui: setup  ## the web page in a headless Chromium; not part of `make test`,
 	@command -v chromedriver >/dev/null || apt-get install -y -qq chromium chromium-driver \
 		|| echo "No chromedriver, and no right to install one: Selenium tries to fetch a browser."
 	$(BIN)/python -m pytest -q tests/ui --durations=5
+
+test-ray: setup  ## a Ray cluster of two nodes on this machine, one of which is killed; `make test` needs no ray
+	$(BIN)/pip install -qq --constraint constraints.txt --editable '.[dev,ray]'
+	$(BIN)/python -m pytest -q -s tests/test_prepare_ray_cluster.py
 
 # What another Python or JAX would break first. All tests on another Python: rm -rf .venv, then
 # make test PYTHON=python3.13.

@@ -22,17 +22,18 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import jax
 import numpy as np
 
 from microdit_jax import images
-from microdit_jax.assets import load
 from microdit_jax.commands.parser import Parser
 from microdit_jax.data.stores import open_latents
 from microdit_jax.files import check_writable
 from microdit_jax.machine import compilation_cache, memory
-from microdit_jax.prepare import job, job_folder
+from microdit_jax.prepare import job, job_folder, ray_engine
 from microdit_jax.prepare.encoding import make_towers
 from microdit_jax.prepare.options import PrepareOptions
+from microdit_jax.prepare.request import PrepareRequest
 from microdit_jax.prepare.sources import registry
 from microdit_jax.prepare.sources.caption_choice import CHOICES
 from microdit_jax.towers import Codec
@@ -102,6 +103,12 @@ def _parser() -> Parser:
     add("--append", action="store_true", help="the source has grown: make new parts of what is new")
     add("--process_index", type=int, default=0, help="which of several processes "
         "this is: each begins with other parts")  # fmt: skip
+    add("--engine", default="local", choices=("local", "ray"), help="where parts are made: in this "
+        "process, or on the nodes of a Ray cluster")  # fmt: skip
+    add("--ray_address", help="of the cluster (default: RAY_ADDRESS, or the one on this machine)")
+    add("--ray_cpus", type=float, help="CPUs of an actor (default: 1 beside a GPU, else those of "
+        "the smallest node)")  # fmt: skip
+    add("--ray_gpus", type=float, help="GPUs of an actor (default: 1, where there are any)")
     add("--process_count", type=int, default=1, help="how many begin together")
     return parser
 
@@ -115,6 +122,9 @@ def main(arguments: Sequence[str]) -> None:
         parser.error(f"argument --resolutions: expected 256,512, found {args.resolutions!r}")
     if args.append and args.fraction != 1:
         parser.error("argument --append: it takes a whole source; leave --fraction out")
+    for name in ("ray_address", "ray_cpus", "ray_gpus"):
+        if args.engine != "ray" and getattr(args, name) is not None:
+            parser.error(f"argument --{name}: it is for --engine=ray; leave it out")
     job_folder.check_counts(args.process_index, args.process_count, threads=args.threads)
     options = PrepareOptions(
         resolutions=resolutions,
@@ -131,32 +141,51 @@ def main(arguments: Sequence[str]) -> None:
         what=f"--batch={args.batch} images of {args.resolutions} px",
         fix="encode fewer at a time",
     )
-    source = registry.open_source(
-        args.source,
-        args.input,
+    request = PrepareRequest(
+        source=args.source,
+        input=args.input,
         fraction=args.fraction,
-        seed=args.seed,
-        **{name: getattr(args, name) for name in _SOURCE_OPTIONS},
+        source_options={name: getattr(args, name) for name in _SOURCE_OPTIONS},
+        vae=args.vae,
+        text_encoder=args.text_encoder,
+        dtype=args.dtype,
+        output=args.output,
+        options=options,
+        threads=args.threads,
     )
+    if args.engine == "ray":
+        ray_engine.import_ray()  # before the work
+        jax.config.update("jax_platforms", "cpu")  # its devices are the actors'
+    source = request.open_source()
     for note in source.notes:
         print(note, flush=True)
     compilation_cache.enable()
-    codec = load.load_codec(args.vae, dtype=args.dtype)
-    text_encoder = load.load_text_encoder(args.text_encoder, dtype=args.dtype)
+    codec, text_encoder = request.load_towers()
     output, start = Path(args.output), time.monotonic()
-    asked = ("source", "input", "fraction", "dtype", *(set(_SOURCE_OPTIONS) - {"cache"}))
     done_before = job.count_records(output)
-    job.run(
-        source,
-        make_towers(codec, text_encoder, args.seed),
-        output,
-        options,
-        request={name: getattr(args, name) for name in asked},
-        process_index=args.process_index,
-        process_count=args.process_count,
-        threads=args.threads,
-        append=args.append,
-    )
+    towers = make_towers(codec, text_encoder, args.seed)
+    if args.engine == "ray":
+        ray_engine.run(
+            request,
+            source,
+            towers[0],
+            address=args.ray_address,
+            cpus=args.ray_cpus,
+            gpus=args.ray_gpus,
+            append=args.append,
+        )
+    else:
+        job.run(
+            source,
+            towers,
+            output,
+            options,
+            request=request.settings(),
+            process_index=args.process_index,
+            process_count=args.process_count,
+            threads=args.threads,
+            append=args.append,
+        )
     count = job.count_records(output) - done_before
     rate = count / (time.monotonic() - start)
     print(f"{output}: {count:,} images now, {rate:.1f} images/s of all processes")

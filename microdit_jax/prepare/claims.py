@@ -67,6 +67,10 @@ class Claims:
         self._drop_done()
         return len(self._left)
 
+    def claim_of(self, number: int) -> tuple[Path, str]:
+        """Returns the folder of a claim that this process holds, and the text in its lock."""
+        return self._output / FOLDER / self._names[number], self._text
+
     def release(self, number: int) -> None:
         """Gives a part's claim back, done or not."""
         with self._changing:
