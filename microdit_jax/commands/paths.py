@@ -34,7 +34,14 @@ _IN, _OUT = Place(), Place(output=True)
 _DATA = Place(ANY_FSSPEC)
 # What a text may say is nobody's business, a URL included.
 TEXTS = {
-    *("prompt", "negative_prompt", "coordinator_address", "job_token", "config.eval.prompts"),
+    *(
+        "prompt",
+        "negative_prompt",
+        "coordinator_address",
+        "ray_address",
+        "job_token",
+        "config.eval.prompts",
+    ),
     *("config.log.wandb",),
 }
 _MODEL_FLAGS = {"model": _IN, "vae": _IN, "text_encoder": _IN}

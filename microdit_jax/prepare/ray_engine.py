@@ -266,9 +266,10 @@ def _size(ray: Any, cpus: float | None, gpus: float | None) -> tuple[float, floa
     Raises:
       UserError: no node has as many.
     """
-    for name, count in (("cpus", cpus), ("gpus", gpus)):
-        if count is not None and count < 0 or (name, count) == ("cpus", 0):
-            raise UserError(f"--ray_{name} must be above 0, found {count:g}")
+    if cpus is not None and cpus <= 0:
+        raise UserError(f"--ray_cpus must be above 0, found {cpus:g}")
+    if gpus is not None and gpus < 0:
+        raise UserError(f"--ray_gpus must be at least 0, found {gpus:g}")
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     if gpus is None:
         gpus = 1.0 if any(node.get("GPU", 0) >= 1 for node in nodes) else 0.0
