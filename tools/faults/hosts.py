@@ -1,4 +1,4 @@
-"""Two hosts as network namespaces, and a training run of both, for tools.fault_table."""
+"""Two hosts as network namespaces, and a training run of both."""
 
 import contextlib
 import json
@@ -6,12 +6,13 @@ import os
 import pathlib
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 ADDRESSES = ("10.123.0.1", "10.123.0.2")
 NAMES = ("a", "b")
 NOISE = re.compile(r"\[Gloo\]|peer ranks|^step \d+/")  # lines of libraries, and of each step
@@ -51,21 +52,25 @@ class Job:
 
     def __init__(self, data: pathlib.Path, folder: pathlib.Path, port: int, *, steps: int = 10**6,
                  every: int = 20, flags: Sequence[str] = (), before: Sequence[str] = ("", ""),
-                 compiling: bool = False, evaluating: bool = False):  # fmt: skip
+                 prefix: Sequence[str] = ("", ""), compiling: bool = False,
+                 evaluating: bool = False, cache: str = ""):  # fmt: skip
         """
         Args:
           steps, every: of the run, and between its checkpoints.
           before: a shell's commands before each process.
+          prefix: words before the command of each process.
           compiling: a network that takes long to compile.
           evaluating: with the loss on held-out images, which is also computed at the start.
+          cache: the start of the names of cache folders, of which each host has one.
         """
         self.data, self.folder, self.port = data, folder, port
         self.workdir = folder / "run"
+        self.config = ROOT / "tests/support/tiny_config.py"
         self._flags = [f"--config.train.steps={steps}", f"--config.train.checkpoint_every={every}"]
         evaluators = "('heldout_loss',)" if evaluating else "()"
         self._flags += [f"--config.eval.evaluators={evaluators}"]
         self._flags += [*flags, *(["--config.model.options.depth=12"] if compiling else [])]
-        self._before = before
+        self._before, self._prefix, self._cache = before, prefix, cache
         self.processes: list[subprocess.Popen] = []
         self.began = 0.0  # of the fault
         self.ended: dict[int, float] = {}
@@ -73,28 +78,35 @@ class Job:
     def output(self, number: int) -> pathlib.Path:
         return self.folder / f"{NAMES[number]}.txt"
 
-    def start(self, number: int, *more: str, package: pathlib.Path = ROOT, mount: str = "") -> None:
+    def cache(self, number: int) -> pathlib.Path:
+        return self.folder / f"{self._cache}cache_{NAMES[number]}"
+
+    def start(self, number: int, *more: str, package: pathlib.Path = ROOT, mount: str = "",
+              path: str = "", devices: int = 2) -> None:  # fmt: skip
         """Starts a host's process.
 
         Args:
           package: the checkout that it runs.
           mount: a shell's command in a mount namespace of its own.
+          path: a folder of modules before all others.
+          devices: how many are simulated.
         """
         name = NAMES[number]
         environment = os.environ | {
             "JAX_PLATFORMS": "cpu",
             "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # compiles in a third of the time
-            "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
-            "PYTHONPATH": str(package),
-            "XDG_CACHE_HOME": str(self.folder / f"cache_{name}"),
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+            "PYTHONPATH": f"{path}:{package}" if path else str(package),
+            "XDG_CACHE_HOME": str(self.cache(number)),
         }
-        script = f'hostname {name}; {mount} {self._before[number]} exec "$@"'
+        before, prefix = self._before[number], self._prefix[number]
+        script = f'hostname {name}; {mount} {before} exec {prefix} "$@"'
         unshare = ["unshare", "--uts", *(["--mount"] if mount else [])]
         command = [
             "ip", "netns", "exec", f"fault_{name}", *unshare, "bash", "-c", script, "-",
-            sys.executable, "train_main.py", f"--config=tests/support/tiny_config.py:{self.data}",
-            f"--workdir={self.workdir}", *self._flags, f"--coordinator_address={ADDRESSES[0]}:"
-            f"{self.port}", "--num_processes=2", f"--process_id={number}", *more,
+            sys.executable, "train_main.py", f"--config={self.config}:{self.data}",
+            f"--workdir={self.workdir}", f"--coordinator_address={ADDRESSES[0]}:{self.port}",
+            "--num_processes=2", f"--process_id={number}", *self._flags, *more,
         ]  # fmt: skip
         with self.output(number).open("a") as output:
             self.processes.append(
@@ -119,9 +131,10 @@ class Job:
             return json.loads(text[: text.rindex("\n")].splitlines()[-1])["step"]
         return 0
 
-    def wait(self, ready: Callable[[], bool], what: str, limit: float = 120) -> None:
+    def wait(self, ready: Callable[[], bool], what: str, limit: float = 400) -> None:
         until = time.monotonic() + limit
         while not ready():
+            self.look()
             if time.monotonic() > until or all(p.poll() is not None for p in self.processes):
                 raise RuntimeError(f"no {what}: {[self.last_line(n) for n in range(2)]}")
             time.sleep(0.02)
@@ -131,6 +144,31 @@ class Job:
 
     def wait_for_text(self, number: int, words: str) -> None:
         self.wait(lambda: words in self.output(number).read_text(), words)
+
+    def wait_for_join(self) -> None:
+        """Until the processes have joined each other: then each has a log for its libraries."""
+        names = [self.cache(number) / "microdit_jax" / "logs" for number in range(2)]
+        self.wait(lambda: all(any(name.glob("*.txt")) for name in names), "join")
+
+    def wait_for_call(self, count: int) -> None:
+        """Until so many sockets of host a have the coordinator's port: it listens, and is called.
+
+        One more is of the first other host.
+        """
+
+        def sockets() -> int:
+            command = ["ip", "netns", "exec", "fault_a", "ss", "-Htna", f"sport = :{self.port}"]
+            found = subprocess.run(command, capture_output=True, text=True).stdout
+            return sum(state in found_line for found_line in found.splitlines()
+                       for state in ("LISTEN", "ESTAB"))  # fmt: skip
+
+        self.wait(lambda: sockets() >= count, "call")
+        time.sleep(1.0)
+
+    def terminate(self) -> None:
+        """Asks the job to stop, as the fault of its row."""
+        self.ended = {}
+        self.fault(0, kind=signal.SIGTERM)
 
     def wait_for_save(self) -> None:
         """Until a checkpoint is being written."""
@@ -149,7 +187,7 @@ class Job:
         until = time.monotonic() + seconds
         while True:
             for number, process in enumerate(self.processes):
-                if number not in self.ended and process.poll() is not None:
+                if self.began and number not in self.ended and process.poll() is not None:
                     self.ended[number] = time.monotonic() - self.began
             if time.monotonic() >= until or len(self.ended) == len(self.processes):
                 return
@@ -171,3 +209,15 @@ class Job:
     def saved(self) -> int:
         folder = self.workdir / "checkpoints"
         return max((int(p.name) for p in folder.glob("*") if p.name.isdigit()), default=0)
+
+
+def make_data(folder: pathlib.Path) -> None:
+    """Prepares the embedded emoji images, for the tests' tiny network."""
+    program = (
+        "import pathlib, sys; sys.path.insert(0, 'tests'); "
+        "from support.train_command import prepare_emoji; prepare_emoji(pathlib.Path(sys.argv[1]))"
+    )
+    flag = "--xla_force_host_platform_device_count=8"
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flag}
+    command = [sys.executable, "-c", program, str(folder)]
+    subprocess.run(command, cwd=ROOT, env=environment, check=True)

@@ -1,7 +1,7 @@
 """Training that is killed and started again, by itself and on other numbers of hosts.
 
-  python -m tools.restarts loops [--faults=10] [--steps=600] [--seed=0]
-  python -m tools.restarts hosts
+  python -m tools.faults.restarts loops [--faults=10] [--steps=600] [--seed=0]
+  python -m tools.faults.restarts hosts
 
 `loops`: two hosts, each `until train_main.py ...; do sleep 1; done`, are signalled at random
 moments; the run must reach its last step by itself, and end as an unbroken one, bit for bit.
@@ -24,8 +24,7 @@ import time
 
 import numpy as np
 
-from tools.fault_hosts import ROOT
-from tools.fault_table import make_data
+from tools.faults.hosts import ROOT, make_data
 
 LIMIT_SECONDS = 1800.0  # of a run
 
