@@ -19,6 +19,7 @@ from microdit_jax.diffusion import EdmConfig
 from microdit_jax.errors import LONGEST, visible
 from microdit_jax.machine import agreement, hosts, memory, slices, watch
 from microdit_jax.machine.chips import chip_of
+from microdit_jax.machine.claim import claimed
 from microdit_jax.machine.signals import Phase, StopRequest
 from microdit_jax.models import flops
 from microdit_jax.models.dit import DiT, for_this_machine
@@ -42,7 +43,7 @@ from microdit_jax.training.progress import Progress
 from microdit_jax.training.replicas import ReplicaCheck
 from microdit_jax.training.start import starting_state
 from microdit_jax.training.step import TrainState
-from microdit_jax.training.workdir import begin_workdir, claimed
+from microdit_jax.training.workdir import begin_workdir
 
 OUT_OF_MEMORY = (
     "a smaller train.micro_batch_size, model.options.remat=block, or more devices over mesh.fsdp"
@@ -212,6 +213,8 @@ def train(config: ConfigDict, workdir: str | Path, stop: StopRequest | None = No
             last = step == run.steps
             evaluating = last or step % run.eval_every == 0
             if evaluating or stopping or step % run.checkpoint_every == 0:
+                if claim is not None:  # a workdir that is gone is not made anew
+                    claim.check(now=True)
                 progress.catch_up()
             if evaluating and not stopping:
                 with progress.paused("evaluation"):

@@ -31,7 +31,6 @@ ONLY_FOR = {
     "microdit_jax.machine.cluster": {"train_main", "microdit_jax.evaluate.__main__"},
     "microdit_jax.machine.preflight": {"train_main", "microdit_jax.evaluate.__main__"},
     "microdit_jax.machine.handshake": {"train_main", "microdit_jax.evaluate.__main__"},
-    "microdit_jax.machine.claim": {"train_main"},
     "microdit_jax.commands.cli": {"train_main", "microdit_jax.xla.aot.__main__"},
     "microdit_jax.commands.config_file": {"train_main", "microdit_jax.xla.aot.__main__"},
     "microdit_jax.convert.networks": {"microdit_jax.convert.__main__", "convert.parity"},

@@ -10,6 +10,7 @@ from conftest import GOLDEN
 from PIL import Image
 from support.evaluation import ask, make_subject, references
 from support.inception import NARROW, synthetic_tensors
+from support.processes import finish, free_port, start
 from support.small_clip import openclip_config, small_tensors
 
 from microdit_jax.convert.formats.safetensors_file import write_safetensors
@@ -225,3 +226,20 @@ def test_the_commands_one_line(flags, message, tmp_path):
     )  # fmt: skip
     assert result.returncode == 2 and re.match(message, result.stderr), result.stderr
     assert result.stderr.count("\n") == 1 and not list(tmp_path.iterdir())
+
+
+def test_processes_that_measure_differently_end_before_the_model_is_read(tmp_path):
+    program = 'boundary.run_command("microdit_jax.evaluate.__main__")'
+    address = f"localhost:{free_port()}"
+    results = finish([
+        start(
+            program, "--model=none", f"--seeds={number}", f"--out={tmp_path}", "--num_processes=2",
+            f"--coordinator_address={address}", f"--process_id={number}", devices=1,
+        )
+        for number in range(2)
+    ])  # fmt: skip
+    for status, _, text in results:
+        assert status == 2, results
+        assert "error: process 0 (" in text and "found seeds [0] on process 0 (" in text
+        assert ") and [1] on process 1 (" in text
+    assert list(tmp_path.iterdir()) == []

@@ -112,3 +112,18 @@ def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="free some space"):
         writer.write(1, {"loss": 0.5})
     writer.close()
+
+
+@pytest.mark.parametrize("file", ["_file", "_tensorboard._file"])
+def test_a_full_disk_below_one_of_the_files(tmp_path, file):
+    """Each is found at the write, which names it; closing raises no second error over it."""
+    writer = MetricWriter(tmp_path, restored_step=None)
+    owner, _, name = f"writer.{file}".rpartition(".")
+    owner = eval(owner)
+    getattr(owner, name).close()
+    setattr(owner, name, open("/dev/full", "w" if file == "_file" else "wb"))
+    where = "metrics.jsonl" if file == "_file" else "tensorboard"
+    for _ in range(30):  # more than any queue holds
+        with pytest.raises(UserError, match=rf"could not write .*{where}: No space left"):
+            writer.write(1, {"loss": 0.5})
+    writer.close()

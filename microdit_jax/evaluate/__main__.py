@@ -17,6 +17,8 @@ if __name__ == "__main__":
 
     run_command("microdit_jax.evaluate.__main__")
 
+import contextlib
+import dataclasses
 from pathlib import Path
 
 from absl import flags
@@ -92,6 +94,8 @@ def _evaluate() -> None:
 
     from microdit_jax.evaluate import protocol
     from microdit_jax.evaluate.request import EvaluationRequest, Subject
+    from microdit_jax.machine import agreement
+    from microdit_jax.machine.claim import claimed
     from microdit_jax.sampling.settings import Sampler
 
     check_writable(OUT.value, folder=True)
@@ -124,12 +128,16 @@ def _evaluate() -> None:
         keep_images=KEEP.value,
     )
     assert MODEL.value is not None  # absl_command asks for it
-    pipe, model = model_flags.load(MODEL.value)
-    subject = Subject(MODEL.value, model, pipe)
-    result, files = protocol.evaluate(subject, request, Path(OUT.value))
+    out, asked = Path(OUT.value), {"model": MODEL.value} | dataclasses.asdict(request)
+    agreement.agree(agreement.software() | agreement.flat(asked))
+    agreement.agree(agreement.devices())
+    with contextlib.ExitStack() as stack:
+        claimed(out, stack)
+        pipe, model = model_flags.load(MODEL.value)
+        result, files = protocol.evaluate(Subject(MODEL.value, model, pipe), request, out)
     if jax.process_index():
         return
-    print((Path(OUT.value) / "result.md").read_text(), end="")
+    print((out / "result.md").read_text(), end="")
     for note in result["notes"]:
         print(f"note: {note}")
     print(f"written: {', '.join(map(str, files))}")

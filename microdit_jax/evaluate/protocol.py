@@ -15,7 +15,7 @@ from microdit_jax.evaluate.prompts import PromptSet, read_prompts
 from microdit_jax.evaluate.request import EvaluationRequest, Subject
 from microdit_jax.evaluate.sample_set import SamplerSettings, SampleSet, weights_digest
 from microdit_jax.evaluate.scores import over_seeds
-from microdit_jax.machine import hosts
+from microdit_jax.machine import agreement, hosts
 from microdit_jax.metrics import geneval
 from microdit_jax.sampling.settings import network_passes
 
@@ -72,10 +72,15 @@ def _plan(subject: Subject, request: EvaluationRequest, out: Path) -> _Plan:
         "text_encoder": pipe.text_encoder.name,
     }
     instruments = make_instruments(subject, request, out)
-    prompts = None
+    prompts, geneval_prompts = None, _geneval_prompts(request)
     if instruments.measurements:
         prompts = read_prompts(request.prompts, request.num_images)
-    return _Plan(subject, request, out, made_by, instruments, prompts, _geneval_prompts(request))
+    read = {
+        "prompts": _about_prompts(prompts),
+        "GenEval's prompts": _about_prompts(geneval_prompts),
+    }
+    agreement.agree(made_by | agreement.flat(read))
+    return _Plan(subject, request, out, made_by, instruments, prompts, geneval_prompts)
 
 
 def _geneval_prompts(request: EvaluationRequest) -> PromptSet | None:

@@ -1,6 +1,6 @@
-"""A job's claim on its workdir: a second job is refused, and a disk that is not shared is noticed.
+"""A job's claim on a folder: a second job is refused, and a disk that is not shared is noticed.
 
-WORKDIR/.lock (files.lock) names who is at work: host, process number and a random token. It gets a
+FOLDER/.lock (files.lock) names who is at work: host, process number and a random token. It gets a
 sign of life every few seconds. A claim whose process is gone from this host, or that gave no sign
 for a minute, is taken over.
 """
@@ -18,7 +18,7 @@ from pathlib import Path
 from microdit_jax.errors import UserError, visible
 from microdit_jax.files import disk_errors, parse_json
 from microdit_jax.files.lock import NAME, Held, LockFile, lock_of
-from microdit_jax.machine import watch
+from microdit_jax.machine import hosts, watch
 
 BEAT_SECONDS = 5.0
 STALE_SECONDS = 60.0
@@ -89,7 +89,7 @@ class Claim:
                 raise UserError(
                     f"expected {place} for this job alone, found another at work there: "
                     f"{name_of(about)}, which gave a sign of life {held.age:.0f} s ago; wait for "
-                    "it, end it, or give another --workdir"
+                    "it, end it, or give another folder"
                 )
             if not told and held.age > 2 * BEAT_SECONDS:
                 told = True
@@ -120,13 +120,33 @@ class Claim:
             return  # a disk that fails says so where it is written
         if held is None or not (about := owner_of(held)):
             self._lost = (
-                f"expected the workdir {place} as this run began it, found its {NAME} gone: the "
-                "folder was moved, unmounted or emptied; put it back, and the same command goes on"
+                f"expected {place} as this job began it, found its {NAME} gone: the folder was "
+                "moved, unmounted or emptied; put it back, and the same command goes on"
             )
         else:
             self._lost = (
                 f"expected {place} for this job alone, found it taken over by {name_of(about)}"
             )
+
+
+def claimed(folder: Path, stack: contextlib.ExitStack) -> Claim | None:
+    """Claims a folder for this job until the stack ends, and checks that all processes see it.
+
+    Returns:
+      The claim, which process 0 holds; None on the others.
+    Raises:
+      UserError: another job is at work there, or a process has no such disk.
+    """
+    claims: list[Claim] = []
+
+    def take() -> str:
+        claims.append(stack.enter_context(Claim(folder)))
+        return claims[0].token
+
+    token = hosts.from_first("claim the folder", take)
+    if not claims:
+        check_shared(folder, token)
+    return claims[0] if claims else None
 
 
 def check_shared(folder: Path, token: str) -> None:
@@ -148,8 +168,8 @@ def check_shared(folder: Path, token: str) -> None:
             break
         time.sleep(0.2)
     raise UserError(
-        f"expected one workdir on a disk that all processes share, found that {visible(folder)} is "
-        "another folder here than on process 0; mount the same disk on every host"
+        f"expected {visible(folder)} on a disk that all processes share, found another folder here "
+        "than on process 0; mount the same disk on every host"
     )
 
 

@@ -12,9 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 
 from microdit_jax.errors import UserError
 from microdit_jax.files import parse_json
@@ -182,20 +180,20 @@ def from_first(
     """
     if jax.process_count() == 1:
         return function()
-    text, fault = b"", None
+    answer, fault = "", None
     if jax.process_index() == 0:
         try:
-            text = json.dumps({"value": function()}).encode()
+            answer = json.dumps({"value": function()})
         except Exception as error:
-            text, fault = json.dumps({"error": f"{error}"}).encode(), error
+            answer, fault = json.dumps({"error": f"{error}"}), error
     barrier(name, timeout_seconds=timeout_seconds)
-    length = -len(text) // 4096 * -4096  # few lengths, few compilations
-    length = int(multihost_utils.broadcast_one_to_all(np.int32(length)))
-    content = np.frombuffer(text.ljust(length), np.uint8)
-    content = np.asarray(multihost_utils.broadcast_one_to_all(content))
-    answer = parse_json(content.astype(np.uint8).tobytes())
+    job = watch.current()
+    store, key = Store() if job is None else job.store, f"first/{name}/{_barriers[name]}"
+    if jax.process_index() == 0:
+        store.put(key, answer)
     if fault is not None:
         raise fault
-    if "error" in answer:
-        raise FaultOfFirst(answer["error"])
-    return answer["value"]
+    found = parse_json(answer or store.wait_for(key))
+    if "error" in found:
+        raise FaultOfFirst(found["error"])
+    return found["value"]

@@ -18,6 +18,7 @@ from jaxtyping import Float
 
 from microdit_jax.errors import UserError, visible
 from microdit_jax.files import disk_errors, parse_json, read_bytes, write_text
+from microdit_jax.training.event_file import EventFile
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -51,11 +52,9 @@ class MetricWriter:
             keep_until(self._path, restored_step)
             self._file = open(self._path, "a")
         if tensorboard:
-            from tensorboardX import SummaryWriter  # takes a second to import
-
-            self._tensorboard = SummaryWriter(
-                str(Path(workdir) / "tensorboard"), purge_step=(restored_step or 0) + 1
-            )
+            folder = Path(workdir) / "tensorboard"
+            with disk_errors(folder):
+                self._tensorboard = EventFile(folder, purge_step=(restored_step or 0) + 1)
         if wandb_project:
             self._wandb = _start_wandb(wandb_project, Path(workdir), config or {})
 
@@ -69,9 +68,9 @@ class MetricWriter:
             print(json.dumps(_finite({"step": step} | dict(values))), file=self._file, flush=True)
         scalars = dict(_flat(values))
         if self._tensorboard is not None:
-            for name, value in scalars.items():
-                if math.isfinite(value):  # TensorBoard warns about each other value
-                    self._tensorboard.add_scalar(name, value, step)
+            finite = {name: x for name, x in scalars.items() if math.isfinite(x)}
+            with disk_errors(self._path.parent / "tensorboard"):
+                self._tensorboard.scalars(step, finite)
         if self._wandb is not None:
             self._wandb.log({"step": step} | scalars)
 
@@ -87,7 +86,8 @@ class MetricWriter:
             return
         again = f"; steps {step + 1} to {reached} are run again" if reached > step else ""
         if self._tensorboard is not None:
-            self._tensorboard.add_text("restarts", f"restart {number} at step {step}{again}", step)
+            with disk_errors(self._path.parent / "tensorboard"):
+                self._tensorboard.text(step, "restarts", f"restart {number} at step {step}{again}")
         if self._wandb is not None:
             redone = max(0, reached - step)
             self._wandb.log({"step": step, "restart": number, "restart_redoes_steps": redone})
@@ -95,16 +95,17 @@ class MetricWriter:
     def image(self, step: int, name: str, image: Float[np.ndarray, "H W 3"]) -> None:
         """Shows an image with values in [0, 1] in TensorBoard and W&B."""
         if self._tensorboard is not None:
-            self._tensorboard.add_image(name, image, step, dataformats="HWC")
+            with disk_errors(self._path.parent / "tensorboard"):
+                self._tensorboard.image(step, name, image)
         if self._wandb is not None:
             self._wandb.log({"step": step, name: import_wandb().Image(image)})
 
     def close(self) -> None:
         """Closes all files; raises nothing, as each line was on disk when `write` returned."""
-        with contextlib.suppress(OSError):  # what a full disk did not take is tried once more
-            self._file.close()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
+        for file in (self._file, self._tensorboard):
+            with contextlib.suppress(OSError):  # what a full disk did not take is tried once more
+                if file is not None:
+                    file.close()
         if self._wandb is not None:
             self._wandb.finish()
 

@@ -1,40 +1,16 @@
 """A run's folder: one job's alone, with the configuration on record and what changed in it."""
 
-import contextlib
 import json
 import shutil
 from pathlib import Path
 from typing import Any
 
-import jax
 from ml_collections import ConfigDict
 
 from microdit_jax.checkpoints.run import write_run_metadata
 from microdit_jax.errors import visible
 from microdit_jax.files import disk_errors
-from microdit_jax.machine import hosts
-from microdit_jax.machine.claim import Claim, check_shared
 from microdit_jax.training.data import RunData
-
-
-def claimed(workdir: Path, stack: contextlib.ExitStack) -> Claim | None:
-    """Claims the workdir for this job until the stack ends, and checks that all processes see it.
-
-    Returns:
-      The claim, which process 0 holds; None on the others.
-    Raises:
-      UserError: another job is at work there, or a process has no such disk.
-    """
-    claims: list[Claim] = []
-
-    def take() -> str:
-        claims.append(stack.enter_context(Claim(workdir)))
-        return claims[0].token
-
-    token = hosts.from_first("claim the workdir", take)
-    if jax.process_index():
-        check_shared(workdir, token)
-    return claims[0] if claims else None
 
 
 def begin_workdir(

@@ -114,7 +114,7 @@ def killed_early(job: Job) -> str:
 
 @row("host b is killed between calling and joining")
 def between(job: Job) -> str:
-    """By a patch of its own."""
+    """Patches what joins, in host b alone."""
     site = job.folder / "site"
     site.mkdir()
     (site / "sitecustomize.py").write_text(
@@ -154,7 +154,7 @@ def second(job: Job) -> str:
 
 @row("a job after both hosts were killed")
 def again(job: Job) -> str:
-    """What they have left on the workdir is taken over."""
+    """Takes over what they have left in the workdir."""
     job.begin(30)
     for process in job.processes:
         process.kill()
