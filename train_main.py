@@ -23,6 +23,7 @@ from ml_collections import config_flags
 from microdit_jax.commands import job_flags
 from microdit_jax.commands.cli import absl_command
 from microdit_jax.files import check_writable
+from microdit_jax.files.urls import scheme_of
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/, with its variants.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints, logs and samples go.")
@@ -44,7 +45,8 @@ def main():
         from microdit_jax.machine import compilation_cache
         from microdit_jax.train import train_all
 
-        compilation_cache.share(Path(workdir), job_flags.JOB_TOKEN.value)
+        if not scheme_of(workdir):
+            compilation_cache.share(Path(workdir), job_flags.JOB_TOKEN.value)
         done = train_all(config, workdir)
     if not done:
         job_flags.end_early()

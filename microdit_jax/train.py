@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import gc
+import os
 import sys
 import time
 from pathlib import Path
@@ -43,7 +44,7 @@ from microdit_jax.training.progress import Progress
 from microdit_jax.training.replicas import ReplicaCheck
 from microdit_jax.training.start import starting_state
 from microdit_jax.training.step import TrainState
-from microdit_jax.training.workdir import begin_workdir
+from microdit_jax.training.workdir import begin_workdir, left_to_evaluate, opened
 
 OUT_OF_MEMORY = (
     "a smaller train.micro_batch_size, model.options.remat=block, or more devices over mesh.fsdp"
@@ -68,7 +69,7 @@ def train(config: ConfigDict, workdir: str | Path, stop: StopRequest | None = No
       UserError: a config that cannot be run, data or checkpoints that do not fit it, too many
         updates in a row that are not finite.
     """
-    workdir, run = Path(workdir), config.train
+    run = config.train
     first_process = jax.process_index() == 0
     # ---------------------------------------------------------------- mesh, network, data
     mesh = sharding.make_mesh(**config.mesh)
@@ -80,19 +81,21 @@ def train(config: ConfigDict, workdir: str | Path, stop: StopRequest | None = No
     with contextlib.ExitStack() as stack:
         stop = stop or stack.enter_context(StopRequest())
         stop.phase = Phase.STARTING
+        output = opened(workdir, stack)
+        workdir = output.path
         goodput = Goodput(workdir, writes=first_process)
         stack.callback(goodput.close)
-        claim = claimed(workdir, stack)
+        claim = claimed(workdir, stack, place=output.name)
         data = load_data(config, mesh)
         caption_length = check_data(cfg, data)
         agreement.agree(data.facts())
         # ------------------------------------------------------------ state
         checkpoints = stack.enter_context(
-            RunCheckpoints(workdir, keep_last=run.keep_last, keep_every=run.keep_every)
+            RunCheckpoints(output.name, keep_last=run.keep_last, keep_every=run.keep_every)
         )
         with goodput.spent_on("restore"):
             state, resumed, origin = starting_state(
-                config, workdir, checkpoints, model, optimizer, mesh, data.made_by
+                config, output.name, checkpoints, model, optimizer, mesh, data.made_by
             )
         start = int(state.step)
         watch.at_step(start, saved=checkpoints.newest)
@@ -229,6 +232,7 @@ def train(config: ConfigDict, workdir: str | Path, stop: StopRequest | None = No
                     claim.check(now=True)
                 saved = {"step": step, "config": config.to_dict(), **progress.metadata()}
                 with goodput.spent_on("save"):
+                    output.flush()
                     checkpoints.save(step, state, saved)
             if stopping:
                 stop.acted = True
@@ -263,7 +267,7 @@ def train_stages(config: ConfigDict, workdir: str | Path, stop: StopRequest | No
     Raises:
       UserError: a stage that the config does not have, or could not run; what `train` raises.
     """
-    workdir, first_process = Path(workdir), jax.process_index() == 0
+    first_process = jax.process_index() == 0
     check(config)
     with contextlib.ExitStack() as stack:
         stop = stop or stack.enter_context(StopRequest())
@@ -273,10 +277,10 @@ def train_stages(config: ConfigDict, workdir: str | Path, stop: StopRequest | No
                 stop.acted = True
                 return False
             stop.phase = Phase.STARTING
-            stage, folder = config[name], workdir / name
+            stage, folder = config[name], os.path.join(workdir, name)
             with RunCheckpoints(folder) as checkpoints:
                 step = checkpoints.latest_step() or 0
-            done = step >= stage.train.steps and not evaluations_due(folder, step)
+            done = step >= stage.train.steps and not left_to_evaluate(folder, step)
             if first_process:
                 print(f"stage {position + 1} of {len(config.stages)}, {name}{': done' * done}")
             if done:
@@ -284,10 +288,10 @@ def train_stages(config: ConfigDict, workdir: str | Path, stop: StopRequest | No
             if first_process:
                 _say_what_is_missing(config, config.stages[position + 1 :])
             train(stage, folder, stop)
-            begun = [workdir / name for name in config.stages]
-            begun = [folder for folder in begun if is_run(folder)]
-            if first_process and begun:
-                report.write(begun, workdir / "report.html")
+            if first_process:
+                folders = [os.path.join(workdir, name) for name in config.stages]
+                if begun := [folder for folder in folders if is_run(folder)]:
+                    report.write(begun, os.path.join(workdir, "report.html"))
             if stop.acted:
                 return False
     return True

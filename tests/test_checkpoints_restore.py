@@ -11,8 +11,9 @@ from support.checkpoints import (
     save_steps,
 )
 
-from microdit_jax.checkpoints.restore import good_step, step_damage
+from microdit_jax.checkpoints.restore import good_step
 from microdit_jax.checkpoints.run import RunCheckpoints
+from microdit_jax.checkpoints.step_folders import step_damage
 from microdit_jax.errors import UserError
 
 

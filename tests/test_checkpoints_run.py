@@ -184,7 +184,7 @@ def test_a_failed_save_raises_at_the_next_call(tmp_path, monkeypatch):
 
     for call in ("check", "wait", "save", "close"):
         checkpoints = RunCheckpoints(tmp_path / call)
-        monkeypatch.setattr("microdit_jax.checkpoints.manager.checksums", fail)
+        monkeypatch.setattr("microdit_jax.checkpoints.step_folders.checksums", fail)
         checkpoints.save(1, make_state(1), {})
         checkpoints._saving[1].exception()  # until it has failed
         monkeypatch.undo()
@@ -201,7 +201,7 @@ def test_a_failed_save_raises_at_the_next_call(tmp_path, monkeypatch):
 def test_a_save_that_hangs(tmp_path, monkeypatch):
     release = threading.Event()
     monkeypatch.setattr(
-        "microdit_jax.checkpoints.manager.checksums", lambda folder: release.wait() and {}
+        "microdit_jax.checkpoints.step_folders.checksums", lambda folder: release.wait() and {}
     )
     checkpoints = RunCheckpoints(tmp_path, timeout_seconds=1.0)
     checkpoints.save(1, make_state(1), {})

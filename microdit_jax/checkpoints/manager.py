@@ -1,10 +1,7 @@
 """Orbax's manager of a run's steps: what it keeps, and what must be there before one counts."""
 
 import contextlib
-import shutil
-import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,8 +9,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
-from microdit_jax.errors import UserError
-from microdit_jax.files import checksums, write_json
+from microdit_jax.checkpoints.step_folders import StepFolders
 
 
 class Manager(ocp.CheckpointManager):
@@ -54,13 +50,13 @@ class Manager(ocp.CheckpointManager):
 
 
 def make_manager(
-    folder: Path,
+    folders: StepFolders,
     keep_last: int,
     keep_every: int,
     timeout_seconds: float,
     writers: Callable[[], set[int]],
 ) -> Manager:
-    """Makes the manager of a folder of steps.
+    """Makes the manager of a run's steps.
 
     Args:
       writers: tells which processes write a part of the step that is being saved.
@@ -69,26 +65,14 @@ def make_manager(
     if keep_every:
         keep.append(policies.EveryNSteps(keep_every))
 
-    def write_manifest() -> None:
-        # Orbax calls this on process 0 when all files are written, before the rename commits them.
-        (partial,) = partials_of(folder)
-        for number in sorted(writers()):
-            if not (partial / "state" / f"ocdbt.process_{number}").is_dir():
-                raise UserError(
-                    f"expected a part of each process in {partial}, found none of process "
-                    f"{number}; mount the same disk on every host"
-                )
-        files = checksums(partial)
-        # Orbax adds the time of the commit to its note afterwards; restoring does not read it.
-        del files["_CHECKPOINT_METADATA"]
-        write_json(partial / "manifest.json", {"files": files})
-
     options = ocp.CheckpointManagerOptions(
         preservation_policy=policies.AnyPreservationPolicy(keep),
         cleanup_tmp_directories=True,
         lightweight_initialize=True,
         async_options=ocp.AsyncOptions(
-            timeout_secs=max(1, int(timeout_seconds)), post_finalization_callback=write_manifest
+            timeout_secs=max(1, int(timeout_seconds)),
+            # Called on process 0 when all files are written, before what commits them.
+            post_finalization_callback=lambda: folders.seal(writers()),
         ),
     )
     # OCDBT packs many arrays and shards into few files; weights do not compress (8 % at a third of
@@ -110,7 +94,7 @@ def make_manager(
     registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
     registry.add("state", ocp.args.PyTreeSave, handler)
     registry.add("metadata", ocp.args.JsonSave, ocp.JsonCheckpointHandler())
-    return Manager(folder, options=options, handler_registry=registry)
+    return Manager(folders.path, options=options, handler_registry=registry)
 
 
 def writers_of(arrays: Any) -> set[int]:
@@ -123,18 +107,3 @@ def writers_of(arrays: Any) -> set[int]:
             seen.add((leaf.sharding, leaf.shape))
             found |= {s.device.process_index for s in leaf.global_shards if s.replica_id == 0}
     return found
-
-
-def partials_of(folder: Path) -> list[Path]:
-    """Lists the folders of steps being written, or left by a run that was killed."""
-    return list(folder.glob("*.orbax-checkpoint-tmp*"))
-
-
-def remove_partials(folder: Path) -> None:
-    """Removes what `partials_of` lists."""
-    for _ in range(20):  # other files of the failed save may still be arriving
-        for partial in partials_of(folder):
-            shutil.rmtree(partial, ignore_errors=True)
-        if not partials_of(folder):
-            return
-        time.sleep(0.1)

@@ -1,8 +1,6 @@
 """Reading the steps of a training run: which are there, which are good, and their arrays."""
 
 import os
-import re
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,39 +12,18 @@ from etils import epath
 
 from microdit_jax.checkpoints import packing
 from microdit_jax.checkpoints.model_folder import reading_errors
-from microdit_jax.errors import LONGEST, UserError, visible
-from microdit_jax.files import damage, read_json
+from microdit_jax.checkpoints.step_folders import steps_of
+from microdit_jax.errors import UserError
+from microdit_jax.files.attempts import say
 from microdit_jax.machine import hosts
 from microdit_jax.trees import flatten, unflatten
 
 RESTORE_GB = 8  # held by Orbax while it reads, beside the arrays themselves
-STEP = re.compile("[0-9]{1,18}")  # name of a step's folder
-
-
-def say(message: str) -> None:
-    """Prints a line for the person who watches the run, whatever names of a file it holds."""
-    print(visible(message, LONGEST), file=sys.stderr, flush=True)
 
 
 def steps_on_disk(workdir: str | os.PathLike) -> list[int]:
     """Returns the steps of a run that were written whole, oldest first; not checked for damage."""
-    folder = Path(workdir).absolute() / "checkpoints"
-    return sorted(int(path.name) for path in folder.glob("*") if STEP.fullmatch(path.name))
-
-
-def step_damage(folder: Path) -> str:
-    """Says in words which files of a step are damaged, "" if none; reads every byte of them."""
-    if folder.is_symlink():
-        return "a link to another folder"
-    try:
-        files = read_json(folder / "manifest.json").get("files")
-        faults = damage(folder, files, complete=("state", "metadata"))
-    except FileNotFoundError:
-        return "manifest.json is missing"
-    except (ValueError, OSError):
-        return "manifest.json is damaged"
-    more = f" and {len(faults) - 2} more" if len(faults) > 2 else ""
-    return ", ".join(faults[:2]) + more
+    return steps_of(workdir).steps()
 
 
 def good_step(workdir: str | os.PathLike, step: int | None = None) -> tuple[int, dict]:
@@ -57,21 +34,22 @@ def good_step(workdir: str | os.PathLike, step: int | None = None) -> tuple[int,
     Raises:
       UserError: there is no step, or none without damage.
     """
-    folder = Path(workdir).absolute() / "checkpoints"
+    stored = steps_of(workdir)
+    folder = stored.name
 
     def choose() -> list:
-        steps = [s for s in steps_on_disk(workdir) if step in (None, s)]
+        steps = [s for s in stored.steps() if step in (None, s)]
         if not steps:
             which = "a checkpoint" if step is None else f"checkpoint {step}"
             raise UserError(f"expected {which} in {folder}, found none; train first")
         faults = []
         for number in reversed(steps):
-            if fault := step_damage(folder / str(number)):
+            if fault := stored.fault(number):
                 faults.append(f"step {number} is damaged: {fault}")
                 continue
             if faults:
                 say(f"{folder}: {'; '.join(faults)}; using step {number}")
-            return [number, read_json(folder / str(number) / "metadata" / "metadata")]
+            return [number, stored.metadata(number)]
         raise UserError(
             f"expected a checkpoint in {folder} as it was written, found {'; '.join(faults)}; "
             "restore the folder from a copy, or start again in another workdir"
@@ -81,7 +59,7 @@ def good_step(workdir: str | os.PathLike, step: int | None = None) -> tuple[int,
     return number, metadata
 
 
-def restore_state(folder: Path, abstract: Any, *, partial: bool) -> Any:
+def restore_state(folder: Path | epath.Path, abstract: Any, *, partial: bool) -> Any:
     """Restores the state of a step, or a part, with `abstract`'s shapes, dtypes and shardings.
 
     Raises:
@@ -92,7 +70,7 @@ def restore_state(folder: Path, abstract: Any, *, partial: bool) -> Any:
         return _restore(folder, abstract, partial)
 
 
-def _restore(folder: Path, abstract: Any, partial: bool) -> Any:
+def _restore(folder: Path | epath.Path, abstract: Any, partial: bool) -> Any:
     handler = ocp.PyTreeCheckpointHandler(restore_concurrent_gb=RESTORE_GB)
     stored, expected = handler.metadata(epath.Path(folder / "state")), flatten(abstract)
     index = packing.read_index(stored.custom_metadata)
@@ -125,7 +103,7 @@ def _shapes_and_dtypes(leaves: Mapping[str, Any]) -> dict[str, tuple[tuple[int, 
     return {path: (tuple(leaf.shape), jnp.dtype(leaf.dtype).name) for path, leaf in leaves.items()}
 
 
-def _check_fit(folder: Path, found: dict, expected: dict, partial: bool) -> None:
+def _check_fit(folder: Path | epath.Path, found: dict, expected: dict, partial: bool) -> None:
     if partial:
         found = {path: (*found[path][:1], expected[path][1]) for path in expected if path in found}
     differing = sorted(path for path in found | expected if found.get(path) != expected.get(path))

@@ -7,14 +7,13 @@
 The manifest is written before Orbax commits a step by renaming its folder: a step is there whole,
 with its manifest, or not at all, and one without a good manifest was damaged later. Orbax restores
 a damaged file without an error, so restoring checks the manifest first and falls back to the newest
-undamaged step. With several processes the workdir must be one shared file system: each writes its
-shards, and process 0 alone hashes files and chooses the step for all.
+undamaged step. With several processes the workdir must be one shared file system or a folder of a
+gs:// bucket: each writes its shards, and process 0 alone hashes files and chooses the step for all.
 """
 
 import concurrent.futures
 import contextlib
 import os
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,11 +23,15 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from microdit_jax.checkpoints import packing
-from microdit_jax.checkpoints.manager import Manager, make_manager, remove_partials, writers_of
+from microdit_jax.checkpoints.fetch import local_records
+from microdit_jax.checkpoints.manager import Manager, make_manager, writers_of
 from microdit_jax.checkpoints.model_folder import VERSION
-from microdit_jax.checkpoints.restore import good_step, restore_state, say, steps_on_disk
+from microdit_jax.checkpoints.restore import good_step, restore_state
+from microdit_jax.checkpoints.step_folders import steps_of
 from microdit_jax.errors import UserError, visible
-from microdit_jax.files import disk_errors, read_json, write_json
+from microdit_jax.files import read_json, write_json
+from microdit_jax.files.bucket import Bucket
+from microdit_jax.files.urls import scheme_of
 from microdit_jax.machine import hosts, watch
 from microdit_jax.machine.background import give_way
 
@@ -62,8 +65,8 @@ class RunCheckpoints:
                 "keep_last must be at least 1 and keep_every at least 0, found "
                 f"{keep_last} and {keep_every}"
             )
-        self.workdir = Path(workdir).absolute()
-        self.folder = self.workdir / "checkpoints"
+        self._workdir, self._folders = workdir, steps_of(workdir)
+        self.folder = self._folders.path
         self._keep, self._timeout = (keep_last, keep_every), timeout_seconds
         self._manager: Manager | None = None
         # Orbax's threads are started by this one and share its priority.
@@ -80,7 +83,7 @@ class RunCheckpoints:
 
     def all_steps(self) -> list[int]:
         """Returns the steps that were written whole, oldest first; not checked for damage."""
-        return hosts.from_first("list checkpoints", lambda: steps_on_disk(self.workdir))
+        return hosts.from_first("list checkpoints", self._folders.steps)
 
     def latest_step(self) -> int | None:
         """Returns the newest of `all_steps`; None if there is none."""
@@ -105,7 +108,7 @@ class RunCheckpoints:
         hosts.from_first(f"prepare checkpoint {step}", lambda: self._prepare(step, num_bytes))
         if self._manager is None:
             self._manager = make_manager(
-                self.folder, *self._keep, self._timeout, lambda: self._writers
+                self._folders, *self._keep, self._timeout, lambda: self._writers
             )
         arrays, index = packing.pack(state, self._rows)
         self._writers = writers_of(arrays)
@@ -160,7 +163,7 @@ class RunCheckpoints:
           UserError: there is none, all are damaged, or it does not fit: the config changed.
         """
         self.wait()
-        found, metadata = good_step(self.workdir, step)
+        found, metadata = good_step(self._workdir, step)
         state = restore_state(self.folder / str(found), abstract_state, partial=False)
         self._newest = found
         return state, metadata
@@ -185,18 +188,10 @@ class RunCheckpoints:
 
     def _prepare(self, step: int, num_bytes: int) -> None:
         """Checks for room on the disk and moves newer steps out of the way; called by process 0."""
-        remove_partials(self.folder)  # of a run that was killed; they take the room
-        with disk_errors(self.folder, num_bytes):
-            self.folder.mkdir(parents=True, exist_ok=True)
-            oldest = -1 if self._newest is None else self._newest
-            newer = [number for number in steps_on_disk(self.workdir) if number > oldest]
-            aside = self.workdir / "damaged"
-            if newer:
-                shutil.rmtree(aside, ignore_errors=True)
-                aside.mkdir()
-            for number in newer:
-                (self.folder / str(number)).rename(aside / str(number))
-                say(f"moved checkpoint {number} to {aside / str(number)}; it may be deleted")
+        self._folders.remove_partials()  # of a run that was killed; they take the room
+        self._folders.make(num_bytes)
+        oldest = -1 if self._newest is None else self._newest
+        self._folders.set_aside([number for number in self._folders.steps() if number > oldest])
 
     def _report(self, step: int, error: BaseException | None) -> None:
         """Tells the other processes of a save that failed on this one."""
@@ -222,7 +217,7 @@ class RunCheckpoints:
         except Exception as error:
             self._manager = None  # it would raise the same error again
             if jax.process_index() == 0:
-                remove_partials(self.folder)
+                self._folders.remove_partials()
             raise self._fault(step, error) from error
 
 
@@ -244,6 +239,9 @@ _METADATA = {  # types of its parts
 
 def is_run(folder: str | os.PathLike) -> bool:
     """Returns True if the folder is the workdir of a training run."""
+    if scheme_of(folder):
+        about = Bucket(folder).stat("config.json")
+        return about is not None and is_run(local_records(folder))
     config = Path(folder) / "config.json"
     return config.is_file() and read_json(config).get("format") == RUN_FORMAT
 

@@ -16,6 +16,7 @@ import time
 from typing import TextIO
 
 from microdit_jax.errors import escaped
+from microdit_jax.files.urls import with_urls
 
 # tqdm goes to the line's begin by the first character of what it writes, and between bars in writes
 # of their own.
@@ -37,7 +38,7 @@ class _Stream(io.TextIOWrapper):
     def write(self, text: str, /) -> int:
         self.in_a_line = not text.endswith("\n") if text else self.in_a_line
         try:
-            super().write(_shown(text))
+            super().write(_shown(with_urls(text)))
             return len(text)
         except OSError as error:
             self._lose(error)

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from microdit_jax.errors import UserError, visible
+from microdit_jax.files.bucket import SCHEMES
 from microdit_jax.files.urls import COPY_AFTERWARDS, COPY_FIRST, as_given, scheme_of
 
 ANY_FSSPEC = ("gs", "s3", "memory", "https", "http", "file")
@@ -31,6 +32,13 @@ class Place(NamedTuple):
 
 
 _IN, _OUT = Place(), Place(output=True)
+_READ, _WRITTEN = Place(SCHEMES), Place(SCHEMES, output=True)
+_WORKDIR = Place(
+    ("gs",),
+    output=True,
+    otherwise="Orbax writes checkpoints to no other store: train on a disk, and copy the folder "
+    "afterwards (aws s3 sync)",
+)
 _DATA = Place(ANY_FSSPEC)
 # What a text may say is nobody's business, a URL included.
 TEXTS = {
@@ -47,8 +55,8 @@ TEXTS = {
 _MODEL_FLAGS = {"model": _IN, "vae": _IN, "text_encoder": _IN}
 _CONFIG = {
     "config": _IN,
-    "config.init_from": _IN,
-    "config.init_weights_from": _IN,
+    "config.init_from": _READ,
+    "config.init_weights_from": _READ,
     "config.data.cache": _OUT,
     "config.data.datasets.folder": _DATA,
     "config.data.heldout.folder": _DATA,
@@ -59,7 +67,7 @@ _CONFIG = {
 }
 # Command -> its flags that take paths.
 PLACES: dict[str, dict[str, Place]] = {
-    "train_main": _CONFIG | {"workdir": _OUT, "health_file": _OUT},
+    "train_main": _CONFIG | {"workdir": _WORKDIR, "health_file": _OUT},
     "sample_main": _MODEL_FLAGS | {"prompts": _IN, "again": _IN, "out": _OUT},
     "microdit_jax.evaluate": _MODEL_FLAGS
     | {"prompts": _IN, "reference": _IN, "inception": _IN, "clip": _IN}
@@ -75,7 +83,7 @@ PLACES: dict[str, dict[str, Place]] = {
     "microdit_jax.xla.aot": _CONFIG | {"report": _OUT, "dump": _OUT},
     "microdit_jax.xla.bench": {"input": _DATA, "report": _OUT, "dump": _OUT},
     "microdit_jax.xla.plot": {"reports": _IN, "out": _OUT},
-    "microdit_jax.training.report": {"runs": _IN, "out": _OUT},
+    "microdit_jax.training.report": {"runs": _READ, "out": _WRITTEN},
 }
 
 

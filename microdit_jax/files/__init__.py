@@ -1,5 +1,6 @@
 """Every path that is read or written: whole-or-not writes, bounded reads, checksums, the cache."""
 
+from microdit_jax.files.fetched import fetched
 from microdit_jax.files.held import HeldFolder
 from microdit_jax.files.integrity import checksums, damage, sha256
 from microdit_jax.files.places import cache_folder, shipped
@@ -12,6 +13,7 @@ from microdit_jax.files.reading import (
     read_json,
     read_npz,
 )
+from microdit_jax.files.spool import OutputFolder, output_file, output_folder
 from microdit_jax.files.writing import (
     atomic_file,
     atomic_folder,
@@ -25,6 +27,7 @@ from microdit_jax.files.writing import (
 
 __all__ = [
     "HeldFolder",
+    "OutputFolder",
     "atomic_file",
     "atomic_folder",
     "atomic_path",
@@ -33,8 +36,11 @@ __all__ = [
     "checksums",
     "damage",
     "disk_errors",
+    "fetched",
     "inside",
     "open_regular",
+    "output_file",
+    "output_folder",
     "parse_json",
     "read_at_most",
     "read_bytes",

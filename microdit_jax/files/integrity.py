@@ -42,7 +42,7 @@ def damage(folder: Path, files: Any, *, complete: Sequence[str] = ()) -> list[st
     Raises:
       UserError: `files` has another form.
     """
-    if not isinstance(files, Mapping) or not all(map(_is_checksum, files.values())):
+    if not isinstance(files, Mapping) or not all(map(is_checksum, files.values())):
         raise UserError(
             f"expected a size and a sha256 for each file of {visible(folder)}, found something "
             "else in its manifest; copy the folder again"
@@ -66,7 +66,8 @@ def damage(folder: Path, files: Any, *, complete: Sequence[str] = ()) -> list[st
         return unlisted + [fault for fault in pool.map(fault, files) if fault]
 
 
-def _is_checksum(value: Any) -> bool:
+def is_checksum(value: Any) -> bool:
+    """Returns True for a size and a sha256 as `checksums` gives them."""
     return (
         isinstance(value, list | tuple)
         and len(value) == 2

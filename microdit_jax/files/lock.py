@@ -6,15 +6,22 @@ only if its generation is still the same, a disk lets one process at a time foll
 """
 
 import contextlib
+import errno
 import hashlib
 import os
 import secrets
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple, Protocol, runtime_checkable
 
+from microdit_jax.files.attempts import BucketError
+from microdit_jax.files.bucket import Bucket
+from microdit_jax.files.urls import scheme_of
+
 NAME = ".lock"
 MOST_BYTES = 4096
+_BUCKET_SECONDS = 20.0  # to try a call for; the next sign of life is another try
 TURN_SECONDS = 60.0  # after which one that died while it took a claim over makes room
 
 
@@ -57,9 +64,9 @@ class LockFile(Protocol):
         ...
 
 
-def lock_of(folder: Path) -> LockFile:
+def lock_of(folder: str | os.PathLike) -> LockFile:
     """Returns the lock of a folder, of the kind that its disk or bucket can keep."""
-    return DiskLock(folder)
+    return BucketLock(folder) if scheme_of(folder) else DiskLock(Path(folder))
 
 
 class DiskLock:
@@ -143,6 +150,66 @@ class DiskLock:
 
     def _beside(self, end: str) -> Path:
         return self._path.with_name(f"{NAME}.{end}")
+
+
+class BucketLock:
+    """The lock of a folder of a bucket, which writes an object only over a certain generation."""
+
+    def __init__(self, folder: str | os.PathLike):
+        self._bucket = Bucket(folder, seconds=_BUCKET_SECONDS)
+        self._ahead: float | None = None  # seconds that the store's clock is ahead of this host's
+
+    def read(self) -> Held | None:
+        """Returns the object as it is now; None if there is none."""
+        with _as_os_errors():
+            if (found := self._bucket.generation(NAME)) is None:
+                return None
+            version, changed = found
+            try:
+                text = self._bucket.read(NAME, MOST_BYTES).decode(errors="replace")
+            except BucketError as error:
+                if error.kind != "missing":
+                    raise
+                return None  # just removed
+            return Held(text, version, max(0.0, time.time() + self._clock() - changed))
+
+    def create(self, text: str) -> bool:
+        """Makes the object; returns False if there is one already."""
+        with _as_os_errors():
+            return self._bucket.write_over(NAME, text.encode(), "0")
+
+    def replace(self, held: Held, text: str) -> bool:
+        """Writes another text if the object is still of this version; False if it is not."""
+        with _as_os_errors():
+            return self._bucket.write_over(NAME, text.encode(), held.version)
+
+    def renew(self, held: Held) -> None:
+        """Gives a sign of life, if the object is still of this version."""
+        self.replace(held, held.text)
+
+    def remove(self, held: Held) -> None:
+        """Removes the object if it is still of this version."""
+        with _as_os_errors():
+            found = self._bucket.generation(NAME)
+            if found is not None and found[0] == held.version:
+                self._bucket.remove([NAME])
+
+    def _clock(self) -> float:
+        if self._ahead is None:
+            probe = f"{NAME}.{secrets.token_hex(8)}.partial"
+            self._bucket.write(probe, b"")
+            found = self._bucket.generation(probe)
+            self._ahead = found[1] - time.time() if found else 0.0
+            self._bucket.remove([probe])
+        return self._ahead
+
+
+@contextlib.contextmanager
+def _as_os_errors() -> Iterator[None]:
+    try:
+        yield
+    except BucketError as error:
+        raise OSError(errno.EIO, str(error)) from error
 
 
 def _create(path: Path, text: str) -> bool:

@@ -33,3 +33,22 @@ def check_local(path: str | os.PathLike) -> None:
 def as_given(url: str | os.PathLike) -> str:
     """Returns a URL with the two slashes of which pathlib keeps one."""
     return re.sub(r":/+", "://", os.fspath(url), count=1)
+
+
+_shown: dict[str, str] = {}
+
+
+def show_as(path: str | os.PathLike, url: str | None) -> None:
+    """Lets a local path that stands for a URL be shown as that (`with_urls`); None ends it."""
+    if url is None:
+        _shown.pop(os.fspath(path), None)
+    else:
+        _shown[os.fspath(path)] = url
+
+
+def with_urls(text: str) -> str:
+    """Returns a text with the URLs in place of the local paths that stand for them."""
+    for path, url in _shown.items():
+        if path in text:
+            text = text.replace(path, url)
+    return text

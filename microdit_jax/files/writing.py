@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from microdit_jax.errors import UserError
-from microdit_jax.files.urls import check_local
+from microdit_jax.files.bucket import FIRST_SECONDS, Bucket
+from microdit_jax.files.urls import as_given, check_local, scheme_of
 
 
 @contextlib.contextmanager
@@ -55,8 +56,12 @@ def check_writable(path: str | os.PathLike, *, folder: bool = False) -> None:
       folder: True for a folder that files will be put into, False for a file.
     Raises:
       UserError: a file where a folder is needed or the reverse, a loop of links, a place that may
-        not be written.
+        not be written; a bucket that is not there, or may not be written.
     """
+    if scheme_of(path):
+        url = as_given(path).rstrip("/")
+        Bucket(url if folder else url.rpartition("/")[0], seconds=FIRST_SECONDS).check_writable()
+        return
     with disk_errors(path):
         place = Path(path).absolute()
         if not folder:

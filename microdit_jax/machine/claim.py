@@ -129,9 +129,13 @@ class Claim:
             )
 
 
-def claimed(folder: Path, stack: contextlib.ExitStack) -> Claim | None:
+def claimed(
+    folder: Path, stack: contextlib.ExitStack, *, place: str | os.PathLike | None = None
+) -> Claim | None:
     """Claims a folder for this job until the stack ends, and checks that all processes see it.
 
+    Args:
+      place: the bucket's URL that the folder stands for, where it stands for one.
     Returns:
       The claim, which process 0 holds; None on the others.
     Raises:
@@ -140,16 +144,16 @@ def claimed(folder: Path, stack: contextlib.ExitStack) -> Claim | None:
     claims: list[Claim] = []
 
     def take() -> str:
-        claims.append(stack.enter_context(Claim(folder)))
+        claims.append(stack.enter_context(Claim(folder, lock=lock_of(place or folder))))
         return claims[0].token
 
     token = hosts.from_first("claim the folder", take)
     if not claims:
-        check_shared(folder, token)
+        check_shared(place or folder, token)
     return claims[0] if claims else None
 
 
-def check_shared(folder: Path, token: str) -> None:
+def check_shared(folder: str | os.PathLike, token: str) -> None:
     """Checks that the folder is the one in which another process holds a claim with this token.
 
     Without a shared disk a checkpoint would be committed with this process's part missing.

@@ -21,9 +21,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from microdit_jax.checkpoints.fetch import local_records
 from microdit_jax.checkpoints.run import read_run_metadata
 from microdit_jax.errors import UserError, visible
-from microdit_jax.files import check_writable, write_bytes
+from microdit_jax.files import check_writable, output_file, write_bytes
+from microdit_jax.files.urls import as_given, scheme_of
 from microdit_jax.training import goodput
 from microdit_jax.training.metric_writer import read_metrics
 
@@ -72,9 +74,15 @@ def series(lines: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[int, floa
 
 
 class Run(NamedTuple):
-    """A training run's folder, with its metrics.jsonl, config.json and, if it has, goodput.json."""
+    """A training run's folder, with its metrics.jsonl, config.json and, if it has, goodput.json.
+
+    Attributes:
+      workdir: a local folder: of a run on a bucket a copy.
+      place: its path or URL.
+    """
 
     workdir: Path
+    place: str
     lines: list[dict[str, Any]]
     metadata: dict[str, Any]
     time: goodput.Totals | None
@@ -88,11 +96,12 @@ def read(workdirs: Sequence[str | Path]) -> list[Run]:
     """
     if not workdirs:
         raise UserError("expected at least one run, found none; give --runs=WORKDIR")
-    folders = [Path(workdir).absolute() for workdir in workdirs]
-    runs = [
-        Run(folder, read_metrics(folder), read_run_metadata(folder), goodput.read(folder))
-        for folder in folders
-    ]
+    runs = []
+    for workdir in workdirs:
+        folder = local_records(workdir).absolute()
+        place = as_given(workdir) if scheme_of(workdir) else str(folder)
+        metrics = read_metrics(folder)
+        runs.append(Run(folder, place, metrics, read_run_metadata(folder), goodput.read(folder)))
     for run in runs:
         for line in run.lines:
             for name, levels in FIGURES.items():
@@ -230,22 +239,22 @@ def write(workdirs: Sequence[str | Path], out: str | Path) -> None:
     Raises:
       UserError: no runs, one without metrics.jsonl, another ending, a full disk.
     """
-    out = Path(out)
-    if out.suffix not in (".html", ".png"):
+    if (ending := Path(out).suffix) not in (".html", ".png"):
         raise UserError(f"expected a name that ends in .html or .png, found {out}")
     runs, image = read(workdirs), io.BytesIO()
     curves(runs).savefig(image, format="png")
     data = image.getvalue()
-    if out.suffix == ".html":
+    if ending == ".html":
         page = PAGE.format(
             title=_escaped(", ".join(run.workdir.name for run in runs)),
             curves=base64.b64encode(data).decode(),
             rows="\n".join(map(_row, runs)),
             time=_time(runs),
-            grids="\n".join(_grids(run, out.absolute().parent) for run in runs),
+            grids="\n".join(_grids(run, out) for run in runs),
         )
         data = page.encode(errors="backslashreplace")
-    write_bytes(out, data)
+    with output_file(out) as path:
+        write_bytes(path, data)
 
 
 def _row(run: Run) -> str:
@@ -281,8 +290,9 @@ def _time(runs: Sequence[Run]) -> str:
     return f"<table>{head}\n{''.join(rows)}</table><p>{_escaped(kinds)}</p>"
 
 
-def _grids(run: Run, base: Path) -> str:
-    """Returns the run's grids of samples, oldest first, each linked to its file."""
+def _grids(run: Run, out: str | Path) -> str:
+    """Returns the run's grids of samples, oldest first, each linked to its file from the page."""
+    base = os.path.dirname(os.path.abspath(out))
     files = sorted((run.workdir / "samples").glob("step_*.png"))
     files = [file for file in files if re.fullmatch(r"step_\d{1,18}", file.stem, re.ASCII)]
     if not files:
@@ -293,7 +303,8 @@ def _grids(run: Run, base: Path) -> str:
     parts = [f"<h2>Samples of {_escaped(run.workdir.name)}</h2><div class='grids'>"]
     for file in (files[i] for i in chosen):
         # A colon in the first part would make the rest a script's or another site's address.
-        relative = os.fsencode(Path(os.path.relpath(file, base)).as_posix())
+        path = os.path.join(run.place, "samples", file.name)
+        relative = os.fsencode(Path(os.path.relpath(path, base)).as_posix())
         link = html.escape(urllib.parse.quote(relative, safe="/ &"))
         step = int(file.stem.removeprefix("step_"))
         parts.append(

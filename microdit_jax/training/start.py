@@ -11,9 +11,11 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from microdit_jax.checkpoints.fetch import local_model
 from microdit_jax.checkpoints.run import RunCheckpoints, is_run, read_run_metadata
 from microdit_jax.checkpoints.weights import load_weights
 from microdit_jax.errors import UserError
+from microdit_jax.files.urls import as_given, scheme_of
 from microdit_jax.machine import hosts
 from microdit_jax.models.dit import DiT
 from microdit_jax.training import step as train_step
@@ -37,7 +39,7 @@ class Start(NamedTuple):
 
 def starting_state(
     config: ConfigDict,
-    workdir: Path,
+    workdir: str | Path,
     checkpoints: RunCheckpoints,
     model: DiT,
     optimizer: optax.GradientTransformation,
@@ -69,6 +71,7 @@ def starting_state(
         return Start(state, saved, "resumed")
     # ---------------------------------------------------------------- 2. another run's full state
     if full:
+        full = str(local_model(full))
         _check_source("init_from", full, made_by)
         state = _full_state(full, abstract)
         step = int(state.step)
@@ -80,6 +83,7 @@ def starting_state(
         return Start(state, None, f"full state of {full}, step {step}")
     # ---------------------------------------------------------------- 3. weights alone
     if alone:
+        alone = str(local_model(alone))
         _check_source("init_weights_from", alone, made_by)
         params, description = load_weights(alone, abstract.params)
         create = functools.partial(TrainState.create, optimizer=optimizer, with_ema=with_ema)
@@ -95,7 +99,8 @@ def starting_state(
 def source_path(name: str, workdir: str | Path) -> str:
     """Returns the path that a config's `init_from` names, or "" for none."""
     # Normalised: "folder/../other" cannot be opened before the folder exists.
-    return os.path.normpath(name.replace("{workdir}", str(workdir))) if name else ""
+    path = os.path.normpath(name.replace("{workdir}", str(workdir))) if name else ""
+    return as_given(path) if scheme_of(path) else path
 
 
 def _full_state(source: str, abstract: TrainState) -> TrainState:
