@@ -31,7 +31,7 @@ class Codec(Protocol):
 
     @property
     def scaling_factor(self) -> float:
-        """Factor on raw latents before the diffusion model sees them."""
+        """Factor on the codec's latents before the diffusion model sees them."""
         ...
 
     @property
@@ -50,7 +50,9 @@ class Codec(Protocol):
         *,
         noise: Float[np.ndarray, "n h w c"] | None = None,
     ) -> Float[np.ndarray, "n h w c"]:
-        """Encodes images (n, H, W, 3) in [-1, 1] as raw latents (n, h, w, channels), float32.
+        """Encodes images (n, H, W, 3) in [-1, 1] as latents (n, h, w, channels), float32.
+
+        They are not multiplied by `scaling_factor`.
 
         Args:
           noise: standard normal numbers to sample from the encoder's distribution with; None takes
@@ -59,7 +61,7 @@ class Codec(Protocol):
         ...
 
     def decode(self, latents: Float[np.ndarray, "n h w c"]) -> Float[np.ndarray, "n H W colours"]:
-        """Decodes raw latents (n, h, w, channels) to images (n, H, W, 3), float32 in [-1, 1]."""
+        """Decodes such latents (n, h, w, channels) to images (n, H, W, 3), float32 in [-1, 1]."""
         ...
 
     def with_sharding(self, sharding: Sharding) -> "Codec":

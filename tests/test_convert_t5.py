@@ -62,11 +62,25 @@ def test_the_names_and_shapes_of_xxl():
     assert sum(map(math.prod, shapes.values())) == 4_762_310_656
 
 
+GATED = {"feed_forward_proj": "gated-gelu"}
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"d_model": 64, "num_heads": 8}, r"width 64 \(the tensors have 32\); heads 8"),
-        ({"feed_forward_proj": "relu"}, r"feed_forward_proj relu \(this network has gated-gelu\)"),
+        (
+            GATED | {"d_model": 64, "num_heads": 8},
+            r"d_model 64 \(the tensors have 32\); num_heads 8",
+        ),
+        (
+            {"feed_forward_proj": "relu"},
+            "expected feed_forward_proj as 'gated-gelu' .* found .* relu",
+        ),
+        (
+            {"d_model": 32},
+            "expected feed_forward_proj as 'gated-gelu' .* found feed_forward_proj none",
+        ),
+        (GATED | {"layer_norm_epsilon": -1}, "layer_norm_epsilon of T5Config as positive float"),
         ({"model_type": "umt5"}, "model_type umt5"),
     ],
 )

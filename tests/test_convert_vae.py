@@ -15,6 +15,7 @@ from microdit_jax.convert.formats.torch_file import read_torch, write_torch
 from microdit_jax.convert.vae import (
     config_from_dict,
     config_json,
+    describe,
     from_torch,
     infer_config,
     load_codec,
@@ -22,6 +23,7 @@ from microdit_jax.convert.vae import (
     to_torch,
 )
 from microdit_jax.encoders.vae import VaeConfig
+from microdit_jax.encoders.vae_codec import VaeCodec
 from microdit_jax.errors import UserError
 from microdit_jax.trees import flatten
 
@@ -142,13 +144,20 @@ def test_the_scaling_factor_is_never_guessed(small):
     [
         ({"latent_channels": 16}, r"latent_channels 16 \(the tensors have 4\)"),
         ({"block_out_channels": [8, 8, 16]}, r"\[8, 8, 16\] \(the tensors have \(8, 16, 16\)\)"),
-        ({"act_fn": "gelu"}, r"act_fn gelu \(this network has silu\)"),
+        ({"act_fn": "gelu"}, "expected act_fn as 'silu' .*found act_fn gelu; .* not supported"),
         ({"down_block_types": ["AttnDownEncoderBlock2D"]}, "AttnDownEncoderBlock2D"),
         ({"use_quant_conv": False}, "use_quant_conv False"),
-        ({"latents_mean": [0.1, 0.2]}, "latents_mean"),
         ({"_class_name": "AutoencoderTiny"}, "AutoencoderTiny"),
-        ({"scaling_factor": "0.13"}, "scaling_factor '0.13' .not a number"),
-        ({"new_feature": 3}, r"new_feature 3 \(unknown\)"),
+        ({"scaling_factor": "0.13"}, "scaling_factor as a number .*found scaling_factor '0.13'"),
+        ({"shift_factor": [0.1]}, "shift_factor as a number .*found shift_factor"),
+        ({"latents_mean": [0.1, 0.2]}, "4 latents_mean with as many positive latents_std"),
+        ({"latents_mean": [0.0] * 4, "latents_std": [1.0, 1.0, 1.0, 0.0]}, "positive latents_std"),
+        (
+            {"latents_mean": [0.0] * 4, "latents_std": [1.0] * 4, "shift_factor": 1.0},
+            "a shift_factor or latents_mean, found both",
+        ),
+        ({"mid_block_add_attention": False}, "expected mid_block_add_attention as True"),
+        ({"new_feature": 3}, "expected new_feature left out"),
         ({"norm_num_groups": 5}, "multiples of norm_num_groups 5"),
     ],
     ids=str,
@@ -159,8 +168,44 @@ def test_configs_of_other_networks(small, changes, message):
 
 
 def test_fields_without_effect(small):
-    more = {"force_upcast": True, "shift_factor": -0.2, "latents_std": None, "new_feature": None}
+    more = {"force_upcast": True, "shift_factor": None, "latents_std": None, "new_feature": None}
     assert infer_config(small.tensors, small.config_json | more) == small.config
+
+
+def test_the_constants_of_latents(small):
+    """A shift is the file's, unless another is asked for; the reference knows none."""
+    shifted = small.config_json | {"shift_factor": -0.2}
+    assert infer_config(small.tensors, shifted).shift_factor == -0.2
+    assert infer_config(small.tensors, shifted, shift_factor=0.0) == small.config
+    constants = {"latents_mean": [0.1, -0.2, 0.3, 0.0], "latents_std": [0.5, 1.5, 2.0, 1.0]}
+    found = infer_config(small.tensors, small.config_json | constants)
+    assert found.latents_mean == (0.1, -0.2, 0.3, 0.0) and "latents_mean" in describe(found)
+    assert infer_config(small.tensors, config_json(found)) == found
+    codec = VaeCodec("v", found, small.params)
+    raw = small.codec().encode(small["image"])
+    mean, std = (np.float32(constants[name]) for name in ("latents_mean", "latents_std"))
+    np.testing.assert_array_equal(codec.encode(small["image"]), (raw - mean) / std)
+    assert relative_l2(codec.decode((raw - mean) / std), small.codec().decode(raw)) < 1e-5
+
+
+def test_a_vae_as_of_stable_diffusion_3():
+    """A shift, and no quantisation convolutions; equal to diffusers, and written as it was."""
+    golden = load_vae("vae_small_sd3")
+    config = infer_config(golden.tensors, golden.config_json)
+    assert (config.shift_factor, config.use_quant_conv) == (0.0609, False)
+    codec = VaeCodec("v", config, golden.params)
+    latents = codec.encode(golden["image"]) * np.float32(codec.scaling_factor)
+    assert relative_l2(latents, golden["latent"]) < 2e-5
+    decoded = codec.decode(latents / np.float32(codec.scaling_factor))
+    assert relative_l2(decoded, np.clip(golden["decoded"], -1, 1)) < 2e-5
+    back = to_torch(golden.params, config)
+    assert set(back) == set(golden.tensors)
+    written = config_json(config)
+    aside = {"_diffusers_version", "force_upcast", "sample_size", "mid_block_add_attention"}
+    assert {k: v for k, v in golden.config_json.items() if k not in aside} == written
+    other = golden.config_json | {"use_quant_conv": True}
+    with pytest.raises(UserError, match=r"use_quant_conv True \(the tensors have False\)"):
+        infer_config(golden.tensors, other)
 
 
 def test_what_is_not_such_a_vae(small):
@@ -269,7 +314,7 @@ def test_bad_flags_and_folders(tmp_path, folder, capsys):
     error = fails(capsys, "--kind=vae", f"--input={folder}", out, "--head_dim=8")
     assert "--head_dim does not go with --kind=vae" in error
     error = fails(capsys, "--kind=dit", f"--input={folder}", out)
-    assert "found a folder" in error
+    assert "expected a MicroDiT state dict" in error and "name its kind" in error
     (folder / "diffusion_pytorch_model.safetensors").unlink()
     error = fails(capsys, "--kind=vae", f"--input={folder.parent}", out)
     assert "expected diffusion_pytorch_model.safetensors (or .bin)" in error

@@ -13,7 +13,7 @@ import json
 import math
 import multiprocessing
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -226,7 +226,9 @@ def load_codec(name: str, *, dtype: str | None = None, mesh: Mesh | None = None)
         return registry.image_codec(path)
     if not path.exists():
         path, given_name = hub.vae(name), name
-    return vae.load_codec(_vae_folder(path), given_name, dtype=dtype, sharding=_copies(mesh))
+    # The reference multiplies by scaling_factor alone, whatever its own VAEs' files say.
+    own = {"shift_factor": 0.0} if given_name in hub.DEFAULT_VAES.values() else {}
+    return vae.load_codec(_vae_folder(path, own), given_name, dtype=dtype, sharding=_copies(mesh))
 
 
 def names_in_data(codec: str, text_encoder: str) -> dict[str, str]:
@@ -245,8 +247,8 @@ def names_in_data(codec: str, text_encoder: str) -> dict[str, str]:
     return {"vae": name(codec, _vae_folder), "text_encoder": name(text_encoder, _text_folder)}
 
 
-def _vae_folder(path: Path) -> Path:
-    return path if model_folder.is_model(path) else converted("vae", path)
+def _vae_folder(path: Path, given: Mapping[str, Any] | None = None) -> Path:
+    return path if model_folder.is_model(path) else converted("vae", path, given)
 
 
 def _text_folder(path: Path) -> Path:
@@ -258,11 +260,14 @@ def _text_folder(path: Path) -> Path:
     return folder
 
 
-def converted(kind: str, path: Path) -> Path:
+def converted(kind: str, path: Path, given: Mapping[str, Any] | None = None) -> Path:
     """Converts a PyTorch or safetensors file or folder into the cache, unless it is there already.
 
     A file is recognised by its path, size and modification time, without being read. A folder that
     was made from an older file at the same path is replaced.
+
+    Args:
+      given: values of the kind's options.
     """
     source = find_input(path, get_kind(kind))
     if missing := [file.name for file in source.files if not file.is_file()]:
@@ -271,8 +276,10 @@ def converted(kind: str, path: Path) -> Path:
     made_from = {
         "files": [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats],
         "config": source.config,
+        **({"given": dict(given)} if given else {}),
     }
-    key = hashlib.sha256(json.dumps([name for name, _ in stats]).encode()).hexdigest()[:12]
+    named = [name for name, _ in stats] + ([dict(given)] if given else [])
+    key = hashlib.sha256(json.dumps(named).encode()).hexdigest()[:12]
     folder = cache_folder() / "models" / f"{kind}-{source.files[0].stem}-{key}"
     with disk_errors(folder):
         HeldFolder(
@@ -287,12 +294,14 @@ def converted(kind: str, path: Path) -> Path:
             if not folder.is_dir():
                 print(f"converting {path}, once, into {folder}", flush=True)
                 notes = {"cached": made_from}
-                _outside_of_job(_convert, kind, path, folder, notes)
+                _outside_of_job(_convert, kind, path, folder, notes, given)
     return folder
 
 
-def _convert(kind: str, path: Path, folder: Path, notes: dict[str, Any]) -> None:
-    convert_to_folder(get_kind(kind), path, folder, notes=notes)
+def _convert(
+    kind: str, path: Path, folder: Path, notes: dict[str, Any], given: Mapping[str, Any] | None
+) -> None:
+    convert_to_folder(get_kind(kind), path, folder, notes=notes, given=given)
 
 
 def _is_made_from(folder: Path, made_from: dict[str, Any]) -> bool:

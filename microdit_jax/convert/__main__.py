@@ -37,6 +37,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "head_dim": {"type": int, "help": "dit: width of an attention head, if the file cannot tell"},
     "expert_capacity": {"type": float, "help": "dit: experts per token, if the file cannot tell"},
     "scaling_factor": {"type": float, "help": "vae: of its latents, if there is no config.json"},
+    "shift_factor": {"type": float, "help": "vae: instead of config.json's; 0: the reference's"},
     "activation": {"help": "clip_text: quick_gelu, gelu or gelu_tanh, if there is no config"},
     "heads": {"type": int, "help": "clip_text: attention heads, if there is no config"},
     "padding": {"type": int, "help": "clip_text: id after a text's end (default: its layout's)"},

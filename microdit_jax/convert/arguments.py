@@ -2,7 +2,10 @@
 
 import collections.abc
 import dataclasses
+import hashlib
+import json
 import re
+import sys
 import types
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,6 +19,7 @@ from microdit_jax.errors import UserError, visible
 __all__ = [
     "config_from_fields",
     "count_blocks",
+    "is_number",
     "matrix_shapes",
     "open_folder",
     "refuse_other_config",
@@ -30,13 +34,18 @@ MAX_SIZES = {
     **dict.fromkeys(("depth", "patch_mixer_depth", "layers", "layers_per_block"), MAX_LAYERS),
     **{"input_size": 1024, "max_tokens": 4096, "max_distance": 65536},
 }
+POSITIVE = ("norm_eps",)
 # The fix where tensors are those of another kind of model.
 OTHER_KIND = "give such a file, or name its kind: python -m convert --kind=..."
 
 
-def config_from_fields(cls: type[Config], fields: Mapping[str, Any]) -> Config:
+def config_from_fields(
+    cls: type[Config], fields: Mapping[str, Any], names: Mapping[str, str] | None = None
+) -> Config:
     """Makes the config dataclass `cls` from the fields of a JSON file.
 
+    Args:
+      names: of fields in the file that they were read from, where it has others.
     Raises:
       UserError: fields that `cls` does not have, or too few, or values that they cannot have.
     """
@@ -56,11 +65,12 @@ def config_from_fields(cls: type[Config], fields: Mapping[str, Any]) -> Config:
         )
     for name, hint in get_type_hints(cls).items():
         most = MAX_SIZES.get(name, MAX_SIZE)
-        if name in fields and not _fits(fields[name], hint, most):
-            kind = getattr(hint, "__name__", hint)
+        good = name not in fields or _fits(fields[name], hint, most)
+        if not good or (name in POSITIVE and not fields.get(name, 1) > 0):
+            kind = "positive float" if name in POSITIVE else getattr(hint, "__name__", hint)
             raise UserError(
-                f"expected {name} of {cls.__name__} as {kind} of at most {most:,}, found "
-                f"{visible(repr(fields[name]), 60)}; correct it"
+                f"expected {(names or {}).get(name, name)} of {cls.__name__} as {kind} of at most "
+                f"{most:,}, found {visible(repr(fields[name]), 60)}; correct it"
             )
     try:
         return cls(**fields)
@@ -87,15 +97,24 @@ def _fits(value: Any, hint: Any, most: int) -> bool:
     return isinstance(value, hint)
 
 
-def size_faults(given: Mapping[str, Any], sizes: Mapping[str, Any]) -> list[str]:
+def is_number(value: Any) -> bool:
+    """Returns True for a finite number of JSON's, which true and false are not."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and -sys.float_info.max <= value <= sys.float_info.max
+
+
+def size_faults(
+    given: Mapping[str, Any], sizes: Mapping[str, Any], names: Mapping[str, str] | None = None
+) -> list[str]:
     """Lists in words the sizes that a config states otherwise than the tensors have them.
 
     Args:
       given: the config's fields; a missing one is no fault.
       sizes: as the tensors' shapes have them.
+      names: of fields in the file that they were read from, where it has others.
     """
     return [
-        f"{name} {given[name]} (the tensors have {size})"
+        f"{(names or {}).get(name, name)} {visible(given[name], 60)} (the tensors have {size})"
         for name, size in sizes.items()
         if given.get(name, size) != size
     ]
@@ -193,5 +212,14 @@ def tower_name(metadata: Mapping[str, Any]) -> str:
     if kind != "vae":
         return f"{kind}:weights={weights}"
     # Latents are multiplied by the scaling factor, which is no part of the weights.
-    channels, factor = (metadata[kind][key] for key in ("latent_channels", "scaling_factor"))
-    return f"{kind}:channels={channels},scaling_factor={factor:g},weights={weights}"
+    config = metadata[kind]
+    about = [
+        f"channels={config['latent_channels']}",
+        f"scaling_factor={config['scaling_factor']:g}",
+    ]
+    if shift := config.get("shift_factor"):
+        about.append(f"shift_factor={shift:g}")
+    if config.get("latents_mean"):
+        constants = json.dumps([config["latents_mean"], config["latents_std"]])
+        about.append(f"latents_mean_std={hashlib.sha256(constants.encode()).hexdigest()[:8]}")
+    return f"{kind}:{','.join(about)},weights={weights}"

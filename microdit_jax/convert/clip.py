@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from microdit_jax.convert import clip_text, openclip_config
+from microdit_jax.convert import clip_text, openclip_config, transformers_config
 from microdit_jax.convert.arguments import (
     OTHER_KIND,
     config_from_fields,
@@ -25,7 +25,6 @@ from microdit_jax.convert.arguments import (
     shape_of,
     size_faults,
 )
-from microdit_jax.convert.clip_config import ACTIVATIONS
 from microdit_jax.convert.keymap import (
     CONV,
     LINEAR,
@@ -151,14 +150,18 @@ def infer_config(
     tensors = select(state_dict).tensors
     layout = _layout(tensors)
     sizes, given = _image_sizes(tensors, layout), _image_fields(config_json)
-    faults = size_faults(given, sizes)
+    theirs = {"vision_config": transformers_config, "model_cfg": openclip_config}
+    names = next((module.IMAGE_NAMES for key, module in theirs.items() if key in config_json), {})
+    faults = size_faults(given, sizes, names)
     refuse_other_config(faults)
     text = clip_text.infer_config(tensors, config_json.get("text", config_json), pooled=True)
     # (d, e) in OpenCLIP, a linear layer's (e, d) in transformers
     name = {"openclip": "text_projection", "transformers": "text_projection.weight"}[layout]
     ((rows, columns),) = matrix_shapes(tensors, [name], "a CLIP")
     embed_dim = rows if layout == "transformers" else columns
-    return ClipConfig(text, config_from_fields(ClipImageConfig, given | sizes), embed_dim)
+    stated = config_json.get("model_cfg") or {}  # checked to be an object above
+    refuse_other_config(size_faults(stated, {"embed_dim": embed_dim}))
+    return ClipConfig(text, config_from_fields(ClipImageConfig, given | sizes, names), embed_dim)
 
 
 def from_torch(
@@ -253,23 +256,7 @@ def _image_fields(config_json: Mapping[str, Any]) -> dict[str, Any]:
     if "model_cfg" in config_json:
         return openclip_config.image_fields(config_json)
     if "vision_config" in config_json:
-        vision = config_json["vision_config"]
-        act = vision.get("hidden_act", "quick_gelu")  # transformers' defaults, as for the rest
-        names = {
-            "width": ("hidden_size", 768),
-            "layers": ("num_hidden_layers", 12),
-            "heads": ("num_attention_heads", 12),
-            "ffn": ("intermediate_size", 3072),
-            "image_size": ("image_size", 224),
-            "patch_size": ("patch_size", 32),
-            "norm_eps": ("layer_norm_eps", 1e-5),
-        }
-        if act not in ACTIVATIONS:
-            raise UserError(
-                f"expected hidden_act {', '.join(ACTIVATIONS)} in config.json, found {act!r}"
-            )
-        fields = {ours: vision.get(*theirs) for ours, theirs in names.items()}
-        return {"activation": ACTIVATIONS[act], **fields}
+        return transformers_config.image_fields(config_json)
     if "image" in config_json:
         return dataclasses.asdict(config_from_fields(ClipImageConfig, config_json["image"]))
     raise UserError(

@@ -4,18 +4,11 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from microdit_jax.convert import openclip_config
+from microdit_jax.convert import openclip_config, transformers_config
 from microdit_jax.encoders.clip_text import ClipTextConfig
 from microdit_jax.errors import UserError
 
 FIELDS = tuple(field.name for field in dataclasses.fields(ClipTextConfig))
-# transformers' names of activations -> ours.
-ACTIVATIONS = {
-    "quick_gelu": "quick_gelu",
-    "gelu": "gelu",
-    "gelu_new": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
-}
 
 
 def stated_fields(config_json: Mapping[str, Any], *, pooled: bool = False) -> dict[str, Any]:
@@ -31,7 +24,7 @@ def stated_fields(config_json: Mapping[str, Any], *, pooled: bool = False) -> di
     if "model_cfg" in config_json:
         return openclip_config.text_fields(config_json, pooled=pooled)
     if "hidden_act" in config_json or "text_config" in config_json:
-        return _transformers_fields(config_json.get("text_config") or config_json)
+        return transformers_config.text_fields(config_json, pooled=pooled)
     if unknown := [name for name in config_json if name not in FIELDS]:
         raise UserError(
             "expected open_clip_config.json (model_cfg), transformers' config.json (hidden_act) or "
@@ -41,21 +34,7 @@ def stated_fields(config_json: Mapping[str, Any], *, pooled: bool = False) -> di
     return {name: value for name, value in config_json.items() if value is not None}
 
 
-def _transformers_fields(text: Mapping[str, Any]) -> dict[str, Any]:
-    act = text.get("hidden_act", "quick_gelu")  # transformers' default, which files may leave out
-    if act not in ACTIVATIONS:
-        raise UserError(
-            f"expected hidden_act {', '.join(ACTIVATIONS)} in config.json, found {act!r}; this "
-            "tower is not supported"
-        )
-    names = {
-        "width": "hidden_size",
-        "layers": "num_hidden_layers",
-        "heads": "num_attention_heads",
-        "context_length": "max_position_embeddings",
-        "vocab_size": "vocab_size",
-        "norm_eps": "layer_norm_eps",
-        "ffn": "intermediate_size",
-    }
-    stated = {ours: text[theirs] for ours, theirs in names.items() if theirs in text}
-    return {"activation": ACTIVATIONS[act], **stated}
+def names_in(config_json: Mapping[str, Any]) -> dict[str, str]:
+    """Names that a JSON file has for ClipTextConfig's fields, where they are others."""
+    ours = "model_cfg" in config_json or set(config_json) <= set(FIELDS)
+    return {} if ours else transformers_config.TEXT_NAMES

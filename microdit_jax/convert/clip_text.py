@@ -20,7 +20,7 @@ from microdit_jax.convert.arguments import (
     refuse_other_config,
     size_faults,
 )
-from microdit_jax.convert.clip_config import stated_fields
+from microdit_jax.convert.clip_config import names_in, stated_fields
 from microdit_jax.convert.keymap import (
     LINEAR,
     Entry,
@@ -164,7 +164,8 @@ def infer_config(
     layout = _layout(tensors)
     sizes = _sizes(tensors, layout)
     given = stated_fields(config_json or {}, pooled=pooled)
-    faults = size_faults(given, sizes)
+    names = names_in(config_json or {})
+    faults = size_faults(given, sizes, names)
     flags = {"activation": activation, "heads": heads, "padding": padding}
     for name, value in flags.items():
         if value is not None and given.setdefault(name, value) != value:
@@ -187,7 +188,7 @@ def infer_config(
         "heads": sizes["width"] // _HEAD_DIM,
         "padding": END_OF_TEXT if hf_openai else PADDING,
     }
-    return config_from_fields(ClipTextConfig, computed | given | sizes)
+    return config_from_fields(ClipTextConfig, computed | given | sizes, names)
 
 
 def from_torch(

@@ -84,6 +84,7 @@ PREPARE = Keys(
     only={"mode": (None, "RGB"), "interpolation": (None, "bicubic")},
     plain=_PLAIN,
 )
+IMAGE_NAMES = {"resize": "resize_mode"}  # ours -> theirs, for errors
 TEXT_HEADS, VISION_WIDTH, HEAD_WIDTH, EPS = 8, 768, 64, 1e-5  # where a file does not state them
 
 
@@ -129,7 +130,7 @@ def image_fields(config: Mapping[str, Any]) -> dict[str, Any]:
         "heads": width // head,
         **{name: vision[name] for name in names if vision.get(name) is not None},
         **{name: prepare[name] for name in ("mean", "std") if prepare.get(name) is not None},
-        "resize": prepare.get("resize_mode", "shortest"),
+        "resize": "shortest" if prepare.get("resize_mode") is None else prepare["resize_mode"],
     }
 
 

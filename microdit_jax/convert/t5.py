@@ -31,6 +31,7 @@ from microdit_jax.convert.keymap import (
 )
 from microdit_jax.convert.kinds import Kind
 from microdit_jax.convert.state_dict import StateDict
+from microdit_jax.convert.transformers_config import T5_NAMES, T5_ONLY, t5_fields
 from microdit_jax.encoders.t5 import T5, T5Config, T5Encoder, T5Tokenizer
 from microdit_jax.encoders.transformer import BATCH
 from microdit_jax.errors import UserError
@@ -46,26 +47,8 @@ RULES = [
     Rule(r"final_layer_norm/scale", "encoder.final_layer_norm.weight"),
 ]
 _TIED = "encoder.embed_tokens.weight"  # the token table once more, in some files
-_ASIDE = re.compile(r"(decoder)\..*|(lm_head)\..*")
-
-# Values that config.json must have where it states them; the tensors' shapes do not tell them.
-_REQUIRED = {
-    "model_type": "t5",
-    "feed_forward_proj": "gated-gelu",
-    "dense_act_fn": "gelu_new",
-    "is_gated_act": True,
-}
-_FIELDS = {
-    "d_model": "width",
-    "num_layers": "layers",
-    "num_heads": "heads",
-    "d_kv": "head_dim",
-    "d_ff": "ffn",
-    "vocab_size": "vocab_size",
-    "relative_attention_num_buckets": "buckets",
-    "relative_attention_max_distance": "max_distance",
-    "layer_norm_epsilon": "norm_eps",
-}
+# The decoder, and the tokenizer that ComfyUI packs into its files.
+_ASIDE = re.compile(r"(decoder)\..*|(lm_head)\..*|spiece_model")
 
 
 def select(state_dict: Mapping[str, Any]) -> StateDict:
@@ -102,18 +85,13 @@ def infer_config(
     """
     sizes = _sizes(select(state_dict).tensors)
     given = dict(config_json or {})
-    faults = [
-        f"{name} {given[name]} (this network has {value})"
-        for name, value in _REQUIRED.items()
-        if given.get(name, value) != value
-    ]
     ours = {field.name for field in dataclasses.fields(T5Config)}
-    fields = given if set(given) <= ours else {_FIELDS[k]: given[k] for k in _FIELDS if k in given}
-    faults += size_faults(fields, sizes)
-    refuse_other_config(faults)
+    names = {} if set(given) <= ours else T5_NAMES
+    fields = t5_fields(given) if names else given
+    refuse_other_config(size_faults(fields, sizes, names))
     if max_tokens is not None:
         fields["max_tokens"] = max_tokens
-    return config_from_fields(T5Config, fields | sizes)
+    return config_from_fields(T5Config, fields | sizes, names)
 
 
 def from_torch(
@@ -169,8 +147,9 @@ def config_from_dict(fields: Mapping[str, Any]) -> T5Config:
 
 def config_json(config: T5Config) -> dict[str, Any]:
     """Returns the config.json that transformers' T5EncoderModel.from_pretrained reads."""
-    names = {theirs: getattr(config, ours) for theirs, ours in _FIELDS.items()}
-    return {"architectures": ["T5EncoderModel"], **_REQUIRED, **names}
+    names = {theirs: getattr(config, ours) for ours, theirs in T5_NAMES.items()}
+    required = {name: values[0] for name, values in T5_ONLY.items()}
+    return {"architectures": ["T5EncoderModel"], **required, **names}
 
 
 def describe(config: T5Config) -> str:

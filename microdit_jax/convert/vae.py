@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -15,9 +14,11 @@ import numpy as np
 from microdit_jax.convert.arguments import (
     OTHER_KIND,
     config_from_fields,
+    is_number,
     open_folder,
     refuse_other_config,
 )
+from microdit_jax.convert.config_keys import Keys
 from microdit_jax.convert.keymap import (
     CONV,
     LINEAR,
@@ -33,7 +34,7 @@ from microdit_jax.convert.keymap import to_tensors as table_to_tensors
 from microdit_jax.convert.kinds import Kind
 from microdit_jax.encoders.vae import AutoencoderKL, VaeConfig
 from microdit_jax.encoders.vae_codec import VaeCodec
-from microdit_jax.errors import UserError
+from microdit_jax.errors import UserError, visible
 
 RULES = [
     Rule(r"(.*/to_(?:q|k|v|out_0))/kernel", r"\1.weight", LINEAR),
@@ -46,27 +47,23 @@ OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_o
 OLD_NAME = re.compile(rf"(.*\.attentions\.\d+)\.({'|'.join(OLD_NAMES)})\.(weight|bias)")
 LINEAR_NAME = re.compile(r".*\.attentions\.\d+\.to_(q|k|v|out\.0)\.weight")
 
-# config.json may state these beside VaeConfig's fields; only the values that our network has are
-# accepted.
-REQUIRED = {
-    "_class_name": "AutoencoderKL",
-    "act_fn": "silu",
-    "down_block_types": "DownEncoderBlock2D",
-    "up_block_types": "UpDecoderBlock2D",
-    "mid_block_add_attention": True,
-    "use_quant_conv": True,
-    "use_post_quant_conv": True,
-    "latents_mean": None,
-    "latents_std": None,
-}
-# Fields of config.json that change neither the network nor its latents. MicroDiT multiplies raw
-# latents by scaling_factor alone, whatever shift_factor says.
-WITHOUT_EFFECT = (
-    "_diffusers_version",
-    "_name_or_path",
-    "force_upcast",
-    "sample_size",
-    "shift_factor",
+BLOCKS = {"down_block_types": "DownEncoderBlock2D", "up_block_types": "UpDecoderBlock2D"}
+CONSTANTS = ("shift_factor", "latents_mean", "latents_std")
+# What a config.json may state, by AutoencoderKL of diffusers 0.42.
+KEYS = Keys(
+    "config.json",
+    "VAE",
+    used=(
+        *("in_channels", "out_channels", "block_out_channels", "layers_per_block"),
+        *("latent_channels", "norm_num_groups", "scaling_factor", "use_quant_conv"),
+        *("use_post_quant_conv", "dtype", *CONSTANTS, *BLOCKS),
+    ),
+    without_effect=("_diffusers_version", "_name_or_path", "force_upcast", "sample_size"),
+    only={
+        "_class_name": (None, "AutoencoderKL"),
+        "act_fn": (None, "silu"),
+        "mid_block_add_attention": (None, True),
+    },
 )
 FIELDS = tuple(field.name for field in dataclasses.fields(VaeConfig))
 
@@ -76,17 +73,20 @@ def infer_config(
     config_json: Mapping[str, Any] | None = None,
     *,
     scaling_factor: float | None = None,
+    shift_factor: float | None = None,
 ) -> VaeConfig:
     """Returns the config of the autoencoder whose state dict this is.
 
     Sizes come from the tensors' shapes, and must be those that config.json names; norm_num_groups
-    and scaling_factor come from config.json.
+    and the constants of the latents come from config.json.
 
     Args:
       state_dict: names as diffusers has them, old or new.
       config_json: contents of the model's config.json. Without it there are 32 groups, as
         diffusers has it.
       scaling_factor: for a config.json without one; it is never guessed.
+      shift_factor: instead of config.json's; 0 makes latents as the reference does, which
+        multiplies by scaling_factor alone.
     Raises:
       UserError: not an AutoencoderKL, no scaling_factor, or a config.json of another network.
     """
@@ -106,12 +106,27 @@ def infer_config(
             f"config.json has scaling_factor {found}, found {scaling_factor} asked for; leave it "
             "out, or correct the config.json"
         )
-    return VaeConfig(
+    fields = {
         **sizes,
-        norm_num_groups=given.get("norm_num_groups", 32),
-        scaling_factor=float(factor),
-        dtype=given.get("dtype", "float32"),  # only in a model folder's config, which is ours
-    )
+        "norm_num_groups": given.get("norm_num_groups", 32),
+        "scaling_factor": float(factor),
+        **_constants(given, shift_factor),
+        "dtype": given.get("dtype", "float32"),  # only in a model folder's config, which is ours
+    }
+    return config_from_fields(VaeConfig, fields)
+
+
+def _constants(given: Mapping[str, Any], shift_factor: float | None) -> dict[str, Any]:
+    """Reads what is subtracted from latents, and divided by, before scaling_factor."""
+    found = {name: given[name] for name in CONSTANTS if given.get(name) is not None}
+    if shift_factor is not None:
+        found["shift_factor"] = shift_factor
+    for name, value in found.items():
+        wanted = "a number" if name == "shift_factor" else "numbers, one for each latent channel"
+        values = [value] if name == "shift_factor" else value
+        if not isinstance(values, list | tuple) or not all(map(is_number, values)):
+            KEYS.refuse(name, value, f"as {wanted}")
+    return found
 
 
 def from_torch(
@@ -168,6 +183,9 @@ def config_json(config: VaeConfig) -> dict[str, Any]:
         "up_block_types": ["UpDecoderBlock2D"] * levels,
         **{name: getattr(config, name) for name in FIELDS if name != "dtype"},
         "block_out_channels": list(config.block_out_channels),
+        "shift_factor": config.shift_factor or None,
+        "latents_mean": config.latents_mean and list(config.latents_mean),
+        "latents_std": config.latents_std and list(config.latents_std),
     }
 
 
@@ -177,6 +195,8 @@ def describe(config: VaeConfig) -> str:
         f"widths {', '.join(map(str, config.block_out_channels))}, {config.layers_per_block} "
         f"resnets a level, {config.norm_num_groups} groups, {config.latent_channels} latent "
         f"channels at 1/{config.factor} of the sides, scaling_factor {config.scaling_factor:g}"
+        + (f", shift_factor {config.shift_factor:g}" if config.shift_factor else "")
+        + (", latents_mean and latents_std" if config.latents_mean is not None else "")
     )
 
 
@@ -259,26 +279,29 @@ def _sizes(state_dict: Mapping[str, Any]) -> dict[str, Any]:
         "in_channels": shapes[convs[0]][1],
         "out_channels": shapes[convs[2]][0],
         "layers_per_block": layers,
+        "use_quant_conv": "quant_conv.weight" in shapes,
+        "use_post_quant_conv": "post_quant_conv.weight" in shapes,
     }
 
 
 def _check_config(given: Mapping[str, Any], sizes: Mapping[str, Any]) -> None:
     """Raises UserError for a config.json of another network than this, or than the tensors'."""
+    KEYS.check({name: value for name, value in given.items() if value is not None})
+    for name, only in BLOCKS.items():
+        value = given.get(name) or []
+        if not isinstance(value, list | tuple) or any(block != only for block in value):
+            KEYS.refuse(name, value, f"of {only} alone")
     faults = []
-    for name, value in given.items():
-        if name in sizes:
-            found = tuple(value) if isinstance(value, list) else value
-            if found != sizes[name]:
-                faults.append(f"{name} {value} (the tensors have {sizes[name]})")
-        elif name in REQUIRED:
-            if any(v != REQUIRED[name] for v in (value if isinstance(value, list) else [value])):
-                faults.append(f"{name} {value} (this network has {REQUIRED[name]})")
-        elif name not in FIELDS and name not in WITHOUT_EFFECT and value is not None:
-            faults.append(f"{name} {value} (unknown)")
-    factor = given.get("scaling_factor")
-    if factor is not None and not (isinstance(factor, int | float) and math.isfinite(factor)):
-        faults.append(f"scaling_factor {factor!r} (not a number)")
+    for name, size in sizes.items():
+        value = given.get(name)
+        found = tuple(value) if isinstance(value, list) else value
+        if value is not None and (
+            found != size or isinstance(found, bool) != isinstance(size, bool)
+        ):
+            faults.append(f"{name} {visible(value, 60)} (the tensors have {size})")
     refuse_other_config(faults)
+    if (value := given.get("scaling_factor")) is not None and not is_number(value):
+        KEYS.refuse("scaling_factor", repr(value), "as a number")
 
 
 KIND = Kind(
@@ -290,7 +313,7 @@ KIND = Kind(
     config_from_dict=config_from_dict,
     describe=describe,
     config_json=config_json,
-    options=("scaling_factor",),
+    options=("scaling_factor", "shift_factor"),
     config_keys=("latent_channels", "scaling_factor"),
     stems=("diffusion_pytorch_model",),
     subfolders=("vae",),

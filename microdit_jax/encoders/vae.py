@@ -28,6 +28,9 @@ class VaeConfig:
         halves the sides.
       layers_per_block: residual blocks of an encoder's level; a decoder's has one more.
       scaling_factor: factor on latents before diffusion; the network itself does not use it.
+      shift_factor: subtracted from latents before that factor (Stable Diffusion 3, Flux).
+      latents_mean, latents_std: for each channel, subtracted and divided by instead.
+      use_quant_conv, use_post_quant_conv: 1x1 convolutions after the encoder, before the decoder.
       dtype: type of the convolutions and matmuls, "float32" or "bfloat16".
     Raises:
       UserError: a value out of range.
@@ -40,6 +43,11 @@ class VaeConfig:
     out_channels: int = 3
     layers_per_block: int = 2
     norm_num_groups: int = 32
+    shift_factor: float = 0.0
+    latents_mean: Sequence[float] | None = None
+    latents_std: Sequence[float] | None = None
+    use_quant_conv: bool = True
+    use_post_quant_conv: bool = True
     dtype: str = "float32"
 
     def __post_init__(self):
@@ -49,7 +57,8 @@ class VaeConfig:
                 f"the VAE's dtype must be float32 or bfloat16, found {self.dtype!r}; "
                 "its activations overflow in float16"
             )
-        uneven = [width for width in self.block_out_channels if width % self.norm_num_groups]
+        groups = self.norm_num_groups
+        uneven = [width for width in self.block_out_channels if groups < 1 or width % groups]
         if uneven or not self.block_out_channels:
             raise UserError(
                 f"expected block_out_channels in multiples of norm_num_groups "
@@ -60,6 +69,27 @@ class VaeConfig:
             raise UserError(
                 f"scaling_factor must be a positive number, found {self.scaling_factor}; the "
                 "VAE's config.json has it"
+            )
+        self._check_constants()
+
+    def _check_constants(self):
+        """Raises UserError unless latents can be shifted and scaled by the constants."""
+        both = (self.latents_mean is None) == (self.latents_std is None)
+        for name in ("latents_mean", "latents_std"):
+            if (values := getattr(self, name)) is not None:
+                object.__setattr__(self, name, tuple(values))
+                good = len(values) == self.latent_channels and np.isfinite(values).all()
+                both = both and good and (name == "latents_mean" or min(values) > 0)
+        if not both or not np.isfinite(self.shift_factor):
+            raise UserError(
+                f"expected a finite shift_factor, and {self.latent_channels} latents_mean with as "
+                f"many positive latents_std or neither, found {self.shift_factor}, "
+                f"{self.latents_mean}, {self.latents_std}; give the VAE's own config.json"
+            )
+        if self.shift_factor and self.latents_mean is not None:
+            raise UserError(
+                f"expected a shift_factor or latents_mean, found both, {self.shift_factor} and "
+                f"{self.latents_mean}; this VAE is not supported"
             )
 
     @property
@@ -225,7 +255,7 @@ class Decoder(nn.Module):
 
 
 class AutoencoderKL(nn.Module):
-    """Encoder and decoder; latents here are raw, not multiplied by scaling_factor."""
+    """Encoder and decoder; latents here are raw, neither shifted nor scaled."""
 
     config: VaeConfig
 
@@ -233,8 +263,10 @@ class AutoencoderKL(nn.Module):
         cfg = self.config
         self.encoder = Encoder(cfg)
         self.decoder = Decoder(cfg)
-        self.quant_conv = nn.Conv(2 * cfg.latent_channels, (1, 1), dtype=cfg.dtype)
-        self.post_quant_conv = nn.Conv(cfg.latent_channels, (1, 1), dtype=cfg.dtype)
+        if cfg.use_quant_conv:
+            self.quant_conv = nn.Conv(2 * cfg.latent_channels, (1, 1), dtype=cfg.dtype)
+        if cfg.use_post_quant_conv:
+            self.post_quant_conv = nn.Conv(cfg.latent_channels, (1, 1), dtype=cfg.dtype)
 
     def encode_moments(
         self, images: Float[Array, "n H W colours"]
@@ -255,8 +287,10 @@ class AutoencoderKL(nn.Module):
                 f"expected images of {self.config.in_channels} channels with sides in multiples "
                 f"of {factor} pixels, found {height}x{width}x{channels}; resize them"
             )
-        moments = self.quant_conv(self.encoder(images)).astype(jnp.float32)
-        mean, logvar = jnp.split(moments, 2, axis=-1)
+        moments = self.encoder(images)
+        if self.config.use_quant_conv:
+            moments = self.quant_conv(moments)
+        mean, logvar = jnp.split(moments.astype(jnp.float32), 2, axis=-1)
         return mean, jnp.clip(logvar, -30, 20)
 
     def decode(self, latents: Float[Array, "n h w c"]) -> Float[Array, "n H W 3"]:
@@ -270,7 +304,9 @@ class AutoencoderKL(nn.Module):
                 f"expected latents of {self.config.latent_channels} channels for this VAE, found "
                 f"{latents.shape[-1]}; give the VAE that the latents were made with"
             )
-        return self.decoder(self.post_quant_conv(latents)).astype(jnp.float32)
+        if self.config.use_post_quant_conv:
+            latents = self.post_quant_conv(latents)
+        return self.decoder(latents).astype(jnp.float32)
 
     def __call__(self, images: Float[Array, "n H W colours"]) -> Float[Array, "n H W 3"]:
         """Reconstructs images from the mean of their latents."""

@@ -43,7 +43,7 @@ class VaeCodec:
 
     @property
     def scaling_factor(self) -> float:
-        """Factor on raw latents before the diffusion model sees them."""
+        """Factor on latents before the diffusion model sees them."""
         return self.config.scaling_factor
 
     @property
@@ -71,7 +71,9 @@ class VaeCodec:
         *,
         noise: Float[np.ndarray, "n h w c"] | None = None,
     ) -> Float[np.ndarray, "n h w c"]:
-        """Encodes images (n, H, W, 3) in [-1, 1] as raw latents (n, h, w, channels), float32.
+        """Encodes images (n, H, W, 3) in [-1, 1] as latents (n, h, w, channels), float32.
+
+        The config's shift or mean is taken from them, as diffusers' pipelines do.
 
         Args:
           noise: standard normal numbers to sample the latents with; None: the distribution's mode.
@@ -83,17 +85,30 @@ class VaeCodec:
         if noise is not None:
             latents = np.asarray(sample_latents(*map(jnp.asarray, (mean, logvar, noise))))
         _check_finite(latents, "latents", self.config)
-        return latents
+        shift, deviation = self._constants()
+        return latents if shift is None else (latents - shift) / deviation
 
     def decode(self, latents: Float[np.ndarray, "n h w c"]) -> Float[np.ndarray, "n H W 3"]:
-        """Decodes raw latents (n, h, w, channels) to images (n, H, W, 3), float32 in [-1, 1].
+        """Decodes latents (n, h, w, channels) to images (n, H, W, 3), float32 in [-1, 1].
+
+        They are shifted as those of `encode`.
 
         Raises:
           UserError: another number of channels, or images that are not finite.
         """
-        (images,) = self._in_slices(latents, "decode")
+        shift, deviation = self._constants()
+        raw = latents if shift is None else latents * deviation + shift
+        (images,) = self._in_slices(raw, "decode")
         _check_finite(images, "images", self.config)
         return np.clip(images, -1.0, 1.0)
+
+    def _constants(self) -> tuple[np.ndarray | None, np.ndarray]:
+        """Shift and deviation of raw latents, for each channel or all; no shift: neither."""
+        config, one = self.config, np.ones(1, np.float32)
+        if config.latents_mean is not None and config.latents_std is not None:
+            mean, deviation = config.latents_mean, config.latents_std
+            return np.array(mean, np.float32), np.array(deviation, np.float32)
+        return (np.full(1, config.shift_factor, np.float32) if config.shift_factor else None), one
 
     def _in_slices(self, x: np.ndarray, method: str) -> list[np.ndarray]:
         """Runs the network slice by slice; the last is filled up, so that all run one program."""

@@ -84,9 +84,9 @@ MUTANTS = [
     },
     {
         "name": "a CLIP image tower's layer_norm_eps is ignored",
-        "file": "microdit_jax/convert/clip.py",
-        "old": '            "norm_eps": ("layer_norm_eps", 1e-5),\n',
-        "new": "",
+        "file": "microdit_jax/convert/transformers_config.py",
+        "old": '("width", "layers", "heads", "ffn", "norm_eps")',
+        "new": '("width", "layers", "heads", "ffn")',
         "tests": _CLIP,
     },
     {
@@ -118,10 +118,31 @@ MUTANTS = [
         "tests": _LOAD,
     },
     {
+        "name": "a VAE's shift_factor is ignored",
+        "file": "microdit_jax/encoders/vae_codec.py",
+        "old": "if config.shift_factor else None), one",
+        "new": "if config.shift_factor < 0 else None), one",
+        "tests": ("tests/test_convert_vae.py",),
+    },
+    {
+        "name": "chunks of a distributed checkpoint may overlap",
+        "file": "microdit_jax/convert/formats/distributed.py",
+        "old": "if not apart.any(axis=-1).all():",
+        "new": "if not apart.any():",
+        "tests": ("tests/test_convert_distributed.py",),
+    },
+    {
+        "name": "a scale for each row of float8 weights goes over their columns",
+        "file": "microdit_jax/convert/scaled.py",
+        "old": "reshape(column if scale.size != 1 else ())",
+        "new": "reshape(column[::-1] if scale.size != 1 else ())",
+        "tests": ("tests/test_convert_scaled.py",),
+    },
+    {
         "name": "a codec's dtype is ignored",
         "file": "microdit_jax/assets/load.py",
-        "old": "_vae_folder(path), given_name, dtype=dtype, sharding",
-        "new": "_vae_folder(path), given_name, sharding",
+        "old": "_vae_folder(path, own), given_name, dtype=dtype, sharding",
+        "new": "_vae_folder(path, own), given_name, sharding",
         "tests": _LOAD,
     },
     {
@@ -162,8 +183,8 @@ MUTANTS = [
     {
         "name": "data are said to fit a VAE with another scaling factor",
         "file": "microdit_jax/convert/arguments.py",
-        "old": "scaling_factor={factor:g},weights",
-        "new": "weights",
+        "old": """        f"scaling_factor={config['scaling_factor']:g}",\n""",
+        "new": "",
         "tests": ("tests/test_convert_vae.py",),
     },
     {

@@ -29,7 +29,8 @@ class Call:
     __slots__ = ("arguments", "name", "state")
 
     def __init__(self, name: str, arguments: tuple):
-        self.name, self.arguments, self.state = name, arguments, None
+        self.name, self.arguments = name, arguments
+        self.state: Any = None
 
 
 class Items:
