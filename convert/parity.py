@@ -94,7 +94,7 @@ def load(flags: argparse.Namespace) -> tuple[DiTConfig, dict[str, np.ndarray]]:
     path: Path = flags.input
     if is_ours(path):
         ours = open_source(path, "dit", flags.weights)
-        print(ours.description, file=sys.stderr, flush=True)
+        _say(ours.description)
         return ours.config, dit.to_torch(ours.load(), ours.config)
     source = find_input(path, dit.KIND)
     given, origin = source.config, f"read from {source.config_from}"
@@ -106,8 +106,13 @@ def load(flags: argparse.Namespace) -> tuple[DiTConfig, dict[str, np.ndarray]]:
     if given is None:
         origin = dit.describe_origin(config, stated)
     for line in (*found.notes, f"{dit.describe(config)}; {origin}"):
-        print(visible(line, LONGEST), file=sys.stderr, flush=True)
+        _say(line)
     return config, found.tensors
+
+
+def _say(line: str) -> None:
+    """Prints a line on stderr at once: the table is long in coming."""
+    print(visible(line, LONGEST), file=sys.stderr, flush=True)
 
 
 def at_resolution(
@@ -286,6 +291,7 @@ def main(arguments: Sequence[str]) -> None:
     flags = parse_arguments(arguments)
     for path in filter(None, (flags.record, flags.json)):
         check_writable(path)
+    _say(f"reading {flags.input}")
     config, tensors = load(flags)
     if flags.latent_res:
         config, tensors = at_resolution(config, tensors, flags.latent_res)
@@ -297,6 +303,7 @@ def main(arguments: Sequence[str]) -> None:
     else:
         inputs = sample_inputs(config, flags.batch or 1, flags.seed or 0)
         mask_ratio = flags.mask_ratio or 0.0
+        _say(f"running the reference from {flags.reference}, in float32")
         outputs = run_reference(flags.reference, config, tensors, inputs, mask_ratio)
         recording = Recording(inputs, mask_ratio, outputs)
         seconds["reference"] = time.monotonic() - start
@@ -309,6 +316,7 @@ def main(arguments: Sequence[str]) -> None:
     ours = {}
     for dtype in DTYPES:
         start = time.monotonic()
+        _say(f"running ours in {dtype}")
         ours[dtype] = run_ours(config, params, recording.inputs, recording.mask_ratio, dtype)
         seconds[dtype] = time.monotonic() - start
     table = rows(ours, recording.outputs)

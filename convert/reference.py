@@ -239,7 +239,7 @@ def _import_reference(folder: Path) -> types.ModuleType:
     stand_ins = {name: _empty_module(name) for name in UNUSED}
     try:
         import timm.models.vision_transformer  # noqa: F401  # pyright: ignore[reportMissingImports]
-    except ImportError:  # absent, or without the torchvision it needs
+    except Exception:  # absent, or beside a torchvision that is none of this torch (RuntimeError)
         names = ("timm", "timm.models", "timm.models.vision_transformer")
         stand_ins |= {name: types.ModuleType(name) for name in names}
         vars(stand_ins[names[-1]])["PatchEmbed"] = _patch_embed_class()

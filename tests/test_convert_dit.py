@@ -217,6 +217,9 @@ def test_what_is_not_a_microdit():
     tensors = tensors_of(load_golden("dit_small"))
     with pytest.raises(UserError, match="square grid"):
         infer_config(tensors | {"pos_embed": np.zeros((1, 15, 32), np.float32)})
+    with pytest.raises(UserError, match="expected pos_embed of a floating type, found int64"):
+        infer_config(tensors | {"pos_embed": np.zeros((1, 16, 32), np.int64)})
+    assert infer_config(tensors | {"pos_embed": np.full((1, 16, 32), np.nan, np.float32)})
     experts = {k: v for k, v in tensors.items() if not k.startswith("patch_mixer.1.mlp")}
     with pytest.raises(
         UserError, match=r"experts in every n-th.*blocks \[1\] and patch_mixer \[\]"

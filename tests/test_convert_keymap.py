@@ -8,6 +8,7 @@ from microdit_jax.convert.keymap import (
     SAME,
     Rule,
     build_table,
+    constant_weights,
     is_finite,
     patch_conv,
     to_params,
@@ -191,6 +192,23 @@ def test_finite_check_reaches_every_chunk(monkeypatch):
     assert is_finite(np.zeros((100, 7), np.float32)[:, ::2])
     assert is_finite(np.zeros((), np.float32))
     assert not is_finite(np.array(np.nan, np.float32)) and is_finite(np.zeros((0, 3), np.float32))
+
+
+def test_weights_of_one_value_are_named():
+    """Matrices and kernels, whatever their type; not biases, norms, single rows and empty ones."""
+    half = np.full((2, 3, 1, 1), 0.5, ml_dtypes.float8_e4m3fn)
+    zeros = np.zeros((64, 64), np.float32)
+    almost = zeros.copy()
+    almost[63, 62] = 1
+    tensors = {
+        "a": zeros,
+        "b": half,
+        "c": almost,
+        "bias": np.zeros(4),
+        "token": np.zeros((1, 1, 5)),
+    }
+    tensors |= {"none": np.zeros((0, 3)), "ids": np.ones((2, 2), np.int64), "not": almost.T}
+    assert constant_weights(tensors) == ["a (all 0)", "b (all 0.5)"]
 
 
 def test_flatten_and_unflatten():

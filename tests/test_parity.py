@@ -131,3 +131,15 @@ def test_the_reference_needs_torch_and_a_checkout(tmp_path, monkeypatch):
 def test_the_references_arguments():
     golden = load_golden(NAME)
     assert reference.reference_arguments(golden.config) == json.loads(str(golden.arrays["config"]))
+
+
+def test_a_timm_that_does_not_import_is_stood_in_for(tmp_path, monkeypatch):
+    """Beside a torchvision of another torch it raises a RuntimeError, not an ImportError."""
+    models = tmp_path / "micro_diffusion" / "models"
+    models.mkdir(parents=True)
+    (models / "dit.py").write_text("from timm.models.vision_transformer import PatchEmbed\n")
+    (tmp_path / "timm").mkdir()
+    (tmp_path / "timm" / "__init__.py").write_text("raise RuntimeError('nms does not exist')\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(reference, "_patch_embed_class", lambda: "stood in")
+    assert reference._import_reference(tmp_path).PatchEmbed == "stood in"

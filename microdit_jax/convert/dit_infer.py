@@ -60,6 +60,11 @@ def infer_config(
             "expected x_embedder.proj.weight (d, channels, p, p) and pos_embed (1, t, d), found "
             f"{shapes['x_embedder.proj.weight']} and {shapes['pos_embed']}; {OTHER_KIND}"
         )
+    if state_dict["pos_embed"].dtype.kind not in "fV":  # V: ml_dtypes' types
+        raise UserError(
+            f"expected pos_embed of a floating type, found {state_dict['pos_embed'].dtype}; save "
+            "it as float32"
+        )
     dim, channels, patch, _ = shapes["x_embedder.proj.weight"]
     t = shapes["pos_embed"][1]
     if math.isqrt(t) ** 2 != t:
@@ -157,6 +162,8 @@ def interp_scale(pos_embed: Float[np.ndarray, "1 t d"]) -> float | None:
     table = np.asarray(pos_embed[0], np.float32)
     if grid == 1:
         return 1.0
+    if not np.isfinite(table).all():
+        return None
     half = dim // 4
     frequencies = 1.0 / 10000 ** (np.arange(half) / half)
     last = table[grid - 1].astype(np.float64)  # row 0, last column

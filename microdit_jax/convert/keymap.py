@@ -184,6 +184,22 @@ def check_values(
         )
 
 
+def constant_weights(tensors: Mapping[str, np.ndarray]) -> list[str]:
+    """Names the matrices and kernels whose values are all the same, which no training leaves.
+
+    Biases and norms may be. A few values of each tensor are compared first, so that this is quick.
+    """
+    found = []
+    for name, tensor in tensors.items():
+        if min(tensor.shape[:2], default=0) < 2 or tensor.ndim < 2 or tensor.dtype.kind not in "fV":
+            continue
+        corner = tensor[(0,) * tensor.ndim]
+        few = tensor[tuple(slice(None, None, max(1, n // 4)) for n in tensor.shape)]
+        if (few == corner).all() and (tensor == corner).all():
+            found.append(f"{name} (all {float(corner):g})")
+    return found
+
+
 def _listed(names: Sequence[str]) -> str:
     """All names that a person can take in; names of a file are shown escaped."""
     return visible(", ".join(names), 20_000)

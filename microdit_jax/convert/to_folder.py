@@ -13,6 +13,7 @@ import tqdm
 
 from microdit_jax.checkpoints.model_folder import read_metadata, save_model
 from microdit_jax.convert.inputs import Input, describe_source, find_input, read_tensors
+from microdit_jax.convert.keymap import constant_weights
 from microdit_jax.convert.kinds import Kind
 from microdit_jax.convert.state_dict import StateDict
 from microdit_jax.errors import LONGEST, UserError, visible
@@ -71,6 +72,9 @@ def convert_to_folder(
             say("", kind.describe_origin(model_config, stated))
         with bar("checking", num_bytes) as progress:
             params = kind.from_torch(found.tensors, model_config, progress=progress)
+        if constant := constant_weights(found.tensors):
+            names = ", ".join(constant[:8]) + (", ..." if len(constant) > 8 else "")
+            say("warning", f"{len(constant)} weights have one value only: {names}; never trained?")
         say("writing", str(output))
         metadata = {
             "kind": kind.name,

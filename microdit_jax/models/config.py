@@ -24,6 +24,7 @@ CAPTION_MLP_RATIO = 4.0  # of the caption block's feed-forward: fixed in the ref
 POSITIVE = (
     "input_size", "patch_size", "in_channels", "dim", "depth", "head_dim", "multiple_of",
     "caption_channels", "pos_interp_scale", "num_experts", "expert_capacity", "experts_every_n",
+    "patch_mixer_dim",
 )  # fmt: skip
 
 
