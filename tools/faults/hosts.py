@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 ROOT = pathlib.Path(__file__).parents[2]
 ADDRESSES = ("10.123.0.1", "10.123.0.2")
 NAMES = ("a", "b")
+SPACES = tuple(f"fault{os.getpid()}_{name}" for name in NAMES)  # of networks
 NOISE = re.compile(r"\[Gloo\]|peer ranks|^step \d+/")  # lines of libraries, and of each step
 
 
@@ -25,26 +26,25 @@ def run(*command: object, check: bool = True) -> None:
 @contextlib.contextmanager
 def network() -> Iterator[None]:
     """Two hosts, joined by a cable."""
-    for name in NAMES:
-        run("ip", "netns", "del", f"fault_{name}", check=False)
-        run("ip", "netns", "add", f"fault_{name}")
-        names = pathlib.Path("/etc/netns", f"fault_{name}", "hosts")  # found by ip netns exec
+    for space in SPACES:
+        run("ip", "netns", "add", space)
+        names = pathlib.Path("/etc/netns", space, "hosts")  # found by ip netns exec
         names.parent.mkdir(parents=True, exist_ok=True)
         lines = [f"{address} {host}\n" for address, host in zip(ADDRESSES, NAMES, strict=True)]
         names.write_text("127.0.0.1 localhost\n" + "".join(lines))
     try:
-        run("ip", "link", "add", "veth_a", "netns", "fault_a", "type", "veth",
-            "peer", "name", "veth_b", "netns", "fault_b")  # fmt: skip
-        for name, address in zip(NAMES, ADDRESSES, strict=True):
-            inside = ("ip", "-n", f"fault_{name}")
+        run("ip", "link", "add", "veth_a", "netns", SPACES[0], "type", "veth",
+            "peer", "name", "veth_b", "netns", SPACES[1])  # fmt: skip
+        for name, space, address in zip(NAMES, SPACES, ADDRESSES, strict=True):
+            inside = ("ip", "-n", space)
             run(*inside, "addr", "add", f"{address}/24", "dev", f"veth_{name}")
             run(*inside, "link", "set", "lo", "up")
             run(*inside, "link", "set", f"veth_{name}", "up")
         yield
     finally:
-        for name in NAMES:
-            run("ip", "netns", "del", f"fault_{name}", check=False)
-            shutil.rmtree(f"/etc/netns/fault_{name}", ignore_errors=True)
+        for space in SPACES:
+            run("ip", "netns", "del", space, check=False)
+            shutil.rmtree(f"/etc/netns/{space}", ignore_errors=True)
 
 
 class Job:
@@ -52,13 +52,11 @@ class Job:
 
     def __init__(self, data: pathlib.Path, folder: pathlib.Path, port: int, *, steps: int = 10**6,
                  every: int = 20, flags: Sequence[str] = (), before: Sequence[str] = ("", ""),
-                 prefix: Sequence[str] = ("", ""), compiling: bool = False,
-                 evaluating: bool = False, cache: str = ""):  # fmt: skip
+                 compiling: bool = False, evaluating: bool = False, cache: str = ""):  # fmt: skip
         """
         Args:
           steps, every: of the run, and between its checkpoints.
           before: a shell's commands before each process.
-          prefix: words before the command of each process.
           compiling: a network that takes long to compile.
           evaluating: with the loss on held-out images, which is also computed at the start.
           cache: the start of the names of cache folders, of which each host has one.
@@ -70,7 +68,7 @@ class Job:
         evaluators = "('heldout_loss',)" if evaluating else "()"
         self._flags += [f"--config.eval.evaluators={evaluators}"]
         self._flags += [*flags, *(["--config.model.options.depth=12"] if compiling else [])]
-        self._before, self._prefix, self._cache = before, prefix, cache
+        self._before, self._cache = before, cache
         self.processes: list[subprocess.Popen] = []
         self.began = 0.0  # of the fault
         self.ended: dict[int, float] = {}
@@ -99,11 +97,10 @@ class Job:
             "PYTHONPATH": f"{path}:{package}" if path else str(package),
             "XDG_CACHE_HOME": str(self.cache(number)),
         }
-        before, prefix = self._before[number], self._prefix[number]
-        script = f'hostname {name}; {mount} {before} exec {prefix} "$@"'
+        script = f'hostname {name}; {mount} {self._before[number]} exec "$@"'
         unshare = ["unshare", "--uts", *(["--mount"] if mount else [])]
         command = [
-            "ip", "netns", "exec", f"fault_{name}", *unshare, "bash", "-c", script, "-",
+            "ip", "netns", "exec", SPACES[number], *unshare, "bash", "-c", script, "-",
             sys.executable, "train_main.py", f"--config={self.config}:{self.data}",
             f"--workdir={self.workdir}", f"--coordinator_address={ADDRESSES[0]}:{self.port}",
             "--num_processes=2", f"--process_id={number}", *self._flags, *more,
@@ -157,7 +154,7 @@ class Job:
         """
 
         def sockets() -> int:
-            command = ["ip", "netns", "exec", "fault_a", "ss", "-Htna", f"sport = :{self.port}"]
+            command = ["ip", "netns", "exec", SPACES[0], "ss", "-Htna", f"sport = :{self.port}"]
             found = subprocess.run(command, capture_output=True, text=True).stdout
             return sum(state in found_line for found_line in found.splitlines()
                        for state in ("LISTEN", "ESTAB"))  # fmt: skip

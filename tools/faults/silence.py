@@ -5,7 +5,7 @@ import signal
 import time
 from collections.abc import Callable
 
-from tools.faults.hosts import Job, run
+from tools.faults.hosts import SPACES, Job, run
 from tools.faults.rows import goes_on, row
 
 
@@ -18,10 +18,10 @@ def kill(job: Job, number: int) -> str:
 
 def link_down(job: Job, seconds: float) -> str:
     job.begin(30)
-    run("ip", "-n", "fault_b", "link", "set", "veth_b", "down")
+    run("ip", "-n", SPACES[1], "link", "set", "veth_b", "down")
     job.fault()
     job.look(seconds)
-    run("ip", "-n", "fault_b", "link", "set", "veth_b", "up")
+    run("ip", "-n", SPACES[1], "link", "set", "veth_b", "up")
     return goes_on(job)
 
 
