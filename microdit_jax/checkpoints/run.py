@@ -24,6 +24,7 @@ import orbax.checkpoint as ocp
 
 from microdit_jax.checkpoints import packing
 from microdit_jax.checkpoints.fetch import local_records
+from microdit_jax.checkpoints.library_logs import drop_tracebacks_of_orbax
 from microdit_jax.checkpoints.manager import Manager, make_manager, writers_of
 from microdit_jax.checkpoints.model_folder import VERSION
 from microdit_jax.checkpoints.restore import good_step, restore_state
@@ -65,6 +66,7 @@ class RunCheckpoints:
                 "keep_last must be at least 1 and keep_every at least 0, found "
                 f"{keep_last} and {keep_every}"
             )
+        drop_tracebacks_of_orbax()
         self._workdir, self._folders = workdir, steps_of(workdir)
         self.folder = self._folders.path
         self._keep, self._timeout = (keep_last, keep_every), timeout_seconds

@@ -228,5 +228,8 @@ def _tell_of_ignored(error: BaseException | None) -> None:
     """Ends the process where Python would ignore a signal's exception, as in a callback."""
     if isinstance(error, interrupts.Stopped):
         interrupts.end(error.number)
+    # Orbax closes its loop at a save's first error, while other writes are still on their way.
+    if isinstance(error, RuntimeError) and str(error) == "Event loop is closed":
+        return
     if error is not None and interrupts.received() is None:
         _say(f"an exception was ignored; {_defect(error)}")

@@ -157,15 +157,18 @@ def logged(workdir: pathlib.Path) -> list[dict]:
 def loops(data: pathlib.Path, folder: pathlib.Path, faults: int, steps: int, seed: int) -> None:
     flags, rng = settings(data, steps), random.Random(seed)
     began = time.monotonic()
-    with Run(folder / "unbroken", 2, 2, flags) as run:
+    with Run(folder / "unbroken", 2, 1, flags) as run:
         run.finish()
     print(f"unbroken run of {steps} steps: {time.monotonic() - began:.0f} s", flush=True)
     began, redone, done = time.monotonic(), 0, 0
-    with Run(folder / "loops", 2, 2, flags, again=True) as run:
+    with Run(folder / "loops", 2, 1, flags, again=True) as run:
         while done < faults and not run.is_over():
-            wait, host = rng.uniform(0, 25), rng.randrange(2)
-            kind = rng.choice([signal.SIGTERM, signal.SIGKILL])
-            time.sleep(wait)
+            host, kind = rng.randrange(2), rng.choice([signal.SIGTERM, signal.SIGKILL])
+            if done % 2:  # while it trains, on a slow machine too
+                goal = run.step() + rng.randint(1, 40)
+                run.wait(lambda run=run, goal=goal: run.step() >= goal or run.is_over())
+            else:  # at any time: while it starts, joins, compiles, ends
+                time.sleep(rng.uniform(0, 25))
             if not run.hosts[host].signal(kind):
                 continue  # between two starts; the next moment comes
             done += 1
