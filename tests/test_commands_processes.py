@@ -231,3 +231,15 @@ def test_help_is_a_success(flag):
     assert process.returncode == 0 and not error
     assert out.startswith("Trains MicroDiT") and "--workdir: " in out
     assert ("--verbosity" in out) == (flag == "--helpfull")
+
+
+def test_a_closed_loop_of_orbax_is_no_line():
+    """Raised in callbacks of writes that a failed save no longer waits for."""
+    process = script("""
+class Held:
+    def __del__(self):
+        raise RuntimeError(arguments[0])
+Held()
+""", "Event loop is closed")  # fmt: skip
+    _, error = process.communicate(timeout=30)
+    assert (process.returncode, error) == (0, "")

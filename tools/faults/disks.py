@@ -41,7 +41,11 @@ def full_checkpoints(job: Job) -> str:
     return full(job, "checkpoints")
 
 
-@row("full disk on host b alone", flags=["--config.mesh.fsdp=4"])
+# Of a network whose weights are large enough to be divided, so that host b writes some of them.
+WIDE = ["--config.mesh.fsdp=4", "--config.model.options.dim=256"]
+
+
+@row("full disk on host b alone", flags=WIDE)
 def full_on_b(job: Job) -> str:
     """Puts a small disk over the folder of checkpoints, for what host b writes there."""
     folder, small = job.workdir / "checkpoints", job.folder / "small"
