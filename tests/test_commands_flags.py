@@ -16,6 +16,7 @@ COMMANDS = {
     "microdit_jax.app.__main__": "python -m microdit_jax.app",
     "microdit_jax.prepare.__main__": "python -m microdit_jax.prepare",
     "microdit_jax.prepare.reformat": "python -m microdit_jax.prepare.reformat",
+    "microdit_jax.prepare.mds_index": "python -m microdit_jax.prepare.mds_index",
     "microdit_jax.convert.__main__": "python -m convert",
     "convert.parity": "python -m convert.parity",
     "microdit_jax.xla.aot.__main__": "python -m microdit_jax.xla.aot",

@@ -271,7 +271,7 @@ def test_parts_are_merged(folder):
     (folder / "merged/index.json").unlink()
     with pytest.raises(UserError, match="expected parts"):
         merge_index(folder / "empty")
-    with pytest.raises(UserError, match="found no such file.*merge the indices"):
+    with pytest.raises(UserError, match="found no such file.*make a lost one"):
         MdsReader(folder / "merged")
     parts = folder / "parts"
     for part, name in (("0", "gz"), ("1", "empty"), ("2", "plain")):

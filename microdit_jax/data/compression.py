@@ -46,6 +46,23 @@ def decompress(name: str, data: bytes, size: int) -> memoryview:
     return memoryview(out)
 
 
+def decompress_unsized(name: str, data: bytes, most: int) -> memoryview:
+    """Decompresses data of unknown size, of at most `most` bytes.
+
+    Raises:
+      ValueError: `data` is damaged, or holds more.
+    """
+    algorithm, _ = parse_compression(name)
+    try:
+        if algorithm == "snappy":
+            return decompress(name, data, min(most, cramjam.snappy.decompress_raw_len(data)))
+        out = mmap.mmap(-1, most)  # pages that nothing is written to take no memory
+        written = _MODULES[algorithm].decompress_into(data, out)
+    except (cramjam.DecompressionError, ValueError, OSError, OverflowError) as error:
+        raise ValueError(f"{algorithm} data do not decompress: {error}") from error
+    return memoryview(out)[:written]
+
+
 def compress(name: str, data: bytes) -> bytes:
     """Compresses by an algorithm, and optionally a level, such as "zstd" or "gz:6"."""
     algorithm, level = parse_compression(name)

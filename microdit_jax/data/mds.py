@@ -129,6 +129,7 @@ class MdsReader:
         view = self._views.get(number)
         if view is None:
             view = self._open(number)
+        self._files.check_uncut(self.shards[number].raw.name, len(view))
         begin, end = struct.unpack_from("<2I", view, 4 + 4 * (index - self._starts[number]))
         columns, at = {}, begin + self._sizes.size
         if at <= end:
@@ -176,7 +177,7 @@ class MdsReader:
             where = self._files.location(raw.name)
             if kept or self._check_hashes:
                 _check_file_hashes(where, raw, data)
-            _check_header(where, shard, data)
+            check_header(where, shard, data)
 
         if (
             packed is None
@@ -211,21 +212,28 @@ def _read_index(files: ShardFiles) -> list[Shard]:
     if not files.exists(INDEX):
         raise UserError(
             f"expected an MDS dataset with {where}, found no such file; name the folder that "
-            "holds it, or merge the indices of its parts "
-            "(microdit_jax.prepare.mds_writer.merge_index)"
+            "holds it, or make a lost one of a local folder's shards "
+            f"(python -m microdit_jax.prepare.mds_index --input={visible(files.root, 500)})"
         )
     try:
         index = parse_json(files.read(INDEX))
         if index["version"] != 2:
             raise ValueError(f"version {visible(index['version'], 60)}, expected 2")
-        shards = [_parse_shard(entry) for entry in index["shards"]]
+        shards = [parse_shard(entry) for entry in index["shards"]]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         what = visible(f"no {error}" if isinstance(error, KeyError) else error)
         raise UserError(
             f"expected an index of MDS shards in {where}, could not use it ({what}); write or copy "
             "it again"
         ) from error
+    seen: set[str] = set()
     for number, shard in enumerate(shards):
+        if shard.raw.name in seen:
+            raise UserError(
+                f"expected each shard once in {where}, found {visible(shard.raw.name)} twice, so "
+                "that its samples would be read twice; write or copy the index again"
+            )
+        seen.add(shard.raw.name)
         if shard.columns != shards[0].columns:
             raise UserError(
                 f"expected the same columns in all shards of {where}, found "
@@ -235,7 +243,8 @@ def _read_index(files: ShardFiles) -> list[Shard]:
     return shards
 
 
-def _parse_shard(entry: dict[str, Any]) -> Shard:
+def parse_shard(entry: dict[str, Any]) -> Shard:
+    """Returns a shard of its entry in the index; raises ValueError or KeyError if that is bad."""
     if entry["version"] != 2 or entry["format"] != "mds":
         raise ValueError(
             f"a shard of format {entry['format']!r} version {entry['version']!r}, expected mds 2"
@@ -276,7 +285,7 @@ def _parse_file(entry: dict[str, Any]) -> File:
     return File(str(name), size, hashes)
 
 
-def _check_header(where: str, shard: Shard, view: memoryview) -> None:
+def check_header(where: str, shard: Shard, view: memoryview) -> None:
     """Checks all that reading relies on: the number of samples, and offsets inside the file."""
     n = int.from_bytes(view[:4], "little")
     header = 4 + 4 * (n + 1)

@@ -141,6 +141,21 @@ class ShardFiles:
             raise
         return file
 
+    def check_uncut(self, name: str, size: int) -> None:
+        """Raises UserError if a mapped file of a local dataset was cut since it was opened.
+
+        The kernel ends a process that reads a map beyond the end of its file (SIGBUS). One that was
+        removed or replaced stays whole below its map. The cache's files are this process's own.
+        """
+        if self._filesystem is not None:
+            return
+        try:
+            found = os.stat(f"{self.root}/{name}").st_size
+        except OSError:
+            return
+        if found < size:
+            _check_size(self.location(name), size, found)
+
     def make(
         self,
         name: str,
