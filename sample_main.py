@@ -7,6 +7,8 @@ Examples:
   python sample_main.py --model=dit.pt --vae=sdxl/vae --text_encoder=open_clip_pytorch_model.bin \\
     --prompts=prompts.txt
   python sample_main.py --model=out/demo/finetune --prompt="woman mechanic dark skin tone"
+  python sample_main.py --image=photo.jpg --strength=0.6 --prompt="red apple"
+  python sample_main.py --image=photo.jpg --mask=mask.png --strength=1 --prompt="red apple"
   python sample_main.py --again=out/images/0000_a-red-apple.png
 """
 
@@ -34,6 +36,7 @@ from microdit_jax.errors import UserError, visible
 
 if TYPE_CHECKING:  # loading these takes a second, and --help should not
     from microdit_jax.images import ImageSettings
+    from microdit_jax.sampling.editing import Edit
     from microdit_jax.sampling.pipeline import LatentDiffusion
 
 MODEL = flags.DEFINE_string(
@@ -44,7 +47,7 @@ PROMPT = flags.DEFINE_multi_string(
     "prompt", [], "What the image is to show; may be given several times."
 )
 PROMPTS = flags.DEFINE_string("prompts", None, "A text file with a prompt on each line.")
-AGAIN = flags.DEFINE_string("again", None, "Sample the image of this PNG again, by its settings.")
+AGAIN = flags.DEFINE_string("again", None, "Sample the image of this file again, by its settings.")
 HELDOUT = flags.DEFINE_integer(
     "heldout", 0, "Sample for this many captions held out of training, beside the real images.",
     lower_bound=0,
@@ -61,8 +64,8 @@ GUIDANCE = flags.DEFINE_float(
 flags.register_validator(
     GUIDANCE, lambda scale: scale is None or math.isfinite(scale), "expected a finite number"
 )
-SEED = flags.DEFINE_integer(
-    "seed", 2024, "Seed of the initial noise.", lower_bound=0, upper_bound=2**64 - 1
+SEED = flags.DEFINE_list(
+    "seed", ["2024"], "Seed of the initial noise, or several: all images for each of them."
 )
 NOISE = flags.DEFINE_enum(
     "noise", "jax", ["jax", "torch_cpu", "torch_cuda"], "Whose random numbers to start from."
@@ -70,6 +73,17 @@ NOISE = flags.DEFINE_enum(
 BATCH = flags.DEFINE_integer("batch_size", 32, "Images sampled at a time.", lower_bound=1)
 WARMUP = flags.DEFINE_boolean(
     "warmup", False, "Compile for these settings first; without prompts: only that."
+)
+IMAGE = flags.DEFINE_string("image", None, "An image to change, of any size.")
+STRENGTH = flags.DEFINE_float(
+    "strength", None, "How much to change --image, above 0 and up to 1: the share of the steps "
+    "that are taken."
+)  # fmt: skip
+MASK = flags.DEFINE_string(
+    "mask", None, "An image of --image's size, white where that is to be changed."
+)
+FORMAT = flags.DEFINE_enum(
+    "format", "png", ["png", "webp", "jpeg"], "Of the image files; all carry their settings."
 )
 OUT = flags.DEFINE_string("out", "out", "Folder for the images.")
 flags.adopt_module_key_flags(model_flags)
@@ -79,7 +93,8 @@ SETTINGS_BYTES = 4096  # of host memory for the path and the settings of one ima
 
 # The flags among an image's settings, by the names of images.ImageSettings
 SETTINGS = (
-    MODEL, *model_flags.IMAGE_FLAGS, STEPS, GUIDANCE, SEED, NOISE, *model_flags.SAMPLER_FLAGS
+    MODEL, *model_flags.IMAGE_FLAGS, STEPS, GUIDANCE, NOISE, *model_flags.SAMPLER_FLAGS,
+    model_flags.WEAKER, STRENGTH, IMAGE, MASK,
 )  # fmt: skip
 
 
@@ -90,11 +105,12 @@ def main():
     from microdit_jax.files import check_writable
     from microdit_jax.machine import memory
     from microdit_jax.machine.compilation_cache import compiled_programs
+    from microdit_jax.prepare.given_image import given_image
     from microdit_jax.sampling import guidance, settings
 
     again = _take_settings(Path(AGAIN.value)) if AGAIN.value else None
-    prompts, out = [again.prompt] if again else _prompts(), Path(OUT.value)
-    count = (len(prompts) or HELDOUT.value or 1) * NUM_IMAGES.value
+    prompts, out, seeds = [again.prompt] if again else _prompts(), Path(OUT.value), _seeds()
+    count = (len(prompts) or HELDOUT.value or 1) * NUM_IMAGES.value * len(seeds)
     memory.check_host(
         SETTINGS_BYTES * count,
         what=f"a list of {count} images",
@@ -102,17 +118,20 @@ def main():
     )
     check_writable(out / "images", folder=True)
     check_writable(out / "samples.png")
+    given = given_image(IMAGE.value, MASK.value, again)
     kind = model_flags.GUIDANCE.value
-    chosen: dict[str, Any] = model_flags.sampler_settings() | {STEPS.name: STEPS.value}
+    chosen: dict[str, Any] = model_flags.sampler_settings()
+    chosen |= {STEPS.name: STEPS.value, STRENGTH.name: STRENGTH.value}
     if GUIDANCE.value is not None:
         chosen[GUIDANCE.name] = GUIDANCE.value
     elif kind == "cfgpp":
         chosen[GUIDANCE.name] = guidance.CFGPP_SCALE
     settings.Sampler(**chosen)  # refuses what does not go together, before anything is loaded
     pipe, model = model_flags.load(MODEL.value)
-    if GUIDANCE.value is None:
+    edit = pipe.edit(given.image, given.mask)
+    if GUIDANCE.value is None and pipe.student is None:
         chosen[GUIDANCE.name] = guidance.default_scale(pipe.text_encoder, kind)
-    sampler = settings.Sampler(**chosen)
+    sampler = pipe.settings(chosen, edit)
     plan = sampler.plan(pipe.edm)
 
     real = None
@@ -139,19 +158,41 @@ def main():
     )
     shared = {flag.name: flag.value for flag in SETTINGS} | dataclasses.asdict(sampler)
     shared |= {"of": again.of if again else len(prompts), "made_with": pipe.description}
-    shared |= {"evaluations": len(plan), "network_passes": passes}
-    wanted = {}
-    for i, prompt in enumerate(prompts, start=again.index if again else 0):
-        path = out / "images" / images.file_name(i, prompt)
-        wanted[path] = images.ImageSettings.from_dict(shared | {"prompt": prompt, "index": i})
-    _sample(pipe, wanted, dataclasses.asdict(sampler))
-    rows = [np.stack([images.read_png(path) for path in list(wanted)[:GRID]])]
+    shared |= {"evaluations": len(plan), "network_passes": passes, **given.checksums}
+    written: list[Path] = []
+    for seed in seeds:
+        wanted = {}
+        for i, prompt in enumerate(prompts, start=again.index if again else 0):
+            name = images.file_name(i, prompt, FORMAT.value, seed if len(seeds) > 1 else None)
+            of_image = shared | {"seed": seed, "prompt": prompt, "index": i}
+            wanted[out / "images" / name] = images.ImageSettings.from_dict(of_image)
+        _sample(pipe, wanted, dataclasses.asdict(sampler), edit)
+        written += wanted
+    rows = [np.stack([images.read_png(path) for path in written[:GRID]])]
     if real is not None:
-        rows.insert(0, real[[i // NUM_IMAGES.value for i in range(len(rows[0]))]])
-    grid = images.captioned_grid(rows, prompts[:GRID], columns=6)
-    images.save_png(out / "samples.png", grid, shared | {"prompts": prompts[:GRID]})
-    shown = f"grid of the first {GRID}" if len(prompts) > GRID else "grid"
+        shown = [i % len(prompts) // NUM_IMAGES.value for i in range(len(rows[0]))]
+        rows.insert(0, real[shown])
+    captions = prompts * len(seeds)
+    grid = images.captioned_grid(rows, captions[:GRID], columns=6)
+    about = shared | {"seed": seeds[0] if len(seeds) == 1 else seeds, "prompts": captions[:GRID]}
+    images.save_png(out / "samples.png", grid, about)
+    shown = f"grid of the first {GRID}" if len(captions) > GRID else "grid"
     print(f"{shown} in {out / 'samples.png'}{compiled_programs()}")
+
+
+def _seeds() -> list[int]:
+    """Returns the seeds of --seed."""
+    try:
+        seeds = [int(text) for text in SEED.value]
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"--seed takes whole numbers divided by commas, found {visible(SEED.value)}"
+        ) from error
+    if not seeds or not all(0 <= seed < 2**64 for seed in seeds) or len(set(seeds)) < len(seeds):
+        raise UserError(
+            f"--seed takes different numbers from 0 to {2**64 - 1}, found {visible(SEED.value)}"
+        )
+    return seeds
 
 
 def _prompts() -> list[str]:
@@ -179,14 +220,20 @@ def _take_settings(path: Path) -> "ImageSettings":
         raise UserError("--again samples one image from its own prompt; give no other prompts")
     settings = images.ImageSettings.from_dict(images.read_settings(path))
     if model_flags.SOLVER.present:  # another solver takes its own schedule
-        settings = dataclasses.replace(settings, schedule=None)
+        settings = dataclasses.replace(settings, schedule=None, churn=None)
     if model_flags.GUIDANCE.present:
         settings = dataclasses.replace(settings, guidance_interval=None, apg=None)
     taken = [flag.name for flag in SETTINGS if not flags.FLAGS[flag.name].present]
     files = (MODEL.name, model_flags.VAE.name, model_flags.TEXT_ENCODER.name)
-    hub.check_known({name: getattr(settings, name) for name in files if name in taken}, path)
+    loaded = {name: getattr(settings, name) for name in files if name in taken}
+    weaker = model_flags.WEAKER.name
+    if weaker in taken and settings.weaker is not None and not settings.weaker.isdecimal():
+        loaded[weaker] = settings.weaker
+    hub.check_known(loaded, path)
     for name in taken:
         flags.FLAGS[name].value = getattr(settings, name)
+    if not SEED.present:
+        flags.FLAGS[SEED.name].value = [str(settings.seed)]
     towers = [f"{name} {visible(flags.FLAGS[name].value or 'its own')}" for name in files]
     print(
         f"{visible(path)}: image {settings.index} of {settings.of}, {visible(settings.prompt)}; "
@@ -197,10 +244,13 @@ def _take_settings(path: Path) -> "ImageSettings":
 
 
 def _sample(
-    pipe: "LatentDiffusion", wanted: "dict[Path, ImageSettings]", sampler: dict[str, Any]
+    pipe: "LatentDiffusion",
+    wanted: "dict[Path, ImageSettings]",
+    sampler: dict[str, Any],
+    edit: "Edit | None",
 ) -> None:
     """Samples the images that are not there yet, a batch at a time, and saves each at once."""
-    from microdit_jax.images import is_made_so, save_png
+    from microdit_jax.images import is_made_so, save_image
 
     missing = {
         settings.index: (path, settings)
@@ -221,11 +271,12 @@ def _sample(
         noise=settings.noise,
         batch_size=min(BATCH.value, len(missing)),
         progress=functools.partial(tqdm.tqdm, desc="sampling", unit="eval"),
+        edit=edit,
         **sampler,
     ):
         for index, image in zip(batch.indices, batch.images, strict=True):
             path, settings = missing[index]
-            save_png(path, image, dataclasses.asdict(settings))
+            save_image(path, image, dataclasses.asdict(settings), FORMAT.value)
         for part, value in batch.seconds.items():
             seconds[part] += value
     print(", ".join(f"{part} {value:.1f} s" for part, value in seconds.items()))

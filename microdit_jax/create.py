@@ -1,6 +1,8 @@
 """Puts pipelines together: a network by name with its VAE and its text encoder."""
 
+import dataclasses
 import functools
+from typing import Any
 
 import jax
 import numpy as np
@@ -8,7 +10,7 @@ from jax.sharding import Mesh
 from jaxtyping import Float
 
 from microdit_jax import sharding
-from microdit_jax.assets import hub
+from microdit_jax.assets import hub, instant
 from microdit_jax.assets.load import (
     MeshChoice,
     Model,
@@ -17,7 +19,8 @@ from microdit_jax.assets.load import (
     load_text_encoder,
     untrained_model,
 )
-from microdit_jax.checkpoints.run import read_run_metadata
+from microdit_jax.checkpoints.run import is_run, read_run_metadata
+from microdit_jax.checkpoints.weights import load_earlier_params
 from microdit_jax.data import twemoji
 from microdit_jax.encoders import registry
 from microdit_jax.errors import UserError, visible
@@ -27,6 +30,7 @@ from microdit_jax.models import ARCHES, arch_of
 from microdit_jax.models.dit import DiT
 from microdit_jax.sampling.pipeline import LatentDiffusion
 from microdit_jax.towers import TextEncoder
+from microdit_jax.trees import flatten
 
 DEFAULT_ARCH = next(iter(ARCHES))
 MAX_RESOLUTION = 4096  # pixels of a side of a run's images, held out of its training
@@ -183,7 +187,48 @@ def from_model(
             f"{codec.channels}, {codec.name}; give the VAE that it was trained with"
         )
     return LatentDiffusion(
-        DiT(cfg), model.params, model.edm, text_encoder, codec, visible(model.description)
+        DiT(cfg),
+        model.params,
+        model.edm,
+        text_encoder,
+        codec,
+        visible(model.description),
+        student=model.student,
+    )
+
+
+def with_weaker(pipe: LatentDiffusion, model: Model, weaker: str | None) -> LatentDiffusion:
+    """Returns the pipeline with a network that was trained less, for autoguidance.
+
+    Args:
+      model: the pipeline's network.
+      weaker: a step of a checkpoint of the same run; or another network, as `load_model` takes it;
+        None: the run's oldest checkpoint.
+    Raises:
+      UserError: there is none, or it is another network.
+    """
+    if weaker is None or weaker.isdecimal():
+        if model.folder is None or not is_run(model.folder) or instant.is_shipped(model.folder):
+            raise UserError(
+                "an earlier checkpoint is that of a training run, found "
+                f"{visible(model.description)}; give a weaker network of the same sizes by --weaker"
+            )
+        step = None if weaker is None else int(weaker)
+        params, description = load_earlier_params(model.folder, pipe.params, step)
+    else:
+        other = load_model(weaker, mesh=mesh_of(model.params))
+        params, description = other.params, other.description
+
+    def shapes(params: Any) -> dict[str, tuple[int, ...]]:
+        return {path: leaf.shape for path, leaf in flatten(params).items()}
+
+    if shapes(params) != shapes(pipe.params):
+        raise UserError(
+            f"autoguidance takes a network of the same sizes, found another, "
+            f"{visible(description)}; give an earlier checkpoint of the same run by --weaker"
+        )
+    return dataclasses.replace(
+        pipe, weaker=params, description=f"{pipe.description}, guided by {visible(description)}"
     )
 
 

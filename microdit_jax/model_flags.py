@@ -32,14 +32,19 @@ FSDP = flags.DEFINE_integer(
 
 SOLVER = flags.DEFINE_string(
     "solver",
-    "heun",
-    "heun (the reference's), euler, dpmpp_2m, ab2, sab2, ab3 or unipc: docs/sampling.md.",
+    None,
+    "heun (the reference's), euler, dpmpp_2m, ab2, sab2, ab3 or unipc: docs/sampling.md; student, "
+    "for few-step students; default: student for them, else heun.",
 )
 SCHEDULE = flags.DEFINE_string(
-    "schedule", None, "Noise levels: edm, log, dense or exponential; default: the solver's own."
-)
+    "schedule", None, "Noise levels: edm, log, dense, exponential or student; default: the "
+    "solver's own."
+)  # fmt: skip
 GUIDANCE = flags.DEFINE_string(
-    "guidance", "cfg", "cfg (classifier-free), interval, apg, or cfgpp with --solver=euler."
+    "guidance",
+    "cfg",
+    "cfg (classifier-free), interval, apg, cfgpp with --solver=euler, or auto, "
+    "by a weaker network.",
 )
 INTERVAL = flags.DEFINE_list(
     "guidance_interval", None, "Noise levels low,high between which --guidance=interval guides."
@@ -53,9 +58,17 @@ APG = flags.DEFINE_list(
 NEGATIVE_PROMPT = flags.DEFINE_string(
     "negative_prompt", "", "What guidance leads away from; default: the zero caption."
 )
+CHURN = flags.DEFINE_list(
+    "churn", None, "S_churn,S_tmin,S_tmax,S_noise of EDM's stochastic sampler, with --solver=heun: "
+    "40,0.05,50,1.003."
+)  # fmt: skip
+WEAKER = flags.DEFINE_string(
+    "weaker", None, "Of --guidance=auto: a step of the run's checkpoints, or another network of "
+    "the same sizes; default: the run's oldest checkpoint."
+)  # fmt: skip
 
 # The flags among an image's settings, by the names of images.ImageSettings
-SAMPLER_FLAGS = (SOLVER, SCHEDULE, GUIDANCE, INTERVAL, RESCALE, APG, NEGATIVE_PROMPT)
+SAMPLER_FLAGS = (SOLVER, SCHEDULE, GUIDANCE, INTERVAL, RESCALE, APG, NEGATIVE_PROMPT, CHURN)
 IMAGE_FLAGS = (VAE, TEXT_ENCODER, EMA, DTYPE)
 
 
@@ -71,6 +84,10 @@ def load(name: str) -> "tuple[LatentDiffusion, Model]":
 
     start = time.perf_counter()
     pipe, model = create.load(name, **image_settings(), fsdp=FSDP.value)
+    if GUIDANCE.value == "auto":
+        pipe = create.with_weaker(pipe, model, WEAKER.value)
+    elif WEAKER.value is not None:
+        raise UserError(f"--weaker is for --guidance=auto, found --guidance={GUIDANCE.value}")
     if jax.process_index() == 0:
         print(f"{pipe.description}: loaded in {time.perf_counter() - start:.1f} s", flush=True)
     return pipe, model
@@ -79,11 +96,13 @@ def load(name: str) -> "tuple[LatentDiffusion, Model]":
 def sampler_settings() -> dict[str, Any]:
     """Returns the values of SAMPLER_FLAGS by name, as `sampling.settings.Sampler` takes them.
 
+    The solver is left out where it is not chosen: that goes by the network.
+
     Raises:
       UserError: something else where a flag takes numbers.
     """
     values: dict[str, Any] = {flag.name: flag.value for flag in SAMPLER_FLAGS}
-    for flag, count in ((INTERVAL, 2), (APG, 3)):
+    for flag, count in ((INTERVAL, 2), (APG, 3), (CHURN, 4)):
         if flag.value is None:
             continue
         try:
@@ -94,6 +113,8 @@ def sampler_settings() -> dict[str, Any]:
             ) from error
         if len(flag.value) != count:
             raise UserError(f"--{flag.name} takes {count} numbers, found {visible(flag.value)}")
+    if SOLVER.value is None:
+        del values[SOLVER.name]
     return values
 
 

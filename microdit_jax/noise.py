@@ -17,6 +17,7 @@ from microdit_jax.errors import UserError
 from microdit_jax.machine import memory
 
 KINDS = ("jax", "torch_cpu", "torch_cuda")
+ADDED_STREAM = np.uint32(0xADD3D)  # keeps the key of `added_noise` apart from the initial noise's
 
 
 def initial_noise(
@@ -74,6 +75,21 @@ def initial_noise(
     return np.ascontiguousarray(channels_first.transpose(0, 2, 3, 1))
 
 
+def added_noise(
+    seed: int, index: int, number: int, shape: tuple[int, ...]
+) -> Float32[np.ndarray, "..."]:
+    """Standard normal noise that a sampler adds on its way, a function of its arguments alone.
+
+    Args:
+      seed: of the initial noise, from which this is independent, whatever its kind.
+      index: of the image in its set.
+      number: of the evaluation before which it is added, from 0.
+    """
+    seed = _checked_seed(seed)
+    words = np.array([seed >> 32, seed & 0xFFFFFFFF], np.uint32) ^ ADDED_STREAM
+    return np.asarray(_added_image(words, np.uint32(index), np.uint32(number), shape=shape))
+
+
 def _checked_seed(seed: Any) -> int:
     if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or not 0 <= seed < 2**64:
         raise UserError(f"seed: expected an int in [0, 2**64); found {seed!r}; give such a number")
@@ -86,6 +102,18 @@ def _normal_image(
 ) -> Float32[Array, "..."]:
     key = jax.random.wrap_key_data(words, impl="threefry2x32")
     return jax.random.normal(jax.random.fold_in(key, index), shape, jnp.float32)
+
+
+@functools.partial(jax.jit, static_argnames="shape")
+def _added_image(
+    words: UInt32[Array, "2"],
+    index: UInt32[Array, ""],
+    number: UInt32[Array, ""],
+    *,
+    shape: tuple[int, ...],
+) -> Float32[Array, "..."]:
+    key = jax.random.fold_in(jax.random.wrap_key_data(words, impl="threefry2x32"), index)
+    return jax.random.normal(jax.random.fold_in(key, number), shape, jnp.float32)
 
 
 # ------------------------------------------------------------------------------------ torch, CPU

@@ -44,6 +44,7 @@ from microdit_jax.training.progress import Progress
 from microdit_jax.training.replicas import ReplicaCheck
 from microdit_jax.training.start import starting_state
 from microdit_jax.training.step import TrainState
+from microdit_jax.training.teacher import load_teacher
 from microdit_jax.training.workdir import begin_workdir, left_to_evaluate, opened
 
 OUT_OF_MEMORY = (
@@ -73,6 +74,7 @@ def train(config: ConfigDict, workdir: str | Path, stop: StopRequest | None = No
     first_process = jax.process_index() == 0
     # ---------------------------------------------------------------- mesh, network, data
     mesh = sharding.make_mesh(**config.mesh)
+    config, teacher = load_teacher(config, mesh)
     check(config, mesh)
     cfg, edm = model_config(config), EdmConfig(**config.edm)
     model = DiT(for_this_machine(cfg))
@@ -95,7 +97,7 @@ def train(config: ConfigDict, workdir: str | Path, stop: StopRequest | None = No
         )
         with goodput.spent_on("restore"):
             state, resumed, origin = starting_state(
-                config, output.name, checkpoints, model, optimizer, mesh, data.made_by
+                config, output.name, checkpoints, model, optimizer, mesh, data.made_by, teacher
             )
         start = int(state.step)
         watch.at_step(start, saved=checkpoints.newest)
@@ -112,6 +114,8 @@ def train(config: ConfigDict, workdir: str | Path, stop: StopRequest | None = No
                 print(f"{workdir}: done already")
             return state
         networks = {"dit": dataclasses.asdict(cfg), "edm": dataclasses.asdict(edm)} | data.made_by
+        if teacher is not None:
+            networks["student"] = dataclasses.asdict(teacher.record)
         hosts.from_first(
             "begin the workdir", lambda: begin_workdir(config, workdir, data, networks, resumed)
         )
@@ -155,8 +159,17 @@ def train(config: ConfigDict, workdir: str | Path, stop: StopRequest | None = No
 
         evaluations = Evaluations(
             EvaluationContext(
-                config, workdir, model, edm, mesh, data, writer, progress.say, between_parts
-            ),
+                config,
+                workdir,
+                model,
+                edm,
+                mesh,
+                data,
+                writer,
+                progress.say,
+                between_parts,
+                None if teacher is None else teacher.record,
+            ),  # fmt: skip
             stop,
         )
         replicas = ReplicaCheck(mesh, state, every=run.replica_check_every)
@@ -175,6 +188,7 @@ def train(config: ConfigDict, workdir: str | Path, stop: StopRequest | None = No
             data.check_batch(batch)
             return names, sharding.put_batch({name: batch[name] for name in data.batch_keys}, mesh)
 
+        frozen = () if teacher is None else (teacher.params,)
         batches = stack.enter_context(Prefetch(data.batches(config, start), to_devices))
 
         # ------------------------------------------------------------ loop
@@ -196,7 +210,7 @@ def train(config: ConfigDict, workdir: str | Path, stop: StopRequest | None = No
                 stop.phase = Phase.STARTING  # compiling may take minutes, and there is no new step
             annotation = jax.profiler.StepTraceAnnotation("train", step_num=step)
             with compiling, annotation, jax.transfer_guard("disallow"):
-                state, metrics = step_fn(state, batch)
+                state, metrics = step_fn(state, batch, *frozen)
             if first:
                 stop.phase = Phase.TRAINING
                 # Tracing and compiling leave 300,000 Python objects behind. Freezing exempts them

@@ -24,7 +24,34 @@ SAMPLER = {
     "guidance_rescale": 0.5, "apg": None, "negative_prompt": "", "evaluations": 16,
     "network_passes": 22,
 }  # fmt: skip
-GOOD = OLD | SAMPLER
+EDIT = {
+    "churn": (40.0, 0.05, 50.0, 1.003), "strength": 0.5, "weaker": "400", "image": "a.png",
+    "image_sha256": "0a", "mask": None, "mask_sha256": None,
+}  # fmt: skip
+GOOD = OLD | SAMPLER | EDIT
+
+
+@pytest.mark.parametrize("form", ["png", "webp", "jpeg"])
+def test_every_format_carries_the_settings(tmp_path, form):
+    fields = dataclasses.asdict(images.ImageSettings.from_dict(GOOD))
+    path = tmp_path / images.file_name(3, "Ein Bär!", form)
+    assert path.name == "0003_ein-b-r" + {"png": ".png", "webp": ".webp", "jpeg": ".jpg"}[form]
+    smooth = np.tile(np.linspace(0.2, 0.8, 32, dtype=np.float32)[:, None, None], (1, 32, 3))
+    images.save_image(path, smooth, fields, form)
+    assert images.is_made_so(path, fields) and not images.is_made_so(path, fields | {"seed": 1})
+    assert images.ImageSettings.from_dict(images.read_settings(path)).prompt == "ein Bär 🐻"
+    with Image.open(path) as image:
+        assert image.format == form.upper()
+    np.testing.assert_allclose(images.read_png(path), smooth, atol=0.02)
+
+
+def test_settings_that_no_jpeg_holds_are_refused():
+    with pytest.raises(UserError, match="at most 65000 bytes in a jpeg file, .* shorter prompt"):
+        images.encode_image(IMAGE, {"prompt": "a" * 70_000}, "jpeg")
+
+
+def test_the_seed_is_in_the_name_where_there_are_several():
+    assert images.file_name(0, "a", "webp", 7) == "0000_a_seed-7.webp"
 
 
 def test_a_png_from_before_there_were_solvers():
@@ -131,6 +158,10 @@ def test_settings_of_an_image_come_back(tmp_path):
         ({"ema": 1}, "true or false"),
         ({"model": None}, "a text, found None"),
         ({"vae": 3}, "a text, found 3"),
+        ({"churn": [1, 2, 3]}, "to be 4 finite numbers"),
+        ({"strength": "1"}, "a finite number, found '1'"),
+        ({"image": 3}, "image in an image's settings to be a text, found 3"),
+        ({"mask_sha256": []}, "a text, found"),
         ({"prompt": " "}, "a text, found ' '"),
         ({"prompt": "\ud800"}, "found '.ud800'"),
         ({"prompt": ["x" * 10**6]}, r"xxx\.\.\.; give"),
@@ -160,7 +191,7 @@ def test_any_settings_are_taken_or_refused_in_one_line(changed):
     else:
         asked = GOOD | changed
         asked["guidance_scale"] = float(asked["guidance_scale"])
-        for name in images.NUMBERS:  # lists in a PNG
+        for name in images.settings.NUMBERS:  # lists in a PNG
             if asked[name] is not None:
                 asked[name] = tuple(map(float, asked[name]))
         assert dataclasses.asdict(taken) == asked
@@ -178,7 +209,7 @@ def test_damaged_files_are_refused(tmp_path):
     whole = file.read_bytes()
     for text in (b"[1, 2]", b'"text"', b"[" * 100_000, b"{"):
         info = PngImagePlugin.PngInfo()
-        info.add_itxt(images.KEY, text.decode())
+        info.add_itxt(images.files.KEY, text.decode())
         Image.new("RGB", (2, 2)).save(file, pnginfo=info)
         with pytest.raises(UserError, match="expected a PNG made by sample_main.py"):
             images.read_settings(file)

@@ -12,9 +12,9 @@ from conftest import GOLDEN
 from PIL import Image, ImageOps
 
 from microdit_jax.files import image_files
-from microdit_jax.prepare import decoding
-from microdit_jax.prepare.decoding import decode, resize_and_crop, to_float
+from microdit_jax.prepare import decoding, pixels
 from microdit_jax.prepare.options import PrepareOptions
+from microdit_jax.prepare.pixels import decode, resize_and_crop, to_float
 from microdit_jax.prepare.sources.listed_images import SourceImage
 
 RNG = np.random.default_rng(0)
@@ -115,7 +115,7 @@ def test_damaged_files_give_short_reasons():
 def test_bytes_become_minus_one_to_one():
     found = to_float(np.array([[[0, 255, 128]]], np.uint8))
     np.testing.assert_allclose(found, [[[-1, 1, 1 / 255]]], atol=1e-7)
-    assert decoding.MAX_PIXELS == 100_000_000
+    assert pixels.MAX_PIXELS == 100_000_000
 
 
 def test_threads_share_a_number_of_pixels():

@@ -36,7 +36,7 @@ def test_solvers_schedules_and_strengths_run_one_program():
     images = [
         pipe.generate(["a"], num_inference_steps=4, guidance_scale=2.0, seed=0, **options)
         for options in (
-            *({"solver": name} for name in solvers.SOLVERS),
+            *({"solver": name} for name in solvers.SOLVERS if name != solvers.STUDENT),
             {"solver": "ab3", "schedule": "edm"},
             {"negative_prompt": "dog"},
         )

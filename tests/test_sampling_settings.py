@@ -83,7 +83,7 @@ def test_cfgpp_is_its_algorithm():
     [
         ({"solver": "ddim"}, "solver must be one of heun, .*, found 'ddim'"),
         ({"schedule": "karras"}, "schedule must be one of edm, .*, found 'karras'"),
-        ({"guidance": "auto"}, "guidance must be one of cfg, .*, found 'auto'"),
+        ({"guidance": "magic"}, "guidance must be one of cfg, .*, found 'magic'"),
         ({"num_inference_steps": 0}, "must be at least 1 for the solver heun, found 0"),
         ({"solver": "ab3", "num_inference_steps": 2}, "at least 3 for the solver ab3, found 2"),
         ({"guidance_scale": -5.0}, "guidance_scale must not be negative, found -5; 0 is"),

@@ -16,7 +16,7 @@ from support import mixture
 
 from microdit_jax.diffusion import EdmConfig
 from microdit_jax.errors import UserError
-from microdit_jax.sampling import schedules, solvers
+from microdit_jax.sampling import coefficients, schedules, solvers
 
 EDM = EdmConfig()
 NOISE = np.random.default_rng(0).normal(size=(2, 4, 4, 1))
@@ -149,6 +149,13 @@ def unipc(levels, x):
     return x
 
 
+def consistency(levels, x):
+    """Without the noise that is added before each evaluation but the first."""
+    for level in levels[:-1]:
+        x = mixture.denoise(x, level)
+    return x
+
+
 BY_HAND = {
     "heun": heun,
     "euler": euler,
@@ -157,6 +164,7 @@ BY_HAND = {
     "sab2": stabilised,
     "ab3": functools.partial(adams_bashforth, order=3),
     "unipc": unipc,
+    "student": consistency,
 }
 
 
@@ -191,7 +199,7 @@ def test_a_solver_is_that_of_diffusers(name, steps):
 )
 def test_the_order_of_convergence(name, order, monkeypatch):
     # Coefficients in float64, since errors go below 1e-6
-    monkeypatch.setattr(solvers, "_number", lambda value: np.asarray(value, np.float64)[()])
+    monkeypatch.setattr(coefficients, "_number", lambda value: np.asarray(value, np.float64)[()])
     noise = np.random.default_rng(1).normal(size=200) * 80
 
     def at_the_end(solver, steps):  # but for the step to 0, which is as long whatever the steps

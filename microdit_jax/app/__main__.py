@@ -91,10 +91,12 @@ def _serve(listening: socket.socket, limits: "Limits") -> None:
     """Loads the models and answers at the socket until a signal comes."""
     import uvicorn
 
+    from microdit_jax.app.limits import GUIDANCES
     from microdit_jax.app.server import make_app
     from microdit_jax.app.studio import Studio
     from microdit_jax.machine.compilation_cache import compiled_programs
     from microdit_jax.sampling.settings import Sampler
+    from microdit_jax.sampling.solvers import SOLVERS, STUDENT
 
     options = model_flags.sampler_settings()
     if options["guidance"] == "cfgpp":
@@ -102,7 +104,9 @@ def _serve(listening: socket.socket, limits: "Limits") -> None:
             "the page's guidance goes up from 1, found --guidance=cfgpp, which takes less; give "
             "another, or sample with sample_main.py"
         )
-    steps = Sampler(**options).steps  # raises before anything is loaded
+    if options["guidance"] == "auto":
+        raise UserError("the page has no weaker network, found --guidance=auto; give another")
+    sampler = Sampler(**options)  # raises before anything is loaded
     studio = Studio(_load(), limits=limits, batch_size=BATCH.value, sampler=options)
     start = time.perf_counter()
     sides = studio.warm_up()
@@ -113,8 +117,17 @@ def _serve(listening: socket.socket, limits: "Limits") -> None:
             for name, model in studio.models.items()
         ],
         "limits": dataclasses.asdict(limits),
+        "solvers": {
+            name: {"steps": solver.steps, "least": solver.min_steps}
+            for name, solver in SOLVERS.items()
+            if name != STUDENT
+        },
+        "guidances": GUIDANCES,
         "defaults": {
-            "num_inference_steps": min(steps, limits.steps),
+            "num_inference_steps": min(sampler.steps, limits.steps),
+            "solver": sampler.solver,
+            "guidance": sampler.guidance,
+            "negative_prompt": sampler.negative_prompt,
             "seed": 2024,
             "count": 1,
         },
@@ -190,7 +203,9 @@ def _suggested(pipe: "LatentDiffusion") -> dict[str, Any]:
     """Returns prompts and a guidance scale to begin with."""
     from microdit_jax.sampling import guidance
 
+    student, scale = pipe.student, guidance.default_scale(pipe.text_encoder)
     return {
         "examples": PHOTOS if pipe.text_encoder.pretrained else EMOJI,
-        "guidance_scale": guidance.default_scale(pipe.text_encoder),
+        "guidance_scale": scale if student is None else student.guidance_scale,
+        "student": student is not None,
     }

@@ -24,6 +24,7 @@ PAGE = Path(__file__).parent / "page"
 FILES = {
     "/": ("index.html", "text/html"),
     "/page.js": ("page.js", "text/javascript"),
+    "/edit.js": ("edit.js", "text/javascript"),
     "/page.css": ("page.css", "text/css"),
     "/icon.svg": ("icon.svg", "image/svg+xml"),
 }
@@ -53,7 +54,10 @@ def make_app(studio: Studio, choices: dict[str, Any], hosts: list[str]) -> Starl
                 async for chunk in request.stream():
                     body += chunk
                     if len(body) > studio.limits.body_bytes:
-                        return _refused("the request is too long; shorten the prompt", 413)
+                        return _refused(
+                            "the request is too long; shorten the prompt, or give a smaller image",
+                            413,
+                        )
         except TimeoutError:
             return _refused("the request came in too slowly; send it again", 408)
         except ClientDisconnect:

@@ -3,6 +3,7 @@
 import base64
 import collections
 import dataclasses
+import hashlib
 import io
 import secrets
 import threading
@@ -18,11 +19,16 @@ from PIL import Image
 from microdit_jax import images
 from microdit_jax.app.limits import Limits, SampleRequest
 from microdit_jax.errors import UserError
+from microdit_jax.prepare.given_image import decoded_image
+from microdit_jax.sampling.editing import Edit
 from microdit_jax.sampling.pipeline import LatentDiffusion
 from microdit_jax.sampling.settings import Sampler, network_passes
+from microdit_jax.sampling.student import settled
 
 PREVIEW_SHARE = 0.25  # of a request's time, at most, is spent on previews
 PREVIEW_SIDE = 256  # pixels; larger previews are shrunk
+
+SENT = "sent to the web page"  # in an image's settings, for the files that it was made from
 
 Event = dict[str, Any]  # one message to a page; its "event" says which kind
 
@@ -93,7 +99,10 @@ class Studio:
         self._thread = threading.Thread(target=self._work, name="studio", daemon=True)
 
     def warm_up(self) -> dict[str, int]:
-        """Compiles all programs that requests need.
+        """Compiles the programs that most requests need.
+
+        The first image that is changed, and the first with another kind of guidance, wait for
+        theirs.
 
         Returns:
           The side of each model's images, in pixels.
@@ -102,12 +111,13 @@ class Studio:
         for name, (pipe, _) in self.models.items():
             for size in {1, self._batch_size}:
                 for scale in (2.0, 1.0):
-                    options = self._options({"guidance_scale": scale})
+                    options = self._options(pipe, {"guidance_scale": scale})
                     pipe.warm_up(size, batch_size=size, **options)
+            scale = 1.0 if pipe.student is None else None
             (batch,) = pipe.sample(
                 ["a"],
                 seed=0,
-                guidance_scale=1.0,
+                guidance_scale=scale,
                 num_inference_steps=1,
                 batch_size=1,
                 preview=lambda *_: None,
@@ -185,15 +195,12 @@ class Studio:
         request, start = job.request, time.perf_counter()
         pipe, model_settings = self.models[request.model]
         shared = {"prompt": request.prompt, "of": request.count}
-        options = self._options(
-            {
-                "guidance_scale": request.guidance_scale,
-                "num_inference_steps": request.num_inference_steps,
-            }
-        )
+        options = self._options(pipe, self._asked(request))
+        edit, about_edit = self._edit(pipe, request)
         noise = {"seed": request.seed, "noise": "jax"}
         plan = Sampler(**options).plan(pipe.edm)
         shared |= {"evaluations": len(plan), "network_passes": network_passes(plan)}
+        shared |= about_edit
         job.listener({"event": "started", "of": request.count})
         (dropped,) = pipe.dropped([request.prompt])
         if dropped:
@@ -208,6 +215,7 @@ class Studio:
             batch_size=1 if request.count == 1 else self._batch_size,
             progress=watch.evaluations,
             preview=watch.preview,
+            edit=edit,
         ):
             for index, image in zip(batch.indices, batch.images, strict=True):
                 settings = images.ImageSettings.from_dict(
@@ -219,12 +227,44 @@ class Studio:
         seconds = round(time.perf_counter() - start, 2)
         return {"event": "done", "images": names, "seconds": seconds}
 
-    def _options(self, asked: dict[str, Any]) -> dict[str, Any]:
+    def _asked(self, request: SampleRequest) -> dict[str, Any]:
+        """Returns the sampler's settings that a request has."""
+        asked: dict[str, Any] = {
+            "guidance_scale": request.guidance_scale,
+            "num_inference_steps": request.num_inference_steps,
+            "strength": request.strength,
+        }
+        if request.solver not in (None, self._sampler.get("solver")):
+            asked |= {"solver": request.solver, "schedule": None, "churn": None}
+        if request.guidance not in (None, self._sampler.get("guidance")):
+            asked |= {"guidance": request.guidance, "guidance_interval": None, "apg": None}
+        if request.negative_prompt:
+            asked["negative_prompt"] = request.negative_prompt
+        return asked
+
+    def _options(self, pipe: LatentDiffusion, asked: dict[str, Any]) -> dict[str, Any]:
         """Returns the sampler's settings of a request; without guidance a negative prompt rests."""
         chosen: dict[str, Any] = self._sampler | asked
+        if pipe.student is not None:
+            kept = ("num_inference_steps", "strength")
+            chosen = {name: asked[name] for name in kept if name in asked}
+            return dataclasses.asdict(Sampler(**settled(chosen, pipe.student)))
         if chosen["guidance_scale"] == 1:
             chosen["negative_prompt"] = ""
-        return dataclasses.asdict(Sampler(**chosen))
+        return dataclasses.asdict(Sampler(**settled(chosen, None)))
+
+    def _edit(
+        self, pipe: LatentDiffusion, request: SampleRequest
+    ) -> tuple[Edit | None, dict[str, Any]]:
+        """Decodes and encodes the image that a request changes; and what its settings say of it."""
+        about, decoded = {}, {}
+        for name in ("image", "mask"):
+            decoded[name] = data = getattr(request, name)
+            if data is not None:
+                decoded[name] = decoded_image(data, f"the {name}", self.limits.image_pixels)
+                digest = hashlib.sha256(data).hexdigest()
+                about |= {name: SENT, f"{name}_sha256": digest}
+        return pipe.edit(decoded["image"], decoded["mask"]), about
 
     def _keep(self, image: PngFile) -> str:
         """Keeps an image under a random name; drops the oldest where they are too many bytes."""

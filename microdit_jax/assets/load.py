@@ -39,6 +39,7 @@ from microdit_jax.errors import UserError
 from microdit_jax.files import HeldFolder, cache_folder, disk_errors
 from microdit_jax.models import dit
 from microdit_jax.models.dit import DiTConfig, for_this_machine
+from microdit_jax.sampling.student import Student
 from microdit_jax.towers import Codec, TextEncoder
 
 # Devices for a network's weights: a mesh, None for the first local device, or a function that
@@ -53,6 +54,7 @@ class Model(NamedTuple):
       vae, text_encoder: as load_codec and load_text_encoder take them; None if unknown.
       folder: of the training run or the shipped model, whose config.json names its data.
       description: tells a person what was loaded.
+      student: of a few-step student, what its teacher was.
     """
 
     config: DiTConfig
@@ -62,6 +64,7 @@ class Model(NamedTuple):
     text_encoder: str | None
     folder: Path | None
     description: str
+    student: Student | None = None
 
     def with_dtype(self, dtype: str) -> "Model":
         """Returns the model with another dtype of the computation."""
@@ -181,6 +184,7 @@ def _of_run(metadata: dict, config: DiTConfig, params: Any, path: Path, descript
         towers["text_encoder"],
         path,
         description,
+        Student.from_dict(metadata.get("student"), f"{path}/config.json"),
     )
 
 

@@ -8,18 +8,19 @@ import jax
 
 from microdit_jax.checkpoints import model_folder
 from microdit_jax.checkpoints.model_folder import Params
-from microdit_jax.checkpoints.restore import good_step, restore_state
+from microdit_jax.checkpoints.restore import good_step, restore_state, steps_on_disk
 from microdit_jax.checkpoints.run import is_run, read_run_metadata
-from microdit_jax.errors import UserError
+from microdit_jax.errors import UserError, visible
 from microdit_jax.machine import hosts
 
 
 def load_run_params(
-    workdir: str | os.PathLike, abstract_params: Any, *, ema: bool
+    workdir: str | os.PathLike, abstract_params: Any, *, ema: bool, step: int | None = None
 ) -> tuple[Params, int]:
     """Loads the newest undamaged parameters of a training run, without its optimiser state.
 
     Args:
+      step: of another checkpoint than the newest.
       abstract_params: shapes, types and shardings to restore to.
       ema: load the moving average instead of the raw parameters.
     Returns:
@@ -27,13 +28,41 @@ def load_run_params(
     Raises:
       UserError: no good checkpoint, or of another network, or without an average.
     """
-    step, _ = good_step(workdir)
+    step, _ = good_step(workdir, step)
     folder, name = Path(workdir).absolute() / "checkpoints" / str(step), "ema" if ema else "params"
     if ema and not read_run_metadata(workdir, "has_ema")["has_ema"]:
         raise UserError(
             f"expected an average of the weights in {workdir}, found none; use ema=False"
         )
     return restore_state(folder, {name: abstract_params}, partial=True)[name], step
+
+
+def load_earlier_params(
+    workdir: str | os.PathLike, params: Params, step: int | None
+) -> tuple[Params, str]:
+    """Loads the parameters of an earlier checkpoint, the moving average where the run keeps one.
+
+    Args:
+      params: the newest ones, for shapes, types and shardings.
+      step: of the checkpoint; None: the oldest that is there.
+    Returns:
+      The parameters, and a description of them in words.
+    Raises:
+      UserError: there is no such checkpoint, or none but the newest.
+    """
+    steps = steps_on_disk(workdir)
+    if step is None and len(steps) < 2:
+        raise UserError(
+            f"autoguidance takes an earlier checkpoint of {visible(workdir)}, found {len(steps)} "
+            "in all; train with a train.keep_every, or name another network"
+        )
+    step = steps[0] if step is None else step
+    ema = read_run_metadata(workdir, "has_ema")["has_ema"]
+    abstract = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), params
+    )
+    found, step = load_run_params(workdir, abstract, ema=ema, step=step)
+    return found, describe_weights(workdir, step, ema=ema)
 
 
 def describe_weights(workdir: str | os.PathLike, step: int, *, ema: bool) -> str:

@@ -134,6 +134,10 @@ def _evaluate() -> None:
     with contextlib.ExitStack() as stack:
         claimed(out, stack)
         pipe, model = model_flags.load(MODEL.value)
+        chosen = model_flags.sampler_settings() | {STEPS.name: STEPS.value}
+        for scale in scales if GUIDANCE.present else (None,):
+            settled = request.for_network(pipe.student, chosen | {GUIDANCE.name: scale})
+        request = settled
         result, files = protocol.evaluate(Subject(MODEL.value, model, pipe), request, out)
     if jax.process_index():
         return

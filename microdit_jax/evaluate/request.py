@@ -2,13 +2,15 @@
 
 import dataclasses
 import math
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 from microdit_jax.assets import load
 from microdit_jax.errors import UserError
 from microdit_jax.evaluate.scores import FEATURE_METRICS, INCEPTION_METRICS, METRICS
 from microdit_jax.sampling.pipeline import LatentDiffusion
 from microdit_jax.sampling.settings import Sampler
+from microdit_jax.sampling.student import Student, settled
 
 # Flags that only some metrics use, with these metrics
 FOR_METRICS = {
@@ -91,3 +93,21 @@ class EvaluationRequest:
     def sampler_at(self, guidance_scale: float) -> Sampler:
         """Returns the sampler of one guidance scale."""
         return dataclasses.replace(self.sampler, guidance_scale=guidance_scale)
+
+    def for_network(
+        self, student: Student | None, chosen: Mapping[str, Any]
+    ) -> "EvaluationRequest":
+        """Returns the request with what a few-step student decides filled in.
+
+        Args:
+          student: of the network; None: it is none.
+          chosen: fields of the sampler that a person asked for.
+        Raises:
+          UserError: as `sampling.student.settled` does.
+        """
+        settings = settled(dict(chosen), student)
+        if student is None:
+            return self
+        return dataclasses.replace(
+            self, sampler=Sampler(**settings), guidance_scales=(student.guidance_scale,)
+        )

@@ -23,6 +23,7 @@ from microdit_jax.evaluate.prompts import PromptSet
 from microdit_jax.files import read_json, read_npz, write_text
 from microdit_jax.images import is_made_so, read_png, save_png, to_uint8
 from microdit_jax.machine import hosts
+from microdit_jax.machine.placement import fetch
 from microdit_jax.metrics.statistics import write_npz
 from microdit_jax.sampling.pipeline import LatentDiffusion
 from microdit_jax.sampling.settings import Sampler
@@ -225,5 +226,5 @@ def weights_digest(params: Any) -> str:
         for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]
     ):
         digest.update(path.encode())
-        digest.update(np.ascontiguousarray(jax.device_get(leaf)).tobytes())
+        digest.update(np.ascontiguousarray(fetch(leaf)).tobytes())
     return digest.hexdigest()

@@ -4,12 +4,30 @@ The gradient of a weight is a matmul with the layer's input transposed. XLA's CP
 transpose with the computation of the input, so that norm, modulation or GELU run a second time, one
 strided element after another (0.31 s of a 1.3 s mixer block with experts; docs/performance.md). An
 optimization barrier on both operands prevents the fusion.
+
+JAX cannot differentiate a function with a backward pass of its own in forward mode; what calls
+`jax.jvp` on a network traces it within `forward_mode`.
 """
 
+import contextlib
+import contextvars
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 from jaxtyping import Array, Float, Shaped
+
+_FORWARD_MODE = contextvars.ContextVar("forward mode", default=False)
+
+
+@contextlib.contextmanager
+def forward_mode() -> Iterator[None]:
+    """Traces the matmuls within it as plain ones, which `jax.jvp` differentiates."""
+    token = _FORWARD_MODE.set(True)
+    try:
+        yield
+    finally:
+        _FORWARD_MODE.reset(token)
 
 
 def _identity(*operands: Array) -> tuple[Array, ...]:
@@ -25,14 +43,20 @@ def fusion_barrier(*operands: Shaped[Array, "..."]) -> tuple[Shaped[Array, "..."
     )
 
 
-@jax.custom_vjp
 def matmul(x: Float[Array, "*b d"], w: Float[Array, "d f"]) -> Float[Array, "*b f"]:
     """Returns x w, contracted over the last axis of x."""
+    return _plain_matmul(x, w) if _FORWARD_MODE.get() else _matmul(x, w)
+
+
+def _plain_matmul(x: Array, w: Array) -> Array:
     return jax.lax.dot_general(x, w, (((x.ndim - 1,), (0,)), ((), ())))
 
 
+_matmul = jax.custom_vjp(_plain_matmul)
+
+
 def _matmul_forward(x: Array, w: Array) -> tuple[Array, tuple[Array, Array]]:
-    return matmul(x, w), (x, w)
+    return _matmul(x, w), (x, w)
 
 
 def _matmul_backward(residuals: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
@@ -44,7 +68,7 @@ def _matmul_backward(residuals: tuple[Array, Array], g: Array) -> tuple[Array, A
     return dx, dw
 
 
-matmul.defvjp(_matmul_forward, _matmul_backward)
+_matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
 def dot_general(
@@ -65,14 +89,20 @@ def _batched(x: Array, w: Array, x_axis: int, w_axis: int) -> Array:
     return jax.lax.dot_general(x, w, (((x_axis,), (w_axis,)), ((0,), (0,))))
 
 
-@jax.custom_vjp
 def batched_matmul(x: Float[Array, "e m d"], w: Float[Array, "e d f"]) -> Float[Array, "e m f"]:
     """Returns x[e] w[e] for each e."""
+    return _plain_batched_matmul(x, w) if _FORWARD_MODE.get() else _batched_matmul(x, w)
+
+
+def _plain_batched_matmul(x: Array, w: Array) -> Array:
     return _batched(x, w, 2, 1)
 
 
+_batched_matmul = jax.custom_vjp(_plain_batched_matmul)
+
+
 def _batched_forward(x: Array, w: Array) -> tuple[Array, tuple[Array, Array]]:
-    return batched_matmul(x, w), (x, w)
+    return _batched_matmul(x, w), (x, w)
 
 
 def _batched_backward(residuals: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
@@ -81,4 +111,4 @@ def _batched_backward(residuals: tuple[Array, Array], g: Array) -> tuple[Array, 
     return _batched(g, w, 2, 2), _batched(x, g, 1, 1)  # (e, m, d), (e, d, f)
 
 
-batched_matmul.defvjp(_batched_forward, _batched_backward)
+_batched_matmul.defvjp(_batched_forward, _batched_backward)

@@ -18,8 +18,9 @@ from jaxtyping import Float, Float32, Int
 
 from microdit_jax.errors import UserError, visible
 from microdit_jax.machine.placement import full_batches
-from microdit_jax.prepare.decoding import DecodedImage, to_float
+from microdit_jax.prepare.decoding import DecodedImage
 from microdit_jax.prepare.options import PrepareOptions
+from microdit_jax.prepare.pixels import to_float
 from microdit_jax.towers import Codec, TextEncoder, tokenizer_of
 
 Record = dict[str, Any]  # column -> text or array

@@ -15,7 +15,7 @@ REFERENCE_SCALE = 5.0  # MicroDiT's own, for photographs and pretrained text enc
 EMOJI_SCALE = 3.0  # for networks trained on the embedded emoji images
 CFGPP_SCALE = 0.6  # of CFG++, whose scale is an interpolation's
 
-KINDS = ("cfg", "interval", "apg", "cfgpp")
+KINDS = ("cfg", "interval", "apg", "cfgpp", "auto")
 
 
 class Form(enum.Enum):
@@ -25,10 +25,16 @@ class Form(enum.Enum):
     UNCONDITIONAL = "unconditional"  # the zero caption, or the negative prompt, alone
     GUIDED = "guided"  # both, in a doubled batch, for classifier-free guidance
     ADJUSTED = "adjusted"  # both, for guidance with a projection or a rescaling
+    AUTO = "auto"  # the caption alone, by two networks, for autoguidance
 
     @property
     def passes(self) -> int:
         """Passes of the network that one image takes."""
+        return 2 if self in (Form.GUIDED, Form.ADJUSTED, Form.AUTO) else 1
+
+    @property
+    def captions(self) -> int:
+        """Captions that its program takes for each image."""
         return 2 if self in (Form.GUIDED, Form.ADJUSTED) else 1
 
 
@@ -79,6 +85,21 @@ def guided(network: Network, guidance_scale: Float[Array, ""] | float) -> Networ
     def network_with_guidance(x: Latents, c_noise: Float[Array, " n"]) -> Latents:
         F_cond, F_uncond = _both(network, x, c_noise)
         return F_uncond + guidance_scale * (F_cond - F_uncond)
+
+    return network_with_guidance
+
+
+def autoguided(network: Network, weaker: Network, scale: Float[Array, ""] | float) -> Network:
+    """Autoguidance (Karras et al. 2024, arXiv 2406.02507, equation 3): F_weak + g (F - F_weak).
+
+    Args:
+      weaker: a network that was trained less, with the same caption.
+      scale: g; may be traced.
+    """
+
+    def network_with_guidance(x: Latents, c_noise: Float[Array, " n"]) -> Latents:
+        F_weak = weaker(x, c_noise).astype(jnp.float32)
+        return F_weak + scale * (network(x, c_noise).astype(jnp.float32) - F_weak)
 
     return network_with_guidance
 

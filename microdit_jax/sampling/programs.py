@@ -10,13 +10,14 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from microdit_jax import diffusion, sharding
-from microdit_jax.diffusion import EdmConfig, Latents
+from microdit_jax.diffusion import Denoiser, EdmConfig, Latents
 from microdit_jax.machine import memory
 from microdit_jax.machine.placement import mesh_of, rows_sharding
 from microdit_jax.models.dit import Caption, DiT
 from microdit_jax.sampling import guidance, solvers
+from microdit_jax.sampling.coefficients import Evaluation
 from microdit_jax.sampling.guidance import Form, Strength
-from microdit_jax.sampling.solvers import Evaluation, SolverState
+from microdit_jax.sampling.solvers import SolverState
 
 
 class SamplerState(NamedTuple):
@@ -29,6 +30,18 @@ class SamplerState(NamedTuple):
 
     solver: SolverState
     average: Latents
+
+
+class Known(NamedTuple):
+    """Latents that an image is to have where it is not changed.
+
+    Attributes:
+      latents: (n, h, w, channels), scaled.
+      free: (n, h, w, 1), 1 where the image is made anew, 0 where it stays.
+    """
+
+    latents: Latents
+    free: Float[Array, "n h w 1"]
 
 
 @functools.partial(jax.jit, static_argnames=("model", "mesh"))
@@ -54,10 +67,11 @@ def encode_captions(
 )
 def evaluate_network(
     params: Any,
-    caption: Caption,
+    caption: Caption | dict[str, Caption],
     state: SamplerState,
     at: Evaluation,
     strength: Strength,
+    known: Known | None = None,
     *,
     model: DiT,
     sigma_data: float,
@@ -69,15 +83,21 @@ def evaluate_network(
     One program of each form serves all solvers, numbers of steps and strengths of guidance.
 
     Args:
-      caption: from `encode_captions`.
+      params, caption: the weights, and what `encode_captions` makes of them; for Form.AUTO a pair
+        of each, {"main": ..., "weaker": ...}.
       at: one of a solver's evaluations.
       strength: of guidance, for the forms that guide.
+      known: what stays of a given image. The denoised image is set to it there, for which the
+        equation has an exact solution, latents + sigma noise, on which every solver here stays.
       form: the conditional and the unconditional one are the same program.
     """
 
-    def evaluate(params, caption, state, at, strength):
-        def network(x, c_noise):
-            return model.apply({"params": params}, x, c_noise, caption, method="predict")[0]
+    def evaluate(params, caption, state, known, at, strength):
+        def network_of(params, caption):
+            def network(x, c_noise):
+                return model.apply({"params": params}, x, c_noise, caption, method="predict")[0]
+
+            return network
 
         solver, average = state
 
@@ -86,43 +106,73 @@ def evaluate_network(
             D, average = guidance.adjusted(network, x, sigma, average, strength, sigma_data)
             return D
 
-        guided = form == Form.GUIDED
-        F = guidance.guided(network, strength.scale) if guided else network
+        if form == Form.AUTO:
+            both = (network_of(params[part], caption[part]) for part in ("main", "weaker"))
+            F = guidance.autoguided(*both, strength.scale)
+        else:
+            network = network_of(params, caption)
+            guided = form == Form.GUIDED
+            F = guidance.guided(network, strength.scale) if guided else network
         denoise = adjusted if form == Form.ADJUSTED else diffusion.denoiser(F, sigma_data)
+        if known is not None:
+            denoise = keeping(denoise, known)
         return SamplerState(solvers.evaluate(denoise, solver, at), average)
 
-    return sharding.on_each_device(evaluate, mesh, params, (caption, state), (at, strength))
+    rows = (caption, state, known)
+    return sharding.on_each_device(evaluate, mesh, params, rows, (at, strength))
+
+
+def keeping(denoise: Denoiser, known: Known) -> Denoiser:
+    """Returns the denoiser whose result is the known latents wherever they are to stay."""
+
+    def denoise_the_rest(x: Latents, sigma: Float[Array, " n"]) -> Latents:
+        return jnp.where(known.free > 0, denoise(x, sigma), known.latents)
+
+    return denoise_the_rest
 
 
 def compile_programs(
-    model: DiT, edm: EdmConfig, params: Any, size: int, length: int, *, form: Form
+    model: DiT,
+    edm: EdmConfig,
+    params: Any,
+    size: int,
+    length: int,
+    *,
+    form: Form,
+    edits: bool = False,
 ) -> tuple[jax.stages.Compiled, jax.stages.Compiled]:
     """Compiles `encode_captions` and `evaluate_network` for batches of one size.
 
     Args:
-      params: where they are says on which devices the programs run.
+      params: where they are says on which devices the programs run; a pair for Form.AUTO.
       size: images in a batch, a multiple of the number of devices.
       length: tokens l of a caption.
       form: of an evaluation; those that guide double the network's batch.
+      edits: with known latents.
     Raises:
       UserError: the batch needs more memory than is free.
     """
     cfg, (row_sharding, _) = model.config, rows_sharding(params)
     rows = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32, sharding=row_sharding)
     static = {"model": model, "mesh": mesh_of(params)}
-    y = rows((form.passes * size, length, cfg.caption_channels))
-    encode = encode_captions.lower(params, y, **static).compile()
+    y = rows((form.captions * size, length, cfg.caption_channels))
+    one = params["main"] if form == Form.AUTO else params
+    encode = encode_captions.lower(one, y, **static).compile()
     caption = jax.tree.map(
         lambda info, sharding: jax.ShapeDtypeStruct(info.shape, info.dtype, sharding=sharding),
         encode.out_info,
         encode.output_shardings,
     )
+    if form == Form.AUTO:
+        caption = {"main": caption, "weaker": caption}
     x = rows((size, cfg.input_size, cfg.input_size, cfg.in_channels))
+    known: Any = Known(x, rows((*x.shape[:3], 1))) if edits else None
     evaluate = evaluate_network.lower(
         params,
         caption,
         abstract_state(x),
         *abstract_scalars(),
+        known,
         sigma_data=edm.sigma_data,
         form=form,
         **static,
@@ -155,3 +205,24 @@ def start(noise: Float[Array, "n h w c"], *, edm: EdmConfig) -> SamplerState:
 def denoised(state: SamplerState, at: Evaluation) -> Latents:
     """Recovers the denoised latents of the last evaluation, as `solvers.denoised` does."""
     return solvers.denoised(state.solver, at)
+
+
+@jax.jit
+def start_from(
+    noise: Float[Array, "n h w c"], latents: Latents, sigma: Float[Array, ""]
+) -> SamplerState:
+    """The state before the first evaluation of an image that is to be changed.
+
+    Args:
+      sigma: the first noise level.
+    """
+    solver = solvers.start_at(latents + sigma * noise)
+    return SamplerState(solver, 0 * solver.x)
+
+
+@functools.partial(jax.jit, donate_argnames="state")
+def add_noise(
+    state: SamplerState, noise: Float[Array, "n h w c"], deviation: Float[Array, ""]
+) -> SamplerState:
+    """Adds noise to the x of the next evaluation, which begins a step."""
+    return state._replace(solver=state.solver._replace(x=state.solver.x + deviation * noise))

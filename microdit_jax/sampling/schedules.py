@@ -10,6 +10,7 @@ from microdit_jax.diffusion import EdmConfig
 LOG_KNEE = 0.02  # noise level around which the log schedule turns from geometric to even steps
 MIDDLE = 0.8  # noise level around which the dense schedule has more levels than the log schedule
 DENSITY = 4.0  # how many more
+STUDENT_SPAN = 10.0, 0.2  # noise levels between which a student's later evaluations are
 
 Levels = Float64[np.ndarray, " levels"]
 
@@ -80,9 +81,23 @@ def exponential_levels(num_steps: int, config: EdmConfig) -> Levels:
     return np.append(levels, 0.0)
 
 
+def student_levels(num_steps: int, config: EdmConfig) -> Levels:
+    """Noise levels of few-step students: sigma_max, then the inner ends of equal parts, then 0.
+
+    The parts are those of STUDENT_SPAN in ln sigma, where images take shape: more levels above it
+    change nothing, and below it there is nothing left to change.
+
+    Returns:
+      (num_steps + 1,) float64.
+    """
+    inner = np.geomspace(*STUDENT_SPAN, num_steps + 1)[1:-1]
+    return np.concatenate([[config.sigma_max], inner, [0.0]])
+
+
 SCHEDULES: dict[str, Callable[[int, EdmConfig], Levels]] = {
     "edm": edm_levels,
     "log": log_levels,
     "dense": dense_levels,
     "exponential": exponential_levels,
+    "student": student_levels,
 }

@@ -6,9 +6,12 @@ from typing import NamedTuple
 
 from microdit_jax.diffusion import EdmConfig
 from microdit_jax.errors import UserError
+from microdit_jax.sampling import solvers
+from microdit_jax.sampling.churn import Churn
+from microdit_jax.sampling.coefficients import Evaluation
 from microdit_jax.sampling.guidance import KINDS, Form, Strength
-from microdit_jax.sampling.schedules import SCHEDULES
-from microdit_jax.sampling.solvers import Evaluation, shows_denoised, solver_of
+from microdit_jax.sampling.schedules import SCHEDULES, Levels
+from microdit_jax.sampling.solvers import STUDENT, shows_denoised, solver_of
 
 INTERVAL = (0.05, 1.5)  # noise levels in which guidance="interval" guides unless asked otherwise
 APG = (0.0, -0.5, 0.0)  # eta, beta and r of guidance="apg" unless asked otherwise
@@ -22,12 +25,14 @@ class PlannedEvaluation(NamedTuple):
       form: program to run.
       strength: of its guidance.
       step: index of the step that it begins, for a preview; None for a correction.
+      noise: deviation of the noise that is added to x before it; 0 for none.
     """
 
     at: Evaluation
     form: Form
     strength: Strength
     step: int | None
+    noise: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,7 +44,8 @@ class Sampler:
       num_inference_steps: steps; None: the solver's own number.
       schedule: one of `schedules.SCHEDULES`; None: the solver's own.
       guidance: "cfg", classifier-free guidance; "interval", the same at some noise levels alone;
-        "apg", adaptive projected guidance; "cfgpp", CFG++, for the solver "euler".
+        "apg", adaptive projected guidance; "cfgpp", CFG++, for the solver "euler"; "auto",
+        autoguidance by a weaker network with the same caption.
       guidance_scale: g in uncond + g (cond - uncond): 0 is the unconditional model and 1 the
         conditional one, each in one pass of the network; any other takes two. Of "cfgpp" lambda,
         in (0, 1].
@@ -49,6 +55,9 @@ class Sampler:
       apg: eta, beta and r of "apg": weight of the parallel part, momentum, and bound of the norm
         (0: none); None: APG.
       negative_prompt: a prompt in place of the zero caption; "" for none.
+      churn: of the solver "heun", as `churn.Churn` has it; None for none.
+      strength: of what happens to a given image, in (0, 1]: the share of the steps that are taken,
+        the last ones; None: there is no image.
 
     Raises:
       UserError: a value out of its range, or settings that do not go together.
@@ -63,6 +72,8 @@ class Sampler:
     guidance_rescale: float = 0.0
     apg: tuple[float, float, float] | None = None
     negative_prompt: str = ""
+    churn: tuple[float, float, float, float] | None = None
+    strength: float | None = None
 
     def __post_init__(self):
         solver = solver_of(self.solver)
@@ -84,6 +95,12 @@ class Sampler:
             raise UserError(
                 f"schedule must be one of {', '.join(SCHEDULES)}, found {self.schedule!r}"
             )
+        if self.churn is not None:
+            Churn(*self.churn).check()
+            if self.solver != "heun":
+                raise UserError(f"churn is for solver=heun, found solver={self.solver}")
+        if self.strength is not None and not 0 < self.strength <= 1:
+            raise UserError(f"strength must be above 0 and up to 1, found {self.strength:g}")
 
     @property
     def steps(self) -> int:
@@ -107,6 +124,11 @@ class Sampler:
                 "guidance=cfgpp takes solver=euler and a guidance_scale above 0 and up to 1, found "
                 f"solver={self.solver} and {scale:g}"
             )
+        if kind == "auto" and (scale < 1 or self.guidance_rescale):
+            raise UserError(
+                "guidance=auto takes a guidance_scale of 1 or more and no guidance_rescale, found "
+                f"{scale:g} and {self.guidance_rescale:g}"
+            )
         for name, owner in (("guidance_interval", "interval"), ("apg", "apg")):
             if getattr(self, name) is not None and kind != owner:
                 raise UserError(f"{name} is for guidance={owner}, found guidance={kind}")
@@ -124,6 +146,16 @@ class Sampler:
             )
         if not 0 <= self.guidance_rescale <= 1:
             raise UserError(f"guidance_rescale must be in [0, 1], found {self.guidance_rescale:g}")
+        if self.solver == STUDENT and (kind != "cfg" or self.guidance_rescale):
+            raise UserError(
+                "a student's guidance is built in: solver=student takes no guidance, "
+                f"guidance_interval, apg or guidance_rescale, found guidance={kind}"
+            )
+        if self.negative_prompt and (self.solver == STUDENT or kind == "auto"):
+            raise UserError(
+                "negative_prompt needs guidance by another caption, found "
+                f"{'a student' if self.solver == STUDENT else 'guidance=auto'}; leave it out"
+            )
         unguided = scale in (0, 1) and kind != "cfgpp"
         if self.negative_prompt and unguided:
             raise UserError(
@@ -137,15 +169,13 @@ class Sampler:
         Raises:
           UserError: an interval of guidance that holds none of the schedule's noise levels.
         """
-        assert self.schedule is not None
-        levels = SCHEDULES[self.schedule](self.steps, config)
-        plan: list[PlannedEvaluation] = []
-        steps = 0
-        for at in solver_of(self.solver).evaluations(levels):
+        levels, plan, steps = self.levels(config), [], 0
+        for at, noise in self._evaluations(levels):
             scale = self._scale(at)
             step = steps if shows_denoised(at) else None
             steps += step is not None
-            plan.append(PlannedEvaluation(at, self._form(scale), self._strength(scale), step))
+            form, strength = self._form(scale), self._strength(scale)
+            plan.append(PlannedEvaluation(at, form, strength, step, noise))
         if self.guidance_interval is not None and self.guidance_scale != 1:
             if all(evaluation.form == Form.CONDITIONAL for evaluation in plan):
                 low, high = self.guidance_interval
@@ -155,6 +185,26 @@ class Sampler:
                     "interval, or guidance_scale=1"
                 )
         return plan
+
+    def levels(self, config: EdmConfig) -> Levels:
+        """Returns the noise levels from the first to 0; with a strength, the last ones alone."""
+        assert self.schedule is not None
+        levels = SCHEDULES[self.schedule](self.steps, config)
+        if self.strength is None:
+            return levels
+        return levels[self.steps - max(round(self.strength * self.steps), 1) :]
+
+    def _evaluations(self, levels: Levels) -> list[tuple[Evaluation, float]]:
+        """Lists the solver's evaluations, each with the noise that is added before it."""
+        solver = solver_of(self.solver)
+        if self.churn is not None and self.churn[0]:
+            hats, added = Churn(*self.churn).raised(levels, self.steps)
+            rows, noises = solvers.heun(levels, hats), list(added)
+        else:
+            rows = solver.evaluations(levels)
+            noises = [0.0, *levels[1:-1]] if solver.renoises else [0.0] * len(rows)
+        noises = iter(noises)
+        return [(at, float(next(noises)) if at.restarts else 0.0) for at in rows]
 
     def forms(self) -> set[Form]:
         """Lists the programs that runs of these settings need, whatever their noise levels."""
@@ -174,8 +224,10 @@ class Sampler:
         return self.guidance_scale
 
     def _form(self, scale: float) -> Form:
-        if scale == 1 and self.guidance != "cfgpp":
+        if scale == 1 and self.guidance != "cfgpp" or self.solver == STUDENT:
             return Form.CONDITIONAL
+        if self.guidance == "auto":
+            return Form.AUTO
         if scale == 0:
             return Form.UNCONDITIONAL
         return Form.ADJUSTED if self.guidance_rescale or self.apg else Form.GUIDED

@@ -10,50 +10,29 @@ a function from noise levels to the coefficients of each evaluation.
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Float64
+from jaxtyping import Float64
 
 from microdit_jax.diffusion import Denoiser, EdmConfig, Latents
 from microdit_jax.errors import UserError
+from microdit_jax.sampling.coefficients import (
+    OUTPUTS,
+    STAY,
+    Evaluation,
+    Update,
+    mean_weights,
+    row,
+    slope_row,
+    unified,
+    update,
+)
 from microdit_jax.sampling.schedules import Levels, edm_levels
 
-OUTPUTS = 3  # of the network that an update combines: this evaluation's and two earlier ones'
-
-
-class Update(NamedTuple):
-    """Coefficients of x' = x + step (sum_j weights_j output_j - pull x), the newest output first.
-
-    Attributes:
-      step, pull: scalars, or (evaluations,) of several stacked.
-      weights: (OUTPUTS,), or (evaluations, OUTPUTS).
-    """
-
-    step: Float[Array, "*n"]
-    pull: Float[Array, "*n"]
-    weights: Float[Array, "*n outputs"]
-
-
-class Evaluation(NamedTuple):
-    """Coefficients of one evaluation, or of several stacked: the input of `evaluate`.
-
-    Attributes:
-      sigma: noise level at which the network is evaluated.
-      keeps_denoised: the output that is kept and combined is the denoised D itself; otherwise it
-        is the slope dx/dsigma.
-      restarts: the step begins at the x that is evaluated; otherwise `corrector` computes its
-        beginning from that of the step before.
-      corrector, predictor: updates of x_start, and from there to the next evaluation's x.
-    """
-
-    sigma: Float[Array, "*n"]
-    keeps_denoised: Bool[Array, "*n"]
-    restarts: Bool[Array, "*n"]
-    corrector: Update
-    predictor: Update
+STUDENT = "student"  # the solver of few-step students (training/distill.py), and of nothing else
 
 
 class SolverState(NamedTuple):
@@ -73,7 +52,11 @@ class SolverState(NamedTuple):
 
 def start(noise: Latents, config: EdmConfig) -> SolverState:
     """The state before the first evaluation: standard normal noise times sigma_max."""
-    x = noise.astype(jnp.float32) * np.float32(config.sigma_max)
+    return start_at(noise.astype(jnp.float32) * np.float32(config.sigma_max))
+
+
+def start_at(x: Latents) -> SolverState:
+    """The state before an evaluation at x."""
     # Buffers of their own, since the state is donated from evaluation to evaluation. Zeros made
     # from x are sharded like x.
     return SolverState(x, jnp.copy(x), 0 * x, 0 * x)
@@ -154,26 +137,31 @@ class Solver:
       schedule: name of the schedule it takes unless asked otherwise.
       steps: number of steps it takes unless asked otherwise.
       min_steps: number of steps below which it has no order of its own.
+      renoises: each level's noise is added anew before its evaluation.
     """
 
     evaluations: Callable[[Levels], list[Evaluation]]
     schedule: str
     steps: int
     min_steps: int = 1
+    renoises: bool = False
 
 
-def heun(levels: Levels) -> list[Evaluation]:
-    """Heun's second-order steps (EDM, Algorithm 1, no churn): 2 n - 1 evaluations for n steps.
+def heun(levels: Levels, hats: Float64[np.ndarray, " n"] | None = None) -> list[Evaluation]:
+    """Heun's second-order steps (EDM, Algorithms 1 and 2): 2 n - 1 evaluations for n steps.
 
     Row 2i evaluates D at sigma_i and predicts x at sigma_{i+1} (Euler); row 2i + 1 evaluates D
     there and corrects (Heun). The last step, to sigma 0, is Euler's alone.
+
+    Args:
+      hats: levels to which noise was raised at the beginning of each step; None: not raised.
     """
     rows = []
-    for now, following in zip(levels[:-1], levels[1:], strict=True):
-        rows.append(_slope_row(now, following - now, [1.0]))
+    for now, following in zip(levels[:-1] if hats is None else hats, levels[1:], strict=True):
+        rows.append(slope_row(now, following - now, [1.0]))
         if following > 0:
-            corrector = _update(following - now, [0.5, 0.5])
-            rows.append(_row(following, corrector=corrector))
+            corrector = update(following - now, [0.5, 0.5])
+            rows.append(row(following, corrector=corrector))
     return rows
 
 
@@ -193,7 +181,7 @@ def adams_bashforth(levels: Levels, order: int = OUTPUTS) -> list[Evaluation]:
     for i in range(len(levels) - 1):
         known = levels[max(i - order + 1, 0) : i + 1][::-1]
         step = levels[i + 1] - levels[i]
-        rows.append(_slope_row(levels[i], step, _mean_weights(known, levels[i], levels[i + 1])))
+        rows.append(slope_row(levels[i], step, mean_weights(known, levels[i], levels[i + 1])))
     return rows
 
 
@@ -223,8 +211,8 @@ def dpmpp_2m(levels: Levels) -> list[Evaluation]:
         extra = 0.0
         if i and following > 0:
             extra = np.log(now / following) / np.log(levels[i - 1] / now) / 2  # 1 / (2r)
-        predictor = _update(1 - following / now, [1 + extra, -extra], pull=1.0)
-        rows.append(_row(now, predictor=predictor, keeps_denoised=True, restarts=True))
+        predictor = update(1 - following / now, [1 + extra, -extra], pull=1.0)
+        rows.append(row(now, predictor=predictor, keeps_denoised=True, restarts=True))
     return rows
 
 
@@ -244,17 +232,29 @@ def unipc(levels: Levels) -> list[Evaluation]:
             h = log_snr[i] - log_snr[i - 1]
             ratios = [(log_snr[i - 2] - log_snr[i - 1]) / h] if min(2, i, steps - i + 1) > 1 else []
             # D_0 is the last evaluation's, D_1 (r = 1) this one's, D_2 that before the last.
-            added = _unified(h, [*ratios, 1.0])
+            added = unified(h, [*ratios, 1.0])
             older = [gain / ratio for gain, ratio in zip(added, ratios, strict=False)]
             weights = [added[-1], 1 - added[-1] - sum(older), *older]
-            corrector = _update(1 - levels[i] / levels[i - 1], weights, pull=1.0)
+            corrector = update(1 - levels[i] / levels[i - 1], weights, pull=1.0)
         extra = 0.0
         if order > 1:  # UniP-2: a half of (D_1 - D_0) / r_1
             extra = (log_snr[i + 1] - log_snr[i]) / (log_snr[i] - log_snr[i - 1]) / 2
-        predictor = _update(1 - levels[i + 1] / levels[i], [1 + extra, -extra], pull=1.0)
+        predictor = update(1 - levels[i + 1] / levels[i], [1 + extra, -extra], pull=1.0)
         updates = {"corrector": corrector, "predictor": predictor}
-        rows.append(_row(levels[i], **updates, keeps_denoised=True, restarts=i == 0))
+        rows.append(row(levels[i], **updates, keeps_denoised=True, restarts=i == 0))
     return rows
+
+
+def consistency(levels: Levels) -> list[Evaluation]:
+    """Samples a consistency function (Song et al. 2023, arXiv 2303.01469, Algorithm 1).
+
+    Each evaluation gives an image, to which the next level's noise is added (`Solver.renoises`).
+    """
+    to_denoised = update(1.0, [1.0], pull=1.0)
+    return [
+        row(level, predictor=to_denoised, keeps_denoised=True, restarts=True)
+        for level in levels[:-1]
+    ]
 
 
 SOLVERS = {
@@ -265,6 +265,7 @@ SOLVERS = {
     "sab2": Solver(stabilised_adams_bashforth, "dense", 16, min_steps=3),
     "ab3": Solver(adams_bashforth, "dense", 16, min_steps=3),
     "unipc": Solver(unipc, "dense", 20, min_steps=2),
+    STUDENT: Solver(consistency, "student", 4, renoises=True),
 }
 
 
@@ -278,66 +279,3 @@ def solver_of(name: str) -> Solver:
 def heun_evaluations(num_steps: int, config: EdmConfig) -> list[Evaluation]:
     """Returns the evaluations of the default: Heun's steps on the levels of EDM's equation 5."""
     return heun(edm_levels(num_steps, config))
-
-
-# ---------------------------------------------------------------- coefficients
-def _update(step: float, weights: list[float], pull: float = 0.0) -> Update:
-    padded = (*weights, 0.0, 0.0)[:OUTPUTS]
-    return Update(_number(step), _number(pull), _number(padded))
-
-
-def _number(value: float | tuple[float, ...]) -> Any:
-    """Converts to float32 NumPy, which compiled programs take like JAX's arrays."""
-    return np.float32(value) if isinstance(value, float) else np.array(value, np.float32)
-
-
-STAY = _update(0.0, [1.0])
-
-
-def _row(
-    sigma: float,
-    *,
-    corrector: Update = STAY,
-    predictor: Update = STAY,
-    keeps_denoised: bool = False,
-    restarts: bool = False,
-) -> Evaluation:
-    denoised: Any = np.bool_(keeps_denoised)
-    begins: Any = np.bool_(restarts)
-    return Evaluation(_number(sigma), denoised, begins, corrector, predictor)
-
-
-def _slope_row(sigma: float, step: float, weights: list[float]) -> Evaluation:
-    """A step of dx/dsigma = slope from the x that is evaluated."""
-    predictor = _update(step, weights)
-    return _row(sigma, predictor=predictor, restarts=True)
-
-
-def _mean_weights(nodes: Float64[np.ndarray, " order"], low: float, high: float) -> list[float]:
-    """Weights of the values at `nodes` in the mean of their polynomial over [low, high]."""
-    middle, half = (low + high) / 2, (high - low) / 2
-    points, quadrature = np.polynomial.legendre.leggauss(OUTPUTS)
-    points = middle + half * points
-    weights = []
-    for j, node in enumerate(nodes):
-        others = np.delete(nodes, j)
-        basis = np.prod((points[:, None] - others) / (node - others), axis=1)  # (points,)
-        weights.append(float(basis @ quadrature) / 2)
-    return weights
-
-
-def _unified(h: float, ratios: list[float]) -> list[float]:
-    """Solves R a = b of UniPC's equations 9 and 10 for B(h) = e^-h - 1, data prediction.
-
-    Row k of R is r^k; b_k = k! phi_k(h) h / B(h), where phi_{k+1} = (phi_k - 1 / k!) / (-h).
-    """
-    order, B = len(ratios), np.expm1(-h)
-    if order == 1:
-        return [0.5]
-    R = np.vander(ratios, order, increasing=True).T
-    b, phi, factorial = [], np.expm1(-h) / -h - 1, 1.0
-    for k in range(1, order + 1):
-        b.append(phi * factorial / B)
-        factorial *= k + 1
-        phi = phi / -h - 1 / factorial
-    return list(np.linalg.solve(R, b))

@@ -24,9 +24,9 @@ from microdit_jax.training import optim, rules
 from microdit_jax.training import step as train_step
 from microdit_jax.training.caption_tower import CaptionTower
 from microdit_jax.training.evaluation import EVALUATORS
-from microdit_jax.training.loss import Batch
 from microdit_jax.training.metric_writer import import_wandb
 from microdit_jax.training.step import Metrics, TrainState
+from microdit_jax.training.teacher import student_loss
 
 
 def model_config(config: ConfigDict) -> DiTConfig:
@@ -99,8 +99,10 @@ def make_step(
     schedule: optax.Schedule,
     mesh: Mesh | AbstractMesh,
     tower: CaptionTower | None = None,
-) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+) -> Callable[..., tuple[TrainState, Metrics]]:
     """Returns the jitted training step of a run configuration; it donates its state.
+
+    Of a config with a teacher, it takes the teacher's weights as its third argument.
 
     Compiled with the XLA options of `machine.compile_options` for the mesh's platform. With a
     tower, its batches hold "tokens" (n, l), which become embeddings in the same program.
@@ -117,17 +119,18 @@ def make_step(
         mesh=mesh,
         micro_batches=num_micro_batches(config, mesh),
         module_grad_norms=config.train.module_grad_norms,
+        student=student_loss(config, model.config),
     )
     platform = mesh.devices.flat[0].platform if isinstance(mesh, Mesh) else ""
     options = compile_options.compiler_options(platform)
     if tower is None:
         return jax.jit(step, donate_argnums=0, compiler_options=options)
 
-    def embed_and_step(state, batch, tower_params):
-        return step(state, tower.embed(tower_params, batch))
+    def embed_and_step(state, batch, tower_params, *teacher_params):
+        return step(state, tower.embed(tower_params, batch), *teacher_params)
 
     jitted = jax.jit(embed_and_step, donate_argnums=0, compiler_options=options)
-    return lambda state, batch: jitted(state, batch, tower.params)
+    return lambda state, batch, *teacher: jitted(state, batch, tower.params, *teacher)
 
 
 # ------------------------------------------------------------------ checks
@@ -171,6 +174,7 @@ def _check_stage(config: ConfigDict, mesh: Mesh | AbstractMesh | None) -> None:
             f"mesh.expert must divide the {cfg.num_experts} experts, found {mesh.shape['expert']}"
         )
     make_optimizer(config)
+    _check_distillation(config)
     if config.init_from and config.init_weights_from:
         raise UserError(
             "give one of config.init_from and config.init_weights_from, found "
@@ -190,6 +194,31 @@ def _check_stage(config: ConfigDict, mesh: Mesh | AbstractMesh | None) -> None:
             )
     if config.log.wandb:
         import_wandb()
+
+
+def _check_distillation(config: ConfigDict) -> None:
+    """Raises UserError for what a student cannot learn with."""
+    if not config.teacher:
+        return
+    if config.train.mask_ratio:
+        raise UserError(
+            f"train.mask_ratio must be 0 with a teacher, found {config.train.mask_ratio}"
+        )
+    if config.init_from or config.init_weights_from:
+        raise UserError(
+            "a student starts as its teacher, found config.init_from or init_weights_from too; "
+            "leave them empty"
+        )
+    interval = tuple(config.distill.guidance_interval)
+    if len(interval) != 2 or not 0 <= interval[0] < interval[1]:
+        raise UserError(
+            f"distill.guidance_interval must be two noise levels 0 <= low < high, found {interval}"
+        )
+    if "heldout_loss" in config.eval.evaluators:
+        raise UserError(
+            "eval.evaluators must not have heldout_loss with a teacher: a student's denoised image "
+            "is none of the means that it measures; take sample_scores"
+        )
 
 
 def _check_predecessor(config: ConfigDict, position: int) -> None:

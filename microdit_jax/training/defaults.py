@@ -52,9 +52,23 @@ def base() -> ConfigDict:
             # a converted checkpoint (python -m convert). Both empty: from scratch.
             "init_from": "",
             "init_weights_from": "",
+            # A network, as sample_main.py takes --model, of which to distil a few-step student
+            # (configs/distill.py); "" for ordinary training.
+            "teacher": "",
+            "distill": {
+                # The teacher's guidance, which the student has built in, and where it acts.
+                "guidance_scale": 5.0,
+                "guidance_interval": (0.0, 1000.0),
+                # Steps over which the derivative along the trajectory comes in.
+                "warmup_steps": 1000,
+                # Evaluations of the teacher that make an image of each caption; 0 takes those of
+                # the data.
+                "trajectory_steps": 0,
+            },
             "mesh": {"data": -1, "fsdp": 1, "expert": 1},
             "model": {
-                # MicroDiT_XL_2, MicroDiT_Tiny_2, or DiT to set every size by hand.
+                # MicroDiT_XL_2, MicroDiT_Tiny_2, DiT to set every size by hand, or teacher, whose
+                # sizes a student may have.
                 "arch": "MicroDiT_XL_2",
                 # Fields of microdit_jax.models.dit.DiTConfig over those of the arch.
                 "options": ConfigDict(

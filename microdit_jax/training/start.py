@@ -20,6 +20,7 @@ from microdit_jax.machine import hosts
 from microdit_jax.models.dit import DiT
 from microdit_jax.training import step as train_step
 from microdit_jax.training.step import TrainState
+from microdit_jax.training.teacher import Teacher, check_same, check_shapes
 
 INIT_STREAM = 0x1217  # keeps the initialisation's key apart from those of the steps
 
@@ -45,6 +46,7 @@ def starting_state(
     optimizer: optax.GradientTransformation,
     mesh: Mesh,
     made_by: dict[str, str],
+    teacher: Teacher | None = None,
 ) -> Start:
     """Returns the state from the first of these sources that there is:
 
@@ -54,7 +56,8 @@ def starting_state(
     3. config.init_weights_from: weights alone, of another run (its average, if it keeps one) or of
        a converted checkpoint. The optimiser and the step start anew. The resolution may be another:
        the position embedding is computed, so no weight depends on it;
-    4. scratch: the initialisation.
+    4. the teacher's weights, of a student;
+    5. scratch: the initialisation.
 
     Args:
       made_by: names of the VAE and the text encoder of this run's data; another run's must be the
@@ -67,6 +70,8 @@ def starting_state(
     full, alone = (source_path(config[key], workdir) for key in ("init_from", "init_weights_from"))
     # ---------------------------------------------------------------- 1. resume
     if checkpoints.latest_step() is not None:
+        if teacher is not None:
+            check_same(workdir, teacher.record)
         state, saved = checkpoints.restore(abstract)
         return Start(state, saved, "resumed")
     # ---------------------------------------------------------------- 2. another run's full state
@@ -90,7 +95,14 @@ def starting_state(
         shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
         state = jax.jit(create, out_shardings=shardings, donate_argnums=0)(params)
         return Start(state, None, f"weights of {description}")
-    # ---------------------------------------------------------------- 4. scratch
+    # ---------------------------------------------------------------- 4. the teacher's weights
+    if teacher is not None:
+        check_shapes(teacher, abstract.params)
+        create = functools.partial(TrainState.create, optimizer=optimizer, with_ema=with_ema)
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+        state = jax.jit(create, out_shardings=shardings)(teacher.params)
+        return Start(state, None, f"student of {teacher.description}")
+    # ---------------------------------------------------------------- 5. scratch
     key = jax.random.fold_in(jax.random.key(config.seed), INIT_STREAM)
     state = train_step.sharded_init(model, optimizer, key, mesh, with_ema=with_ema)
     return Start(state, None, "scratch")

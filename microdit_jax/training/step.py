@@ -28,6 +28,7 @@ from microdit_jax.errors import UserError
 from microdit_jax.models import dit
 from microdit_jax.models.dit import DiT
 from microdit_jax.training import optim
+from microdit_jax.training.distill import StudentLoss
 from microdit_jax.training.loss import Batch, batch_loss, with_position
 
 Metrics = dict[str, Any]
@@ -136,8 +137,12 @@ def make_gradients(
     mesh: Mesh | AbstractMesh | None = None,
     micro_batches: int = 1,
     replicate_below: int = sharding.REPLICATE_BELOW,
-) -> Callable[[Any, Batch, PRNGKeyArray], Gradients]:
+    student: StudentLoss | None = None,
+) -> Callable[..., Gradients]:
     """Makes the function (params, batch, key) -> Gradients, over the mesh and micro-batches.
+
+    With a student's loss, the function takes two more arguments: the teacher's weights, sharded
+    like the student's, and the steps done.
 
     Weights are all-gathered once a step, matrices in the type that the network computes in (XL/2 in
     bfloat16: 2.7 GB), and stay for all micro-batches. Each micro-batch's gradients are summed into
@@ -149,12 +154,16 @@ def make_gradients(
     """
     devices = 1 if mesh is None else mesh.size
 
-    def device_gradients(specs, params, batch, key):
+    def device_gradients(specs, weights, batch, key, *steps):
         """Gradients on one device, of its own images; specs is None without a mesh."""
         num_images = batch["latents"].shape[0] * devices
+        params = weights if student is None else weights["student"]
 
         def scaled_loss(params, part):
-            loss, sigma = batch_loss(model, params, part, key, edm=edm, mask_ratio=mask_ratio)
+            if student is None:
+                loss, sigma = batch_loss(model, params, part, key, edm=edm, mask_ratio=mask_ratio)
+            else:
+                loss, sigma = student(model, params, weights["teacher"], part, key, *steps)
             return loss.sum() / num_images, (loss, sigma)
 
         def part_gradients(part):
@@ -175,7 +184,7 @@ def make_gradients(
         grads = sharding.sum_rest(grads, specs)
         return Gradients(grads, sharding.norm(grads, specs), total.loss, total.sigma)
 
-    def gradients(params: Any, batch: Batch, key: PRNGKeyArray) -> Gradients:
+    def gradients(params: Any, batch: Batch, key: PRNGKeyArray, *distillation: Any) -> Gradients:
         n = batch["latents"].shape[0]
         if n % (devices * micro_batches):
             raise UserError(
@@ -185,12 +194,15 @@ def make_gradients(
         specs = None
         if mesh is not None:
             specs = sharding.specs(params, mesh, replicate_below=replicate_below)
+        weights, steps = params, distillation[1:]
+        if student is not None:
+            weights = {"student": params, "teacher": distillation[0]}
         return sharding.on_each_device(
             functools.partial(device_gradients, specs),
             mesh,
-            params,
+            weights,
             (with_position(batch),),
-            (key,),
+            (key, *steps),
             cast=lambda shards: dit.cast_matrices(shards, model.config),
             out_specs=Gradients(specs, P(), sharding.BATCH, sharding.BATCH),
             replicate_below=replicate_below,
@@ -230,7 +242,8 @@ def make_train_step(
     micro_batches: int = 1,
     module_grad_norms: bool = False,
     replicate_below: int = sharding.REPLICATE_BELOW,
-) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    student: StudentLoss | None = None,
+) -> Callable[..., tuple[TrainState, Metrics]]:
     """Makes one update, a pure function of state and batch whose randomness is f(seed, step).
 
     If the loss or the gradient's norm is not finite, weights, optimiser and average stay as they
@@ -241,6 +254,7 @@ def make_train_step(
       mesh: devices of state and batch; None for one device.
       micro_batches: parts into which a device's batch is split; the result does not depend on it.
       module_grad_norms: also report the gradient's norm of each part of the network.
+      student: distil a teacher, whose weights the function then takes as its third argument.
     Returns:
       A function to jit, with the state donated. Its metrics: "loss", "grad_norm" (before clipping),
       "learning_rate", float32 (); "skipped", 1 if the update was, and "skipped_in_a_row", int32 ();
@@ -254,11 +268,13 @@ def make_train_step(
         mesh=mesh,
         micro_batches=micro_batches,
         replicate_below=replicate_below,
+        student=student,
     )
 
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    def train_step(state: TrainState, batch: Batch, *teacher: Any) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
-        grads, grad_norm, image_loss, image_sigma = gradients(state.params, batch, key)
+        more = (*teacher, state.step) if teacher else ()
+        grads, grad_norm, image_loss, image_sigma = gradients(state.params, batch, key, *more)
         loss = image_loss.mean()
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
 

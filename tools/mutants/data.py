@@ -233,14 +233,14 @@ MUTANTS = [
     },
     {
         "name": "the crop rounds down",
-        "file": PREPARE + "decoding.py",
+        "file": PREPARE + "pixels.py",
         "old": "int(round((side - resolution) / 2))",
         "new": "(side - resolution) // 2",
         "tests": ["tests/test_prepare_decoding.py"],
     },
     {
         "name": "transparent pixels turn black",
-        "file": PREPARE + "decoding.py",
+        "file": PREPARE + "pixels.py",
         "old": 'Image.new("RGBA", image.size, "white")',
         "new": 'Image.new("RGBA", image.size, "black")',
         "tests": ["tests/test_prepare_decoding.py"],

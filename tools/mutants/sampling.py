@@ -5,7 +5,8 @@ PROGRAMS = "microdit_jax/sampling/programs.py"
 LOOP = "microdit_jax/sampling/loop.py"
 SETTINGS = "microdit_jax/sampling/settings.py"
 GUIDANCE = "microdit_jax/sampling/guidance.py"
-IMAGES = "microdit_jax/images.py"
+IMAGES = "microdit_jax/images/files.py"
+IMAGE_SETTINGS = "microdit_jax/images/settings.py"
 STUDIO = "microdit_jax/app/studio.py"
 TESTS = "tests/test_sampling_pipeline.py"
 LOOP_TESTS = "tests/test_sampling_loop.py"
@@ -62,7 +63,7 @@ MUTANTS = [
     },
     {
         "name": "an old PNG's guidance below 1 is taken for what it says",
-        "file": IMAGES,
+        "file": IMAGE_SETTINGS,
         "old": 'if "solver" not in found:',
         "new": "if False:",
         "tests": ["tests/test_images.py::test_a_png_from_before_there_were_solvers"],
@@ -204,14 +205,14 @@ MUTANTS = [
     },
     {
         "name": "an index beyond its set is taken from a PNG",
-        "file": IMAGES,
+        "file": IMAGE_SETTINGS,
         "old": '_check_whole(values, "index", 0, values["of"] - 1)',
         "new": '_check_whole(values, "index", 0, 2**63)',
         "tests": ["tests/test_images.py"],
     },
     {
         "name": "true passes for the number 1 in a PNG",
-        "file": IMAGES,
+        "file": IMAGE_SETTINGS,
         "old": "isinstance(value, int) and not isinstance(value, bool) and low <= value <= high",
         "new": "isinstance(value, int) and low <= value <= high",
         "tests": ["tests/test_images.py"],

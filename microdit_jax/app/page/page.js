@@ -1,4 +1,6 @@
 // The page's whole logic: the form, the stream of a request's events, the gallery.
+import { edit, setUpEdit } from "/edit.js";
+
 const $ = (id) => document.getElementById(id);
 const KEPT = "microdit_jax gallery"; // in this browser: settings and image names, no images
 const MOST_KEPT = 60;
@@ -18,6 +20,9 @@ function setUp() {
   $("steps").max = limits.steps;
   $("count").max = limits.count;
   $("seed").max = limits.seed;
+  for (const name of Object.keys(choices.solvers)) $("solver").append(new Option(name, name));
+  for (const name of choices.guidances) $("guidance-kind").append(new Option(name, name));
+  setUpEdit(() => model().side, complain);
   const [first] = choices.models;
   fill({ ...defaults, model: first.name, prompt: "", guidance_scale: first.guidance_scale });
   say("", null);
@@ -30,28 +35,41 @@ function setUp() {
   });
   $("prompt").addEventListener("input", showForm);
   $("guidance").addEventListener("input", showForm);
-  $("model").addEventListener("change", showForm);
+  $("model").addEventListener("change", () => {
+    $("steps").value = model().student ? 4 : choices.solvers[$("solver").value].steps;
+    showForm();
+  });
+  $("solver").addEventListener("change", () => { $("steps").value = choices.solvers[$("solver").value].steps; });
   $("dice").addEventListener("click", () => { $("seed").value = anySeed(); });
   $("stop").addEventListener("click", () => running?.abort());
   $("clear").addEventListener("click", () => { gallery = []; saveGallery(); });
   $("close").addEventListener("click", () => $("details").close());
   $("details").addEventListener("click", (event) => { if (event.target === $("details")) $("details").close(); });
   $("use").addEventListener("click", () => { fill(shown.request); $("details").close(); });
-  $("again").addEventListener("click", () => { fill(shown.request); $("details").close(); sample(shown.request); });
+  $("again").addEventListener("click", () => {
+    const { strength, ...request } = shown.request; // with the image that is chosen now, if any
+    fill(request);
+    $("details").close();
+    sample({ ...request, ...edit() });
+  });
 }
 
 // ------------------------------------------------------------------------------------ the form
 
 function asked() {
   const number = (id) => ($(id).value.trim() === "" ? null : Number($(id).value));
-  return {
+  const request = {
     model: $("model").value,
     prompt: $("prompt").value,
     guidance_scale: number("guidance"),
     num_inference_steps: number("steps"),
     seed: number("seed"),
     count: number("count"),
+    ...edit(),
   };
+  if (model().student) return request; // its solver and guidance are built in
+  const sampler = { solver: $("solver").value, guidance: $("guidance-kind").value };
+  return { ...request, ...sampler, negative_prompt: $("negative").value };
 }
 
 function fill(request) {
@@ -61,6 +79,10 @@ function fill(request) {
   $("steps").value = request.num_inference_steps;
   $("seed").value = request.seed;
   $("count").value = request.count;
+  // Requests that an earlier version kept have none of these.
+  $("solver").value = request.solver ?? choices.defaults.solver;
+  $("guidance-kind").value = request.guidance ?? choices.defaults.guidance;
+  $("negative").value = request.negative_prompt ?? "";
   showForm();
 }
 
@@ -69,6 +91,10 @@ function showForm() {
   $("prompt-length").textContent = length > most / 2 ? `${length} / ${most}` : "";
   $("prompt-length").classList.toggle("over", length > most);
   $("guidance-shown").textContent = Number($("guidance").value).toFixed(1);
+  for (const id of ["guidance-field", "solver", "guidance-kind", "negative-field"]) {
+    const field = $(id).closest(".field");
+    field.hidden = Boolean(model().student);
+  }
   $("about").textContent = `${model().name}, ${model().side} px`;
   $("examples").replaceChildren(...model().examples.map((text) => {
     const button = element("button", text);
@@ -152,7 +178,8 @@ function finish(event, request, tiles) {
   const many = event.images.length === 1 ? "1 image" : `${event.images.length} images`;
   say(`${many} in ${event.seconds} s`, null);
   event.images.forEach((name, index) => {
-    const entry = { name, index, request };
+    const { image, mask, ...rest } = request; // too large to keep
+    const entry = { name, index, request: rest };
     tiles[index].classList.remove("sampling");
     setImage(tiles[index], address(entry));
     tiles[index].addEventListener("click", () => open(entry));
@@ -237,6 +264,9 @@ function open(entry) {
     Seed: request.seed,
     Image: `${entry.index + 1} of ${request.count}`,
   };
+  if (request.solver) rows.Solver = `${request.solver}, ${request.guidance}`;
+  if (request.negative_prompt) rows.Without = request.negative_prompt;
+  if (request.strength) rows.Strength = request.strength;
   $("details-settings").replaceChildren(
     ...Object.entries(rows).flatMap(([name, value]) => [element("dt", name), element("dd", String(value))]),
   );

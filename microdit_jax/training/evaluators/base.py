@@ -14,6 +14,7 @@ from microdit_jax.assets import load
 from microdit_jax.diffusion import EdmConfig
 from microdit_jax.models.dit import DiT
 from microdit_jax.sampling.pipeline import LatentDiffusion
+from microdit_jax.sampling.student import Student
 from microdit_jax.training.data import RunData
 from microdit_jax.training.metric_writer import MetricWriter
 from microdit_jax.training.step import TrainState
@@ -43,6 +44,7 @@ class EvaluationContext:
       say: prints a line, on the process that writes.
       check: called between the parts of an evaluation, on all processes in the same places; leaves
         it by an exception where the run stops.
+      student: of a run that distils a teacher.
     """
 
     config: ConfigDict
@@ -54,6 +56,7 @@ class EvaluationContext:
     writer: MetricWriter | None
     say: Callable[[str], None]
     check: Callable[[], None] = lambda: None
+    student: Student | None = None
 
     @functools.cached_property
     def pipe(self) -> LatentDiffusion:
@@ -66,7 +69,7 @@ class EvaluationContext:
         codec = None
         if jax.process_index() == 0:
             codec = load.load_codec(str(self.data.codec or self.config.data.vae))
-        return LatentDiffusion(self.model, None, self.edm, encoder, codec)
+        return LatentDiffusion(self.model, None, self.edm, encoder, codec, student=self.student)
 
 
 def between(items: Iterable[Any], check: Callable[[], None]) -> Iterator[Any]:

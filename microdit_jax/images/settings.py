@@ -1,33 +1,26 @@
-"""PNGs that carry the settings they were sampled with, and captioned grids of them."""
+"""Settings of a sampled image, which its file carries, and their checks."""
 
 import dataclasses
-import io
-import json
 import re
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
-import numpy as np
-from jaxtyping import Float, UInt8
-from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
-
 from microdit_jax import noise
-from microdit_jax.errors import UserError, visible
-from microdit_jax.files import parse_json, write_bytes
-from microdit_jax.files.image_files import open_image
+from microdit_jax.errors import UserError
 
-KEY = "microdit_jax"  # of the PNG text that holds the settings
 OPTIONAL = ("vae", "text_encoder")  # texts that may be None
 MAX_STEPS = 100_000  # of the sampler, in an image's settings
 MAX_IMAGES = 2**32  # of a set: each has its own initial noise by its index
+# Files that an image may be made from, and their checksums
+FILES = ("weaker", "image", "image_sha256", "mask", "mask_sha256")
 # Settings of the sampler that came after the first PNGs, and what an image cost
 SAMPLER = (
     "solver", "schedule", "guidance", "guidance_interval", "guidance_rescale", "apg",
-    "negative_prompt",
+    "negative_prompt", "churn", "strength", *FILES,
 )  # fmt: skip
 COSTS = ("evaluations", "network_passes")
-NUMBERS = {"guidance_interval": 2, "apg": 3}  # settings of several numbers: how many
+# Settings of several numbers: how many
+NUMBERS = {"guidance_interval": 2, "apg": 3, "churn": 4}
 SURROGATES = re.compile("[\ud800-\udfff]")  # JSON can hold them alone, UTF-8 cannot
 
 
@@ -50,6 +43,10 @@ class ImageSettings:
       made_with: a person's description of the network.
       prompt: what was asked for.
       index: the image's index in its set.
+      churn, strength: likewise.
+      weaker: the network of guidance="auto", as the flag takes it.
+      image, mask: paths of the image that was changed, and of its mask; None: there was none.
+      image_sha256, mask_sha256: of these files.
       evaluations, network_passes: of the network, what the image cost; None: not known.
     """
 
@@ -73,6 +70,13 @@ class ImageSettings:
     guidance_rescale: float = 0.0
     apg: tuple[float, ...] | None = None
     negative_prompt: str = ""
+    churn: tuple[float, ...] | None = None
+    strength: float | None = None
+    weaker: str | None = None
+    image: str | None = None
+    image_sha256: str | None = None
+    mask: str | None = None
+    mask_sha256: str | None = None
     evaluations: int | None = None
     network_passes: int | None = None
 
@@ -127,6 +131,11 @@ def _check_sampler(values: dict[str, Any]) -> None:
         _check(values, "negative_prompt", "a text", _is_encodable)
     if "guidance_rescale" in values:
         _check(values, "guidance_rescale", "a finite number", _is_finite)
+    if values.get("strength") is not None:
+        _check(values, "strength", "a finite number", _is_finite)
+    for name in FILES:
+        if values.get(name) is not None:
+            _check_text(values, name)
     for name, count in NUMBERS.items():
         if values.get(name) is not None:
             _check(
@@ -181,109 +190,3 @@ def _check(
             f"{value if len(value) <= 40 else value[:40] + '...'}; give such a value, or a "
             "PNG made by sample_main.py"
         )
-
-
-def to_uint8(images: Float[np.ndarray, "*n H W 3"]) -> UInt8[np.ndarray, "*n H W 3"]:
-    """Rounds [0, 1] floats to bytes."""
-    return np.round(np.clip(images, 0, 1) * 255).astype(np.uint8)
-
-
-def file_name(index: int, prompt: str) -> str:
-    """Returns a short name such as "0003_an-elegant-squirrel-pirate-on-a-ship.png"."""
-    slug = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60]
-    return f"{index:04d}_{slug}.png"
-
-
-def encode_png(image: Float[np.ndarray, "H W 3"], settings: dict) -> bytes:
-    """Encodes [0, 1] floats as a PNG, with the settings as its text "microdit_jax"."""
-    info, file = PngImagePlugin.PngInfo(), io.BytesIO()
-    info.add_itxt(KEY, json.dumps(settings, ensure_ascii=False))
-    Image.fromarray(to_uint8(image)).save(file, format="PNG", pnginfo=info)
-    return file.getvalue()
-
-
-def save_png(path: Path, image: Float[np.ndarray, "H W 3"], settings: dict) -> None:
-    """Writes a PNG with its settings, whole or not at all."""
-    write_bytes(path, encode_png(image, settings))
-
-
-def read_settings(path: Path) -> dict[str, Any]:
-    """Reads the settings that `save_png` wrote into a PNG, whatever they are.
-
-    Raises:
-      UserError: no such file, not an image, or one without settings of ours.
-    """
-    try:
-        with open_image(path, formats=("PNG",)) as image:
-            found = parse_json(image.info[KEY])
-        if not isinstance(found, dict):
-            raise ValueError("settings that are no JSON object")
-        return found
-    # A stranger's file: Pillow answers damage with anything from SyntaxError to zlib.error.
-    except Exception as error:
-        raise UserError(
-            f"expected a PNG made by sample_main.py, with its settings inside, at {visible(path)}, "
-            f"found {type(error).__name__}: {visible(error, 200)}; give such a file"
-        ) from error
-
-
-def read_png(path: Path) -> Float[np.ndarray, "H W 3"]:
-    """Reads an image as float32 in [0, 1]."""
-    with open_image(path, formats=("PNG",)) as image:
-        return np.asarray(image.convert("RGB"), np.float32) / 255
-
-
-def is_made_so(path: Path, settings: dict) -> bool:
-    """Returns True if the PNG is there, whole, and carries exactly these settings."""
-    try:
-        found = path.is_file() and read_settings(path) == parse_json(json.dumps(settings))
-        return found and read_png(path).size > 0
-    except Exception:  # Pillow answers damage with anything
-        return False
-
-
-def captioned_grid(
-    rows: Sequence[Float[np.ndarray, "n H W 3"]],
-    captions: Sequence[str],
-    *,
-    columns: int,
-    min_side: int = 96,
-) -> Float[np.ndarray, "H_grid W_grid 3"]:
-    """Lays images out on a sheet with readable captions.
-
-    Args:
-      rows: sets of images whose i-th ones stand side by side in cell i: (real, sampled), say, or
-        just one entry; each (n, H, W, 3) in [0, 1].
-      captions: one for each cell.
-      columns: cells in a row.
-      min_side: small images are enlarged to at least this many pixels, without smoothing.
-    """
-    side = rows[0].shape[1]
-    scale = -(-min_side // side)
-    shown = [to_uint8(images).repeat(scale, axis=1).repeat(scale, axis=2) for images in rows]
-    side, pad, font = side * scale, 6, ImageFont.load_default(12)
-    width, text_height = len(rows) * side, 44
-    cell_width, cell_height = width + 2 * pad, side + text_height + 2 * pad
-    lines = -(-len(captions) // columns)
-    columns = min(columns, len(captions))
-    sheet = Image.new("RGB", (columns * cell_width, lines * cell_height), "white")
-    draw = ImageDraw.Draw(sheet)
-    for i, caption in enumerate(captions):
-        left, top = (i % columns) * cell_width + pad, (i // columns) * cell_height + pad
-        for j, images in enumerate(shown):
-            sheet.paste(Image.fromarray(images[i]), (left + j * side, top))
-        text = "\n".join(_wrap(caption, font, width)[:3])
-        draw.multiline_text((left, top + side + 2), text, fill="black", font=font, spacing=1)
-    return np.asarray(sheet, np.float32) / 255
-
-
-def _wrap(text: str, font, width: int) -> list[str]:
-    """Breaks a caption into lines that are at most `width` pixels wide."""
-    lines = [""]
-    for word in text.split():
-        longer = f"{lines[-1]} {word}".strip()
-        if font.getlength(longer) <= width or not lines[-1]:
-            lines[-1] = longer
-        else:
-            lines.append(word)
-    return lines
