@@ -50,6 +50,7 @@ class Refused(ValueError):
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
+    """Converts any kind of pixels: grey and CMYK too, alpha over white."""
     if image.mode.startswith("I"):  # 16 bits of grey; Pillow would cut them off at 255
         grey = np.clip(np.asarray(image, np.int64) >> 8, 0, 255).astype(np.uint8)
         return Image.fromarray(grey).convert("RGB")
