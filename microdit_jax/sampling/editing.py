@@ -56,7 +56,7 @@ def _free(
     kept = np.asarray(fitted(Image.fromarray(white), side, Image.Resampling.NEAREST))
     p = codec.pixels_per_latent
     # (H, W) -> (h, p, w, p) -> (h, w)
-    free = kept.reshape(side // p, p, side // p, p).any(axis=(1, 3))
+    free = np.asarray(kept.reshape(side // p, p, side // p, p).any(axis=(1, 3)))
     if free.all() or not free.any():
         raise UserError(
             "expected a mask with white, where the image is to be made anew, and black, found one "

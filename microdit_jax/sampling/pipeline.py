@@ -254,7 +254,7 @@ class LatentDiffusion:
         Raises:
           UserError: what `student.settled` and `Sampler` raise, or an image without strength.
         """
-        sampler = Sampler(**settled(chosen, self.student))
+        sampler = Sampler(**settled(dict(chosen), self.student))
         if (edit is None) != (sampler.strength is None):
             raise UserError(
                 "an image to be changed goes with a strength, found "

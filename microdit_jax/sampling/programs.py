@@ -1,7 +1,7 @@
 """The sampler's compiled programs: captions encoded once, then one network evaluation at a time."""
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -107,8 +107,8 @@ def evaluate_network(
             return D
 
         if form == Form.AUTO:
-            both = (network_of(params[part], caption[part]) for part in ("main", "weaker"))
-            F = guidance.autoguided(*both, strength.scale)
+            main, weaker = (network_of(params[p], caption[p]) for p in ("main", "weaker"))
+            F = guidance.autoguided(main, weaker, strength.scale)
         else:
             network = network_of(params, caption)
             guided = form == Form.GUIDED
@@ -166,7 +166,8 @@ def compile_programs(
     if form == Form.AUTO:
         caption = {"main": caption, "weaker": caption}
     x = rows((size, cfg.input_size, cfg.input_size, cfg.in_channels))
-    known: Any = Known(x, rows((*x.shape[:3], 1))) if edits else None
+    latents, free = cast(Any, (x, rows((*x.shape[:3], 1))))
+    known = Known(latents, free) if edits else None
     evaluate = evaluate_network.lower(
         params,
         caption,
