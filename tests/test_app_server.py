@@ -110,7 +110,10 @@ def test_bodies_that_are_no_request(body, told):
 
 
 def test_a_body_has_an_end_in_bytes_and_in_time():
-    assert ask([b"x" * 20_000] * 1000) == (413, "the request is too long; shorten the prompt")
+    assert ask([b"x" * 20_000] * 1000) == (
+        413,
+        "the request is too long; shorten the prompt, or give a smaller image",
+    )
     assert ask([b"x"] * 1000, pause=0.05)[0] == 408
     assert ask([b"x"], ends=False)[0] == 408
 

@@ -226,5 +226,6 @@ def weights_digest(params: Any) -> str:
         for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]
     ):
         digest.update(path.encode())
-        digest.update(np.ascontiguousarray(fetch(leaf)).tobytes())
+        values = fetch(leaf) if isinstance(leaf, jax.Array) else leaf
+        digest.update(np.ascontiguousarray(values).tobytes())
     return digest.hexdigest()
