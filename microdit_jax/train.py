@@ -245,6 +245,8 @@ def train(config: ConfigDict, workdir: str | Path, stop: StopRequest | None = No
                 if claim is not None:
                     claim.check(now=True)
                 saved = {"step": step, "config": config.to_dict(), **progress.metadata()}
+                if teacher is not None:
+                    saved["teacher"] = teacher.record.weights
                 with goodput.spent_on("save"):
                     output.flush()
                     checkpoints.save(step, state, saved)

@@ -70,9 +70,8 @@ def starting_state(
     full, alone = (source_path(config[key], workdir) for key in ("init_from", "init_weights_from"))
     # ---------------------------------------------------------------- 1. resume
     if checkpoints.latest_step() is not None:
-        if teacher is not None:
-            check_same(workdir, teacher.record)
         state, saved = checkpoints.restore(abstract)
+        check_same(workdir, saved, teacher)
         return Start(state, saved, "resumed")
     # ---------------------------------------------------------------- 2. another run's full state
     if full:

@@ -14,7 +14,6 @@ from microdit_jax.checkpoints.run import read_run_metadata
 from microdit_jax.diffusion import EdmConfig
 from microdit_jax.errors import UserError, visible
 from microdit_jax.evaluate.sample_set import weights_digest
-from microdit_jax.machine import hosts
 from microdit_jax.models.dit import DiT, DiTConfig
 from microdit_jax.sampling.student import Student
 from microdit_jax.training.distill import StudentLoss
@@ -121,15 +120,17 @@ def check_shapes(teacher: Teacher, abstract_params: Any) -> None:
         )
 
 
-def check_same(workdir: Path, record: Student) -> None:
-    """Raises UserError if a run that resumes was begun with another teacher."""
-    found = hosts.from_first(
-        "read which teacher the run has", lambda: read_run_metadata(workdir).get("student")
-    )
-    before = Student.from_dict(found, f"{workdir}/config.json")
-    if before is None or before.weights != record.weights:
+def check_same(workdir: str | Path, saved: dict[str, Any], teacher: Teacher | None) -> None:
+    """Checks that a run that resumes has the teacher that it was begun with.
+
+    Args:
+      saved: what a checkpoint holds beside the state.
+    Raises:
+      UserError: it has another.
+    """
+    if saved.get("teacher") != (None if teacher is None else teacher.record.weights):
+        found = "none" if teacher is None else visible(teacher.record.teacher)
         raise UserError(
-            f"{workdir} was begun with another teacher, "
-            f"{'none' if before is None else visible(before.teacher)}, found {record.teacher}; "
-            "give the same one, or another workdir"
+            f"{visible(workdir)} was begun with another teacher, or none, found {found}; give the "
+            "same one, or another workdir"
         )
