@@ -24,6 +24,8 @@ def get_config(variants: str = ""):
     if "captions" in chosen:
         config.distill.trajectory_steps = 8
         chosen.remove("captions")
+    if any(variant.startswith("arch=") for variant in chosen):  # to compile without a teacher
+        config.data = defaults.config_beside(__file__, "res_256_finetune").data
     config.data.caption_drop = 0.0
     config.optim.update(
         learning_rate=1e-3, warmup_steps=100, decay_steps=10_000, final_ratio=0.05, clip_norm=1.0,

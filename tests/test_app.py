@@ -32,9 +32,38 @@ def test_a_good_request():
     assert asked.prompt == "red apple" and asked.guidance_scale == 2.0
 
 
+def data_url(*, size=(20, 16), white=None) -> str:
+    """A small image, or a mask that is white right of a column."""
+    image = Image.new("L" if white is not None else "RGB", size, 0 if white is not None else "red")
+    if white is not None:
+        image.paste(255, (white, 0, *size))
+    file = io.BytesIO()
+    image.save(file, format="PNG")
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def test_a_request_may_have_a_sampler_and_an_image():
+    more = {"solver": "ab3", "guidance": "interval", "negative_prompt": " a  dog "}
+    more |= {"image": data_url(), "strength": 0.5, "mask": data_url(white=10)}
+    asked = read_request(GOOD | more, ["tiny"], LIMITS)
+    assert (asked.solver, asked.guidance, asked.negative_prompt) == ("ab3", "interval", "a dog")
+    assert asked.strength == 0.5 and asked.image and asked.image.startswith(b"\x89PNG")
+    empty = {name: None for name in more}
+    assert read_request(GOOD | empty, ["tiny"], LIMITS) == read_request(GOOD, ["tiny"], LIMITS)
+
+
 @pytest.mark.parametrize(
     "wrong, message",
     [
+        ({"solver": "student"}, "expected a solver of heun, .* found student"),
+        ({"guidance": "auto"}, "expected a kind of guidance of cfg, interval, apg, found auto"),
+        ({"negative_prompt": 3}, "expected a prompt"),
+        ({"mask": data_url(white=1)}, "an image with its mask and strength, found none"),
+        ({"strength": 0.5}, "an image with its mask and strength, found none"),
+        ({"image": data_url()}, "a strength as a number from 0.01 to 1, found nothing"),
+        ({"image": data_url(), "strength": 2}, "found 2"),
+        ({"image": "/etc/passwd", "strength": 1}, "the image as an image file, found /etc"),
+        ({"image": "data:image/png;base64,%", "strength": 1}, "found a damaged one"),
         ({"prompt": " \n"}, "expected a prompt, found an empty one"),
         ({"prompt": None}, "expected a prompt"),
         ({"prompt": "a" * 21}, "at most 20 characters, found 21; shorten it"),
@@ -206,3 +235,21 @@ def test_only_the_newest_images_are_kept(studio):
     _, listener = ask(studio, count=2)
     old, new = listener.end()["images"]
     assert studio.image(old) is None and studio.image(new) is not None
+
+
+def test_an_image_is_changed_and_what_cannot_be_is_told_of(studio):
+    studio.start()
+    edit = {"image": data_url(), "strength": 1.0, "mask": data_url(white=10)}
+    done = ask(studio, **edit, solver="ab3", num_inference_steps=4)[1].end()
+    assert done["event"] == "done", done
+    with Image.open(io.BytesIO(studio.image(done["images"][0]).png)) as image:
+        settings = json.loads(image.text["microdit_jax"])
+    assert settings["image"] == "sent to the web page" and settings["strength"] == 1.0
+    assert settings["solver"] == "ab3" and len(settings["mask_sha256"]) == 64
+
+    wrong = "data:image/png;base64," + base64.b64encode(b"no image").decode()
+    told = ask(studio, image=wrong, strength=0.5)[1].end()
+    assert told["message"] == "expected an image in the image, found not an image"
+    small = {"image": data_url(), "mask": data_url(size=(3, 3), white=1), "strength": 1.0}
+    told = ask(studio, **small)[1].end()
+    assert "a mask of the image's size, 20x16, found 3x3" in told["message"]

@@ -78,12 +78,13 @@ def training(config: ConfigDict, mesh: Mesh, *, caption_length: int = CLIP_TOKEN
     }
     step = run_config.make_step(config, model, optimizer, schedule, mesh)
     mask_ratio = config.train.mask_ratio
+    teacher = (state.params,) if config.teacher else ()
     return Program(
-        functools.partial(step.lower, state, batch),
+        functools.partial(step.lower, state, batch, *teacher),
         n,
         parts,
         flops.forward_flops(cfg, mask_ratio, caption_length),
-        flops.TRAIN_OVER_FORWARD,
+        flops.DISTILL_OVER_FORWARD if config.teacher else flops.TRAIN_OVER_FORWARD,
         flops.recomputed_share(cfg, mask_ratio, caption_length),
         needed_communication(state.params, model, mesh, parts),
         _count(state.params),
