@@ -100,6 +100,10 @@ def test_wandb_is_optional_but_never_ignored(tmp_path, monkeypatch):
     assert logged[:2] == [{"step": 1, "loss": 0.5}, {"step": 1, "samples": (2, 2, 3)}]
     assert started[0]["project"] == "p" and started[0]["config"] == {"a": 1}
     assert started[0]["id"] == started[1]["id"]
+    assert (tmp_path / "wandb_id").read_text() == started[0]["id"]
+    (tmp_path / "wandb_id").write_text("")
+    MetricWriter(tmp_path, restored_step=1, tensorboard=False, wandb_project="p").close()
+    assert started[2]["id"] and (tmp_path / "wandb_id").read_text() == started[2]["id"]
 
 
 def test_a_full_disk_is_one_line(tmp_path, monkeypatch):

@@ -187,7 +187,7 @@ def _start_wandb(project: str, workdir: Path, config: Mapping[str, Any]) -> Any:
     """Starts W&B's run of this workdir, the same one after a resume."""
     wandb = import_wandb()
     id_file = workdir / "wandb_id"
-    if not id_file.exists():
+    if not id_file.exists() or not id_file.stat().st_size:  # empty: of a disk that lost its bytes
         write_text(id_file, secrets.token_hex(8))
     run = wandb.init(
         project=project, name=workdir.name, id=id_file.read_text(), resume="allow",

@@ -280,4 +280,18 @@ MUTANTS = [
         "new": "if True:  # else",
         "tests": ["tests/test_prepare_claims.py::test_a_host_that_was_only_slow_does_no_harm"],
     },
+    {
+        "name": "a lost actor's part is not run again",
+        "file": PREPARE + "ray_engine.py",
+        "old": "self._again.append(number)",
+        "new": "self._claimed.release(number)",
+        "tests": ["tests/test_prepare_ray_engine.py::test_parts_of_lost_actors_run_again"],
+    },
+    {
+        "name": "an actor writes to a disk that is not shared",
+        "file": PREPARE + "ray_engine.py",
+        "old": "if held is None or held.text != owner:",
+        "new": "if False:",
+        "tests": ["tests/test_prepare_ray_engine.py"],
+    },
 ]

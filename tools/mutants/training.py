@@ -10,7 +10,11 @@ REPORT, SET = "microdit_jax/training/report.py", "microdit_jax/evaluate/sample_s
 SCORES, RESULTS = "microdit_jax/evaluate/scores.py", "microdit_jax/evaluate/results.py"
 STATISTICS, FRECHET = "microdit_jax/metrics/statistics.py", "microdit_jax/metrics/frechet.py"
 SETS, FEATURES = "microdit_jax/metrics/feature_sets.py", "microdit_jax/metrics/features.py"
+GOODPUT = "microdit_jax/training/goodput.py"
+PROFILING = "microdit_jax/training/profiling.py"
 
+TEST_GOODPUT = "tests/test_training_goodput.py"
+TEST_PROFILING = "tests/test_training_profiling.py"
 TEST_CONFIG, TEST_TRAIN = "tests/test_training_config.py", "tests/test_train.py"
 TEST_WRITER = "tests/test_training_metric_writer.py"
 TEST_PROGRESS, TEST_REPORT = "tests/test_training_progress.py", "tests/test_training_report.py"
@@ -162,4 +166,20 @@ MUTANTS = [
           "tests/test_metrics_features.py"),
     fault("CLIP score below zero", "microdit_jax/metrics/clip_score.py", "max(0.0, 100 *", "(100 *",
           "tests/test_metrics_clip_score.py"),
+    # ------------------------------------------------------------------ goodput, health, profiles
+    fault("steps that are run again count as goodput", GOODPUT,
+          'else "redone", *self._doing[1:]]', 'else "steps", *self._doing[1:]]', TEST_GOODPUT),
+    fault("the time between two processes is forgotten", GOODPUT,
+          'self._seconds["down"] += max(0.0, since - found.until)', "pass", TEST_GOODPUT),
+    fault("an evaluation's time counts as its parts' and its own", GOODPUT,
+          "self._change([*outer, kind])", "self._change([*outer, outer[-1]])", TEST_GOODPUT),
+    fault("a workdir that was moved is made anew by the sums", GOODPUT,
+          "self._begun and self._workdir.is_dir()", "self._begun", TEST_GOODPUT),
+    fault("the health file is written once", GOODPUT,
+          "_sign(self._health, self._step, self._doing[-1])", "pass", TEST_GOODPUT),
+    fault("a request of before the start is traced", PROFILING,
+          "self._touched, self._looked = self._time_of_request(), clock()",
+          "self._touched, self._looked = 0.0, clock()", TEST_PROFILING),
+    fault("a signal traces for ever", PROFILING,
+          "            self._signalled = False\n", "", TEST_PROFILING),
 ]  # fmt: skip
