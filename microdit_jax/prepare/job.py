@@ -187,34 +187,27 @@ class PartWriter:
     ) -> PartReport:
         folder, columns = self._folders[number], self._options.columns
         skipped, shapes, count = [], {}, 0
-        try:
-            with (
-                # Another process may write the same part, if it took this one for gone.
-                atomic_folder(folder, keep=folder.exists) as partial,
-                MdsWriter(partial, columns, size_limit=_SHARD_BYTES) as writer,
-            ):
-                for item in items:
-                    if isinstance(item, SkippedImage):
-                        skipped.append(item._asdict())
-                    elif item is not None:
-                        shapes = {k: v.shape for k, v in item.items() if isinstance(v, np.ndarray)}
-                        writer.write(
-                            {k: v.tobytes() if k in shapes else v for k, v in item.items()}
-                        )
-                        count += 1
-                        bar.update()
-                # Nothing vanishes uncounted: what the source gave is a record or has a reason
-                seen = self._source.seen[number]
-                if count + len(skipped) != seen:
-                    raise RuntimeError(
-                        f"{seen} images of {folder.name} became {count} records, {len(skipped)} "
-                        "skipped"
-                    )
-                report = {"records": count, "shapes": shapes, "skipped": skipped}
-                write_text(partial / _PART_REPORT, json.dumps(report))
-        except UserError:
-            if not folder.exists():  # else what was unfinished was removed with the job's end
-                raise
+        with (
+            # Another process may write the same part, if it took this one for gone.
+            atomic_folder(folder, keep=folder.exists) as partial,
+            MdsWriter(partial, columns, size_limit=_SHARD_BYTES) as writer,
+        ):
+            for item in items:
+                if isinstance(item, SkippedImage):
+                    skipped.append(item._asdict())
+                elif item is not None:
+                    shapes = {k: v.shape for k, v in item.items() if isinstance(v, np.ndarray)}
+                    writer.write({k: v.tobytes() if k in shapes else v for k, v in item.items()})
+                    count += 1
+                    bar.update()
+            # Nothing vanishes uncounted: what the source gave is a record or has a reason
+            seen = self._source.seen[number]
+            if count + len(skipped) != seen:
+                raise RuntimeError(
+                    f"{seen} images of {folder.name} became {count} records, {len(skipped)} skipped"
+                )
+            report = {"records": count, "shapes": shapes, "skipped": skipped}
+            write_text(partial / _PART_REPORT, json.dumps(report))
         return PartReport(count, len(skipped))
 
 
