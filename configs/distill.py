@@ -20,7 +20,7 @@ def get_config(variants: str = ""):
     config.model.arch = "teacher"
     # Of sCM's distillation (arXiv 2410.11081, appendix), for a sigma_data of 0.9
     config.edm.update(P_mean=-0.2, P_std=1.6)
-    config.distill.update(guidance_scale=3.0, guidance_interval=(0.05, 1.5), warmup_steps=1000)
+    config.distill.update(guidance_scale=3.0, guidance_interval=(0.05, 1.5), warmup_steps=2000)
     if "captions" in chosen:
         config.distill.trajectory_steps = 8
         chosen.remove("captions")
@@ -28,12 +28,12 @@ def get_config(variants: str = ""):
         config.data = defaults.config_beside(__file__, "res_256_finetune").data
     config.data.caption_drop = 0.0
     config.optim.update(
-        learning_rate=1e-3, warmup_steps=100, decay_steps=10_000, final_ratio=0.05, clip_norm=1.0,
+        learning_rate=1e-4, warmup_steps=100, decay_steps=20_000, final_ratio=0.1, clip_norm=1.0,
         weight_decay=0.02,
     )  # fmt: skip
     config.ema.update(enabled=True, smoothing=0.995)
     config.train.update(
-        steps=10_000, batch_size=64, mask_ratio=0.0, eval_every=1000, checkpoint_every=250
+        steps=20_000, batch_size=64, mask_ratio=0.0, eval_every=1000, checkpoint_every=250
     )
     config.eval.update(
         evaluators=("sample_scores", "sample_grid", "page"), prompts=(), num_samples=16,

@@ -11,6 +11,8 @@ import urllib.parse
 import urllib.request
 
 import pytest
+from PIL import Image
+from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import Select, WebDriverWait
 
@@ -165,6 +167,37 @@ def test_bad_input_is_answered_in_words_and_the_next_is_sampled(browser):
         assert words in text(page, "error")
         sample(page, **good)
         assert not text(page, "error")
+    assert not complaints(page)
+
+
+def test_a_solver_a_negative_prompt_and_an_image_to_change(browser, tmp_path):
+    page = browser()
+    (plain,) = sample(page, prompt="red apple", steps=4, seed=1)
+    page.find_element(By.CSS_SELECTOR, "#more > summary").click()
+    Select(page.find_element(By.ID, "solver")).select_by_value("ab3")
+    assert page.find_element(By.ID, "steps").get_property("value") == "16"  # the solver's own
+    (other,) = sample(page, steps=4, negative="dog face")
+    assert other != plain
+
+    given = tmp_path / "given.png"
+    Image.new("RGB", (50, 40), "orange").save(given)
+    page.find_element(By.ID, "image-file").send_keys(str(given))
+    canvas = page.find_element(By.ID, "edit-canvas")
+    WebDriverWait(page, WAIT).until(lambda _: canvas.is_displayed())
+    (changed,) = sample(page)
+    ActionChains(page).click_and_hold(canvas).move_by_offset(40, 0).release().perform()
+    WebDriverWait(page, WAIT).until(
+        lambda page: page.find_element(By.ID, "mask-clear").is_displayed()
+    )
+    (painted,) = sample(page)
+    assert len({plain, other, changed, painted}) == 4
+    (tmp_path / "painted.png").write_bytes(painted)
+    settings = read_settings(tmp_path / "painted.png")
+    asked = ("ab3", "dog face", 0.6, "sent to the web page", "sent to the web page")
+    found = ("solver", "negative_prompt", "strength", "image", "mask")
+    assert tuple(settings[name] for name in found) == asked
+    page.find_element(By.ID, "image-remove").click()
+    assert sample(page) == [other]
     assert not complaints(page)
 
 
