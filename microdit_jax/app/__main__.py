@@ -107,6 +107,7 @@ def _serve(listening: socket.socket, limits: "Limits") -> None:
     if options["guidance"] == "auto":
         raise UserError("the page has no weaker network, found --guidance=auto; give another")
     sampler = Sampler(**options)  # raises before anything is loaded
+    options["solver"] = sampler.solver
     studio = Studio(_load(), limits=limits, batch_size=BATCH.value, sampler=options)
     start = time.perf_counter()
     sides = studio.warm_up()
