@@ -95,7 +95,8 @@ def train(config: ConfigDict, workdir: str | Path, stop: StopRequest | None = No
         checkpoints = stack.enter_context(
             RunCheckpoints(output.name, keep_last=run.keep_last, keep_every=run.keep_every)
         )
-        with goodput.spent_on("restore"):
+        reading = checkpoints.latest_step() is not None or config.init_from
+        with goodput.spent_on("restore" if reading or config.init_weights_from else "start"):
             state, resumed, origin = starting_state(
                 config, output.name, checkpoints, model, optimizer, mesh, data.made_by, teacher
             )

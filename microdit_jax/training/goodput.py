@@ -20,7 +20,7 @@ FILE = "goodput.json"
 BEAT_SECONDS = 10.0  # at least, between two writes
 KINDS = {
     "steps": "steps that bring the run forward",
-    "start": "starting: imports, joining the job, reading data and configuration",
+    "start": "starting: imports, joining the job, opening data, weights from scratch",
     "restore": "reading the state to start from",
     "compile": "compiling the step",
     "data": "waiting for a batch",
