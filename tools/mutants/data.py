@@ -281,13 +281,6 @@ MUTANTS = [
         "tests": ["tests/test_prepare_claims.py"],
     },
     {
-        "name": "a lost actor's part is not run again",
-        "file": PREPARE + "ray_engine.py",
-        "old": "self._again.append(number)",
-        "new": "self._claimed.release(number)",
-        "tests": ["tests/test_prepare_ray_engine.py::test_parts_of_lost_actors_run_again"],
-    },
-    {
         "name": "an actor writes to a disk that is not shared",
         "file": PREPARE + "ray_engine.py",
         "old": "if held is None or held.text != owner:",
