@@ -87,6 +87,31 @@ except UserError as error:
     assert told[0] == told[1] and "found step 3 is damaged: state/" in told[0]
 
 
+def test_a_write_that_fails_on_one_process_ends_both(tmp_path):
+    """At once: Orbax itself waits half an hour for the part that does not come."""
+    program = """
+def main(arguments):
+    import resource
+    with hosts.job(arguments[0], 2, int(arguments[1]), timeout_seconds=60.0):
+        exec(arguments[3], globals())  # opens devices
+        with RunCheckpoints(arguments[2]) as checkpoints:
+            checkpoints.save(1, global_state(1), {})
+            checkpoints.wait()
+            if arguments[1] == "1":
+                resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
+            checkpoints.save(2, global_state(2), {})
+            time.sleep(300)
+boundary.run_command("__main__")
+"""
+    address = f"localhost:{free_port()}"
+    results = finish([start(program, address, n, tmp_path, STATE) for n in range(2)])
+    for status, _, text in results:
+        assert status == 2, results
+        assert "error: process 1 (" in text and "): could not write checkpoint 2 in" in text
+        assert ": the disk is full; free some space" in text and "Traceback" not in text
+    assert steps_on_disk(tmp_path) == [1]
+
+
 def test_towers_of_two_processes(files):
     """Converted by one of each cache, also where a host has its own; loaded by one while the other
     is elsewhere; and rows that hosts computed differently."""

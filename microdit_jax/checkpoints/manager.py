@@ -1,7 +1,6 @@
 """Orbax's manager of a run's steps: what it keeps, and what must be there before one counts."""
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -24,25 +23,13 @@ class Manager(ocp.CheckpointManager):
     failed: Callable[[Exception], None] = staticmethod(lambda error: None)
 
     def _finalize(self, step: int, steps_to_remove: list[int]) -> None:
-        with self._told():
-            self._non_blocking_metadata_store.wait_until_finished()
-        super()._finalize(step, steps_to_remove)
-
-    def _wait_for_checkpointers(self) -> None:
-        with self._told():
-            super()._wait_for_checkpointers()
-
-    def _finalize_checkpoint(self, step: int) -> None:
-        with self._told():
-            super()._finalize_checkpoint(step)
-
-    @contextlib.contextmanager
-    def _told(self) -> Iterator[None]:
         try:
-            yield
+            self._non_blocking_metadata_store.wait_until_finished()
+            self._wait_for_checkpointers()
         except Exception as error:
             self.failed(error)
             raise
+        super()._finalize(step, steps_to_remove)
 
     def reached_preemption(self, step: int) -> bool:
         """Returns False: the training loop asks (machine.signals), in all processes alike."""

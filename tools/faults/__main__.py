@@ -12,6 +12,7 @@ import argparse
 import importlib
 import os
 import pathlib
+import subprocess
 import tempfile
 
 from tools.faults.hosts import Job, make_data, network
@@ -40,7 +41,7 @@ def main() -> None:
                 job = Job(args.data, pathlib.Path(folder), 9100 + 2 * position, **settings)
                 try:
                     line = shown(job, name, function(job))
-                except RuntimeError as error:
+                except (RuntimeError, OSError, subprocess.SubprocessError) as error:
                     line = f"| {name} | | | not run: {error} | |"
                 finally:
                     job.finish(0)

@@ -66,11 +66,12 @@ def full_on_b(job: Job) -> str:
 
 @row("workdir becomes read-only")
 def read_only(job: Job) -> str:
+    """Hides the disk behind itself, read-only; what is open for writing stays so."""
     job.workdir.mkdir()
-    run("mount", "-t", "tmpfs", "none", job.workdir)
+    job.begin(30)
+    run("mount", "--bind", job.workdir, job.workdir)
     try:
-        job.begin(30)
-        run("mount", "-o", "remount,ro", job.workdir)
+        run("mount", "-o", "remount,bind,ro", job.workdir)
         job.fault()
         job.finish()
         return lost(job)

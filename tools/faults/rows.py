@@ -35,7 +35,8 @@ def shown(job: Job, name: str, found: str) -> str:
         took = f"{job.ended[number]:.1f}" if number in job.ended else "not ended"
         cells += [took, str(process.returncode)]
     cells += ["-", "-"] * (2 - len(job.processes))
-    lines = dict.fromkeys(job.last_line(n).replace("|", "\\|")[:300] for n in range(2))
+    said = [job.last_line(n).partition("; what libraries said:")[0] for n in range(2)]
+    lines = dict.fromkeys(line.replace("|", "\\|")[:300] for line in said)
     line = "<br>".join(line.replace(str(job.folder), "") for line in lines)
     lost = found or f"{max(0, job.step() - job.saved())} steps since step {job.saved()}"
     return f"| {name} | {cells[0]} / {cells[2]} | {cells[1]} / {cells[3]} | {line} | {lost} |"
