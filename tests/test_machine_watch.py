@@ -93,16 +93,20 @@ def work(number, arguments):
         import threading
         fault = UserError("could not write checkpoint 9: the disk is full")
         threading.Thread(target=watch.report, args=(fault,)).start()
+    if number == 1 and arguments[2] == "abort":
+        import ctypes
+        ctypes.CDLL(None).abort()
     hosts.barrier(f"for ever {number}", timeout_seconds=300.0)
 """
-    for kind in ("disk", "thread", "defect"):
+    for kind in ("disk", "thread", "defect", "abort"):
         began = time.monotonic()
         results = finish(pair(program, kind), 60)
         assert time.monotonic() - began < 50
         for status, _, text in results:
-            if kind == "defect":
+            if kind in ("defect", "abort"):
                 assert status == 1 and "process 1 (" in text, results
-                assert "ended with a defect (KeyError: 'nothing'); see its log" in text
+                why = "KeyError: 'nothing'" if kind == "defect" else "a library aborted it"
+                assert f"ended with a defect ({why}); see its log" in text
             else:
                 assert status == 2, results
                 assert re.fullmatch(

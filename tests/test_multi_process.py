@@ -103,8 +103,8 @@ def main(arguments):
             time.sleep(300)
 boundary.run_command("__main__")
 """
-    address = f"localhost:{free_port()}"
-    results = finish([start(program, address, n, tmp_path, STATE) for n in range(2)])
+    address, state = f"localhost:{free_port()}", STATE.replace("mesh(2, 2, 2)", "mesh(1, 8, 1)")
+    results = finish([start(program, address, n, tmp_path, state) for n in range(2)])
     for status, _, text in results:
         assert status == 2, results
         assert "error: process 1 (" in text and "): could not write checkpoint 2 in" in text

@@ -1,4 +1,4 @@
-"""What Orbax logs of a failed save: pages of tracebacks, of an error that it also raises."""
+"""Logging of Orbax about failed saves: pages of tracebacks, of an error that it also raises."""
 
 import logging
 

@@ -19,13 +19,14 @@ from typing import Any, NoReturn
 
 from microdit_jax.errors import UserError, visible
 from microdit_jax.files import parse_json
-from microdit_jax.machine import interrupts
+from microdit_jax.machine import coordination, interrupts
 from microdit_jax.machine.coordination import Store, Unreachable
 
 BEAT_SECONDS, LOOK_SECONDS = 2.0, 1.0
 GAP_SECONDS = 3 * BEAT_SECONDS  # between two looks of a thread: then this process stood still
 SERVE_SECONDS = 1.0  # that process 0 goes on for others to read the verdict
 _FAILED, _DEFECT = 2, 1  # exit statuses, as in commands.boundary
+_BROKE = "ended with a defect ({}); see its log"
 
 _current: "Watch | None" = None
 
@@ -56,7 +57,7 @@ class Watch:
         self._stop_set = threading.Event()
         self._threads = [
             threading.Thread(target=loop, name=f"watch {loop.__name__}", daemon=True)
-            for loop in (self._beat, self._listen, self._look)
+            for loop in (self._beat, self._listen, self._look, self._hear_abort)
         ]
 
     def start(self) -> None:
@@ -98,7 +99,7 @@ class Watch:
 
     def broken(self, reason: str) -> None:
         """Ends the job by a defect of this process."""
-        self._judge("broken", f"{self.who()} ended with a defect ({reason}); see its log")
+        self._judge("broken", f"{self.who()} {_BROKE.format(reason)}")
 
     def stopped_by(self, number: int) -> None:
         """Ends the job since a signal ended this process, within two seconds or not at all."""
@@ -197,6 +198,25 @@ class Watch:
                 self._end_without_first("is gone")
             if silence > self._timeout:
                 self._end_without_first("is silent")
+
+    def _hear_abort(self) -> None:
+        """Ends this process with a line of its own where a C++ library has begun to abort it."""
+        while not self._closed.wait(LOOK_SECONDS):
+            if not coordination.is_aborting():
+                continue
+            time.sleep(LOOK_SECONDS)  # for a verdict, which knows the cause
+            if self._stood_still > GAP_SECONDS:
+                line = f"this process stood still for {self._stood_still:.0f} s, and a library"
+                self._leave(
+                    f"{line} gave up; {self._goes_on()}",
+                    interrupts.STOPPED_EARLY,
+                    libraries=True,
+                )
+            # In a thread: the client's calls may hang in the abort.
+            said = "a library aborted it"
+            threading.Thread(target=self.broken, args=(said,), daemon=True).start()
+            time.sleep(2 * LOOK_SECONDS)
+            self._leave(f"{self.who()} {_BROKE.format(said)}", _DEFECT, libraries=True)
 
     def _act_on_stop(self) -> None:
         self._stop_set.wait()
