@@ -41,10 +41,11 @@ def main():
     from microdit_jax.training import goodput  # after the flags: --help answers at once
 
     goodput.watch_this_process(HEALTH.value)
-    with job_flags.joined_job():
-        from microdit_jax.machine import compilation_cache
-        from microdit_jax.train import train_all
+    # Before the job, so that hosts that differ are told apart as soon as all are there.
+    from microdit_jax.machine import compilation_cache
+    from microdit_jax.train import train_all
 
+    with job_flags.joined_job():
         if not scheme_of(workdir):
             compilation_cache.share(Path(workdir), job_flags.JOB_TOKEN.value)
         done = train_all(config, workdir)
