@@ -38,6 +38,15 @@ test-ray: setup  ## a Ray cluster of two nodes on this machine, one of which is 
 	$(BIN)/pip install -qq --constraint constraints.txt --editable '.[dev,ray]'
 	$(BIN)/python -m pytest -q -s tests/test_prepare_ray_cluster.py
 
+# Composer's requirements hold back torch, so it goes beside without them.
+COMPOSER := mosaicml==0.32.1 easydict torchmetrics torch_optimizer lightning-utilities coolname py-cpuinfo psutil tabulate tenacity validators
+test-interop: setup  ## files by the real writers, in a venv of their own; MICRO_DIFFUSION=CHECKOUT for the reference's
+	$(PYTHON) -m venv .venv-interop
+	.venv-interop/bin/pip install -qq --editable '.[interop]'
+	.venv-interop/bin/pip install -qq --no-deps $(COMPOSER) || echo "No Composer: its tests are skipped."
+	INTEROP_PYTHON=$$PWD/.venv-interop/bin/python TORCH_PYTHON=$$PWD/.venv-interop/bin/python \
+		$(BIN)/python -m pytest -q -rs tests/interop tests/test_convert_torch_differential.py --durations=5
+
 # What another Python or JAX would break first. All tests on another Python: rm -rf .venv, then
 # make test PYTHON=python3.13.
 CORE := layering tokenizers dit moe attention masking diffusion training_optim sharding training_step checkpoints_run \

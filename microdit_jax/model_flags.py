@@ -72,9 +72,11 @@ SAMPLER_FLAGS = (SOLVER, SCHEDULE, GUIDANCE, INTERVAL, RESCALE, APG, NEGATIVE_PR
 IMAGE_FLAGS = (VAE, TEXT_ENCODER, EMA, DTYPE)
 
 
-def load(name: str) -> "tuple[LatentDiffusion, Model]":
+def load(name: str, weights: str | None = None) -> "tuple[LatentDiffusion, Model]":
     """Loads the network `name` as the flags ask for it, by `create.load`; prints the time it took.
 
+    Args:
+      weights: as `assets.load_model` takes it.
     Raises:
       UserError: something is not there, is damaged, or does not fit the rest.
     """
@@ -83,7 +85,7 @@ def load(name: str) -> "tuple[LatentDiffusion, Model]":
     from microdit_jax import create
 
     start = time.perf_counter()
-    pipe, model = create.load(name, **image_settings(), fsdp=FSDP.value)
+    pipe, model = create.load(name, **image_settings(), fsdp=FSDP.value, weights=weights)
     if GUIDANCE.value == "auto":
         pipe = create.with_weaker(pipe, model, WEAKER.value)
     elif WEAKER.value is not None:

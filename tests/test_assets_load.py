@@ -20,6 +20,7 @@ from microdit_jax.assets import hub, load
 from microdit_jax.convert import dit
 from microdit_jax.convert.__main__ import main as convert_main
 from microdit_jax.convert.formats.safetensors_file import write_safetensors
+from microdit_jax.convert.formats.torch_file import write_torch
 from microdit_jax.errors import UserError
 from microdit_jax.files import checksums, read_json, write_json
 from microdit_jax.models.dit import DiT, for_this_machine
@@ -263,3 +264,22 @@ def test_untrained(files):
     mesh = sharding.make_mesh(fsdp=8)
     leaf = jax.tree.leaves(load.untrained_model(config, mesh=mesh).params)[0]
     assert leaf.sharding.mesh == mesh
+
+
+def test_which_weights_of_a_file_that_holds_several(files):
+    """The raw ones, or the average by --weights=ema, each converted by itself."""
+    raw = tensors()["dit"]
+    half = {name: tensor * np.float32(0.5) for name, tensor in raw.items()}
+    average = half | {"pos_embed": raw["pos_embed"]}
+    flat = {f"model.{name}": tensor for name, tensor in raw.items()}
+    flat |= {f"ema.{name}": tensor for name, tensor in average.items()}
+    note = {"kind": "dit", "config": dataclasses.asdict(tiny_model().config)}
+    path = files / "both.pt"
+    write_torch(path, flat, notes={"extra/microdit_jax": json.dumps(note).encode()})
+    models = [load.load_model(str(path), weights=which) for which in (None, "model", "ema")]
+    kernels = [np.asarray(m.params["blocks_0"]["attn"]["qkv"]["kernel"]) for m in models]
+    np.testing.assert_array_equal(kernels[0], raw["blocks.0.attn.qkv.weight"].T)
+    np.testing.assert_array_equal(kernels[1], kernels[0])
+    np.testing.assert_array_equal(kernels[2], kernels[0] * np.float32(0.5))
+    with pytest.raises(UserError, match="to take the weights ema of, found instant"):
+        load.load_model("instant", weights="ema")

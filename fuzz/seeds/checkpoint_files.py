@@ -6,8 +6,11 @@ import pickle
 import struct
 import zipfile
 from collections.abc import Mapping
+from pathlib import Path
 
 from fuzz.zips import stored_zip
+
+DISTRIBUTED = Path(__file__).parents[2] / "tests" / "golden" / "torch_files" / "distcp"
 
 Corpus = Mapping[str, bytes]
 
@@ -157,4 +160,24 @@ def _safetensors() -> Corpus:
     }
 
 
-MAKERS = {"pt": _pt, "legacy_pt": _legacy_pt, "safetensors": _safetensors}
+def _distributed() -> Corpus:
+    """Returns metadata that torch wrote, and changes of it that a reader must notice."""
+    whole = (DISTRIBUTED / ".metadata").read_bytes()
+    return {
+        "whole": whole,
+        "cut": whole[:-40],
+        "outside": whole.replace(b"__0_0.distcp", b"../../passwd"),
+        "another_file": whole.replace(b"__0_0.distcp", b"__1_0.distcp"),
+        "another_class": whole.replace(b"MetadataIndex", b"_StorageInfo_"),
+        "no_offset": whole.replace(b"\x06offset", b"\x06offxet"),
+        "not_metadata": pickle.dumps({"a": (1, 2)}, 4),
+        "hostile": pickle.dumps({"a": 1}, 4)[:-1] + b"cos\nsystem\n(X\4\0\0\0truetR.",
+    }
+
+
+MAKERS = {
+    "pt": _pt,
+    "legacy_pt": _legacy_pt,
+    "safetensors": _safetensors,
+    "distributed": _distributed,
+}

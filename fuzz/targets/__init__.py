@@ -34,6 +34,7 @@ MODULES = {
     "pt": "checkpoint_files",
     "legacy_pt": "checkpoint_files",
     "safetensors": "checkpoint_files",
+    "distributed": "checkpoint_files",
     "mds_index": "datasets",
     "mds_shard": "datasets",
     "tar": "archives",

@@ -1,13 +1,15 @@
-"""Readers of checkpoints: .pt, its format before PyTorch 1.6, and .safetensors."""
+"""Readers of checkpoints: .pt, its format before PyTorch 1.6, .safetensors, and .distcp."""
 
 import numpy as np
 
 from fuzz.grammar import pickles, safetensors
 from fuzz.scratch import Scratch
+from fuzz.seeds.checkpoint_files import DISTRIBUTED
 from fuzz.targets import Read, Target
 from fuzz.zips import stored_zip
 from microdit_jax.convert.formats.safetensors_file import read_safetensors
 from microdit_jax.convert.formats.torch_file import read_torch
+from microdit_jax.convert.state_dict import read_state_dict
 from microdit_jax.errors import UserError
 
 STORAGES = {"a/data/0": bytes(range(64)), "a/data/1": b"\1\0\0\0\0\0\0\0", "a/data/s": b"d"}
@@ -37,6 +39,20 @@ NAMES = (
     b"J\xff\xff\xff\x7f",
     b"\x95\xff\xff\xff\xff\0\0\0\0",
     b"r\xff\xff\xff\x7f",
+)
+
+
+CLASSES = (
+    b"\x8c\x0cMetadataIndex\x94\x93",
+    b"\x8c\x14ChunkStorageMetadata\x94\x93",
+    b"\x8c\x0c_StorageInfo\x94\x93",
+    b"\x8c\x07offsets",
+    b"\x8c\x05sizes",
+    b"\x8c\x06offset",
+    b"\x8c\x06length",
+    b"\x8c\x0drelative_path",
+    b"\x8c\x0c__0_0.distcp",
+    b"\x8c\x0c../../passwd",
 )
 
 
@@ -82,6 +98,17 @@ def _open_safetensors(scratch: Scratch) -> Read:
     return read
 
 
+def _open_distributed(scratch: Scratch) -> Read:
+    """The metadata is under test; the chunks that it names are torch's own."""
+    for name in ("__0_0.distcp", "__1_0.distcp"):
+        scratch.file(f"d/{name}", (DISTRIBUTED / name).read_bytes())
+
+    def read(data: bytes) -> None:
+        touch(read_state_dict(scratch.file("d/.metadata", data), weights="state.model").tensors)
+
+    return read
+
+
 TARGETS = {
     "pt": Target(_open_pt, (UserError, OSError), OPCODES + NAMES, pickles),
     "legacy_pt": Target(_open_legacy, (UserError, OSError), OPCODES + NAMES, pickles),
@@ -91,4 +118,5 @@ TARGETS = {
         (b'"dtype":"F32"', b'"shape":[', b'"data_offsets":[0,', b"BF16", b"__metadata__", b"-1"),
         safetensors,
     ),
+    "distributed": Target(_open_distributed, (UserError, OSError), OPCODES + CLASSES, pickles),
 }

@@ -8,35 +8,27 @@ folder, where the next run finds them.
 
 import dataclasses
 import functools
-import hashlib
-import json
 import math
-import multiprocessing
-import shutil
 from collections.abc import Callable, Mapping
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import filelock
 import jax
 from jax.sharding import Mesh
 
 from microdit_jax import sharding
 from microdit_jax.assets import hub, instant
+from microdit_jax.assets.conversion import converted
 from microdit_jax.checkpoints import model_folder
 from microdit_jax.checkpoints.run import is_run, read_run_metadata
 from microdit_jax.checkpoints.weights import describe_weights, load_run_params
 from microdit_jax.convert import clip_text, t5, vae
 from microdit_jax.convert.arguments import config_from_fields, tower_name
 from microdit_jax.convert.dit import config_from_dict
-from microdit_jax.convert.inputs import find_input, holds_weights, read_config
-from microdit_jax.convert.kinds import get_kind
-from microdit_jax.convert.to_folder import convert_to_folder
+from microdit_jax.convert.inputs import holds_weights, read_config
 from microdit_jax.diffusion import EdmConfig
 from microdit_jax.encoders import registry
-from microdit_jax.errors import UserError
-from microdit_jax.files import HeldFolder, cache_folder, disk_errors
+from microdit_jax.errors import UserError, visible
 from microdit_jax.models import dit
 from microdit_jax.models.dit import DiTConfig, for_this_machine
 from microdit_jax.sampling.student import Student
@@ -72,7 +64,12 @@ class Model(NamedTuple):
 
 
 def load_model(
-    name: str, *, ema: bool = True, dtype: str | None = None, mesh: MeshChoice = None
+    name: str,
+    *,
+    ema: bool = True,
+    dtype: str | None = None,
+    mesh: MeshChoice = None,
+    weights: str | None = None,
 ) -> Model:
     """Loads a network by name or path.
 
@@ -83,6 +80,7 @@ def load_model(
       ema: take the moving average of a training run's weights, if it keeps one.
       dtype: type of the computation; None keeps the model's own.
       mesh: devices for the weights, which are split by the rules of sharding.py.
+      weights: "model", "ema" or keys joined by dots, of a PyTorch file that holds several.
     Raises:
       UserError: nothing usable there, or damaged.
     """
@@ -90,12 +88,18 @@ def load_model(
     if released and not path.exists():
         path = hub.released_checkpoint(name)
     path = instant.find_shipped(path)
+    foreign = path.is_file() or (path.is_dir() and not _is_ours(path) and holds_weights(path))
+    if weights is not None and not foreign:
+        raise UserError(
+            f"expected a PyTorch file to take the weights {visible(weights, 100)} of, found "
+            f"{visible(name)}; leave them out (--noema takes a training run's raw weights)"
+        )
     if instant.is_shipped(path):
         model = _from_shipped(path, ema, mesh)
     elif is_run(path):
         model = _from_run(path, ema, mesh)
-    elif path.is_file() or (not model_folder.is_model(path) and holds_weights(path)):
-        model = _from_folder(converted("dit", path), mesh)
+    elif foreign:
+        model = _from_folder(converted("dit", path, weights=weights), mesh)
         model = model._replace(description=path.name)
     elif path.is_dir():
         model = _from_folder(path, mesh)
@@ -110,6 +114,10 @@ def load_model(
         model = model._replace(vae=vae_name, text_encoder=hub.DFN5B_CLIP)
     model = model if dtype is None else model.with_dtype(dtype)
     return model._replace(config=for_this_machine(model.config))
+
+
+def _is_ours(folder: Path) -> bool:
+    return instant.is_shipped(folder) or is_run(folder) or model_folder.is_model(folder)
 
 
 def untrained_model(config: DiTConfig, *, mesh: MeshChoice = None) -> Model:
@@ -262,75 +270,6 @@ def _text_folder(path: Path) -> Path:
     if kind not in ("clip_text", "t5"):
         raise UserError(f"expected a text encoder at {path}, found a model of kind {kind}")
     return folder
-
-
-def converted(kind: str, path: Path, given: Mapping[str, Any] | None = None) -> Path:
-    """Converts a PyTorch or safetensors file or folder into the cache, unless it is there already.
-
-    A file is recognised by its path, size and modification time, without being read. A folder that
-    was made from an older file at the same path is replaced.
-
-    Args:
-      given: values of the kind's options.
-    """
-    source = find_input(path, get_kind(kind))
-    if missing := [file.name for file in source.files if not file.is_file()]:
-        raise UserError(f"expected all files of {path}, found no {', '.join(missing)}; fetch it")
-    stats = [(str(file.resolve()), file.stat()) for file in source.files]
-    made_from = {
-        "files": [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats],
-        "config": source.config,
-        **({"given": dict(given)} if given else {}),
-    }
-    named = [name for name, _ in stats] + ([dict(given)] if given else [])
-    key = hashlib.sha256(json.dumps(named).encode()).hexdigest()[:12]
-    folder = cache_folder() / "models" / f"{kind}-{source.files[0].stem}-{key}"
-    with disk_errors(folder):
-        HeldFolder(
-            folder.parent.resolve(), own=True
-        )  # made, and nobody else's: nothing is planted there
-        with filelock.FileLock(f"{folder}.lock"):  # another process may convert the same file
-            if folder.is_symlink():
-                folder.unlink()
-            if folder.is_dir() and not _is_made_from(folder, made_from):
-                (folder / "config.json").unlink(missing_ok=True)  # first: then it is no model
-                shutil.rmtree(folder)
-            if not folder.is_dir():
-                print(f"converting {path}, once, into {folder}", flush=True)
-                notes = {"cached": made_from}
-                _outside_of_job(_convert, kind, path, folder, notes, given)
-    return folder
-
-
-def _convert(
-    kind: str, path: Path, folder: Path, notes: dict[str, Any], given: Mapping[str, Any] | None
-) -> None:
-    convert_to_folder(get_kind(kind), path, folder, notes=notes, given=given)
-
-
-def _is_made_from(folder: Path, made_from: dict[str, Any]) -> bool:
-    if not model_folder.is_model(folder):  # a killed process was about to remove it
-        return False
-    if folder.stat().st_uid != folder.parent.stat().st_uid:  # another user's, from before
-        return False
-    return model_folder.read_metadata(folder).get("cached") == made_from
-
-
-def _outside_of_job(function: Callable, *args: Any, **kwargs: Any) -> None:
-    """Calls a function; in a process of its own if several processes run one program.
-
-    Orbax saves with all processes of a program, but only one process of each host converts.
-    """
-    if jax.process_count() == 1:
-        function(*args, **kwargs)
-        return
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=context, initializer=_leave_accelerators) as pool:
-        pool.submit(function, *args, **kwargs).result()
-
-
-def _leave_accelerators() -> None:
-    jax.config.update("jax_platforms", "cpu")  # the parent holds the accelerators
 
 
 def _text_kind(path: Path) -> str:

@@ -31,6 +31,9 @@ from microdit_jax.files import check_writable
 from microdit_jax.machine import memory
 
 MODEL = flags.DEFINE_string("model", None, "A network, as for sample_main.py.")
+WEIGHTS = flags.DEFINE_string(
+    "weights", None, "Which of a PyTorch file's that holds several: model, ema or KEY.PATH."
+)
 METRICS = flags.DEFINE_list(
     "metrics", ["frechet_small"],
     "Any of fid, kid, precision_recall, clip_score, geneval; or frechet_small, a distance that "
@@ -133,7 +136,7 @@ def _evaluate() -> None:
     agreement.agree(agreement.devices())
     with contextlib.ExitStack() as stack:
         claimed(out, stack)
-        pipe, model = model_flags.load(MODEL.value)
+        pipe, model = model_flags.load(MODEL.value, WEIGHTS.value)
         chosen = model_flags.sampler_settings() | {STEPS.name: STEPS.value}
         for scale in scales if GUIDANCE.present else (None,):
             settled = request.for_network(pipe.student, chosen | {GUIDANCE.name: scale})

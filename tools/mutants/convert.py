@@ -98,14 +98,14 @@ MUTANTS = [
     },
     {
         "name": "a config.json that changed beside the same weights: the old conversion is used",
-        "file": "microdit_jax/assets/load.py",
+        "file": "microdit_jax/assets/conversion.py",
         "old": '        "config": source.config,\n',
         "new": "",
         "tests": _LOAD,
     },
     {
         "name": "new weights of the same size: the old conversion is used",
-        "file": "microdit_jax/assets/load.py",
+        "file": "microdit_jax/assets/conversion.py",
         "old": "[name, stat.st_size, stat.st_mtime_ns]",
         "new": "[name, stat.st_size]",
         "tests": _LOAD,

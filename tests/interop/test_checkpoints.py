@@ -1,0 +1,88 @@
+"""Checkpoints by torch, the safetensors library, and Composer with the reference's own network."""
+
+import json
+
+import numpy as np
+import pytest
+from support.convert_command import run
+
+from convert.reference import reference_arguments
+from interop.conftest import write
+from microdit_jax import create
+from microdit_jax.checkpoints.model_folder import read_metadata
+from microdit_jax.convert.formats.torch_file import read_torch
+from microdit_jax.convert.inputs import find_input, read_tensors
+from microdit_jax.convert.kinds import get_kind
+
+COMPOSER = ("torch", "composer", "diffusers", "open_clip", "easydict")
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoints")
+    write("checkpoints.py", folder, packages=("torch", "safetensors"))
+    return folder
+
+
+@pytest.mark.parametrize("name", ["new.pt", "legacy.pt", "a.safetensors", "distcp"])
+def test_every_format_has_the_same_values(files, name):
+    found = read_tensors(find_input(files / name, get_kind("dit")).files, None).tensors
+    expected = np.load(files / "expected.npz")
+    assert set(found) == set(expected.files)
+    for key, tensor in found.items():
+        np.testing.assert_array_equal(tensor.astype(np.float32), expected[key])
+
+
+def test_scaled_float8(files):
+    found = read_tensors((files / "scaled.safetensors",), None).tensors
+    assert set(found) == {"layer.weight"}
+    np.testing.assert_array_equal(found["layer.weight"], np.load(files / "scaled.npy"))
+
+
+def same(found: dict, expected: dict) -> bool:
+    bare = {name.replace("_orig_mod.", ""): tensor for name, tensor in expected.items()}
+    equal = [np.array_equal(found[name], tensor) for name, tensor in bare.items()]
+    return set(found) == set(bare) and all(equal)
+
+
+@pytest.mark.parametrize("which", ["plain", "compile", "ema"])
+def test_two_batches_of_the_reference_under_composer(tmp_path, checkout, which):
+    """Converted exactly, and back; the config that was given once is kept."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    write("composer_run.py", which, checkout, folder, packages=COMPOSER)
+    weights = ["--weights=ema"] if which == "ema" else []
+    expected = read_torch(folder / f"expected{'_ema' * bool(weights)}.pt")
+    run(
+        f"--input={folder / 'latest-rank0.pt'}", f"--output={tmp_path / 'model'}",
+        f"--config={folder / 'config.json'}", *weights,
+    )  # fmt: skip
+    run("--to=torch", f"--input={tmp_path / 'model'}", f"--output={tmp_path / 'back.pt'}")
+    back = read_torch(tmp_path / "back.pt")
+    constants = {n: t for n, t in back.items() if n in ("pos_embed", "mask_token")}
+    assert same(back, constants | expected)
+    run(f"--input={tmp_path / 'back.pt'}", f"--output={tmp_path / 'again'}")
+    assert read_metadata(tmp_path / "again")["dit"] == read_metadata(tmp_path / "model")["dit"]
+    raw = read_tensors((folder / "latest-rank0.pt",), "dit").tensors
+    assert same(raw, read_torch(folder / "expected.pt"))
+
+
+def test_the_reference_samples_the_same_from_our_file(tmp_path, checkout):
+    """The model in the package, written as .pt, in the reference's own classes and sampler."""
+    run("--to=torch", "--input=instant", f"--output={tmp_path / 'dit.pt'}")
+    pipe, model = create.load("instant", dtype="float32")
+    config = model.config
+    (tmp_path / "config.json").write_text(json.dumps(reference_arguments(config)))
+    random = np.random.default_rng(0)
+    side, channels = config.input_size, config.in_channels
+    noise = random.standard_normal((2, side, side, channels), np.float32)
+    captions = random.standard_normal((2, 24, config.caption_channels), np.float32)
+    np.savez(
+        tmp_path / "inputs.npz", noise=noise.transpose(0, 3, 1, 2), captions=captions[:, None],
+        steps=8, guidance=3.0,
+    )  # fmt: skip
+    write("reference_sample.py", checkout, tmp_path, packages=COMPOSER)
+    expected = np.load(tmp_path / "sample.npy").transpose(0, 2, 3, 1)
+    found = pipe.denoise(captions, noise, guidance_scale=3.0, num_inference_steps=8, batch_size=2)
+    error = np.linalg.norm(found - expected) / np.linalg.norm(expected)
+    assert error < 1e-5, error
