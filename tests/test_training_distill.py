@@ -17,7 +17,7 @@ from microdit_jax.checkpoints.run import read_run_metadata
 from microdit_jax.create import load
 from microdit_jax.diffusion import EdmConfig
 from microdit_jax.errors import UserError
-from microdit_jax.models import matmuls
+from microdit_jax.models import dit, matmuls
 from microdit_jax.models.dit import DiT
 from microdit_jax.train import train
 from microdit_jax.training import distill, optim
@@ -36,16 +36,15 @@ KEY = jax.random.key(3)
 def networks():
     """A student's network, and weights of it and of a teacher; none are zero."""
     model = tiny_model()
-    shapes = jax.eval_shape(lambda: model.init(KEY, LATENTS, jnp.zeros(4), Y)["params"])
-    leaves, tree = jax.tree.flatten(shapes)
-    weights = []
-    for number in range(2):
-        keys = jax.random.split(jax.random.fold_in(KEY, number), len(leaves))
-        normals = [
-            0.1 * jax.random.normal(key, leaf.shape) for key, leaf in zip(keys, leaves, strict=True)
-        ]
-        weights.append(tree.unflatten(normals))
-    return model, *weights
+    model = DiT(dataclasses.replace(model.config, depth=1))
+    shapes = dit.abstract_params(model.config)
+    normals = np.random.default_rng(1)
+    return model, *(
+        jax.tree.map(
+            lambda leaf: jnp.asarray(normals.normal(0, 0.1, leaf.shape), leaf.dtype), shapes
+        )
+        for _ in range(2)
+    )
 
 
 def loss_of(**changes):
@@ -58,9 +57,19 @@ def loss_of(**changes):
     return distill.StudentLoss(**settings | changes)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def value(loss, model, params, teacher, batch, key, step):
-    return loss(model, params, teacher, batch, key, step)
+@functools.partial(jax.jit, static_argnums=0)
+def value_and_grad(loss, params, teacher, batch, step):
+    """((mean, (losses, sigma)), gradient): one program for all tests of a loss."""
+
+    def mean(params):
+        losses, sigma = loss(networks()[0], params, teacher, batch, KEY, step)
+        return losses.mean(), (losses, sigma)
+
+    return jax.value_and_grad(mean, has_aux=True)(params)
+
+
+def value(loss, params, teacher, batch, step):
+    return value_and_grad(loss, params, teacher, batch, jnp.int32(step))[0][1]
 
 
 def test_matmuls_of_forward_mode_are_the_same():
@@ -80,7 +89,7 @@ def student_f(params, teacher, t, y):
 
     apply = jax.jit(model.apply)
 
-    def F(params, x, t):
+    def F(params, x, t, y=y):
         c_noise = jnp.asarray(np.log(EDM.sigma_data * np.tan(t)) / 4, jnp.float32)
         out = apply({"params": params}, jnp.asarray(x / EDM.sigma_data, jnp.float32),
                           c_noise, y)[0]  # fmt: skip
@@ -96,7 +105,6 @@ def student_f(params, teacher, t, y):
 def test_the_target_is_the_derivative_along_the_teachers_trajectory():
     """sCM's tangent, -cos(t) / sigma_data df/dt, by finite differences of f along dx/dt."""
     model, params, teacher = networks()
-    loss = loss_of()
     random = sample_randomness(KEY, BATCH["position"], model.config)
     sigma = np.asarray(diffusion.training_sigma(random.sigma_normal, EDM), np.float64)
     t = np.arctan(sigma / EDM.sigma_data)
@@ -106,11 +114,7 @@ def test_the_target_is_the_derivative_along_the_teachers_trajectory():
 
     F, f = student_f(params, teacher, t, Y)
     F_cond = F(teacher, x, t)
-    model_uncond = model.apply(
-        {"params": teacher}, jnp.asarray(x / EDM.sigma_data, jnp.float32),
-        jnp.asarray(np.log(sigma) / 4, jnp.float32), 0 * Y,
-    )[0]  # fmt: skip
-    F_uncond = np.asarray(model_uncond, np.float64)
+    F_uncond = F(teacher, x, t, 0 * Y)
     acts = (0.1 < sigma) & (sigma <= 1.0)
     assert 0 < acts.sum() < 4
     F_teacher = F_uncond + np.where(acts, 3.0, 1.0)[:, None, None, None] * (F_cond - F_uncond)
@@ -119,7 +123,9 @@ def test_the_target_is_the_derivative_along_the_teachers_trajectory():
     tangent = -np.cos(wide) / EDM.sigma_data * (ahead - behind) / (2 * h)
     size = np.sqrt(np.square(tangent).mean(axis=(1, 2, 3), keepdims=True))
     expected = np.square(tangent / (size + 0.1)).mean(axis=(1, 2, 3))
-    found, found_sigma = value(loss, model, params, teacher, BATCH, KEY, jnp.int32(10))
+    (_, (found, found_sigma)), grads = value_and_grad(
+        loss_of(), params, teacher, BATCH, jnp.int32(10)
+    )
     np.testing.assert_allclose(found_sigma, sigma, rtol=1e-6)
     np.testing.assert_allclose(found, expected, rtol=0.02)
 
@@ -133,35 +139,29 @@ def test_the_target_is_the_derivative_along_the_teachers_trajectory():
         return -2 * jnp.mean(normalised * F_student)
 
     by_hand = jax.jit(jax.grad(along))(params)
-    grads = jax.jit(
-        jax.grad(lambda p: loss(model, p, teacher, BATCH, KEY, jnp.int32(10))[0].mean())
-    )(params)
     flat = [np.concatenate([leaf.ravel() for leaf in jax.tree.leaves(g)]) for g in (grads, by_hand)]
     assert relative_l2(*flat) < 0.03
 
 
 def test_before_the_warm_up_a_student_learns_guidance():
-    """Without the derivative, the tangent leads to the guided teacher's F, and is 0 there."""
-    model, _, teacher = networks()
-    loss = loss_of(guidance_scale=1.0)
-    same, _ = value(loss, model, teacher, teacher, BATCH, KEY, jnp.int32(0))
-    np.testing.assert_allclose(same, 0, atol=1e-8)
-    later, _ = value(loss, model, teacher, teacher, BATCH, KEY, jnp.int32(5))
-    guided, _ = value(loss_of(), model, teacher, teacher, BATCH, KEY, jnp.int32(0))
-    assert later.min() > 1e-4 and guided.max() > 1e-4
+    """Without the derivative the tangent leads to the guided teacher's F: 0 where it is its own."""
+    _, _, teacher = networks()
+    losses, sigma = value(loss_of(), teacher, teacher, BATCH, 0)
+    guided = (0.1 < sigma) & (sigma <= 1.0)
+    assert losses[~guided].max() < 1e-8 and losses[guided].min() > 1e-4
+    later, _ = value(loss_of(), teacher, teacher, BATCH, 5)
+    assert later.min() > 1e-4
 
 
 def test_captions_alone_are_enough():
     """Data-free: the images of the batch are not looked at, the teacher's own are made."""
-    model, params, teacher = networks()
+    _, params, teacher = networks()
     loss = loss_of(trajectory_steps=4)
-    first, _ = value(loss, model, params, teacher, BATCH, KEY, jnp.int32(10))
-    other = BATCH | {"latents": 0 * LATENTS}
-    np.testing.assert_array_equal(
-        first, value(loss, model, params, teacher, other, KEY, jnp.int32(10))[0]
-    )
-    withdata, _ = value(loss_of(), model, params, teacher, BATCH, KEY, jnp.int32(10))
-    assert relative_l2(first, withdata) > 1e-3
+    first, _ = value(loss, params, teacher, BATCH, 10)
+    other, _ = value(loss, params, teacher, BATCH | {"latents": 0 * LATENTS}, 10)
+    np.testing.assert_array_equal(first, other)
+    with_data, _ = value(loss_of(), params, teacher, BATCH, 10)
+    assert relative_l2(first, with_data) > 1e-3
 
 
 def test_micro_batches_and_meshes_change_nothing():
