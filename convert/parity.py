@@ -21,6 +21,7 @@ from jaxtyping import Float, Int
 
 from convert.reference import reference_arguments, run_reference
 from microdit_jax.commands.parser import Parser
+from microdit_jax.commands.paths import local_places
 from microdit_jax.convert import dit
 from microdit_jax.convert.inputs import find_input, read_stated_config, read_tensors
 from microdit_jax.convert.keymap import torch_name
@@ -291,6 +292,13 @@ def main(arguments: Sequence[str]) -> None:
     flags = parse_arguments(arguments)
     for path in filter(None, (flags.record, flags.json)):
         check_writable(path)
+    with local_places("convert.parity", vars(flags)) as local:
+        vars(flags).update(local)
+        run(flags)
+
+
+def run(flags: argparse.Namespace) -> None:
+    """Runs both networks, and prints and writes the table of their differences."""
     _say(f"reading {flags.input}")
     config, tensors = load(flags)
     if flags.latent_res:

@@ -20,6 +20,7 @@ from microdit_jax import sharding
 from microdit_jax.assets import hub, instant
 from microdit_jax.assets.conversion import converted
 from microdit_jax.checkpoints import model_folder
+from microdit_jax.checkpoints.fetch import local_model
 from microdit_jax.checkpoints.run import is_run, read_run_metadata
 from microdit_jax.checkpoints.weights import describe_weights, load_run_params
 from microdit_jax.convert import clip_text, t5, vae
@@ -29,6 +30,7 @@ from microdit_jax.convert.inputs import holds_weights, read_config
 from microdit_jax.diffusion import EdmConfig
 from microdit_jax.encoders import registry
 from microdit_jax.errors import UserError, visible
+from microdit_jax.files.urls import with_urls
 from microdit_jax.models import dit
 from microdit_jax.models.dit import DiTConfig, for_this_machine
 from microdit_jax.sampling.student import Student
@@ -84,7 +86,7 @@ def load_model(
     Raises:
       UserError: nothing usable there, or damaged.
     """
-    path, released = Path(name), hub.RELEASED.get(name.removesuffix(".pt"))
+    path, released = local_model(name), hub.RELEASED.get(name.removesuffix(".pt"))
     if released and not path.exists():
         path = hub.released_checkpoint(name)
     path = instant.find_shipped(path)
@@ -113,7 +115,8 @@ def load_model(
         vae_name = hub.DEFAULT_VAES.get(model.config.in_channels)
         model = model._replace(vae=vae_name, text_encoder=hub.DFN5B_CLIP)
     model = model if dtype is None else model.with_dtype(dtype)
-    return model._replace(config=for_this_machine(model.config))
+    description = with_urls(model.description)
+    return model._replace(config=for_this_machine(model.config), description=description)
 
 
 def _is_ours(folder: Path) -> bool:

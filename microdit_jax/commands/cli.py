@@ -10,7 +10,7 @@ from absl import app, flags, logging
 
 from microdit_jax.commands import boundary
 from microdit_jax.commands.config_file import as_config_file, read_config
-from microdit_jax.commands.paths import check_stores
+from microdit_jax.commands.paths import check_stores, local_places
 from microdit_jax.errors import UserError
 
 
@@ -41,7 +41,10 @@ def absl_command(
             from microdit_jax.machine import compilation_cache  # half a second, not for --help
 
             compilation_cache.enable()
-            main()
+            with local_places(module.__name__, flags.FLAGS.flag_values_dict()) as local:
+                for name, path in local.items():
+                    flags.FLAGS[name].value = path
+                main()
 
         @functools.wraps(main)
         def command(arguments: Sequence[str]) -> None:

@@ -4,13 +4,17 @@ A URL in any flag or key of a configuration that is not named here is refused be
 is no flag that a URL slips through, to become a local folder named "gs:".
 """
 
+import contextlib
 import os
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
+from microdit_jax.checkpoints.fetch import local_model
 from microdit_jax.errors import UserError, visible
+from microdit_jax.files import output_file, output_folder
 from microdit_jax.files.bucket import SCHEMES
 from microdit_jax.files.urls import COPY_AFTERWARDS, COPY_FIRST, as_given, scheme_of
 
@@ -23,16 +27,21 @@ class Place(NamedTuple):
     Attributes:
       stores: schemes of the URLs that it takes beside local paths.
       output: True if the command writes there.
+      local: "file" or "folder" where `local_places` puts a local path in a URL's place; "" where
+        the command handles URLs itself.
       otherwise: the way out, for the error.
     """
 
     stores: tuple[str, ...] = ()
     output: bool = False
+    local: str = ""
     otherwise: str = ""
 
 
 _IN, _OUT = Place(), Place(output=True)
 _READ, _WRITTEN = Place(SCHEMES), Place(SCHEMES, output=True)
+_FETCHED = Place(SCHEMES, local="file")  # or a folder
+_FILE, _FOLDER = Place(SCHEMES, True, "file"), Place(SCHEMES, True, "folder")
 _WORKDIR = Place(
     ("gs",),
     output=True,
@@ -52,7 +61,7 @@ TEXTS = {
     ),
     *("config.log.wandb",),
 }
-_MODEL_FLAGS = {"model": _IN, "vae": _IN, "text_encoder": _IN}
+_MODEL_FLAGS = {"model": _READ, "vae": _IN, "text_encoder": _IN}
 _CONFIG = {
     "config": _IN,
     "config.init_from": _READ,
@@ -68,21 +77,21 @@ _CONFIG = {
 # Command -> its flags that take paths.
 PLACES: dict[str, dict[str, Place]] = {
     "train_main": _CONFIG | {"workdir": _WORKDIR, "health_file": _OUT},
-    "sample_main": _MODEL_FLAGS | {"prompts": _IN, "again": _IN, "out": _OUT},
+    "sample_main": _MODEL_FLAGS | {"prompts": _FETCHED, "again": _FETCHED, "out": _FOLDER},
     "microdit_jax.evaluate": _MODEL_FLAGS
-    | {"prompts": _IN, "reference": _IN, "inception": _IN, "clip": _IN}
-    | {"geneval_prompts": _IN, "geneval_results": _IN, "out": _OUT},
+    | {"prompts": _FETCHED, "reference": _FETCHED, "inception": _FETCHED, "clip": _FETCHED}
+    | {"geneval_prompts": _FETCHED, "geneval_results": _FETCHED, "out": _FOLDER},
     "microdit_jax.app": _MODEL_FLAGS,
-    "convert": {"input": _IN, "config": _IN, "output": _OUT},
-    "convert.parity": {"input": _IN, "reference": _IN, "activations": _IN, "config": _IN}
-    | {"record": _OUT, "json": _OUT},
-    "microdit_jax.prepare": {"input": _IN, "captions": _IN, "vae": _IN, "text_encoder": _IN}
-    | {"cache": _OUT, "output": _OUT},
+    "convert": {"input": _FETCHED, "config": _FETCHED, "output": _READ._replace(output=True)},
+    "convert.parity": {"input": _FETCHED, "reference": _IN, "activations": _FETCHED}
+    | {"config": _FETCHED, "record": _FILE, "json": _FILE},
+    "microdit_jax.prepare": {"input": _READ, "captions": _FETCHED, "vae": _IN}
+    | {"text_encoder": _IN, "cache": _OUT, "output": _WRITTEN},
     "microdit_jax.prepare.reformat": {"input": _DATA, "vae": _IN, "text_encoder": _IN}
-    | {"cache": _OUT, "output": _OUT},
-    "microdit_jax.xla.aot": _CONFIG | {"report": _OUT, "dump": _OUT},
-    "microdit_jax.xla.bench": {"input": _DATA, "report": _OUT, "dump": _OUT},
-    "microdit_jax.xla.plot": {"reports": _IN, "out": _OUT},
+    | {"cache": _OUT, "output": _WRITTEN},
+    "microdit_jax.xla.aot": _CONFIG | {"report": _FILE, "dump": _FOLDER},
+    "microdit_jax.xla.bench": {"input": _DATA, "report": _FILE, "dump": _FOLDER},
+    "microdit_jax.xla.plot": {"reports": _FETCHED, "out": _FILE},
     "microdit_jax.training.report": {"runs": _READ, "out": _WRITTEN},
 }
 
@@ -105,6 +114,42 @@ def check_stores(command: str, values: Mapping[str, Any]) -> None:
             way_out = place.otherwise or (COPY_AFTERWARDS if place.output else COPY_FIRST)
             shown = visible(as_given(path))
             raise UserError(f"expected a local path{also} in --{name}, found {shown}; {way_out}")
+
+
+@contextlib.contextmanager
+def local_places(command: str, values: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Gives a local path for each URL in the flags of a command that does not handle it itself.
+
+    Inputs are fetched; outputs are sent when they are there, and at the end.
+
+    Args:
+      values: of all its flags.
+    Returns:
+      The values that are others than before, by name.
+    Raises:
+      UserError: a bucket that cannot be read or written.
+    """
+    found: dict[str, Any] = {}
+    with contextlib.ExitStack() as stack:
+        for name, place in PLACES.get(command.removesuffix(".__main__"), {}).items():
+            given = values.get(name)
+            paths = given if isinstance(given, list) else [given]
+            if not place.local or not any(path and scheme_of(path) for path in paths):
+                continue
+            local = [_local(place, path, stack) for path in paths]
+            found[name] = local if isinstance(given, list) else local[0]
+        yield found
+
+
+def _local(place: Place, path: Any, stack: contextlib.ExitStack) -> Any:
+    kind = type(path) if isinstance(path, Path) else str
+    if not scheme_of(path):
+        return path
+    if not place.output:
+        return kind(local_model(path))
+    if place.local == "file":
+        return kind(stack.enter_context(output_file(path)))
+    return kind(stack.enter_context(output_folder(path)).path)
 
 
 def _texts(values: Mapping[str, Any] | ConfigDict, prefix: str = "") -> Iterator[tuple[str, str]]:

@@ -6,6 +6,7 @@ if __name__ == "__main__":
     run_command("microdit_jax.convert.__main__")
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import time
@@ -16,6 +17,7 @@ from typing import Any
 import jax
 
 from microdit_jax.commands.parser import Parser
+from microdit_jax.commands.paths import local_places
 from microdit_jax.convert.formats.safetensors_file import write_safetensors
 from microdit_jax.convert.formats.torch_file import write_torch
 from microdit_jax.convert.inputs import CONFIG, NOTE, read_note, read_stated_config
@@ -23,7 +25,8 @@ from microdit_jax.convert.kinds import NAMES, get_kind
 from microdit_jax.convert.networks import is_ours, open_source
 from microdit_jax.convert.to_folder import bar, convert_to_folder, say, say_time
 from microdit_jax.errors import UserError, visible
-from microdit_jax.files import check_writable
+from microdit_jax.files import check_writable, output_file, output_folder
+from microdit_jax.files.urls import scheme_of
 
 EXAMPLE = """example:
   python -m convert --kind=dit --input=dit_4_channel_0.5B_synthetic_data.pt --output=models/dit
@@ -134,4 +137,13 @@ def main(arguments: Sequence[str]) -> None:
     flags = parse_arguments(arguments)
     check_writable(flags.output, folder=flags.to == "orbax")
     jax.config.update("jax_platforms", "cpu")  # a file on its way to a file needs no device
-    {"orbax": to_orbax, "torch": to_torch}[flags.to](flags)
+    work = {"orbax": to_orbax, "torch": to_torch}[flags.to]
+    with local_places("convert", vars(flags)) as local, contextlib.ExitStack() as stack:
+        vars(flags).update(local)
+        if scheme_of(flags.output) and flags.to == "torch":
+            flags.output = stack.enter_context(output_file(flags.output))
+        elif scheme_of(flags.output):
+            flags.output = stack.enter_context(output_folder(flags.output)).path
+            with contextlib.suppress(OSError):
+                flags.output.rmdir()  # empty: a model's folder is made whole, in its place
+        work(flags)

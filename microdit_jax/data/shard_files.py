@@ -15,13 +15,14 @@ import fsspec
 from microdit_jax.data.mapped import map_file
 from microdit_jax.errors import UserError, visible
 from microdit_jax.files import HeldFolder, open_regular, read_bytes
+from microdit_jax.files.attempts import BucketError, attempt
+from microdit_jax.files.bucket import FIRST_SECONDS
 from microdit_jax.files.reading import MAX_TEXT
 
 # Looks at a file's bytes, and whether an earlier run made it; raises UserError if they are wrong
 Check = Callable[[memoryview, bool], None]
 
 _OLD_PARTIAL = 3600  # seconds; another process may still be writing a younger unfinished file
-_ATTEMPTS = 3  # to fetch a file; the second and third after 1 and 2 seconds
 
 
 class ShardFiles:
@@ -87,7 +88,18 @@ class ShardFiles:
         """Returns True if the dataset has that file; asks the network for a URL."""
         if self._filesystem is None:
             return Path(self.root, name).is_file()
-        return self._filesystem.isfile(f"{self._path}/{name}")
+        filesystem = self._filesystem
+        try:
+            found = attempt(
+                self.location(name),
+                lambda: filesystem.info(f"{self._path}/{name}"),
+                seconds=FIRST_SECONDS,
+            )
+        except BucketError as error:
+            if error.kind != "missing":
+                raise
+            return False
+        return found.get("type") != "directory"
 
     def read(self, name: str) -> bytes:
         """Reads a small file, without the cache.
@@ -98,7 +110,12 @@ class ShardFiles:
         try:
             if self._filesystem is None:
                 return read_bytes(self._local(name))
-            data = _bytes_of(self._filesystem, f"{self._path}/{name}", MAX_TEXT)
+            filesystem = self._filesystem
+            data = attempt(
+                self.location(name),
+                lambda: _bytes_of(filesystem, f"{self._path}/{name}", MAX_TEXT),
+                seconds=FIRST_SECONDS,
+            )
             if len(data) > MAX_TEXT:
                 raise UserError(
                     f"expected at most {MAX_TEXT} bytes in {self.location(name)}, found more; "
@@ -214,19 +231,14 @@ class ShardFiles:
         return Path(path)
 
     def _fetch(self, filesystem: fsspec.AbstractFileSystem, name: str, size: int) -> bytes:
-        data = b""
-        for attempt in range(1, _ATTEMPTS + 1):
-            try:
-                data = _bytes_of(filesystem, f"{self._path}/{name}", size)
-                break
-            except Exception as error:  # filesystems have exceptions of their own
-                missing = isinstance(error, FileNotFoundError)
-                if attempt == _ATTEMPTS or missing:
-                    raise UserError(
-                        f"expected the file {self.location(name)}, could not fetch it "
-                        f"({_reason(error)}); check the path and the network"
-                    ) from error
-                time.sleep(attempt)
+        where = self.location(name)
+        try:
+            data = attempt(where, lambda: _bytes_of(filesystem, f"{self._path}/{name}", size))
+        except BucketError as error:
+            raise UserError(
+                f"expected the file {where}, could not fetch it ({error}); check the path and the "
+                "network"
+            ) from error
         _check_size(self.location(name), size, len(data))
         return data
 

@@ -69,6 +69,13 @@ def open_store(root: str | os.PathLike, **options: Any) -> tuple[Store, LatentIn
         from microdit_jax.data.arrayrecord import ArrayRecordStore  # TFDS takes a while to import
 
         return ArrayRecordStore(root), sidecar
+    if not files.is_local and files.exists(ARRAY_RECORD):
+        raise UserError(
+            f"expected an MDS dataset at a URL, found ArrayRecord files in {files.root}, which are "
+            "read from a local or mounted disk; copy them there (gcloud storage cp -r, aws s3 cp "
+            "--recursive), or make MDS of them on that disk (python -m "
+            "microdit_jax.prepare.reformat --to=mds)"
+        )
     raise UserError(
         f"expected a dataset of latents in {root}, found neither {mds.INDEX} (MDS) nor "
         f"{ARRAY_RECORD} (ArrayRecord); check the path, or merge the indices of its parts "

@@ -28,6 +28,7 @@ from microdit_jax.commands import job_flags
 from microdit_jax.commands.cli import absl_command
 from microdit_jax.errors import UserError
 from microdit_jax.files import check_writable
+from microdit_jax.files.urls import url_of
 from microdit_jax.machine import memory
 
 MODEL = flags.DEFINE_string("model", None, "A network, as for sample_main.py.")
@@ -135,7 +136,8 @@ def _evaluate() -> None:
     agreement.agree(agreement.software() | agreement.flat(asked))
     agreement.agree(agreement.devices())
     with contextlib.ExitStack() as stack:
-        claimed(out, stack)
+        place = url_of(out)
+        claimed(out, stack, place=place if place.startswith("gs:") else None)
         pipe, model = model_flags.load(MODEL.value, WEIGHTS.value)
         chosen = model_flags.sampler_settings() | {STEPS.name: STEPS.value}
         for scale in scales if GUIDANCE.present else (None,):

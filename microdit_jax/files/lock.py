@@ -66,7 +66,7 @@ class LockFile(Protocol):
 
 def lock_of(folder: str | os.PathLike) -> LockFile:
     """Returns the lock of a folder, of the kind that its disk or bucket can keep."""
-    return BucketLock(folder) if scheme_of(folder) else DiskLock(Path(folder))
+    return BucketLock(folder) if scheme_of(folder) == "gs" else DiskLock(Path(folder))
 
 
 class DiskLock:

@@ -43,15 +43,23 @@ class OutputFolder:
 class Spool(OutputFolder):
     """A local folder in place of a bucket's; `flush` sends what changed since, `close` the rest."""
 
-    def __init__(self, url: str | os.PathLike, fetch: Callable[[str], bool], *, push: bool = True):
+    def __init__(
+        self,
+        url: str | os.PathLike,
+        fetch: Callable[[str], bool],
+        *,
+        push: bool = True,
+        drop: Callable[[str], bool] = lambda name: False,
+    ):
         """
         Args:
           fetch: says which top-level names of the bucket's folder are fetched first.
+          drop: says which files are removed here once they are sent, and are not fetched.
           push: if false, nothing is sent, as by processes that have a part in another's output.
         Raises:
           UserError: the bucket cannot be read or written.
         """
-        self.name, self._push = as_given(url), push
+        self.name, self._push, self._drop = as_given(url).rstrip("/"), push, drop
         self._bucket = Bucket(url)
         if push:
             check_writable(self.name, folder=True)
@@ -104,7 +112,7 @@ class Spool(OutputFolder):
         for top in filter(wanted, self._bucket.entries()):
             below = self._bucket.objects(top)
             names += list(below) if below else [top]
-        names = [name for name in names if _is_own(name)]
+        names = [name for name in names if _is_own(name) and not self._drop(name)]
         self._bucket.each(lambda name: self._bucket.download(name, self.path / name), names)
         self._sent = dict(self._files())
 
@@ -121,13 +129,18 @@ class Spool(OutputFolder):
         with self._lock:
             files = self._files()
             changed = [n for n, a in files.items() if self._sent.get(n) != a and due(n, a)]
-            self._bucket.each(self._upload, changed)
+            # What makes a folder count comes last.
+            self._bucket.each(self._upload, [n for n in changed if not _comes_last(n)])
+            self._bucket.each(self._upload, list(filter(_comes_last, changed)))
             for name in changed:
                 self._sent[name], self._times[name] = files[name], files[name][1] / 1e9
             gone = [name for name in self._sent if name not in files]
             self._bucket.remove(gone)
             for name in gone:
                 del self._sent[name]
+            for name in filter(self._drop, changed):
+                del self._sent[name]
+                (self.path / name).unlink(missing_ok=True)
 
     def _upload(self, name: str) -> None:
         # A file that was replaced or removed meanwhile is found changed the next time.
@@ -152,18 +165,19 @@ def output_folder(
     *,
     fetch: Callable[[str], bool] = lambda name: True,
     push: bool = True,
+    drop: Callable[[str], bool] = lambda name: False,
 ) -> Iterator[OutputFolder]:
     """Gives the folder to write an output to: a local one itself, a spool for a bucket's.
 
     Args:
-      fetch, push: as `Spool` takes them.
+      fetch, push, drop: as `Spool` takes them.
     Raises:
       UserError: it cannot be written; at the end, that the bucket did not take the files.
     """
     if not scheme_of(path):
         yield OutputFolder(path)
         return
-    spool = Spool(path, fetch, push=push)
+    spool = Spool(path, fetch, push=push, drop=drop)
     try:
         yield spool
     except BaseException:
@@ -196,6 +210,10 @@ def _is_own(name: str) -> bool:
         or last.startswith(".lock")
         or parts[0] == "wandb"
     )
+
+
+def _comes_last(name: str) -> bool:
+    return name.rpartition("/")[2] in ("manifest.json", "index.json", "report.json")
 
 
 def _remove_left(home: Path, key: str) -> None:

@@ -32,7 +32,8 @@ def check_local(path: str | os.PathLike) -> None:
 
 def as_given(url: str | os.PathLike) -> str:
     """Returns a URL with the two slashes of which pathlib keeps one."""
-    return re.sub(r":/+", "://", os.fspath(url), count=1)
+    scheme, _, rest = os.fspath(url).partition(":")
+    return f"{scheme.lower()}://{rest.lstrip('/')}"
 
 
 _shown: dict[str, str] = {}
@@ -52,3 +53,8 @@ def with_urls(text: str) -> str:
         if path in text:
             text = text.replace(path, url)
     return text
+
+
+def url_of(path: str | os.PathLike) -> str:
+    """Returns the URL that a local path stands for (`show_as`), "" for none."""
+    return _shown.get(os.fspath(path), "")

@@ -21,14 +21,17 @@ import argparse
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 
 from microdit_jax import images
 from microdit_jax.commands.parser import Parser
+from microdit_jax.commands.paths import local_places
 from microdit_jax.data.stores import open_latents
-from microdit_jax.files import check_writable
+from microdit_jax.files import OutputFolder, cache_folder, check_writable, output_folder
+from microdit_jax.files.urls import scheme_of, url_of
 from microdit_jax.machine import compilation_cache, memory
 from microdit_jax.prepare import job, job_folder, ray_engine
 from microdit_jax.prepare.encoding import make_towers
@@ -48,10 +51,13 @@ _SHEET_IMAGES, _SHEET_COLUMNS = 24, 6
 
 def contact_sheet(output: Path, codec: Codec, options: PrepareOptions) -> Path:
     """Saves images decoded back from random latents of the output, with their captions."""
+    url = url_of(output)
+    options_of_urls: dict[str, Any] = {"cache": cache_folder() / "sheet"} if url else {}
     source = open_latents(
-        output,
+        url or output,
         resolution=options.resolutions[0],
         captions="tokens" if options.caption_store == "tokens" else "embeddings",
+        **options_of_urls,
     )
     count = min(_SHEET_IMAGES, len(source))
     chosen = np.random.default_rng(options.seed).choice(len(source), count, replace=False)
@@ -135,6 +141,8 @@ def main(arguments: Sequence[str]) -> None:
         caption_store=args.captions_as,
         exif=registry.KINDS[args.source].photographs if args.exif is None else args.exif,
     )
+    if args.engine == "ray" and scheme_of(args.output):
+        parser.error("argument --output: --engine=ray writes to a disk that all hosts share")
     check_writable(args.output, folder=True)
     memory.check_host(
         args.batch * sum(side**2 for side in resolutions) * 3 * 4,  # float32
@@ -156,12 +164,23 @@ def main(arguments: Sequence[str]) -> None:
     if args.engine == "ray":
         ray_engine.import_ray()  # before the work
         jax.config.update("jax_platforms", "cpu")  # its devices are the actors'
+    with (
+        local_places("microdit_jax.prepare", vars(args)) as local,
+        output_folder(args.output, drop=lambda name: ".mds" in name) as output,
+    ):
+        request.source_options.update(local)
+        _run(args, request, options, output)
+
+
+def _run(
+    args: argparse.Namespace, request: PrepareRequest, options: PrepareOptions, into: OutputFolder
+) -> None:
     source = request.open_source()
     for note in source.notes:
         print(note, flush=True)
     compilation_cache.enable()
     codec, text_encoder = request.load_towers()
-    output, start = Path(args.output), time.monotonic()
+    output, start = into.path, time.monotonic()
     done_before = job.count_records(output)
     towers = make_towers(codec, text_encoder, args.seed)
     if args.engine == "ray":
@@ -186,6 +205,7 @@ def main(arguments: Sequence[str]) -> None:
             threads=args.threads,
             append=args.append,
         )
+    into.flush()
     count = job.count_records(output) - done_before
     rate = count / (time.monotonic() - start)
     print(f"{output}: {count:,} images now, {rate:.1f} images/s of all processes")

@@ -28,7 +28,7 @@ from microdit_jax.data.compression import parse_compression
 from microdit_jax.data.records import SIDECAR, LatentInfo, Store, infer_info
 from microdit_jax.data.stores import open_store
 from microdit_jax.errors import UserError
-from microdit_jax.files import atomic_folder, check_writable, write_text
+from microdit_jax.files import atomic_folder, check_writable, output_folder, write_text
 from microdit_jax.prepare import claims, job_folder, mds_writer
 
 FORMATS = ("mds", "arrayrecord")
@@ -207,5 +207,7 @@ def _parser() -> Parser:
 def main(arguments: Sequence[str]) -> None:
     asked = vars(_parser().parse_args(arguments))
     check_writable(asked["output"], folder=True)
-    reformat(**asked)
-    print(f"{asked['output']}: complete")
+    with output_folder(asked["output"], drop=lambda name: ".mds" in name) as output:
+        asked["output"] = output.path
+        reformat(**asked)
+    print(f"{output.name}: complete")

@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 from microdit_jax.assets import load
+from microdit_jax.files import fetched
 from microdit_jax.prepare.options import PrepareOptions
 from microdit_jax.prepare.sources import registry
 from microdit_jax.prepare.sources.listed_images import ImageSource
@@ -51,9 +52,13 @@ class PrepareRequest:
         Raises:
           UserError: no such source, or an option that it does not take.
         """
+        # Only MDS is read shard by shard through a cache; all else is fetched whole.
+        path = self.input
+        if path is not None and self.source != "mds":
+            path = str(fetched(path))
         return registry.open_source(
             self.source,
-            self.input,
+            path,
             fraction=self.fraction,
             seed=self.options.seed,
             **self.source_options,

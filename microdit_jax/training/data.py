@@ -180,8 +180,12 @@ def _open_latents(
         **load.names_in_data(data.vae, data.text_encoder),
         captions=data.captions,
         tokenizer=tower and tower.tokenizer,
-        **({"cache": data.cache} if "://" in folder and data.cache else {}),
+        **(_cache(data) if "://" in folder and data.cache else {}),
     )
+
+
+def _cache(data: ConfigDict) -> dict[str, Any]:
+    return {"cache": data.cache, "cache_bytes": data.cache_bytes}
 
 
 def _open_twemoji(

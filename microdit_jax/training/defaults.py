@@ -102,6 +102,9 @@ def base() -> ConfigDict:
                 # "embeddings" as stored, or "tokens": the text tower then runs in the train step.
                 "captions": "embeddings",
                 "cache": "",  # folder for the shards of sets at a URL
+                # Of that folder, for each process and set; shards opened longest ago are removed,
+                # and fetched again when their turn comes: below the set's size that is often.
+                "cache_bytes": 100 * 10**9,
                 "caption_drop": 0.1,
                 # Threads that read data, in each process. One is quickest from memory or a local
                 # disk, 0 reads in the training thread.

@@ -54,6 +54,7 @@ RANGES = {
     "data.resolution": COUNT,
     "data.caption_drop": Range(0, 1),
     "data.threads": COUNT_OR_NONE,
+    "data.cache_bytes": COUNT,
     "optim.learning_rate": NOT_NEGATIVE,
     "optim.warmup_steps": COUNT_OR_NONE,
     "optim.decay_steps": COUNT_OR_NONE,

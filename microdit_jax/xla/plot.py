@@ -17,6 +17,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from microdit_jax.commands.parser import Parser
+from microdit_jax.commands.paths import local_places
 from microdit_jax.errors import UserError, visible
 from microdit_jax.files import atomic_file, check_writable, read_json
 
@@ -113,5 +114,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--out", default="aot.png", help="the image to write")
     args = parser.parse_args(arguments)
     check_writable(args.out)
-    draw(read(args.reports), args.out)
-    print(f"{len(args.reports)} reports drawn in {args.out}")
+    with local_places("microdit_jax.xla.plot", vars(args)) as local:
+        vars(args).update(local)
+        draw(read(args.reports), args.out)
+        print(f"{len(args.reports)} reports drawn in {args.out}")
