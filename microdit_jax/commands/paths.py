@@ -90,7 +90,7 @@ PLACES: dict[str, dict[str, Place]] = {
     "microdit_jax.prepare.reformat": {"input": _DATA, "vae": _IN, "text_encoder": _IN}
     | {"cache": _OUT, "output": _WRITTEN},
     "microdit_jax.xla.aot": _CONFIG | {"report": _FILE, "dump": _FOLDER},
-    "microdit_jax.xla.bench": {"input": _DATA, "report": _FILE, "dump": _FOLDER},
+    "microdit_jax.xla.bench": {"input": _IN, "report": _FILE, "dump": _FOLDER},
     "microdit_jax.xla.plot": {"reports": _FETCHED, "out": _FILE},
     "microdit_jax.training.report": {"runs": _READ, "out": _WRITTEN},
 }

@@ -142,8 +142,8 @@ def test_a_run_on_gs_that_is_killed_ends_as_one_on_a_disk(data, tmp_path, monkey
     assert ours.keys() == theirs.keys()
     for path, array in theirs.items():
         np.testing.assert_array_equal(ours[path], array, path)
-    steps = [[json.loads(line)["step"] for line in (folder / "metrics.jsonl").open()]
-             for folder in (local, tmp_path / "local")]  # fmt: skip
+    texts = [(folder / "metrics.jsonl").read_text() for folder in (local, tmp_path / "local")]
+    steps = [[json.loads(line)["step"] for line in text.splitlines()] for text in texts]
     assert set(steps[1]) <= set(steps[0])
     with contextlib.suppress(FileNotFoundError):
         shutil.rmtree(pathlib.Path(tmp_path / "cache"))
