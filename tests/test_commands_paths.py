@@ -22,7 +22,8 @@ from microdit_jax.training import defaults
 # Texts that name something else than a file. A flag that is new belongs here or into
 # microdit_jax.commands.paths.
 NAMES = {
-    *("activation", "apg", "arch", "attention", "caption_column", "compression", "dtype"),
+    *("activation", "apg", "arch", "attention", "caption_column", "churn", "compression"),
+    *("dtype", "seed"),
     *("expert", "guidance", "guidance_interval", "guidance_scale", "host", "image_column"),
     *("library_python", "metrics", "micro_batches", "moe", "platform", "remat", "resolutions"),
     *("schedule", "seeds", "solver", "split", "threads", "topology", "weights", "what"),
@@ -76,7 +77,7 @@ def key_of(module: str) -> str:
 def test_each_flag_that_takes_text_is_a_path_or_is_not(module):
     found = {flag for flag in text_flags_of(module) if not OPTIONS.fullmatch(flag)}
     places = PLACES.get(key_of(module), {})
-    empty = {"config.init_from", "config.init_weights_from"} & places.keys()
+    empty = {"config.init_from", "config.init_weights_from", "config.teacher"} & places.keys()
     assert found - NAMES - TEXTS == places.keys() | empty
 
 

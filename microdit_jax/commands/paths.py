@@ -61,9 +61,10 @@ TEXTS = {
     ),
     *("config.log.wandb",),
 }
-_MODEL_FLAGS = {"model": _READ, "vae": _IN, "text_encoder": _IN}
+_MODEL_FLAGS = {"weaker": _IN, "model": _READ, "vae": _IN, "text_encoder": _IN}
 _CONFIG = {
     "config": _IN,
+    "config.teacher": _IN,
     "config.init_from": _READ,
     "config.init_weights_from": _READ,
     "config.data.cache": _OUT,
@@ -77,7 +78,8 @@ _CONFIG = {
 # Command -> its flags that take paths.
 PLACES: dict[str, dict[str, Place]] = {
     "train_main": _CONFIG | {"workdir": _WORKDIR, "health_file": _OUT},
-    "sample_main": _MODEL_FLAGS | {"prompts": _FETCHED, "again": _FETCHED, "out": _FOLDER},
+    "sample_main": _MODEL_FLAGS
+    | {"image": _FETCHED, "mask": _FETCHED, "prompts": _FETCHED, "again": _FETCHED, "out": _FOLDER},
     "microdit_jax.evaluate": _MODEL_FLAGS
     | {"prompts": _FETCHED, "reference": _FETCHED, "inception": _FETCHED, "clip": _FETCHED}
     | {"geneval_prompts": _FETCHED, "geneval_results": _FETCHED, "out": _FOLDER},
@@ -87,6 +89,7 @@ PLACES: dict[str, dict[str, Place]] = {
     | {"config": _FETCHED, "record": _FILE, "json": _FILE},
     "microdit_jax.prepare": {"input": _READ, "captions": _FETCHED, "vae": _IN}
     | {"text_encoder": _IN, "cache": _OUT, "output": _WRITTEN},
+    "microdit_jax.prepare.mds_index": {"input": _OUT},
     "microdit_jax.prepare.reformat": {"input": _DATA, "vae": _IN, "text_encoder": _IN}
     | {"cache": _OUT, "output": _WRITTEN},
     "microdit_jax.xla.aot": _CONFIG | {"report": _FILE, "dump": _FOLDER},
