@@ -116,7 +116,9 @@ import runpy
 
 def get_config(folder):
     config = runpy.run_path("tests/support/tiny_config.py")["get_config"](folder)
+    config.data.vae = folder + "/codec"
     config.data.datasets = ({{"source": "latents", "folder": {folder!r}, "weight": 1.0}},)
+    config.data.heldout.update(source="latents", folder={folder!r})
     return config
 """
 PROGRAM = """
