@@ -11,11 +11,13 @@ from support.synthetic import synthetic_dit
 from convert import parity
 from microdit_jax.checkpoints.model_folder import read_metadata
 from microdit_jax.convert import dit
+from microdit_jax.convert.arguments import config_from_fields
 from microdit_jax.convert.dit_infer import infer_config_strictly, known_arch
 from microdit_jax.convert.formats.safetensors_file import write_safetensors
 from microdit_jax.convert.formats.torch_file import write_torch
 from microdit_jax.errors import UserError
 from microdit_jax.models import ARCHES
+from microdit_jax.models.dit import DiTConfig
 
 # A network whose shapes suggest heads of 16 and whose capacity is the reference's own default.
 CUSTOM = dataclasses.replace(
@@ -99,3 +101,11 @@ def test_a_damaged_note(tmp_path, capsys):
     for note in (b"[]", b"{", b'{"kind": "dit", "config": 3}', b'{"kind": "dit", "config": {}}'):
         write_torch(tmp_path / "a.pt", synthetic_dit(CUSTOM, 0), notes={"extra/microdit_jax": note})
         assert fails(capsys, "--input", tmp_path / "a.pt", "--output", tmp_path / "model")
+
+
+def test_whole_numbers_in_the_place_of_floats():
+    """As JSON has them: the reference's own default capacity is 1."""
+    fields = {"expert_capacity": 1, "qkv_multipliers": [1] * 28, "ffn_multipliers": [4] * 28}
+    config = config_from_fields(DiTConfig, fields)
+    assert type(config.expert_capacity) is float
+    assert {type(value) for value in config.qkv_multipliers} == {float}

@@ -72,14 +72,24 @@ def config_from_fields(
                 f"expected {(names or {}).get(name, name)} of {cls.__name__} as {kind} of at most "
                 f"{most:,}, found {visible(repr(fields[name]), 60)}; correct it"
             )
+    hints = get_type_hints(cls)
     try:
-        return cls(**fields)
+        return cls(**{name: _floating(value, hints[name]) for name, value in fields.items()})
     except UserError:
         raise
     except (ValueError, TypeError, ArithmeticError) as error:
         raise UserError(
             f"expected a {cls.__name__} that can be, found {error}; correct it"
         ) from error
+
+
+def _floating(value: Any, hint: Any) -> Any:
+    """Makes floats of whole numbers that JSON has in their place."""
+    if hint is float and isinstance(value, int):
+        return float(value)
+    if get_origin(hint) is collections.abc.Sequence and get_args(hint) == (float,):
+        return [_floating(part, float) for part in value]
+    return value
 
 
 def _fits(value: Any, hint: Any, most: int) -> bool:
