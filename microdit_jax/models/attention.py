@@ -11,8 +11,9 @@ from einops import rearrange
 from jaxtyping import Array, Float
 
 from microdit_jax.errors import UserError
-from microdit_jax.models.layers import Initializer, Precision, linear, normalise, small_normal
+from microdit_jax.models.layers import Initializer, Precision, linear, small_normal
 from microdit_jax.models.matmuls import fusion_barrier
+from microdit_jax.models.norms import normalise
 
 LOOPED_SCORES = 2**20  # float32 scores that `looped` computes at a time: 4 MiB
 SPLASH_BLOCK = 128  # splash attention works on blocks of 128 queries by 128 keys
@@ -220,8 +221,7 @@ class _Attention(nn.Module):
 
     def normed_heads(self, x: Float[Array, "n s f"]) -> Float[Array, "n s h c"]:
         """Non-affine layer norm over the full hidden width, then the split into heads."""
-        normed = normalise(x, self.options.eps).astype(self.options.precision.dtype)
-        return self.split_heads(normed)
+        return self.split_heads(normalise(x, self.options.eps))
 
     def attend(self, q: Float[Array, "n t h c"], keys_values: KeysValues) -> Float[Array, "n t f"]:
         out = IMPLEMENTATIONS[self.options.implementation](q, *keys_values)

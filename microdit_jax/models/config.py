@@ -68,6 +68,8 @@ class DiTConfig:
       attention: kernel, one of "xla", "looped" (CPUs), "cudnn" (NVIDIA, 16-bit) and "splash" (TPU).
       moe_dispatch: "gather" moves rows, "onehot" multiplies by one-hot matrices; equal results.
       remat: what the backward pass recomputes: "none", each whole "block", or all but "dots".
+      residual_gradient: type of the residual stream's gradient between branches, "float32" or
+        "bfloat16"; None: bfloat16 where the matmuls are. It halves what the backward pass reads.
       init_std: standard deviation of the normal initialisations. The paper's 0.02 suits a width of
         1024. At width 128 three such layers in a row make captions 20 times fainter than there, and
         the network follows them late: give small ones about 0.7 / sqrt(dim).
@@ -100,6 +102,7 @@ class DiTConfig:
     attention: str = "xla"
     moe_dispatch: str = "gather"
     remat: str = "none"
+    residual_gradient: str | None = None
     init_std: float = 0.02
 
     def __post_init__(self):
@@ -111,6 +114,7 @@ class DiTConfig:
             "attention": tuple(attention.IMPLEMENTATIONS),
             "moe_dispatch": tuple(moe.DISPATCHES),
             "remat": tuple(REMAT_POLICIES),
+            "residual_gradient": (None, "float32", "bfloat16"),
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
@@ -147,6 +151,12 @@ class DiTConfig:
     def mixer_projects(self) -> bool:
         """True if tokens are projected into and out of a width of the mixer's own."""
         return self.use_patch_mixer and self.patch_mixer_dim != self.dim
+
+    @property
+    def residual_gradient_dtype(self) -> str:
+        """Type of the residual stream's gradient between branches."""
+        wide = "bfloat16" if self.dtype == "bfloat16" else "float32"
+        return self.residual_gradient or wide
 
     @property
     def precision(self) -> Precision:

@@ -21,6 +21,7 @@ from microdit_jax.models.config import (
     MicroDiT_XL_2,
     for_this_machine,
 )
+from microdit_jax.models.derivatives import narrow_gradient
 from microdit_jax.models.layers import (
     CaptionProjection,
     FeedForward,
@@ -32,7 +33,6 @@ from microdit_jax.models.layers import (
     TimestepEmbedder,
     gelu_tanh,
     linear,
-    modulate,
     sincos_pos_embed,
     small_normal,
     unpatchify,
@@ -126,7 +126,9 @@ class DiTBlock(nn.Module):
         cfg, d, shape = self.config, self.dim, self.shape
         self.norm1 = LayerNorm(cfg.norm_eps, cfg.precision)
         self.norm2 = LayerNorm(cfg.norm_eps, cfg.precision)
-        self.norm3 = LayerNorm(cfg.norm_eps, cfg.precision)
+        # Experts are chosen by values that are not rounded.
+        norm3_dtype = "float32" if shape.is_moe else None
+        self.norm3 = LayerNorm(cfg.norm_eps, cfg.precision, norm3_dtype)
         hidden = cfg.attention_width(d, shape.qkv_ratio)
         options = cfg.attention_options
         self.attn = SelfAttention(options, hidden=hidden, dim=d, out_init=self.out_init)
@@ -156,6 +158,11 @@ class DiTBlock(nn.Module):
         """The caption's keys and values for cross-attention; equal at every noise level."""
         return self.cross_attn.keys_values(y)
 
+    def narrow_gradient(self, x: Float[Array, "n t d"]) -> Float[Array, "n t d"]:
+        """Returns x, whose gradient is of the type that the config says."""
+        dtype = self.config.residual_gradient_dtype
+        return x if dtype == "float32" else narrow_gradient(x, dtype)
+
     def __call__(
         self,
         x: Float[Array, "n t d"],
@@ -167,11 +174,14 @@ class DiTBlock(nn.Module):
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation
         if keys_values is None:
             keys_values = self.keys_values(y)
+        x = self.narrow_gradient(x)
         # Each branch is computed in the config's type; their sum x (n, t, d) stays float32.
-        branch = self.attn(modulate(self.norm1(x), shift_msa, scale_msa))
+        branch = self.attn(self.norm1(x, shift_msa, scale_msa))
         x = x + gate_msa[:, None, :] * branch.astype(x.dtype)
+        x = self.narrow_gradient(x)
         x = x + self.cross_attn(self.norm2(x), keys_values).astype(x.dtype)
-        branch = self.mlp(modulate(self.norm3(x), shift_mlp, scale_mlp))
+        x = self.narrow_gradient(x)
+        branch = self.mlp(self.norm3(x, shift_mlp, scale_mlp))
         return x + gate_mlp[:, None, :] * branch.astype(x.dtype)
 
 

@@ -11,7 +11,8 @@ import numpy as np
 from einops import rearrange
 from jaxtyping import Array, Float, Float32
 
-from microdit_jax.models import matmuls
+from microdit_jax.models import matmuls, norms
+from microdit_jax.models.derivatives import as_kept, with_backward
 
 Initializer = Callable[..., Array]
 
@@ -41,18 +42,24 @@ def gelu_tanh(x: Float[Array, "..."]) -> Float[Array, "..."]:
     return jax.nn.gelu(x, approximate=True)
 
 
-def gelu_erf(x: Float[Array, "*b f"]) -> Float[Array, "*b f"]:
-    """The exact GELU, x (1 + erf(x / sqrt 2)) / 2: the experts'."""
+def _gelu_forward(x: Array) -> tuple[Array, Array]:
     if x.dtype != jnp.float32:  # jax.nn's erfc keeps the small tail that 1 + erf rounds away
-        return jax.nn.gelu(x, approximate=False)
-    return 0.5 * x * (1 + jax.lax.erf(x * np.float32(math.sqrt(0.5))))
+        return jax.nn.gelu(x, approximate=False), x
+    return 0.5 * x * (1 + jax.lax.erf(x * np.float32(math.sqrt(0.5)))), x
 
 
-def modulate(
-    x: Float[Array, "n t d"], shift: Float[Array, "n d"], scale: Float[Array, "n d"]
-) -> Float[Array, "n t d"]:
-    """x (1 + scale) + shift: adaptive layer norm (DiT, Peebles & Xie 2022, section 3.2)."""
-    return x * (1 + scale[:, None, :]) + shift[:, None, :]
+def _gelu_backward(x: Array, g: Array) -> tuple[Array]:
+    (kept,) = as_kept(x)
+    wide = kept.astype(jnp.float32)
+    below = 0.5 * jax.lax.erfc(-wide * np.float32(math.sqrt(0.5)))  # the normal distribution's
+    density = jnp.exp(-0.5 * jnp.square(wide)) * np.float32(1 / math.sqrt(2 * math.pi))
+    return ((g.astype(jnp.float32) * (below + wide * density)).astype(x.dtype),)
+
+
+@with_backward(_gelu_forward, _gelu_backward)
+def gelu_erf(x: Float[Array, "*b f"]) -> Float[Array, "*b f"]:
+    """The exact GELU, x (1 + erf(x / sqrt 2)) / 2: the experts'. It keeps its input alone."""
+    return _gelu_forward(x)[0]
 
 
 def linear(
@@ -77,25 +84,34 @@ def linear(
     )
 
 
-def normalise(x: Float[Array, "*b d"], eps: float) -> Float[Array, "*b d"]:
-    """Layer norm over the last axis without scale or bias; returns float32."""
-    x = x.astype(jnp.float32)
-    centred = x - x.mean(axis=-1, keepdims=True)  # (*b, d)
-    return centred * jax.lax.rsqrt(jnp.square(centred).mean(axis=-1, keepdims=True) + eps)
-
-
 class LayerNorm(nn.Module):
-    """Layer norm over the last axis with a scale and no bias; returns float32."""
+    """Layer norm over the last axis with a scale and no bias, computed in float32.
+
+    With `shift` and `scale` it is DiT's adaptive layer norm.
+
+    Attributes:
+      dtype: type of the result; None: of the matmuls, which would cast it themselves.
+    """
 
     eps: float
     precision: Precision
+    dtype: str | None = None
 
     @nn.compact
-    def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
-        param_dtype = self.precision.param_dtype
-        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), param_dtype)  # (d,)
-        y = normalise(x, self.eps)
-        return y * jnp.broadcast_to(scale.astype(jnp.float32), y.shape)
+    def __call__(
+        self,
+        x: Float[Array, "*b d"],
+        shift: Float[Array, "n d"] | None = None,
+        scale: Float[Array, "n d"] | None = None,
+    ) -> Float[Array, "*b d"]:
+        weight = self.param(
+            "scale", nn.initializers.ones, (x.shape[-1],), self.precision.param_dtype
+        )  # (d,)
+        x, weight = x.astype(jnp.float32), weight.astype(jnp.float32)
+        types = self.dtype or self.precision.dtype, self.precision.dtype
+        if shift is None or scale is None:
+            return norms.scaled_norm(x, weight, self.eps, *types)
+        return norms.modulated_norm(x, weight, shift, scale, self.eps, *types)
 
 
 class PatchEmbed(nn.Module):
@@ -247,5 +263,5 @@ class FinalLayer(nn.Module):
             name="adaLN_modulation_1",
         )
         shift, scale = jnp.split(modulation(gelu_tanh(c)), 2, axis=-1)  # each (n, d)
-        x = modulate(LayerNorm(self.eps, self.precision, name="norm_final")(x), shift, scale)
+        x = LayerNorm(self.eps, self.precision, name="norm_final")(x, shift, scale)
         return linear(self.out_features, self.precision, kernel_init=zeros, name="linear")(x)
