@@ -17,7 +17,7 @@ from microdit_jax.checkpoints.run import read_run_metadata
 from microdit_jax.create import load
 from microdit_jax.diffusion import EdmConfig
 from microdit_jax.errors import UserError
-from microdit_jax.models import dit, matmuls
+from microdit_jax.models import derivatives, dit, matmuls
 from microdit_jax.models.dit import DiT
 from microdit_jax.train import train
 from microdit_jax.training import distill, optim
@@ -74,7 +74,7 @@ def value(loss, params, teacher, batch, step):
 
 def test_matmuls_of_forward_mode_are_the_same():
     x, w = jnp.asarray(RNG.normal(size=(2, 3, 4))), jnp.asarray(RNG.normal(size=(4, 5)))
-    with matmuls.forward_mode():
+    with derivatives.forward_mode():
         plain = matmuls.matmul(x, w)
         out, tangent = jax.jvp(lambda x: matmuls.matmul(x, w), (x,), (x,))
     np.testing.assert_array_equal(plain, matmuls.matmul(x, w))

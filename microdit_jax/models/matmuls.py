@@ -4,30 +4,14 @@ The gradient of a weight is a matmul with the layer's input transposed. XLA's CP
 transpose with the computation of the input, so that norm, modulation or GELU run a second time, one
 strided element after another (0.31 s of a 1.3 s mixer block with experts; docs/performance.md). An
 optimization barrier on both operands prevents the fusion.
-
-JAX cannot differentiate a function with a backward pass of its own in forward mode; what calls
-`jax.jvp` on a network traces it within `forward_mode`.
 """
 
-import contextlib
-import contextvars
-from collections.abc import Iterator
 from typing import Any
 
 import jax
 from jaxtyping import Array, Float, Shaped
 
-_FORWARD_MODE = contextvars.ContextVar("forward mode", default=False)
-
-
-@contextlib.contextmanager
-def forward_mode() -> Iterator[None]:
-    """Traces the matmuls within it as plain ones, which `jax.jvp` differentiates."""
-    token = _FORWARD_MODE.set(True)
-    try:
-        yield
-    finally:
-        _FORWARD_MODE.reset(token)
+from microdit_jax.models.derivatives import with_backward
 
 
 def _identity(*operands: Array) -> tuple[Array, ...]:
@@ -43,20 +27,8 @@ def fusion_barrier(*operands: Shaped[Array, "..."]) -> tuple[Shaped[Array, "..."
     )
 
 
-def matmul(x: Float[Array, "*b d"], w: Float[Array, "d f"]) -> Float[Array, "*b f"]:
-    """Returns x w, contracted over the last axis of x."""
-    return _plain_matmul(x, w) if _FORWARD_MODE.get() else _matmul(x, w)
-
-
-def _plain_matmul(x: Array, w: Array) -> Array:
-    return jax.lax.dot_general(x, w, (((x.ndim - 1,), (0,)), ((), ())))
-
-
-_matmul = jax.custom_vjp(_plain_matmul)
-
-
 def _matmul_forward(x: Array, w: Array) -> tuple[Array, tuple[Array, Array]]:
-    return _matmul(x, w), (x, w)
+    return jax.lax.dot_general(x, w, (((x.ndim - 1,), (0,)), ((), ()))), (x, w)
 
 
 def _matmul_backward(residuals: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
@@ -68,7 +40,10 @@ def _matmul_backward(residuals: tuple[Array, Array], g: Array) -> tuple[Array, A
     return dx, dw
 
 
-_matmul.defvjp(_matmul_forward, _matmul_backward)
+@with_backward(_matmul_forward, _matmul_backward)
+def matmul(x: Float[Array, "*b d"], w: Float[Array, "d f"]) -> Float[Array, "*b f"]:
+    """Returns x w, contracted over the last axis of x."""
+    return _matmul_forward(x, w)[0]
 
 
 def dot_general(
@@ -89,20 +64,8 @@ def _batched(x: Array, w: Array, x_axis: int, w_axis: int) -> Array:
     return jax.lax.dot_general(x, w, (((x_axis,), (w_axis,)), ((0,), (0,))))
 
 
-def batched_matmul(x: Float[Array, "e m d"], w: Float[Array, "e d f"]) -> Float[Array, "e m f"]:
-    """Returns x[e] w[e] for each e."""
-    return _plain_batched_matmul(x, w) if _FORWARD_MODE.get() else _batched_matmul(x, w)
-
-
-def _plain_batched_matmul(x: Array, w: Array) -> Array:
-    return _batched(x, w, 2, 1)
-
-
-_batched_matmul = jax.custom_vjp(_plain_batched_matmul)
-
-
 def _batched_forward(x: Array, w: Array) -> tuple[Array, tuple[Array, Array]]:
-    return _batched_matmul(x, w), (x, w)
+    return _batched(x, w, 2, 1), (x, w)
 
 
 def _batched_backward(residuals: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
@@ -111,4 +74,7 @@ def _batched_backward(residuals: tuple[Array, Array], g: Array) -> tuple[Array, 
     return _batched(g, w, 2, 2), _batched(x, g, 1, 1)  # (e, m, d), (e, d, f)
 
 
-_batched_matmul.defvjp(_batched_forward, _batched_backward)
+@with_backward(_batched_forward, _batched_backward)
+def batched_matmul(x: Float[Array, "e m d"], w: Float[Array, "e d f"]) -> Float[Array, "e m f"]:
+    """Returns x[e] w[e] for each e."""
+    return _batched_forward(x, w)[0]

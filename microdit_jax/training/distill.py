@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from microdit_jax import diffusion
 from microdit_jax.diffusion import EdmConfig, Latents, Network
-from microdit_jax.models import matmuls
+from microdit_jax.models import derivatives
 from microdit_jax.models.dit import DiT
 from microdit_jax.sampling import solvers
 from microdit_jax.sampling.schedules import dense_levels
@@ -90,7 +90,7 @@ class StudentLoss:
         F_teacher = jax.lax.stop_gradient(guided(x, c_noise))
 
         frozen = jax.lax.stop_gradient(params)
-        with matmuls.forward_mode():
+        with derivatives.forward_mode():
             # cos sin dF/dt along dx_t/dt = -sigma_data F_teacher, with c_noise = ln(sigma) / 4
             F, derivative = jax.jvp(
                 lambda x, c_noise: _apply(self.teacher, frozen, x, c_noise, y),
