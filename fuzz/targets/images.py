@@ -9,12 +9,13 @@ from fuzz.scratch import Scratch
 from fuzz.targets import Read, Target
 from microdit_jax import images
 from microdit_jax.errors import UserError
+from microdit_jax.images.files import KEY
 
 
 def png_with(text: str, compress: bool = False) -> bytes:
     """Returns a small PNG that carries a text as this project's settings."""
     info, file = PngImagePlugin.PngInfo(), io.BytesIO()
-    info.add_itxt(images.KEY, text, zip=compress)
+    info.add_itxt(KEY, text, zip=compress)
     Image.new("RGB", (2, 2)).save(file, format="PNG", pnginfo=info)
     return file.getvalue()
 

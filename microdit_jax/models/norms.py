@@ -6,6 +6,8 @@ token. With the gradient g of y, the gradient of x is r (g - mean(g) - y mean(g 
 the last axis (Ba et al. 2016, arXiv 1607.06450): one kernel.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32
@@ -13,11 +15,19 @@ from jaxtyping import Array, Float, Float32
 from microdit_jax.models.derivatives import as_kept, with_backward
 
 
-def _normalise(x: Array, eps: float) -> tuple[Array, Array]:
-    """Returns the normalised input (*b, d) and r = (variance + eps)^-1/2 (*b, 1), in float32."""
+def _normalise(x: Array, eps: float, dtype: Any) -> tuple[Array, Array]:
+    """Returns the normalised input (*b, d) and r = (variance + eps)^-1/2 (*b, 1), in float32.
+
+    Args:
+      dtype: type of the network's matmuls. Where it rounds far more than a variance computed from
+        sums of x alone, those take one pass over memory; else the mean is subtracted first.
+    """
     x = x.astype(jnp.float32)
     mean = x.mean(axis=-1, keepdims=True)
-    # Both sums are of x itself, so that one pass over memory computes them.
+    if dtype == jnp.float32:
+        centred = x - mean
+        r = jax.lax.rsqrt(jnp.square(centred).mean(axis=-1, keepdims=True) + eps)
+        return centred * r, r
     variance = jnp.square(x).mean(axis=-1, keepdims=True) - jnp.square(mean)
     r = jax.lax.rsqrt(jnp.maximum(variance, 0) + eps)
     return (x - mean) * r, r
@@ -35,7 +45,7 @@ def _as_read(g: Array) -> Array:
 
 # ------------------------------------------------------------------ without parameters
 def _plain_forward(x: Array, eps: float) -> tuple[Array, tuple[Array, Array]]:
-    y, r = _normalise(x, eps)
+    y, r = _normalise(x, eps, x.dtype)
     y = y.astype(x.dtype)
     return y, (y, r)
 
@@ -54,7 +64,7 @@ def normalise(x: Float[Array, "*b d"], eps: float) -> Float[Array, "*b d"]:
 
 # ------------------------------------------------------------------ with a scale
 def _scaled_forward(x, scale, eps, dtype, kept_dtype):
-    y, r = _normalise(x, eps)
+    y, r = _normalise(x, eps, kept_dtype)
     return (y * jnp.broadcast_to(scale, y.shape)).astype(dtype), (y.astype(kept_dtype), r, scale)
 
 
@@ -79,9 +89,9 @@ def scaled_norm(
 
 # ------------------------------------------------------------------ modulated
 def _modulated_forward(x, weight, shift, scale, eps, dtype, kept_dtype):
-    y, r = _normalise(x, eps)
-    by = weight[None] * (1 + scale)  # (n, d)
-    h = (y * by[:, None] + shift[:, None]).astype(dtype)
+    y, r = _normalise(x, eps, kept_dtype)
+    scaled = y * jnp.broadcast_to(weight, y.shape)
+    h = (scaled * (1 + scale[:, None]) + shift[:, None]).astype(dtype)
     return h, (y.astype(kept_dtype), r, weight, scale)
 
 
