@@ -102,6 +102,8 @@ def load(flags: argparse.Namespace) -> tuple[DiTConfig, dict[str, np.ndarray]]:
     if flags.config:
         given, origin = read_stated_config(flags.config, "dit"), f"read from {flags.config}"
     stated = {name: vars(flags)[name] for name in SIZES if vars(flags)[name] is not None}
+    if path.exists():
+        _say(f"reading {path}")
     found = read_tensors(source.files, dit.KIND.part, flags.weights)
     config = dit.KIND.make_config(found.tensors, given, stated)
     if given is None:
@@ -299,7 +301,6 @@ def main(arguments: Sequence[str]) -> None:
 
 def run(flags: argparse.Namespace) -> None:
     """Runs both networks, and prints and writes the table of their differences."""
-    _say(f"reading {flags.input}")
     config, tensors = load(flags)
     if flags.latent_res:
         config, tensors = at_resolution(config, tensors, flags.latent_res)

@@ -14,6 +14,7 @@ import microdit_jax
 from microdit_jax import create, images
 from microdit_jax.assets import hub, instant
 from microdit_jax.errors import UserError
+from microdit_jax.images.files import KEY
 
 GOOD = {
     "model": "instant", "vae": None, "text_encoder": None, "ema": True, "dtype": None,
@@ -27,7 +28,7 @@ def png(path, settings):
     """Writes a PNG with settings; text is written as it is."""
     info = PngImagePlugin.PngInfo()
     text = settings if isinstance(settings, str) else json.dumps(settings)
-    info.add_itxt(images.KEY, text)
+    info.add_itxt(KEY, text)
     Image.new("RGB", (2, 2)).save(path, format="PNG", pnginfo=info)
 
 

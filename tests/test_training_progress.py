@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from microdit_jax.errors import UserError
+from microdit_jax.training import goodput
 from microdit_jax.training.goodput import Goodput
 from microdit_jax.training.metric_writer import MetricWriter, read_metrics
 from microdit_jax.training.progress import AHEAD, Progress, describe
@@ -69,6 +70,7 @@ def test_a_resumed_window_gives_the_same_line(tmp_path, writer):
 def test_speed_leaves_out_pauses_and_counts_waits(tmp_path, writer, monkeypatch):
     now = [0.0]
     monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    monkeypatch.setattr(goodput, "_counted_until", None)  # whatever trained in this process before
     progress = make_progress(tmp_path, writer, peak_flops=1e9 / 4)
 
     def spend(seconds):

@@ -8,7 +8,12 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float, UInt8
-from PIL import Image, PngImagePlugin
+from PIL import (
+    Image,
+    JpegImagePlugin,  # noqa: F401 (Pillow imports all its plugins for a format it has not met)
+    PngImagePlugin,
+    WebPImagePlugin,  # noqa: F401
+)
 
 from microdit_jax.errors import UserError, visible
 from microdit_jax.files import parse_json, write_bytes
