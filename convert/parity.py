@@ -102,8 +102,6 @@ def load(flags: argparse.Namespace) -> tuple[DiTConfig, dict[str, np.ndarray]]:
     if flags.config:
         given, origin = read_stated_config(flags.config, "dit"), f"read from {flags.config}"
     stated = {name: vars(flags)[name] for name in SIZES if vars(flags)[name] is not None}
-    if path.exists():
-        _say(f"reading {path}")
     found = read_tensors(source.files, dit.KIND.part, flags.weights)
     config = dit.KIND.make_config(found.tensors, given, stated)
     if given is None:
