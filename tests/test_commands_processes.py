@@ -141,6 +141,13 @@ def test_ctrl_c_while_modules_are_imported(delay):
     assert (process.returncode, error) == (130, "stopped; the same command goes on\n")
 
 
+def test_the_boundary_stands_before_large_modules_are_imported():
+    code = "import sys, microdit_jax.commands.boundary; print(sorted({*sys.modules} & LARGE))"
+    code = code.replace("LARGE", "{'numpy', 'jax', 'absl', 'fsspec', 'orbax'}")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout == "[]\n", done.stderr
+
+
 LINES = "for i in range(100_000): print('line', i)\nprint('done', file=sys.stderr)"
 
 

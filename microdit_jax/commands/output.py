@@ -16,7 +16,6 @@ import time
 from typing import TextIO
 
 from microdit_jax.errors import escaped
-from microdit_jax.files.urls import with_urls
 
 # tqdm goes to the line's begin by the first character of what it writes, and between bars in writes
 # of their own.
@@ -38,7 +37,7 @@ class _Stream(io.TextIOWrapper):
     def write(self, text: str, /) -> int:
         self.in_a_line = not text.endswith("\n") if text else self.in_a_line
         try:
-            super().write(_shown(with_urls(text)))
+            super().write(_shown(_with_urls(text)))
             return len(text)
         except OSError as error:
             self._lose(error)
@@ -57,6 +56,12 @@ class _Stream(io.TextIOWrapper):
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, self.fileno())
         os.close(null)
+
+
+def _with_urls(text: str) -> str:
+    """Puts URLs in the place of local paths; where their module was not needed, there are none."""
+    urls = sys.modules.get("microdit_jax.files.urls")
+    return text if urls is None else urls.with_urls(text)
 
 
 def _shown(text: str) -> str:
