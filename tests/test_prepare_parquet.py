@@ -20,7 +20,7 @@ from support.source_files import image, read, write, write_json
 from microdit_jax.errors import UserError
 from microdit_jax.prepare.sources import column_process, parquet_images
 from microdit_jax.prepare.sources.caption_choice import CaptionChoice
-from microdit_jax.prepare.sources.column_files import open_column_file
+from microdit_jax.prepare.sources.column_files import read_rows
 from microdit_jax.prepare.sources.registry import open_source
 
 RECORDED = GOLDEN / "image_datasets"  # tests/support/write_image_datasets.py
@@ -207,7 +207,7 @@ def test_memory_is_bounded_by_a_few_rows(tmp_path):
     )
     del table, data
     before, most = pa.total_allocated_bytes(), 0
-    for row in open_column_file(tmp_path / "x.parquet").rows(range(1), ["image", "text"]):
+    for row in read_rows(tmp_path / "x.parquet", range(1), ["image", "text"]):
         assert len(row["image"]) == 10**6
         most = max(most, pa.total_allocated_bytes() - before)
     tracemalloc.start()

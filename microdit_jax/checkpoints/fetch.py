@@ -24,7 +24,7 @@ def local_model(path: str | os.PathLike) -> Path:
 
 def local_records(path: str | os.PathLike) -> Path:
     """Returns a run's folder as a local path, without its checkpoints if it is on a bucket."""
-    return fetched(path, choose=lambda names: _without_steps(names))
+    return fetched(path, choose=_without_steps)
 
 
 def _needed(names: Collection[str]) -> Iterable[str]:

@@ -15,6 +15,7 @@ from microdit_jax.files import open_regular
 _BATCH_BYTES = 64 << 20  # of rows that are read at once, by the file's own table of contents
 _MAX_BATCH = 256  # rows
 _BUFFER = 1 << 20  # bytes that are read of a column at a time
+_PARQUET, _ARROW = b"PAR1", b"ARROW1"  # first bytes of files
 _MAX_HEADER = 64 << 20  # bytes of one message's description, or a Parquet file's
 
 
@@ -36,14 +37,6 @@ class ColumnFile(Protocol):
         """Returns a text that differs for other contents, without reading them."""
         ...
 
-    def rows(self, groups: range, columns: Sequence[str]) -> Generator[dict[str, Any], None, None]:
-        """Yields the rows of some groups.
-
-        Raises:
-          pa.ArrowException, OSError, ValueError, MemoryError: damage.
-        """
-        ...
-
 
 def open_column_file(path: Path) -> ColumnFile:
     """Opens a file by its first bytes: Parquet, or Arrow as a file or as a stream.
@@ -52,12 +45,8 @@ def open_column_file(path: Path) -> ColumnFile:
       UserError: it is none of these, or damaged.
     """
     try:
-        with open_regular(path) as opened:
-            magic = opened.read(6)
-        if magic[:4] == b"PAR1":
-            file = _Parquet(path)
-        else:
-            file = _Arrow(path, is_file=magic == b"ARROW1")
+        magic = _magic(path)
+        file = _Parquet(path) if magic == _PARQUET else _Arrow(path, is_file=magic == _ARROW)
         _decode_names(file.schema)
         return file
     except (pa.ArrowException, OSError, ValueError, MemoryError) as error:
@@ -71,75 +60,106 @@ class _Parquet:
     """A Parquet file; pages are read as they are needed."""
 
     def __init__(self, path: Path):
-        self._path, self._footer = path, _footer_hash(path)
-        with self._open() as file:
+        self._footer = _footer_hash(path)
+        with _open_parquet(path) as file:
             self.schema, metadata = file.schema_arrow, file.metadata
             groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
             self.group_rows = [group.num_rows for group in groups]
             if min(self.group_rows, default=0) < 0:
                 raise ValueError("a negative number of rows")
-            self._bytes = [max(group.total_byte_size, 0) for group in groups]
-
-    def _open(self) -> pq.ParquetFile:
-        return pq.ParquetFile(
-            self._path,
-            buffer_size=_BUFFER,
-            pre_buffer=False,
-            page_checksum_verification=True,
-            thrift_container_size_limit=10**7,
-            thrift_string_size_limit=_MAX_HEADER,
-        )
 
     def describe(self, groups: range) -> str:
         return f"{groups} {self._footer}"
-
-    def rows(self, groups: range, columns: Sequence[str]) -> Generator[dict[str, Any], None, None]:
-        with self._open() as file:
-            for group in groups:
-                row_bytes = self._bytes[group] // max(self.group_rows[group], 1) + 1
-                batch = max(1, min(_MAX_BATCH, _BATCH_BYTES // row_bytes))
-                for found in file.iter_batches(
-                    batch, row_groups=[group], columns=list(columns), use_threads=False
-                ):
-                    yield from _rows(found, columns)
 
 
 class _Arrow:
     """An Arrow stream, as Hugging Face writes it, or file; its batches are the groups of rows."""
 
     def __init__(self, path: Path, *, is_file: bool):
-        self._path, self._is_file = path, is_file
         self.group_rows, self._texts = [], []
         with pa.memory_map(str(path)) as source:
-            reader, batches = self._batches(source)
+            reader, batches = _batches(source, is_file=is_file)
             self.schema = reader.schema
             for batch in batches:  # mapped: the rows themselves are not read
                 self.group_rows.append(batch.num_rows)
                 batch.validate()
                 self._texts.append(f"{batch.num_rows} {batch.get_total_buffer_size()}")
 
-    def _batches(self, source: pa.NativeFile) -> tuple[Any, Iterator[pa.RecordBatch]]:
-        if self._is_file:
-            reader = pa.ipc.open_file(source)
-            return reader, (reader.get_batch(i) for i in range(reader.num_record_batches))
-        reader = pa.ipc.open_stream(source)
-        return reader, iter(reader)
-
     def describe(self, groups: range) -> str:
         return _digest(self._texts[i] for i in groups)
 
-    def rows(self, groups: range, columns: Sequence[str]) -> Generator[dict[str, Any], None, None]:
-        with pa.memory_map(str(self._path)) as source:
-            _, batches = self._batches(source)
-            for number, batch in enumerate(batches):
-                if number in groups:
-                    # Offsets come from the file: none may lead out of its own buffers
-                    batch = batch.select(list(columns))
-                    batch.validate(full=True)
-                    for start in range(0, batch.num_rows, _MAX_BATCH):
-                        yield from _rows(batch.slice(start, _MAX_BATCH), columns)
-                if number + 1 >= groups.stop:
-                    return
+
+# ------------------------------------------------------------------ rows
+def read_rows(
+    path: Path, groups: range, columns: Sequence[str]
+) -> Generator[dict[str, Any], None, None]:
+    """Yields the rows of some groups of a file.
+
+    Raises:
+      UserError: a path that is no regular file.
+      pa.ArrowException, OSError, ValueError, MemoryError: damage.
+    """
+    magic = _magic(path)
+    if magic == _PARQUET:
+        yield from _parquet_rows(path, groups, columns)
+    else:
+        yield from _arrow_rows(path, groups, columns, is_file=magic == _ARROW)
+
+
+def _magic(path: Path) -> bytes:
+    """Returns `_PARQUET`, `_ARROW` or other first bytes of a file."""
+    with open_regular(path) as file:
+        magic = file.read(len(_ARROW))
+    return _PARQUET if magic.startswith(_PARQUET) else magic
+
+
+def _open_parquet(path: Path) -> pq.ParquetFile:
+    return pq.ParquetFile(
+        path,
+        buffer_size=_BUFFER,
+        pre_buffer=False,
+        page_checksum_verification=True,
+        thrift_container_size_limit=10**7,
+        thrift_string_size_limit=_MAX_HEADER,
+    )
+
+
+def _parquet_rows(
+    path: Path, groups: range, columns: Sequence[str]
+) -> Generator[dict[str, Any], None, None]:
+    with _open_parquet(path) as file:
+        for number in groups:
+            group = file.metadata.row_group(number)
+            row_bytes = max(group.total_byte_size, 0) // max(group.num_rows, 1) + 1
+            batch = max(1, min(_MAX_BATCH, _BATCH_BYTES // row_bytes))
+            for found in file.iter_batches(
+                batch, row_groups=[number], columns=list(columns), use_threads=False
+            ):
+                yield from _rows(found, columns)
+
+
+def _batches(source: pa.NativeFile, *, is_file: bool) -> tuple[Any, Iterator[pa.RecordBatch]]:
+    if is_file:
+        reader = pa.ipc.open_file(source)
+        return reader, (reader.get_batch(i) for i in range(reader.num_record_batches))
+    reader = pa.ipc.open_stream(source)
+    return reader, iter(reader)
+
+
+def _arrow_rows(
+    path: Path, groups: range, columns: Sequence[str], *, is_file: bool
+) -> Generator[dict[str, Any], None, None]:
+    with pa.memory_map(str(path)) as source:
+        _, batches = _batches(source, is_file=is_file)
+        for number, batch in enumerate(batches):
+            if number in groups:
+                # Offsets come from the file: none may lead out of its own buffers
+                batch = batch.select(list(columns))
+                batch.validate(full=True)
+                for start in range(0, batch.num_rows, _MAX_BATCH):
+                    yield from _rows(batch.slice(start, _MAX_BATCH), columns)
+            if number + 1 >= groups.stop:
+                return
 
 
 def _rows(batch: pa.RecordBatch, columns: Sequence[str]) -> Generator[dict[str, Any], None, None]:

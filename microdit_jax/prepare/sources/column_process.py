@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from microdit_jax.files import parse_json
-from microdit_jax.prepare.sources.column_files import open_column_file
+from microdit_jax.prepare.sources.column_files import read_rows
 
 ROW_SECONDS = 60  # until the next row; whole batches are decoded at once
 _MAX_MEMORY = 4 << 30  # bytes; mapped files do not count
@@ -35,7 +35,7 @@ class DamagedRows(ValueError):
 def rows(
     path: Path, groups: range, columns: Sequence[str]
 ) -> Generator[dict[str, Any], None, None]:
-    """Yields the rows of some groups of a file, as `ColumnFile.rows` does.
+    """Yields the rows of some groups of a file, as `read_rows` does.
 
     Raises:
       DamagedRows: PyArrow refused them, was ended by them or needs too long for them.
@@ -152,8 +152,8 @@ def _answers(request: dict[str, Any]) -> Iterator[tuple[dict[str, Any], list[byt
     found: list[Any] = []
     blobs: list[bytes] = []
     try:
-        file = open_column_file(Path(os.fsdecode(bytes.fromhex(request["path"]))))
-        for row in file.rows(range(*request["groups"]), request["columns"]):
+        path = Path(os.fsdecode(bytes.fromhex(request["path"])))
+        for row in read_rows(path, range(*request["groups"]), request["columns"]):
             found.append(_packed(row, blobs))
             if len(found) == _ROWS or sum(map(len, blobs)) > _BYTES:
                 yield {"rows": found}, blobs
