@@ -1,9 +1,11 @@
 import socket
 import threading
+import time
 
 from support.processes import finish, free_port, start
 
-from microdit_jax.machine.lifelines import Lifelines, Peer
+from microdit_jax.machine import handshake
+from microdit_jax.machine.lifelines import JOINED, Lifelines, Peer
 
 
 class Side:
@@ -34,6 +36,18 @@ def test_all_join():
     for side in sides:
         side.lines.__exit__(None, None, None)
         assert not any(side.told.wait(0.3) for side in sides), [side.line for side in sides]
+
+
+def test_joined_right_behind_the_answer():
+    """Process 0 may be through before another one has read its answer: both lines lie there."""
+    ours, theirs = socket.socketpair()
+    theirs.sendall(b"the answer\n" + JOINED)
+    theirs.close()
+    with ours:
+        assert handshake.read_line(ours, time.monotonic() + 5) == b"the answer"
+        side = Side({0: Peer("h0", ours)}, False)
+        with side.lines:
+            assert not side.told.wait(0.5), side.line
 
 
 def test_who_hangs_up_is_named_by_all():

@@ -103,17 +103,25 @@ def parse_answer(line: bytes, nonce: str, token: str) -> str:
 
 
 def read_line(connection: socket.socket, deadline: float) -> bytes:
-    """Reads one line; raises OSError past the deadline (monotonic), ValueError for a long line."""
+    """Reads one line and nothing behind it; raises OSError past the deadline (monotonic).
+
+    What follows, such as a "joined" sent right behind the answer, stays on the connection for
+    whoever reads it next (machine.lifelines).
+
+    Raises:
+      ValueError: for a long line, or one without an end.
+    """
     received = b""
-    while b"\n" not in received:
+    while not received.endswith(b"\n"):
         if (left := deadline - time.monotonic()) <= 0:
             raise TimeoutError("no answer")
         connection.settimeout(left)
-        part = connection.recv(LINE_BYTES + 1 - len(received))
-        received += part
-        if not part or len(received) > LINE_BYTES:
-            raise ValueError("a line that is too long" if part else HUNG_UP)
-    return received.partition(b"\n")[0]
+        there = connection.recv(LINE_BYTES + 1 - len(received), socket.MSG_PEEK)
+        end = there.find(b"\n") + 1 or len(there)
+        received += connection.recv(end) if there else b""
+        if not there or len(received) > LINE_BYTES:
+            raise ValueError("a line that is too long" if there else HUNG_UP)
+    return received[:-1]
 
 
 def _line(**contents: Any) -> bytes:
