@@ -205,3 +205,10 @@ def test_texts_of_unknown_origin_have_no_hidden_effect():
         "cr\u00e8me\u00a0br\u00fbl\u00e9e \U0001f468\u200d\U0001f469"
     )
     assert visible("x" * 600) == "x" * 500 + "... (600 characters)"
+
+
+def test_a_secret_is_one_from_its_first_moment(tmp_path):
+    with files.atomic_file(tmp_path / "secret", mode=0o600):
+        (partial,) = tmp_path.iterdir()
+        assert partial.stat().st_mode & 0o777 == 0o600
+    assert (tmp_path / "secret").stat().st_mode & 0o777 == 0o600

@@ -15,6 +15,7 @@ if __name__ == "__main__":
     run_command("microdit_jax.app.__main__")
 
 import dataclasses
+import logging
 import socket
 import time
 from pathlib import Path
@@ -91,6 +92,7 @@ def _serve(listening: socket.socket, limits: "Limits") -> None:
     """Loads the models and answers at the socket until a signal comes."""
     import uvicorn
 
+    from microdit_jax.app.connections import BoundedConnection, Rarely, possible_connections
     from microdit_jax.app.limits import GUIDANCES
     from microdit_jax.app.server import make_app
     from microdit_jax.app.studio import Studio
@@ -139,14 +141,16 @@ def _serve(listening: socket.socket, limits: "Limits") -> None:
     hosts = ["*"] if everywhere else ["127.0.0.1", "localhost", named]
     config = uvicorn.Config(
         make_app(studio, choices, hosts),
-        http="h11",  # whose headers are bounded
+        http=BoundedConnection,
         ws="none",
         log_level="warning",
         use_colors=False,  # a protected output shows them as escapes
-        limit_concurrency=limits.connections,
+        limit_concurrency=possible_connections(limits.connections),
         h11_max_incomplete_event_size=2**14,  # of a request's headers
         timeout_graceful_shutdown=1,
     )
+    for logger in ("uvicorn.error", "asyncio"):
+        logging.getLogger(logger).addFilter(Rarely())
     shown = "127.0.0.1" if everywhere else named
     print(f"Open http://{shown}:{listening.getsockname()[1]}/", flush=True)
     studio.start()

@@ -88,20 +88,23 @@ def _partial_of(path: Path) -> Path:
 
 @contextlib.contextmanager
 def atomic_file(
-    path: str | os.PathLike, num_bytes: int = 0, *, replace: bool = True
+    path: str | os.PathLike, num_bytes: int = 0, *, replace: bool = True, mode: int = 0o666
 ) -> Iterator[BinaryIO]:
     """Opens a file for writing that takes the name `path` once it is complete and on disk.
 
     Args:
       num_bytes: how much will be written; refused at once when the disk has less.
       replace: as `atomic_path` takes it.
+      mode: who may read it from its first moment on, less what the umask forbids.
     Raises:
       UserError: the disk is full or may not be written; nothing is left behind.
     """
-    with atomic_path(path, num_bytes, replace=replace) as partial, partial.open("wb") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
+    with atomic_path(path, num_bytes, replace=replace) as partial:
+        partial.touch(mode)
+        with partial.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
 
 
 @contextlib.contextmanager
@@ -157,9 +160,11 @@ def atomic_folder(
             shutil.rmtree(partial, ignore_errors=True)
 
 
-def write_bytes(path: str | os.PathLike, data: bytes, *, replace: bool = True) -> None:
-    """Writes a file whole or not at all; with `replace` false, a file that is there stays."""
-    with atomic_file(path, len(data), replace=replace) as file:
+def write_bytes(
+    path: str | os.PathLike, data: bytes, *, replace: bool = True, mode: int = 0o666
+) -> None:
+    """Writes a file whole or not at all; `replace` and `mode` as `atomic_file` takes them."""
+    with atomic_file(path, len(data), replace=replace, mode=mode) as file:
         file.write(data)
 
 

@@ -55,8 +55,7 @@ def _folder_name(secret: str | None) -> str:
     if secret is None:
         path = cache_folder() / "secret"
         if not path.exists():
-            write_bytes(path, secrets.token_hex(16).encode(), replace=False)
-            path.chmod(0o600)
+            write_bytes(path, secrets.token_hex(16).encode(), replace=False, mode=0o600)
         secret = read_bytes(path, 4096).decode()
     return f"{NAME}-{hmac.new(secret.encode(), NAME.encode(), 'sha256').hexdigest()[:32]}"
 
