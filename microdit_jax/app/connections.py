@@ -36,6 +36,7 @@ class BoundedConnection(H11Protocol):
         self._read_deadline: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Makes room for the connection, and begins to wait for its request."""
         super().connection_made(transport)
         limit = self.limit_concurrency
         if limit is not None and len(self.connections) >= limit:
@@ -56,6 +57,7 @@ class BoundedConnection(H11Protocol):
         return self._head_deadline.when() if self._head_deadline else float("inf")
 
     def data_received(self, data: bytes) -> None:
+        """Stops waiting once a request's head is whole, and waits for the next one behind it."""
         super().data_received(data)
         if self.conn.their_state is h11.IDLE:
             self._await_head()
@@ -64,6 +66,7 @@ class BoundedConnection(H11Protocol):
             self._head_deadline = None
 
     def connection_lost(self, exc: Exception | None) -> None:
+        """Forgets the deadlines."""
         _cancel(self._head_deadline)
         self._head_deadline = None
         _cancel(self._read_deadline)
@@ -71,11 +74,13 @@ class BoundedConnection(H11Protocol):
         super().connection_lost(exc)
 
     def pause_writing(self) -> None:
+        """Begins to wait for a client that does not read."""
         super().pause_writing()
         if self._read_deadline is None:
             self._read_deadline = self.loop.call_later(self.unread_seconds, self.transport.abort)
 
     def resume_writing(self) -> None:
+        """Forgets that the client did not read."""
         _cancel(self._read_deadline)
         self._read_deadline = None
         super().resume_writing()
@@ -116,6 +121,7 @@ class Rarely(logging.Filter):
         self._seconds, self._last = seconds, dict[str, float]()
 
     def filter(self, record: logging.LogRecord) -> bool:
+        """Returns True if the message may pass; a defect's traceback always may."""
         if record.exc_info and record.name != "asyncio":  # a defect of ours
             return True
         now = time.monotonic()

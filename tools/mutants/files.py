@@ -4,8 +4,8 @@ MUTANTS = [
     {
         "name": "a file is written in place, so that a kill leaves half of it",
         "file": "microdit_jax/files/writing.py",
-        "old": 'with atomic_path(path, num_bytes, replace=replace) as partial, partial.open("wb")',
-        "new": 'with open(path, "wb")',
+        "old": 'with partial.open("wb") as file:',
+        "new": 'with open(path, "wb") as file:',
         "tests": ["tests/test_files.py"],
     },
 ]

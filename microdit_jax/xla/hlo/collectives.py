@@ -53,7 +53,10 @@ def collective(
     module: Module, kind: str, computation: Computation, instruction: Instruction, times: int
 ) -> Collective:
     """Counts an instruction, whose kind is one of COLLECTIVES."""
-    devices = first_group(instruction, module.devices)
+    if instruction.opcode == "send":
+        devices = first_group_across(instruction, module.devices)
+    else:
+        devices = first_group(instruction, module.devices)
     group = len(devices)
     share = {
         "all-gather": group - 1,
@@ -63,7 +66,7 @@ def collective(
     }.get(kind, (group - 1) / group)
     by_type: defaultdict[str, float] = defaultdict(float)
     for shapes in computation.operand_shapes(instruction):
-        for shape in shapes:
+        for shape in (shape for shape in shapes if shape.num_bytes):
             by_type[shape.dtype] += shape.num_bytes * share
     carried = [_origin(module, computation, name) for name in instruction.operands]
     if kind == "all-to-all" or set(carried) <= {""}:  # all-to-alls carry tokens, no parameter
@@ -75,6 +78,64 @@ def collective(
         devices,
         dict(by_type),
         tuple(dict.fromkeys(filter(None, carried))),
+    )
+
+
+def kind_across(instruction: Instruction) -> str:
+    """Returns the kind of a collective that libtpu writes as a host's sends and receives, or "".
+
+    What runs between the slices of a TPU program is no collective in its text: each device hands
+    its part to the host's runtime ("megascale") by a `send`, and gets the result by a `recv`.
+    """
+    if instruction.opcode not in ("send", "recv"):
+        return ""
+    found = re.search(r'_xla_megascale_transfer_type="(\w+)"', instruction.attributes)
+    if found is None:  # a callback's
+        return ""
+    kind = found[1].lower().replace("_", "-")
+    kind = {"permute": "collective-permute", "one-to-one": "collective-permute"}.get(kind, kind)
+    if kind not in COLLECTIVES:
+        raise ValueError(
+            f"expected a known kind of transfer between slices at {instruction.name}, found "
+            f"{found[1]}"
+        )
+    return kind
+
+
+def awaits_across(computation: Computation, send: Instruction) -> Instruction | None:
+    """Finds the instruction that waits for the result of a `send` between slices."""
+    named = re.compile(r'_xla_host_transfer_rendezvous="([^"]*)"')
+    rendezvous = named.search(send.attributes)
+    for instruction in computation:
+        if instruction.opcode == "recv" and rendezvous is not None:
+            other = named.search(instruction.attributes)
+            if other is not None and other[1] == rendezvous[1]:
+                waits = [u for u in computation.users[instruction.name] if u.opcode == "recv-done"]
+                return waits[0] if waits else None
+    return None
+
+
+def first_group_across(send: Instruction, devices: int) -> tuple[int, ...]:
+    """Parses the first group of a transfer between slices: a device of each slice in it.
+
+    Groups are written as "{1,2}x{0:3}", devices 0 to 3 of slices 1 and 2; or each device by its
+    slice times 100,000 and its number there, as {{100000,200000},...} or {{100000->200000},...}.
+
+    Args:
+      devices: number of devices of each slice: such a program's text is that of one slice.
+    Raises:
+      ValueError: the groups are written in a way that is not known here.
+    """
+    text, group = send.attributes, list[tuple[int, int]]()
+    if short := re.search(r'_xla_megascale_target="\{([\d,]+)\}x\{(\d+):\d+\}"', text):
+        group = [(number, int(short[2])) for number in _numbers(short[1])]
+    elif listed := re.search(r'_xla_megascale_target="?\{\{(\d+(?:(?:,|->)\d+)+)\}', text):
+        group = [divmod(int(n), 100_000) for n in re.findall(r"\d+", listed[1])]
+    if group and min(group)[0] >= 1:
+        return tuple((number - 1) * devices + device for number, device in group)
+    target = re.search(r"_xla_megascale_target=.{0,80}", text)
+    raise ValueError(
+        f"expected slices in a known form at {send.name}, found {target[0] if target else 'none'}"
     )
 
 

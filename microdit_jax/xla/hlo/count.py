@@ -14,7 +14,13 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from microdit_jax.xla.hlo.collectives import COLLECTIVES, Collective, collective
+from microdit_jax.xla.hlo.collectives import (
+    COLLECTIVES,
+    Collective,
+    awaits_across,
+    collective,
+    kind_across,
+)
 from microdit_jax.xla.hlo.matmuls import matmul_flops
 from microdit_jax.xla.hlo.text import Computation, Instruction, Module, parse
 from microdit_jax.xla.hlo.traffic import traffic
@@ -185,8 +191,13 @@ class _Counter:
         if instruction.opcode in _DONE:
             self._finish((computation.name, instruction.name))
             return
-        kind = instruction.opcode.removesuffix("-start")
+        kind = kind_across(instruction) or instruction.opcode.removesuffix("-start")
         if kind in COLLECTIVES:
+            if instruction.opcode == "recv":
+                return  # counted with its send
+            if instruction.opcode == "send":
+                waits = awaits_across(computation, instruction)
+                done = (computation.name, waits.name) if waits is not None else None
             if done:
                 self._started.setdefault(done, []).append(len(self.collectives))
             found = collective(self.module, kind, computation, instruction, times)

@@ -20,7 +20,7 @@ SPLASH_MATMULS = {"splash_mha_fwd": 2, "splash_mha_dq": 3, "splash_mha_dkv": 4}
 _NO_MATMUL = re.compile(
     r"topk|sort|rng|memset|annotate|Sharding|SPMD|AllocateBuffer|MoveToHost|MoveToDevice|"
     r"PartialReduce|InspectSparse|LayoutConstraint|Eigen|erf|ConcatBitcast|GatherScatterIndices|"
-    r"PrepareAsyncCall|AssumeGatherIndices",
+    r"PrepareAsyncCall|AssumeGatherIndices|ZeroCrop",
     re.IGNORECASE,
 )
 
