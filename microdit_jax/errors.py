@@ -17,6 +17,13 @@ class UserError(ValueError):
         super().__init__(visible(" ".join(str(message).split()), LONGEST))
 
 
+class Late(UserError):
+    """A process of the job that did not come in time, or could not be reached.
+
+    Nothing but time may mend that: commands end with status 75, and a supervisor starts them again.
+    """
+
+
 def visible(text: object, most: int = 500) -> str:
     """Returns a text of unknown origin as it may be printed: on one line, without hidden effects.
 

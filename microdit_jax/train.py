@@ -74,6 +74,7 @@ def train(config: ConfigDict, workdir: str | Path, stop: StopRequest | None = No
     first_process = jax.process_index() == 0
     # ---------------------------------------------------------------- mesh, network, data
     mesh = sharding.make_mesh(**config.mesh)
+    hosts.connect(mesh)
     config, teacher = load_teacher(config, mesh)
     check(config, mesh)
     cfg, edm = model_config(config), EdmConfig(**config.edm)

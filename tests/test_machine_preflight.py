@@ -122,7 +122,7 @@ def test_the_command_under_attack(tmp_path):
         "--num_processes=3", "--process_id=0", "--join_timeout=4", "--job_token=secret",
     ]  # fmt: skip
     with Attack(port, token=""):
-        line = assert_refused(run_hostile(command, tmp_path))
+        line = assert_refused(run_hostile(command, tmp_path), status=75, begin="expected ")
     assert "expected 3 processes within 4 s, found 0 (" in line and "; missing: 1, 2; " in line
     assert "calls with another --job_token" in line and not (tmp_path / "run").exists()
 
@@ -198,7 +198,10 @@ def test_proofs():
     with pytest.raises(WrongToken):  # changed on its way
         handshake.parse_introduction(line.replace(b"host-1", b"host-2"), "0" * 32, "secret")
     answer = handshake.answer("", who.nonce, "secret").strip()
-    assert handshake.parse_answer(answer, who.nonce, "secret") == ""
+    assert handshake.parse_answer(answer, who.nonce, "secret") == ("", False)
+    assert handshake.parse_answer(
+        handshake.answer("who?", who.nonce, "secret", late=True).strip(), who.nonce, "secret"
+    ) == ("who?", True)
     with pytest.raises(WrongToken):
         handshake.parse_answer(answer, "1" * 32, "secret")
 

@@ -7,6 +7,11 @@ import time
 
 from support.processes import finish, free_port, start
 
+from microdit_jax.commands import boundary
+from microdit_jax.errors import Late
+from microdit_jax.machine.collective_errors import named
+from microdit_jax.machine.watch import GAP_SECONDS, forgiven
+
 JOB = """
 from microdit_jax.machine import watch
 
@@ -154,6 +159,27 @@ def work(number, arguments):
     assert time.monotonic() - began < 40
     assert {status for status, _, _ in results} <= {75, 143}, results
     assert "process 1 (" in results[0][2] and "was stopped by SIGTERM" in results[0][2]
+
+
+def test_one_that_stood_still_judges_nobody_by_the_time_it_missed():
+    # Silent for 4 s, then 10 s were missed: it counts as silent for those 4 s.
+    assert forgiven(86.0, 10.0, 100.0, 25.0) == 96.0
+    assert forgiven(99.0, 10.0, 100.0, 25.0) == 100.0
+    # Silent for nearly the time-out before: it has a moment to be heard.
+    assert forgiven(66.0, 10.0, 100.0, 25.0) == 75.0 + GAP_SECONDS
+    # Longer than the time-out: the others have ended by then, so that moment is enough.
+    assert forgiven(39.0, 60.0, 100.0, 25.0) == 75.0 + GAP_SECONDS
+
+
+def test_a_collective_that_broke_alone_is_late_and_a_defect_stays_one():
+    error = RuntimeError("UNKNOWN: Gloo context initialization failed: timed out\nmore")
+    told = named(error, "the same command goes on from step 5")
+    assert isinstance(told, Late) and str(told).startswith("expected all processes in a collective")
+    assert "initialization failed: timed out;" in str(told)
+    assert str(told).endswith("the same command goes on from step 5")
+    assert boundary.describe(told) == (75, str(told))
+    defect = RuntimeError("INTERNAL: no such kernel")
+    assert named(defect, "") is defect
 
 
 def test_alone_there_is_no_watch():

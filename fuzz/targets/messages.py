@@ -23,7 +23,7 @@ def _open_preflight(scratch: Scratch) -> Read:
     parsers = (
         handshake.parse_greeting,
         lambda line: handshake.parse_introduction(line, NONCE, TOKEN),
-        lambda line: handshake.parse_answer(line, NONCE, TOKEN),
+        lambda line: handshake.parse_answer(line, NONCE, TOKEN)[0],
     )
 
     def read(data: bytes) -> None:

@@ -6,7 +6,7 @@
 | a defect of ours; the line says where the traceback was written | 1 |
 | what a person can mend: bad input, a path, memory, a JAX that cannot start, lost output | 2 |
 | a training run that has saved and stopped by a signal before its end, or a process of the job is |
-| gone; the same command goes on | 75 |
+| gone or came late; the same command goes on | 75 |
 | Ctrl-C, SIGTERM, SIGHUP elsewhere; the same command goes on | 130, 143, 129 |
 
 A command's module begins with these lines, and so runs inside of the boundary from its own imports
@@ -29,7 +29,7 @@ from types import ModuleType
 from typing import NoReturn
 
 from microdit_jax.commands import output
-from microdit_jax.errors import LONGEST, UserError, escaped, visible
+from microdit_jax.errors import LONGEST, Late, UserError, escaped, visible
 from microdit_jax.machine import interrupts
 
 _program = ""
@@ -93,6 +93,8 @@ def outcome(work: Callable[[], None], arguments: Sequence[str] = ()) -> int:
 
 def describe(error: BaseException) -> tuple[int, str]:
     """Returns the exit status and the line for an exception that ended a command."""
+    if isinstance(error, Late):
+        return interrupts.STOPPED_EARLY, str(error)
     if isinstance(error, UserError):
         return 2, f"error: {error}"
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):

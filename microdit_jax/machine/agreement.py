@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 
-from microdit_jax.errors import UserError, visible
+from microdit_jax.errors import Late, UserError, visible
 from microdit_jax.files import parse_json
 from microdit_jax.machine import hosts, watch
 
@@ -27,8 +27,8 @@ def agree(facts: Mapping[str, Any], *, timeout_seconds: float = AGREE_SECONDS) -
     """Compares facts of all processes; each passes the same names, with values that JSON can hold.
 
     Raises:
-      UserError: on all processes, a fact that differs, with both values and both hosts; or
-        processes that have not come.
+      UserError: on all processes, a fact that differs, with both values and both hosts.
+      Late: a process has not come.
     """
     job, number = watch.current(), next(_rounds)
     if job is None:
@@ -50,7 +50,10 @@ def _difference(job: watch.Watch, number: int, mine: dict[str, str], until: floa
     for other in range(1, job.store.num_processes):
         text = job.store.wait(f"facts/{number}/{other}", max(1.0, until - time.monotonic()))
         if text is None:
-            return f"expected what process {other} works with, found none in time; look at its log"
+            raise Late(
+                f"expected what process {other} works with, found none in time; look at its log, "
+                "then start all again"
+            )
         found = parse_json(text)
         theirs = found["facts"]
         differing = [

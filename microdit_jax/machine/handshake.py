@@ -5,7 +5,7 @@ random number, and the others answer
 
   {"nonce": HEX}                                                   process 0, at once
   {"process_id", "num_processes", "host", "nonce": HEX, "proof"}   the others
-  {"fault": TEXT, "proof"}                                         process 0, when all are there
+  {"fault": TEXT, "late": BOOL, "proof"}                           process 0, when all are there
 
 where a proof is an HMAC of the line and of the other side's number. Whoever reaches the port may
 send anything: a line of other types or ranges raises ValueError.
@@ -87,19 +87,23 @@ def parse_introduction(line: bytes, nonce: str, token: str) -> Introduction:
     return introduction
 
 
-def answer(fault: str, nonce: str, token: str) -> bytes:
-    """Returns process 0's answer to an introduction with this nonce: a fault, or "" for none."""
-    return _line(fault=fault, proof=_proof(token, nonce, fault))
+def answer(fault: str, nonce: str, token: str, *, late: bool = False) -> bytes:
+    """Returns process 0's answer to an introduction with this nonce: a fault, or "" for none.
+
+    Args:
+      late: the fault is that processes did not come in time.
+    """
+    return _line(fault=fault, late=late, proof=_proof(token, nonce, fault, late))
 
 
-def parse_answer(line: bytes, nonce: str, token: str) -> str:
-    """Reads process 0's answer; raises WrongToken or ValueError."""
+def parse_answer(line: bytes, nonce: str, token: str) -> tuple[str, bool]:
+    """Reads process 0's answer, the fault and `late`; raises WrongToken or ValueError."""
     said = _parse(line)
-    fault = said.get("fault")
-    if not isinstance(fault, str):
+    fault, late = said.get("fault"), said.get("late")
+    if not isinstance(fault, str) or not isinstance(late, bool):
         raise ValueError("no answer of a job")
-    _check_proof(said.get("proof"), token, nonce, fault)
-    return fault
+    _check_proof(said.get("proof"), token, nonce, fault, late)
+    return fault, late
 
 
 def read_line(connection: socket.socket, deadline: float) -> bytes:

@@ -6,18 +6,22 @@ Every wait has a time-out, and its error names the processes that are missing.
 import atexit
 import collections
 import contextlib
+import itertools
 import json
 import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from microdit_jax.errors import UserError
+from microdit_jax.errors import Late, UserError
 from microdit_jax.files import parse_json
 from microdit_jax.machine import interrupts, watch
 from microdit_jax.machine.cluster import find_job
+from microdit_jax.machine.collective_errors import is_of_another, named
 from microdit_jax.machine.coordination import Store, delay_aborts
 from microdit_jax.machine.preflight import preflight
 
@@ -50,8 +54,8 @@ def initialize(
     Returns:
       True if there are several processes.
     Raises:
-      UserError: some flags but not all; processes missing after the time-out, by number; two
-        processes with one number.
+      UserError: some flags but not all; two processes with one number.
+      Late: processes missing after the time-out, by number.
     """
     job = find_job(
         coordinator_address, num_processes, process_id, timeout_seconds, job_token=job_token
@@ -125,11 +129,12 @@ def job(
     except Exception as error:
         if isinstance(error, FaultOfFirst):
             watching.wait_for_verdict(2 * watch.BEAT_SECONDS)
-        elif watch.is_of_another(error):
+        elif is_of_another(error):
             watching.wait_for_verdict()
+            error = named(error, watching.goes_on())
         watch.report(error)
         watching.wait_for_verdict(2 * watch.BEAT_SECONDS)
-        raise
+        raise error
     _leave()
 
 
@@ -138,7 +143,7 @@ def barrier(name: str, *, timeout_seconds: float = BARRIER_SECONDS) -> None:
     """Waits until every process is here; all must pass the same names in the same order.
 
     Raises:
-      UserError: processes are missing after the time-out, by number.
+      Late: processes are missing after the time-out, by number.
     """
     if jax.process_count() == 1:
         return
@@ -149,7 +154,7 @@ def barrier(name: str, *, timeout_seconds: float = BARRIER_SECONDS) -> None:
     except jax.errors.JaxRuntimeError as error:
         missing = missing_processes(str(error))
         who = f"missing: {', '.join(map(str, missing))}" if missing else str(error)
-        raise UserError(
+        raise Late(
             f"expected all {jax.process_count()} processes at {name!r} within {timeout_seconds:g} "
             f"s, found some only; {who}; look at their logs, then start all again"
         ) from error
@@ -160,6 +165,31 @@ def missing_processes(message: str) -> list[int]:
     late = message.partition("timed out task names:")[2].partition("RPC:")[0]
     # "1, 2" today, "/job:jax_worker/replica:0/task:1, ..." in older versions of JAX
     return sorted({int(number) for number in re.findall(r"(?:^|[\s,]|task:)(\d+)\b", late)})
+
+
+def connect(mesh: Mesh) -> None:
+    """Opens the connections inside each group of a mesh's devices, while all processes are there.
+
+    gloo, which is the network of CPUs, waits 30 s for a group's processes when it first has work,
+    and they may compile that work for minutes longer than each other; later it waits for ever.
+    """
+    if jax.process_count() == 1 or mesh.devices.flat[0].platform != "cpu":
+        return
+    axes = [axis for axis in mesh.axis_names if mesh.shape[axis] > 1]
+    groups = [g for n in range(len(axes)) for g in itertools.combinations(axes, n + 1)]
+
+    def sums(x: jax.Array) -> list[jax.Array]:
+        return [jax.lax.psum(x, group) for group in groups]
+
+    spec, replicated = PartitionSpec(mesh.axis_names), PartitionSpec()
+    work = jax.jit(
+        jax.shard_map(sums, mesh=mesh, in_specs=spec, out_specs=replicated, check_vma=False)
+    )
+    ones = jax.make_array_from_callback(
+        (mesh.size,), NamedSharding(mesh, spec), lambda index: np.ones(1, np.float32)
+    )
+    barrier("connect")
+    jax.block_until_ready(work(ones))
 
 
 class FaultOfFirst(UserError):

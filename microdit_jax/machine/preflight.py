@@ -11,7 +11,7 @@ import socket
 import time
 from typing import NamedTuple
 
-from microdit_jax.errors import UserError, visible
+from microdit_jax.errors import Late, UserError, visible
 from microdit_jax.machine import handshake
 from microdit_jax.machine.cluster import Job
 from microdit_jax.machine.handshake import LINE_BYTES, Introduction, WrongToken
@@ -31,12 +31,13 @@ def preflight(job: Job, timeout_seconds: float) -> Lifelines:
     Returns:
       The connections, to be held in a `with` block around that call.
     Raises:
-      UserError: on every process that is there, naming the numbers of those that are not.
+      Late: on every process that is there, naming the numbers of those that are not.
+      UserError: two processes with one number, other numbers of processes, a port that is taken.
     """
     deadline = time.monotonic() + timeout_seconds
     part = _Counter(job, deadline) if job.process_id == 0 else _Caller(job, deadline)
     if fault := part.run():
-        raise UserError(fault)
+        raise (Late if part.late else UserError)(fault)
     return Lifelines(part.peers, first=job.process_id == 0)
 
 
@@ -72,6 +73,7 @@ class _Counter:
         self._pending: dict[socket.socket, _Pending] = {}  # oldest first
         self._strangers = 0  # calls with another token
         self._fault = ""
+        self.late = False  # True if the fault is that processes did not come in time
         self.peers: dict[int, Peer] = {}  # once all are there
 
     def run(self) -> str:
@@ -93,7 +95,9 @@ class _Counter:
             selector.register(server, selectors.EVENT_READ)
             try:
                 self._collect(server, selector)
-                self._fault = self._fault or self._missing()
+                if not self._fault:
+                    self._fault = self._missing()
+                    self.late = bool(self._fault)
             finally:
                 for connection in list(self._pending):
                     self._drop(connection, selector)
@@ -190,7 +194,7 @@ class _Counter:
             f"expected {self._job.num_processes} processes within "
             f"{time.monotonic() - self._start:.0f} s, found {_in_short(there, SHOWN)}{strangers}; "
             f"missing: {_in_short(missing, 2 * SHOWN)}; look at their logs, and whether they reach "
-            f"port {self._port} here"
+            f"port {self._port} here; the same command tries again"
         )
 
     def _answer(self) -> None:
@@ -202,7 +206,9 @@ class _Counter:
                     stack.enter_context(call.connection)
                 else:
                     self.peers[number] = Peer(call.who.host, call.connection)
-                line = handshake.answer(self._fault, call.who.nonce, self._job.token)
+                line = handshake.answer(
+                    self._fault, call.who.nonce, self._job.token, late=self.late
+                )
                 with contextlib.suppress(OSError):
                     call.connection.send(line)
                     if self._fault:
@@ -234,6 +240,7 @@ class _Caller:
         self._job, self._start, self._deadline = job, time.monotonic(), deadline
         host, _, port = job.coordinator_address.rpartition(":")
         self._host, self._port = host.strip("[]"), int(port)
+        self.late = False  # True if the fault is that processes did not come in time
         self.peers: dict[int, Peer] = {}  # process 0 alone, once all are there
 
     def run(self) -> str:
@@ -252,11 +259,12 @@ class _Caller:
                 if isinstance(error, ValueError) or not reason:
                     reason = visible(error, 200)  # what somebody said there tells more
                 if time.monotonic() > self._deadline:
+                    self.late = True
                     return (
                         f"process {self._job.process_id} expected process 0 at {self._host}:"
                         f"{self._port} within {time.monotonic() - self._start:.0f} s, found nobody "
                         f"({reason}); missing: 0; check --coordinator_address, that "
-                        "process 0 runs and that its port is open"
+                        "process 0 runs and that its port is open; the same command tries again"
                     )
                 time.sleep(0.2)
 
@@ -270,4 +278,5 @@ class _Caller:
         # Process 0 answers at its own deadline, which may be later than ours.
         wait = 2 * max(1.0, self._deadline - self._start)
         line = handshake.read_line(call, time.monotonic() + wait)
-        return visible(handshake.parse_answer(line, who.nonce, job.token), LINE_BYTES)
+        fault, self.late = handshake.parse_answer(line, who.nonce, job.token)
+        return visible(fault, LINE_BYTES)

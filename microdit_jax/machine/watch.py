@@ -17,9 +17,10 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
-from microdit_jax.errors import UserError, visible
+from microdit_jax.errors import Late, UserError, visible
 from microdit_jax.files import parse_json
 from microdit_jax.machine import coordination, interrupts
+from microdit_jax.machine.collective_errors import is_of_another
 from microdit_jax.machine.coordination import Store, Unreachable
 
 BEAT_SECONDS, LOOK_SECONDS = 2.0, 1.0
@@ -97,13 +98,17 @@ class Watch:
         """Ends the job by a fault of this process that a person can mend."""
         self._judge("failed", f"error: {self.who()}: {message}")
 
+    def late(self, message: str) -> None:
+        """Ends the job since a process was not there in time; the same command goes on."""
+        self._judge("late", f"{self.who()}: {message}")
+
     def broken(self, reason: str) -> None:
         """Ends the job by a defect of this process."""
         self._judge("broken", f"{self.who()} {_BROKE.format(reason)}")
 
     def stopped_by(self, number: int) -> None:
         """Ends the job since a signal ended this process, within two seconds or not at all."""
-        line = f"{self.who()} was stopped by {interrupts.name_of(number)}; {self._goes_on()}"
+        line = f"{self.who()} was stopped by {interrupts.name_of(number)}; {self.goes_on()}"
         teller = threading.Thread(target=self._judge, args=("stopped", line), daemon=True)
         teller.start()
         teller.join(2.0)
@@ -129,7 +134,7 @@ class Watch:
 
     # ---------------------------------------------------------------- threads
     def _beat(self) -> None:
-        """Tells every two seconds that this process lives; on process 0 also looks at the others'.
+        """Tells every two seconds that this process lives; process 0 looks at all each second.
 
         Its call has no time-out where process 0 does not answer: `_look` sees that.
         """
@@ -142,12 +147,15 @@ class Watch:
                 self._answered = now = time.monotonic()
                 if self._number == 0:
                     if now - last > GAP_SECONDS:
-                        seen = {who: (text, now) for who, (text, _) in seen.items()}
+                        seen = {
+                            who: (text, forgiven(since, now - last, now, self._timeout))
+                            for who, (text, since) in seen.items()
+                        }
                     self._find_silent(seen, now)
                 else:
                     self._first_host = _host_of(self.store.wait("alive/0", BEAT_SECONDS))
             last, count = time.monotonic(), count + 1
-            if self._closed.wait(BEAT_SECONDS):
+            if self._closed.wait(BEAT_SECONDS if self._number else LOOK_SECONDS):
                 return
 
     def _find_silent(self, seen: dict[str, tuple[str, float]], now: float) -> None:
@@ -159,7 +167,7 @@ class Watch:
                 if "done" not in sign:
                     at = "" if sign["step"] is None else f" since step {sign['step']}"
                     name = f"process {who} ({sign['host']})"
-                    self._judge("gone", f"{name} is gone{at}; {self._goes_on()}")
+                    self._judge("gone", f"{name} is gone{at}; {self.goes_on()}")
 
     def _listen(self) -> None:
         """Ends this process by the verdict, or because process 0, which gives it, is gone."""
@@ -187,8 +195,8 @@ class Watch:
                 self._closed.wait(LOOK_SECONDS)  # _listen ends the process
             now = time.monotonic()
             if now - last > GAP_SECONDS:
-                self._answered = now
                 self._stood_still = now - last
+                self._answered = forgiven(self._answered, now - last, now, self._timeout)
             last = now
             silence = now - self._answered
             if self._closed.is_set() or silence < BEAT_SECONDS + LOOK_SECONDS / 2:
@@ -208,7 +216,7 @@ class Watch:
             if self._stood_still > GAP_SECONDS:
                 line = f"this process stood still for {self._stood_still:.0f} s, and a library"
                 self._leave(
-                    f"{line} gave up; {self._goes_on()}",
+                    f"{line} gave up; {self.goes_on()}",
                     interrupts.STOPPED_EARLY,
                     libraries=True,
                 )
@@ -229,7 +237,8 @@ class Watch:
         with contextlib.suppress(Unreachable):
             self.store.put("verdict", json.dumps({"kind": kind, "line": visible(line, 4000)}))
 
-    def _goes_on(self) -> str:
+    def goes_on(self) -> str:
+        """Says from where the same command goes on."""
         if not self._steps:
             return "the same command goes on"
         if self._saved is None:
@@ -248,7 +257,7 @@ class Watch:
 
     def _end_without_first(self, how: str) -> NoReturn:
         at = "" if self._step is None else f" since step {self._step}"
-        line = f"process 0 ({self._first_host}) {how}{at}; {self._goes_on()}"
+        line = f"process 0 ({self._first_host}) {how}{at}; {self.goes_on()}"
         if self._stood_still > self._timeout:
             line = f"this process stood still for {self._stood_still:.0f} s, and {line}"
         self._leave(line, interrupts.STOPPED_EARLY, libraries=True)
@@ -264,6 +273,19 @@ class Watch:
 
 def _host_of(sign: str | None) -> str:
     return "unknown" if sign is None else parse_json(sign).get("host", "unknown")
+
+
+def forgiven(since: float, gap: float, now: float, timeout: float) -> float:
+    """Returns since when another one counts as silent, for a process that stood still itself.
+
+    What this process missed does not count, and the other has a moment to be heard. That moment is
+    enough after the time-out: by then the other has given this process up, and has ended.
+
+    Args:
+      gap: seconds that this process stood still, until `now`.
+    """
+    least = now - timeout + GAP_SECONDS
+    return min(now, least if gap > timeout else max(least, since + gap))
 
 
 # ------------------------------------------------------------------ for all that may run in a job
@@ -297,24 +319,12 @@ def report(error: BaseException) -> None:
     """Tells the other processes what ended this one; does nothing for a process alone."""
     if _current is None:
         return
-    if isinstance(error, UserError):
+    if isinstance(error, Late):
+        _current.late(str(error))
+    elif isinstance(error, UserError):
         _current.failed(str(error))
     else:
         _current.broken(visible(f"{type(error).__name__}: {error}", 200))
-
-
-def is_of_another(error: BaseException) -> bool:
-    """Returns True if another process's end may have caused the error: collectives that broke."""
-    found: BaseException | None = error
-    while found is not None:
-        # By name: the class has moved between versions of JAX.
-        if type(found).__name__ in ("JaxRuntimeError", "XlaRuntimeError"):
-            text = str(found)
-            return not ("RESOURCE_EXHAUSTED" in text or "timed out task names" in text)
-        if isinstance(found, Unreachable):
-            return True
-        found = found.__cause__ or found.__context__
-    return False
 
 
 def host_of(number: int) -> str:

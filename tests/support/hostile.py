@@ -41,10 +41,12 @@ def run_hostile(
     )
 
 
-def assert_refused(done: subprocess.CompletedProcess[str]) -> str:
-    """Asserts status 2 and one line without control characters; returns that line."""
-    assert done.returncode == 2, (done.returncode, done.stdout[-2000:], done.stderr[-2000:])
-    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+def assert_refused(
+    done: subprocess.CompletedProcess[str], *, status: int = 2, begin: str = "error: "
+) -> str:
+    """Asserts the status and one line without control characters; returns that line."""
+    assert done.returncode == status, (done.returncode, done.stdout[-2000:], done.stderr[-2000:])
+    lines = [line for line in done.stderr.splitlines() if line.startswith(begin)]
     assert len(lines) == 1 and "Traceback" not in done.stderr, done.stderr[-2000:]
     assert lines[0].isprintable(), ascii(lines[0])
     return lines[0]

@@ -66,12 +66,15 @@ def full_on_b(job: Job) -> str:
 
 @row("workdir becomes read-only")
 def read_only(job: Job) -> str:
-    """Hides the disk behind itself, read-only; what is open for writing stays so."""
+    """Tells ext4 on a disk of its own that the disk has failed: it refuses writes from then on."""
+    image = job.folder / "disk"
+    run("truncate", "--size=64M", image)
+    run("mkfs.ext4", "-q", image)
     job.workdir.mkdir()
-    job.begin(30)
-    run("mount", "--bind", job.workdir, job.workdir)
+    run("mount", "-o", "loop", image, job.workdir)
     try:
-        run("mount", "-o", "remount,bind,ro", job.workdir)
+        job.begin(30)
+        run("mount", "-o", "remount,abort", job.workdir)
         job.fault()
         job.finish()
         return lost(job)
@@ -84,7 +87,7 @@ def unmounted(job: Job) -> str:
     job.workdir.mkdir()
     run("mount", "-t", "tmpfs", "none", job.workdir)
     job.begin(30)
-    run("umount", "-l", job.workdir)
+    job.unmount(job.workdir)
     job.fault()
     job.finish()
     found = sorted(path.name for path in job.workdir.iterdir())

@@ -167,6 +167,16 @@ class Job:
         self.ended = {}
         self.fault(0, kind=signal.SIGTERM)
 
+    def unmount(self, folder: pathlib.Path) -> None:
+        """Unmounts a disk here and on both hosts, which have mount namespaces of their own."""
+        run("umount", "-l", folder)
+        for process in self.processes:
+            inside = ("nsenter", f"--mount=/proc/{process.pid}/ns/mnt")
+            # Gone already where mounts are shared.
+            run(*inside, "umount", "-l", folder, check=False)
+            if subprocess.run([*inside, "mountpoint", "-q", folder]).returncode == 0:
+                raise RuntimeError(f"{folder} is still mounted on a host")
+
     def wait_for_save(self) -> None:
         """Until a checkpoint is being written."""
         partials = self.workdir / "checkpoints"
