@@ -15,6 +15,7 @@ from microdit_jax.data.mds import MdsReader
 from microdit_jax.errors import UserError
 from microdit_jax.files import attempts
 from microdit_jax.files.attempts import BucketError
+from microdit_jax.files.bucket import filesystem
 from microdit_jax.prepare.mds_writer import merge_index
 
 NAMES = ("plain", "zstd", "gz", "merged")
@@ -96,7 +97,7 @@ def test_urls_are_read_through_a_cache_that_stays_small(url, tmp_path, name):
 def test_bad_urls_are_clean_errors(url, tmp_path):
     with pytest.raises(UserError, match="through a cache on a local disk, found no folder"):
         MdsReader(f"{url}/plain")
-    with pytest.raises(UserError, match="nosuch://x cannot be opened"):
+    with pytest.raises(UserError, match="found nosuch://; copy it"):
         MdsReader("nosuch://x", cache=tmp_path)
     with pytest.raises(UserError, match="found no such file"):
         MdsReader(f"{url}/elsewhere", cache=tmp_path)
@@ -123,7 +124,7 @@ def test_errors_of_a_filesystem_are_reported_after_more_attempts(url, tmp_path, 
             raise HttpError("503, try\nlater")
         return whole(path)
 
-    memory = fsspec.filesystem("memory")
+    memory = filesystem("memory")
     whole = memory.cat_file
     monkeypatch.setattr(memory, "cat_file", cat_file)
     monkeypatch.setattr(attempts, "SECONDS", 0.02)

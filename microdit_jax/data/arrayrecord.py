@@ -1,6 +1,7 @@
 """Latents in ArrayRecord files as a TFDS dataset, read without TensorFlow."""
 
 import os
+from collections.abc import Sequence
 
 from google.protobuf.message import DecodeError
 from tensorflow_datasets.proto import tf_example_pb2
@@ -19,6 +20,8 @@ class ArrayRecordStore:
     Attributes:
       columns: name -> type and shape, for messages.
     """
+
+    way = ""  # always local
 
     def __init__(self, folder: str | os.PathLike, split: str = SPLIT):
         """Raises UserError if there is no such dataset, or arrays are not stored as raw bytes."""
@@ -51,6 +54,10 @@ class ArrayRecordStore:
                 f"expected a record in {self.where(index)}, could not read it "
                 f"({visible(error)}); copy the dataset again"
             ) from error
+
+    def raws(self, indices: Sequence[int]) -> list[dict[str, bytes]]:
+        """Returns what `raw` does for each."""
+        return [self.raw(index) for index in indices]
 
     def where(self, index: int) -> str:
         """Names a record, for messages: "record 7 of FOLDER"."""

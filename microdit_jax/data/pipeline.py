@@ -47,6 +47,15 @@ class RowSource(Source, Protocol):
         ...
 
 
+@runtime_checkable
+class RecordSource(Source, Protocol):
+    """A source of which many records are read at once, such as one that waits for a network."""
+
+    def records(self, indices: Int[np.ndarray, " n"], /) -> list[Record]:
+        """Reads these records."""
+        ...
+
+
 def rows(
     source: Source, indices: Int[np.ndarray, " n"], names: Sequence[str] | None = None
 ) -> dict[str, np.ndarray]:
@@ -54,7 +63,10 @@ def rows(
     if isinstance(source, RowSource):
         found = source.rows(indices)
         return {name: found[name] for name in names or found}
-    records = [source[index] for index in indices.tolist()]
+    if isinstance(source, RecordSource):
+        records = source.records(indices)
+    else:
+        records = [source[index] for index in indices.tolist()]
     return {name: np.stack([r[name] for r in records]) for name in names or records[0]}
 
 

@@ -4,6 +4,7 @@ import collections
 import contextlib
 import hashlib
 import os
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,8 +17,9 @@ from microdit_jax.data.mapped import map_file
 from microdit_jax.errors import UserError, visible
 from microdit_jax.files import HeldFolder, open_regular, read_bytes
 from microdit_jax.files.attempts import BucketError, attempt
-from microdit_jax.files.bucket import FIRST_SECONDS
+from microdit_jax.files.bucket import FIRST_SECONDS, filesystem
 from microdit_jax.files.reading import MAX_TEXT
+from microdit_jax.files.urls import scheme_of
 
 # Looks at a file's bytes, and whether an earlier run made it; raises UserError if they are wrong
 Check = Callable[[memoryview, bool], None]
@@ -45,24 +47,16 @@ class ShardFiles:
     ):
         """
         Args:
-          cache: folder for what is fetched or unpacked. A URL needs one. A local folder's
-            compressed shards are unpacked there, or else beside themselves.
+          cache: folder for what is fetched or unpacked. Without one a URL's files cannot be opened,
+            and a local folder's compressed shards are unpacked beside themselves.
           cache_bytes: bound of the cache's size; the files opened longest ago are removed.
           on_evict: called with the name of each file that is removed.
         """
         self.root = str(root).rstrip("/").removeprefix("file://")
         self._filesystem: fsspec.AbstractFileSystem | None = None  # None: a local folder
         if "://" in self.root:
-            if cache is None:
-                raise UserError(
-                    f"{self.root} is read through a cache on a local disk, found no folder for it; "
-                    "give one (train_main.py --config.data.cache=/tmp/latents; python -m "
-                    "microdit_jax.prepare.reformat --cache=/tmp/latents)"
-                )
-            try:
-                self._filesystem, self._path = fsspec.core.url_to_fs(self.root)
-            except (ImportError, ValueError) as error:
-                raise UserError(f"{self.root} cannot be opened: {error}") from error
+            self._filesystem = filesystem(scheme_of(self.root))
+            self._path = str(self._filesystem._strip_protocol(self.root))
         self._cache: HeldFolder | None = None
         if cache is not None:  # a user's own, as others may share the folder above it
             key = hashlib.sha256(self.root.encode()).hexdigest()[:16]
@@ -79,6 +73,22 @@ class ShardFiles:
     def is_local(self) -> bool:
         """True if files are read in their own folder, without a copy."""
         return self._filesystem is None
+
+    @property
+    def room(self) -> int:
+        """Size in bytes that the cache may grow to by its disk; 0 where there is no cache."""
+        if self._cache is None:
+            return 0
+        return sum(self._kept.values()) + shutil.disk_usage(self._cache.path).free
+
+    def check_cache(self) -> None:
+        """Raises UserError for a URL without a cache."""
+        if self._filesystem is not None and self._cache is None:
+            raise UserError(
+                f"{self.root} is read through a cache on a local disk, found no folder for it; "
+                "give one (train_main.py --config.data.cache=/tmp/latents; python -m "
+                "microdit_jax.prepare.reformat --cache=/tmp/latents)"
+            )
 
     def location(self, name: str) -> str:
         """Returns the path or URL of a file, for messages."""
@@ -188,6 +198,7 @@ class ShardFiles:
           check: called before new bytes take their name; and for a file that an earlier run left
             in the cache, which is made anew if it raises UserError.
         """
+        self.check_cache()
         folder = HeldFolder(self.root) if self._cache is None else self._cache
         with self._file_locks[name]:
             file = self._kept_file(folder, name, size, check)

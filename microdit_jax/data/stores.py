@@ -4,8 +4,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from microdit_jax.data import mds
 from microdit_jax.data.mds import MdsReader
+from microdit_jax.data.mds_format import INDEX
 from microdit_jax.data.records import SIDECAR, LatentInfo, Store, StoredLatents, infer_info
 from microdit_jax.data.shard_files import ShardFiles
 from microdit_jax.errors import UserError
@@ -33,7 +33,7 @@ def open_latents(
       vae, text_encoder, caption_tokens: towers that made the data, and l of its captions; needed
         for datasets without latents.json, as the reference's. With one, other names are an error.
       captions, tokenizer: see `StoredLatents`.
-      options: `cache`, `cache_bytes` and `check_hashes` of `MdsReader`.
+      options: `cache`, `cache_bytes`, `check_hashes` and `shuffled` of `MdsReader`.
     Raises:
       UserError: no dataset, a damaged one, or one made by other towers.
     """
@@ -58,7 +58,7 @@ def open_store(root: str | os.PathLike, **options: Any) -> tuple[Store, LatentIn
     sidecar = None
     if files.exists(SIDECAR):
         sidecar = LatentInfo.from_json(files.read(SIDECAR), files.location(SIDECAR))
-    if files.exists(mds.INDEX):
+    if files.exists(INDEX):
         return MdsReader(root, **options), sidecar
     if files.is_local and Path(root, ARRAY_RECORD).is_file():
         if unused := {name for name, value in options.items() if value}:
@@ -77,7 +77,7 @@ def open_store(root: str | os.PathLike, **options: Any) -> tuple[Store, LatentIn
             "microdit_jax.prepare.reformat --to=mds)"
         )
     raise UserError(
-        f"expected a dataset of latents in {root}, found neither {mds.INDEX} (MDS) nor "
+        f"expected a dataset of latents in {root}, found neither {INDEX} (MDS) nor "
         f"{ARRAY_RECORD} (ArrayRecord); check the path, or merge the indices of its parts "
         "(microdit_jax.prepare.mds_writer.merge_index)"
     )

@@ -21,7 +21,7 @@ import numpy as np
 from microdit_jax.commands.parser import Parser
 from microdit_jax.data import compression
 from microdit_jax.data.mapped import map_file
-from microdit_jax.data.mds import INDEX, SUFFIX, check_header, parse_shard
+from microdit_jax.data.mds_format import INDEX, SUFFIX, check_header, parse_shard
 from microdit_jax.errors import UserError, visible
 from microdit_jax.files import check_writable, open_regular, parse_json
 from microdit_jax.prepare.mds_writer import write_index

@@ -10,7 +10,7 @@ import numpy as np
 
 from microdit_jax.data import mds_encodings
 from microdit_jax.data.compression import compress, parse_compression
-from microdit_jax.data.mds import INDEX, digest
+from microdit_jax.data.mds_format import INDEX, digest
 from microdit_jax.errors import UserError
 from microdit_jax.files import disk_errors, read_json, write_bytes
 

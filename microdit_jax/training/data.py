@@ -20,7 +20,7 @@ from microdit_jax.data.stores import open_latents
 from microdit_jax.data.twemoji import ATTRIBUTION
 from microdit_jax.encoders import registry
 from microdit_jax.encoders.patch_pca import PatchPCA
-from microdit_jax.errors import UserError
+from microdit_jax.errors import LONGEST, UserError, visible
 from microdit_jax.machine import hosts, memory
 from microdit_jax.models.dit import DiTConfig
 from microdit_jax.prepare.emoji_set import prepare_emoji_set
@@ -174,18 +174,21 @@ def _open_latents(
 ) -> StoredLatents:
     """Opens stored latents, MDS or ArrayRecord; each folder is one split."""
     data = config.data
-    return open_latents(
+    source = open_latents(
         folder,
         resolution=data.resolution,
         **load.names_in_data(data.vae, data.text_encoder),
         captions=data.captions,
         tokenizer=tower and tower.tokenizer,
-        **(_cache(data) if "://" in folder and data.cache else {}),
+        **(_from_a_store(data) if "://" in folder else {}),
     )
+    if source.way and jax.process_index() == 0:
+        print(visible(f"{folder}: {source.way}", LONGEST), flush=True)
+    return source
 
 
-def _cache(data: ConfigDict) -> dict[str, Any]:
-    return {"cache": data.cache, "cache_bytes": data.cache_bytes}
+def _from_a_store(data: ConfigDict) -> dict[str, Any]:
+    return {"cache": data.cache or None, "cache_bytes": data.cache_bytes, "shuffled": True}
 
 
 def _open_twemoji(

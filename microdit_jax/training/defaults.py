@@ -101,9 +101,10 @@ def base() -> ConfigDict:
                 "text_encoder": "openclip:hf-hub:apple/DFN5B-CLIP-ViT-H-14-378",
                 # "embeddings" as stored, or "tokens": the text tower then runs in the train step.
                 "captions": "embeddings",
-                "cache": "",  # folder for the shards of sets at a URL
-                # Of that folder, for each process and set; shards opened longest ago are removed,
-                # and fetched again when their turn comes: below the set's size that is often.
+                # Folder for the shards of sets at a URL, which are kept whole where the set fits
+                # into cache_bytes (of each process and set). Of larger ones, and without a folder,
+                # single records are read and nothing is kept.
+                "cache": "",
                 "cache_bytes": 100 * 10**9,
                 "caption_drop": 0.1,
                 # Threads that read data, in each process. One is quickest from memory or a local

@@ -80,8 +80,8 @@ def s3() -> Iterator[dict[str, str]]:
             "AWS_DEFAULT_REGION": "us-east-1",
         }
     finally:
-        server.kill()
-        server.wait(10)
+        with server:  # closes its pipes, and waits
+            server.kill()
 
 
 def _wait(url: str) -> None:

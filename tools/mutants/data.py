@@ -2,7 +2,7 @@
 
 PIPELINE = "microdit_jax/data/pipeline.py"
 FILES = "microdit_jax/data/shard_files.py"
-MDS = "microdit_jax/data/mds.py"
+MDS = "microdit_jax/data/mds_format.py"
 RECORDS = "microdit_jax/data/records.py"
 PREPARE = "microdit_jax/prepare/"
 
@@ -192,8 +192,8 @@ MUTANTS = [
     {
         "name": "a shard longer than its offsets say is taken",
         "file": MDS,
-        "old": "offsets[-1] != len(view)",
-        "new": "offsets[-1] > len(view)",
+        "old": "offsets[-1] != size",
+        "new": "offsets[-1] > size",
         "tests": ["tests/test_data_mds.py"],
     },
     {
