@@ -1,6 +1,7 @@
 """HTTP around the studio, without a port: bounded requests, and what an image tells."""
 
 import asyncio
+import contextlib
 import json
 import subprocess
 import sys
@@ -9,7 +10,7 @@ import types
 import pytest
 from conftest import ROOT
 
-from microdit_jax.app import server
+from microdit_jax.app import following, server
 from microdit_jax.app.limits import Limits
 from microdit_jax.app.studio import Studio
 
@@ -72,12 +73,13 @@ def test_a_page_that_does_not_read_gets_no_previews():
             return body.pop()
 
         async def send(message):
-            await reading.wait()
+            if len(sent) > 1:  # all but the status and the first line
+                await reading.wait()
             sent.append(message.get("body", b""))
 
         app = server.make_app(studio, {}, ["localhost"])
         answer = asyncio.create_task(app(SCOPE, receive, send))
-        while not studio.listeners:
+        while len(sent) < 2:
             await asyncio.sleep(0.01)
         for step in range(20):
             studio.listeners[0]({"event": "step", "step": step, "previews": ["x" * 1000]})
@@ -87,7 +89,8 @@ def test_a_page_that_does_not_read_gets_no_previews():
         await asyncio.wait_for(answer, 20)
 
     asyncio.run(run())
-    steps = [json.loads(line) for line in b"".join(sent).splitlines()][:-1]
+    job, *steps, done = (json.loads(line) for line in b"".join(sent).splitlines())
+    assert (job["event"], done["event"]) == ("job", "done")
     assert [event["step"] for event in steps] == list(range(20))
     assert 1 <= sum("previews" in event for event in steps) <= LIMITS.unread_events + 2
 
@@ -150,3 +153,74 @@ def test_an_image_of_the_page_does_not_tell_where_the_model_lies(tmp_path):
     assert (found["model"], found["vae"]) == ("runs/stage", "stage/vae")
     assert found["made_with"] == "runs/stage, step 7"
     assert settings["instant"]["model"] == "instant"
+
+
+# ------------------------------------------------------------------ pages that come back
+class Told:
+    """A job whose end by the server is seen."""
+
+    def __init__(self):
+        self.cancelled = False
+
+    def cancel(self):
+        self.cancelled = True
+
+
+def followed(keep=False):
+    """A job that nobody follows yet, and the listener that the studio would call."""
+    job, listeners, jobs = Told(), [], following.Jobs(Limits(alone_seconds=0.1, kept_jobs=2))
+    return jobs, jobs.begin(lambda listener: listeners.append(listener) or job, keep=keep), job
+
+
+async def read(one, most=100) -> list:
+    found = []
+    async with contextlib.aclosing(one.events()) as events:
+        async for event in events:
+            found.append(event["event"])
+            if len(found) == most:
+                break
+    return found
+
+
+def test_a_page_that_comes_back_is_told_what_it_missed():
+    async def run():
+        _, one, job = followed()
+        for event in ("queued", "started", "step", "step"):
+            one.listener({"event": event})
+        assert await read(one, most=4) == ["job", "queued", "started", "step"]
+        one.listener({"event": "step"})
+        one.listener({"event": "done", "images": []})
+        await asyncio.sleep(0.01)
+        assert await read(one) == ["job", "queued", "started", "done"]
+        await asyncio.sleep(0.2)
+        assert not job.cancelled  # it had ended
+        one.listener({"event": "step"})
+        assert await read(one) == ["job", "queued", "started", "done"]
+
+    asyncio.run(asyncio.wait_for(run(), 20))
+
+
+@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize("came", [False, True])
+def test_without_a_page_a_job_ends_unless_it_is_kept(keep, came):
+    async def run():
+        _, one, job = followed(keep)
+        if came:
+            assert await read(one, most=1) == ["job"]
+        await asyncio.sleep(0.5)
+        assert job.cancelled == (not keep)
+        if not keep:
+            assert await read(one) == ["job", "error"]
+
+    asyncio.run(asyncio.wait_for(run(), 20))
+
+
+def test_the_oldest_jobs_are_forgotten():
+    async def run():
+        jobs, one, _ = followed(keep=True)
+        for _ in range(2):
+            assert jobs.get(one.id) is one
+            jobs.begin(lambda listener: Told(), keep=True)
+        assert jobs.get(one.id) is None
+
+    asyncio.run(asyncio.wait_for(run(), 20))

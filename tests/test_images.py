@@ -11,6 +11,7 @@ from PIL import Image, PngImagePlugin
 
 from microdit_jax import images
 from microdit_jax.errors import UserError
+from microdit_jax.images import grid
 
 IMAGE = np.linspace(0, 1, 12, dtype=np.float32).reshape(2, 2, 3)
 SETTINGS = {"seed": 7, "prompt": "ein Bär 🐻"}
@@ -35,7 +36,7 @@ GOOD = OLD | SAMPLER | EDIT
 def test_every_format_carries_the_settings(tmp_path, form):
     fields = dataclasses.asdict(images.ImageSettings.from_dict(GOOD))
     path = tmp_path / images.file_name(3, "Ein Bär!", form)
-    assert path.name == "0003_ein-b-r" + {"png": ".png", "webp": ".webp", "jpeg": ".jpg"}[form]
+    assert path.name == "0003_ein-bär" + {"png": ".png", "webp": ".webp", "jpeg": ".jpg"}[form]
     smooth = np.tile(np.linspace(0.2, 0.8, 32, dtype=np.float32)[:, None, None], (1, 32, 3))
     images.save_image(path, smooth, fields, form)
     assert images.is_made_so(path, fields) and not images.is_made_so(path, fields | {"seed": 1})
@@ -48,6 +49,25 @@ def test_every_format_carries_the_settings(tmp_path, form):
 def test_settings_that_no_jpeg_holds_are_refused():
     with pytest.raises(UserError, match="at most 65000 bytes in a jpeg file, .* shorter prompt"):
         images.encode_image(IMAGE, {"prompt": "a" * 70_000}, "jpeg")
+
+
+@pytest.mark.parametrize(
+    "prompt, name",
+    [
+        ("An elegant  squirrel!", "0000_an-elegant-squirrel.png"),
+        ("Красное яблоко", "0000_красное-яблоко.png"),
+        ("../../etc/passwd\x00\n", "0000_etc-passwd.png"),
+        ("\udc80 \x1b[2J a\u202eb", "0000_2j-a-b.png"),
+        ("cafe\u0301", "0000_café.png"),
+        ("!!!", "0000_.png"),
+        ("猫" * 100, "0000_" + "猫" * 60 + ".png"),
+        ("𐐨" * 100, "0000_" + "𐐨" * 45 + ".png"),
+    ],
+)
+def test_names_keep_the_letters_of_any_script(tmp_path, prompt, name):
+    assert images.file_name(0, prompt) == name
+    longest = images.file_name(10**9, prompt, "webp", 2**32 - 1)
+    (tmp_path / longest).touch()
 
 
 def test_the_seed_is_in_the_name_where_there_are_several():
@@ -237,3 +257,13 @@ def test_grid_puts_images_side_by_side():
     grid = images.captioned_grid([red, blue], ["one", "two"], columns=2, min_side=8)
     np.testing.assert_array_equal(grid[8, 8], [1, 0, 0])
     np.testing.assert_array_equal(grid[8, 8 + 8], [0, 0, 1])
+
+
+def test_captions_of_any_script_are_seen():
+    font = grid.caption_font(12)
+    for text in ("red apple", "Красное яблоко", "crème brûlée", "γάτα"):
+        assert grid.shown_by(font, text) == text
+    assert grid.shown_by(font, "猫\ta") == "▯ a"
+    white = np.ones((2, 8, 8, 3), np.float32)
+    one, other = (images.captioned_grid([white], [text, ""], columns=2) for text in "яж")
+    assert (one != other).any()

@@ -131,7 +131,6 @@ def _serve(listening: socket.socket, limits: "Limits") -> None:
             "solver": sampler.solver,
             "guidance": sampler.guidance,
             "negative_prompt": sampler.negative_prompt,
-            "seed": 2024,
             "count": 1,
         },
     }

@@ -25,6 +25,8 @@ class Limits:
     connections: int = 200  # at a time, of all pages
     unread_events: int = 16  # of a page that does not read; it gets no previews until it does
     kept_bytes: int = 256 * 2**20  # of finished images; the oldest go first
+    kept_jobs: int = 200  # whose events a page may ask for again
+    alone_seconds: float = 30.0  # for a page that reloads or lost its network to come back
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +37,7 @@ class SampleRequest:
       solver, guidance: of `sampling.settings.Sampler`; None: as the server was started with.
       negative_prompt, strength: likewise.
       image, mask: image files, of an image that is to be changed.
+      keep: True if the images are sampled even when the page is closed.
     """
 
     model: str
@@ -49,6 +52,7 @@ class SampleRequest:
     strength: float | None = None
     image: bytes | None = None
     mask: bytes | None = None
+    keep: bool = False
 
 
 REQUIRED = ("model", "prompt", "guidance_scale", "num_inference_steps", "seed", "count")
@@ -79,6 +83,7 @@ def read_request(asked: Any, models: Collection[str], limits: Limits = Limits())
         solver=_one_of(asked.get("solver"), "a solver", [s for s in SOLVERS if s != STUDENT]),
         guidance=_one_of(asked.get("guidance"), "a kind of guidance", GUIDANCES),
         negative_prompt=_negative(asked.get("negative_prompt"), limits),
+        keep=_switch(asked.get("keep", False), "keep"),
         **_edit(asked),
     )
 
@@ -110,6 +115,12 @@ def _file(value: Any, what: str) -> bytes | None:
 def _one_of(value: Any, what: str, names: Collection[str]) -> str | None:
     if value is not None and (not isinstance(value, str) or value not in names):
         raise UserError(f"expected {what} of {', '.join(names)}, found {_shown(value)}")
+    return value
+
+
+def _switch(value: Any, what: str) -> bool:
+    if not isinstance(value, bool):
+        raise UserError(f"expected {what} as true or false, found {_shown(value)}")
     return value
 
 

@@ -1,8 +1,10 @@
 """HTTP around the studio: the page's files, its choices, requests to sample, finished images."""
 
 import asyncio
+import contextlib
 import json
 import re
+import urllib.parse
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from microdit_jax.app.following import Followed, Jobs
 from microdit_jax.app.limits import read_request
 from microdit_jax.app.studio import Studio
 from microdit_jax.errors import UserError
@@ -25,6 +28,8 @@ FILES = {
     "/": ("index.html", "text/html"),
     "/page.js": ("page.js", "text/javascript"),
     "/edit.js": ("edit.js", "text/javascript"),
+    "/gallery.js": ("gallery.js", "text/javascript"),
+    "/zip.js": ("zip.js", "text/javascript"),
     "/page.css": ("page.css", "text/css"),
     "/icon.svg": ("icon.svg", "image/svg+xml"),
 }
@@ -44,6 +49,8 @@ def make_app(studio: Studio, choices: dict[str, Any], hosts: list[str]) -> Starl
         this machine is refused. "*" takes any.
     """
 
+    jobs = Jobs(studio.limits)
+
     async def sample(request: Request) -> Response:
         # A form of another site cannot send this type without the browser asking here first.
         if request.headers.get("content-type", "").split(";")[0] != "application/json":
@@ -62,40 +69,31 @@ def make_app(studio: Studio, choices: dict[str, Any], hosts: list[str]) -> Starl
             return _refused("the request came in too slowly; send it again", 408)
         except ClientDisconnect:
             return _refused("the request was cut off", 400)
-        loop, events = asyncio.get_running_loop(), asyncio.Queue()
-
-        def listener(event: dict[str, Any]) -> None:
-            if events.qsize() >= studio.limits.unread_events:
-                event = {key: value for key, value in event.items() if key != "previews"}
-            if not loop.is_closed():  # the server may be gone before the job
-                loop.call_soon_threadsafe(events.put_nowait, event)
-
         try:
             asked = read_request(_parse(bytes(body)), studio.models, studio.limits)
-            job = studio.submit(asked, listener)
+            followed = jobs.begin(lambda told: studio.submit(asked, told), keep=asked.keep)
         except UserError as error:
             return _refused(str(error), 400)
+        return _stream(followed)
 
-        async def lines() -> AsyncIterator[str]:
-            try:
-                while True:
-                    event = await events.get()
-                    yield json.dumps(event) + "\n"
-                    if event["event"] in ("done", "error"):
-                        return
-            finally:  # also when the page is closed, or its Stop was pressed
-                job.cancel()
-
-        return StreamingResponse(lines(), media_type="application/x-ndjson", headers=SAFE)
+    async def job(request: Request) -> Response:
+        followed = jobs.get(request.path_params["name"])
+        if followed is None:
+            return _refused("this request is no longer known; send it again", 404)
+        if request.method == "DELETE":
+            followed.cancel()
+            return Response(status_code=204, headers=SAFE)
+        return _stream(followed)
 
     async def image(request: Request) -> Response:
         found = studio.image(request.path_params["name"])
         if found is None:
             return _refused("this image is no longer kept; sample it again", 404)
-        # Some names have no letter that a header can hold.
+        # Old browsers read the first name, which has the letters that a header can hold.
         name = re.sub(r"[^\w.-]", "", found.file_name, flags=re.ASCII)
+        whole = urllib.parse.quote(found.file_name, safe="")
         headers = SAFE | {
-            "Content-Disposition": f'inline; filename="{name}"',
+            "Content-Disposition": f"inline; filename=\"{name}\"; filename*=UTF-8''{whole}",
             "Cache-Control": "private, max-age=86400, immutable",
         }
         return Response(found.png, media_type="image/png", headers=headers)
@@ -114,10 +112,22 @@ def make_app(studio: Studio, choices: dict[str, Any], hosts: list[str]) -> Starl
             *(Route(path, page(*file)) for path, file in FILES.items()),
             Route("/choices", choose),
             Route("/sample", sample, methods=["POST"]),
+            Route("/jobs/{name}", job, methods=["GET", "DELETE"]),
             Route("/images/{name}", image),
         ],
         middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=hosts, www_redirect=False)],
     )
+
+
+def _stream(followed: Followed) -> Response:
+    """Answers with a line of JSON for each event."""
+
+    async def lines() -> AsyncIterator[str]:
+        async with contextlib.aclosing(followed.events()) as events:
+            async for event in events:
+                yield json.dumps(event) + "\n"
+
+    return StreamingResponse(lines(), media_type="application/x-ndjson", headers=SAFE)
 
 
 def _refused(message: str, status: int) -> Response:

@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +36,19 @@ def to_uint8(images: Float[np.ndarray, "*n H W 3"]) -> UInt8[np.ndarray, "*n H W
 def file_name(index: int, prompt: str, form: str = "png", seed: int | None = None) -> str:
     """Returns a short name such as "0003_an-elegant-squirrel-pirate-on-a-ship.png".
 
+    Letters of any script stay; a disk's 255 bytes for a name hold all of it.
+
     Args:
       form: one of FORMATS.
       seed: part of the name, where images of several lie side by side.
     """
-    slug = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60]
+    words = unicodedata.normalize("NFC", prompt.lower())
+    slug = (
+        re.sub(r"[\W_]+", "-", words)
+        .strip("-")[:60]
+        .encode(errors="ignore")[:180]
+        .decode(errors="ignore")
+    )
     of_seed = "" if seed is None else f"_seed-{seed}"
     return f"{index:04d}_{slug}{of_seed}{FORMATS[form]}"
 

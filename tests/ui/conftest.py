@@ -1,5 +1,6 @@
 """A server with two tiny models in a process of its own, and headless browsers to use it."""
 
+import contextlib
 import os
 import pathlib
 import re
@@ -31,14 +32,13 @@ def models(tmp_path_factory) -> list[str]:
     return [str(folder / "first"), str(folder / "second")]
 
 
-@pytest.fixture(scope="session")
-def address(models, tmp_path_factory):
-    """Where the page is served."""
-    log = tmp_path_factory.mktemp("server") / "log"
+@contextlib.contextmanager
+def serving(models, log: pathlib.Path, port: int = 0):
+    """Serves the page in a process of its own; gives its address."""
     flags = [f"--model={model}" for model in models] + ["--max_prompt=200", "--max_steps=300"]
     with log.open("w") as file:
         server = subprocess.Popen(
-            [sys.executable, "-m", "microdit_jax.app", *flags, "--port=0"],
+            [sys.executable, "-m", "microdit_jax.app", *flags, f"--port={port}"],
             cwd=TESTS.parent,
             env=os.environ | {"XLA_FLAGS": ""},  # one device, as on most machines
             stdout=file,
@@ -56,17 +56,26 @@ def address(models, tmp_path_factory):
         server.wait(30)
 
 
+@pytest.fixture(scope="session")
+def address(models, tmp_path_factory):
+    """Where the page is served."""
+    with serving(models, tmp_path_factory.mktemp("server") / "log") as found:
+        yield found
+
+
 @pytest.fixture
 def browser(address):
     """Opens the page as one more user: each has storage of its own."""
     opened = []
 
-    def open_page():
+    def open_page(address=address, **capabilities):
         options = webdriver.ChromeOptions()
         # Containers have no user namespaces for the sandbox, and little shared memory.
         for flag in ("headless=new", "no-sandbox", "disable-dev-shm-usage", "window-size=1360,900"):
             options.add_argument(f"--{flag}")
         options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+        for name, value in capabilities.items():
+            options.add_experimental_option(name, value)
         driver = shutil.which("chromedriver")  # of the system; else Selenium fetches a pair
         page = webdriver.Chrome(options, Service(driver) if driver else None)
         opened.append(page)

@@ -1,16 +1,18 @@
-// The page's whole logic: the form, the stream of a request's events, the gallery.
+// The form, and the stream of a request's events; the images go to the gallery.
 import { edit, setUpEdit } from "/edit.js";
+import { add, address, element, imageTile, open, setImage, setUpGallery } from "/gallery.js";
 
 const $ = (id) => document.getElementById(id);
-const KEPT = "microdit_jax gallery"; // in this browser: settings and image names, no images
-const MOST_KEPT = 60;
+const FORM = "microdit_jax form"; // in this tab: what the form holds
+const JOB = "microdit_jax job"; // in this tab: the request that it follows
+const LEFT = "microdit_jax left to finish"; // in this browser: requests that outlive their page
+const TRIES = 20; // to reach a server again, 2 s each
 const choices = await (await fetch("/choices")).json();
-let gallery = readGallery();
 let running = null; // aborts the request that this page waits for
-let shown = null; // the gallery's entry in the dialog
 
 const model = () => choices.models.find((one) => one.name === $("model").value);
 const side = (name) => choices.models.find((one) => one.name === name)?.side ?? 512;
+const anySeed = () => crypto.getRandomValues(new Uint32Array(1))[0];
 
 function setUp() {
   const { limits, defaults } = choices;
@@ -24,14 +26,28 @@ function setUp() {
   for (const name of choices.guidances) $("guidance-kind").append(new Option(name, name));
   setUpEdit(() => model().side, complain);
   const [first] = choices.models;
-  fill({ ...defaults, model: first.name, prompt: "", guidance_scale: first.guidance_scale });
+  fill({
+    ...defaults, model: first.name, prompt: "", guidance_scale: first.guidance_scale,
+    seed: anySeed(), ...read(sessionStorage, FORM), ...linked(),
+  });
   say("", null);
   $("stage").replaceChildren(element("p", "Say what to show. The image takes shape here."));
-  renderGallery();
+  setUpGallery({
+    use: fill,
+    again: ({ strength, ...request }) => { // with the image that is chosen now, if any
+      fill(request);
+      sample({ ...request, ...edit() });
+    },
+  });
 
   $("form").addEventListener("submit", (event) => { event.preventDefault(); sample(asked()); });
+  $("form").addEventListener("input", keepForm);
+  $("form").addEventListener("change", keepForm);
   $("prompt").addEventListener("keydown", (event) => {
-    if (event.key === "Enter" && !event.shiftKey) { event.preventDefault(); $("form").requestSubmit(); }
+    if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
+      event.preventDefault();
+      $("form").requestSubmit();
+    }
   });
   $("prompt").addEventListener("input", showForm);
   $("guidance").addEventListener("input", showForm);
@@ -40,18 +56,10 @@ function setUp() {
     showForm();
   });
   $("solver").addEventListener("change", () => { $("steps").value = choices.solvers[$("solver").value].steps; });
-  $("dice").addEventListener("click", () => { $("seed").value = anySeed(); });
-  $("stop").addEventListener("click", () => running?.abort());
-  $("clear").addEventListener("click", () => { gallery = []; saveGallery(); });
-  $("close").addEventListener("click", () => $("details").close());
-  $("details").addEventListener("click", (event) => { if (event.target === $("details")) $("details").close(); });
-  $("use").addEventListener("click", () => { fill(shown.request); $("details").close(); });
-  $("again").addEventListener("click", () => {
-    const { strength, ...request } = shown.request; // with the image that is chosen now, if any
-    fill(request);
-    $("details").close();
-    sample({ ...request, ...edit() });
-  });
+  $("dice").addEventListener("click", () => { $("seed").value = anySeed(); keepForm(); });
+  $("stop").addEventListener("click", () => running?.stop());
+  window.addEventListener("hashchange", () => fill({ ...asked(), ...linked() }));
+  comeBack();
 }
 
 // ------------------------------------------------------------------------------------ the form
@@ -65,6 +73,7 @@ function asked() {
     num_inference_steps: number("steps"),
     seed: number("seed"),
     count: number("count"),
+    keep: $("keep").checked,
     ...edit(),
   };
   if (model().student) return request; // its solver and guidance are built in
@@ -84,6 +93,19 @@ function fill(request) {
   $("guidance-kind").value = request.guidance ?? choices.defaults.guidance;
   $("negative").value = request.negative_prompt ?? "";
   showForm();
+  keepForm();
+}
+
+// Settings in the page's address, as "Copy link" makes them.
+function linked() {
+  const found = Object.fromEntries(new URLSearchParams(location.hash.slice(1)));
+  if (location.hash && "prompt" in found) history.replaceState(null, "", location.pathname); // or a reload undoes changes
+  return "prompt" in found ? found : {};
+}
+
+function keepForm() {
+  const { image, mask, strength, ...rest } = asked();
+  write(sessionStorage, FORM, rest);
 }
 
 function showForm() {
@@ -96,51 +118,105 @@ function showForm() {
     field.hidden = Boolean(model().student);
   }
   $("about").textContent = `${model().name}, ${model().side} px`;
-  $("examples").replaceChildren(...model().examples.map((text) => {
+  const examples = model().examples;
+  const there = [...$("examples").children].map((button) => button.textContent);
+  if (there.join("\n") === examples.join("\n")) return; // one of them may have the focus
+  $("examples").replaceChildren(...examples.map((text) => {
     const button = element("button", text);
     button.type = "button";
-    button.addEventListener("click", () => { $("prompt").value = text; showForm(); });
+    button.addEventListener("click", () => { $("prompt").value = text; showForm(); keepForm(); });
     return button;
   }));
 }
 
-const anySeed = () => crypto.getRandomValues(new Uint32Array(1))[0];
+function read(storage, name) {
+  try {
+    return JSON.parse(storage.getItem(name));
+  } catch {
+    return null; // written by another version, or storage is off
+  }
+}
+
+function write(storage, name, value) {
+  try {
+    value === null ? storage.removeItem(name) : storage.setItem(name, JSON.stringify(value));
+  } catch { /* storage is off or full: a reload forgets */ }
+}
 
 // --------------------------------------------------------------------------------- one request
 
 async function sample(request) {
+  await follow({ request, id: null });
+}
+
+// What a reload has interrupted, and what earlier pages have left to finish.
+async function comeBack() {
+  const job = read(sessionStorage, JOB);
+  if (job?.id) await follow(job);
+  for (const left of read(localStorage, LEFT) ?? []) if (left.id !== job?.id) await follow(left, true);
+}
+
+function begin(job, signal) {
+  if (job.id) return fetch(`/jobs/${encodeURIComponent(job.id)}`, { signal });
+  return fetch("/sample", {
+    method: "POST",
+    headers: { "Content-Type": "application/json" },
+    body: JSON.stringify(job.request),
+    signal,
+  });
+}
+
+// Follows a request to its end, through a lost network; `quiet`: nobody asked for it just now.
+async function follow(job, quiet = false) {
   if (running) return;
-  running = new AbortController();
+  const { image, mask, ...request } = job.request; // those are too large to keep
+  const stopped = new AbortController();
+  running = { stop: () => { stopped.abort(); if (job.id) fetch(`/jobs/${job.id}`, { method: "DELETE" }); } };
   complain("error", "");
   complain("warning", "");
   busy(true);
   say("sending", null);
-  let tiles = [];
+  const view = { request, tiles: [], ended: false };
   try {
-    const answer = await fetch("/sample", {
-      method: "POST",
-      headers: { "Content-Type": "application/json" },
-      body: JSON.stringify(request),
-      signal: running.signal,
-    });
-    if (!answer.ok) throw new Error((await answer.json()).error);
-    for await (const event of lines(answer.body)) {
-      if (event.event === "queued") say(event.ahead ? `${event.ahead} before you` : "next in line", 0);
-      if (event.event === "warning") complain("warning", event.message);
-      if (event.event === "error") throw new Error(event.message);
-      if (event.event === "started") tiles = stage(event.of, side(request.model));
-      if (event.event === "step") follow(event, request, tiles);
-      if (event.event === "done") finish(event, request, tiles);
+    for (let left = TRIES; !view.ended; left--) {
+      try {
+        const answer = await begin(job, stopped.signal);
+        if (answer.status === 404 && quiet) break; // the server was started again since
+        if (!answer.ok) throw new Error((await answer.json()).error);
+        for await (const event of lines(answer.body)) {
+          if (event.event === "job") { job.id = event.id; remember({ id: job.id, request }); }
+          left = TRIES;
+          show(event, view);
+        }
+        if (!view.ended) throw new TypeError("the stream was cut");
+      } catch (error) {
+        if (!(error instanceof TypeError) || !job.id || left <= 0) throw error;
+        say("the connection is lost; trying again", null);
+        await new Promise((resolve) => { setTimeout(resolve, 2000); stopped.signal.addEventListener("abort", resolve); });
+      }
     }
+    if (quiet && !view.ended) say("", null);
   } catch (error) {
-    const stopped = error.name === "AbortError";
-    for (const tile of tiles) tile.classList.remove("sampling");
-    say(stopped ? "stopped" : "", null);
-    if (!stopped) complain("error", error instanceof TypeError ? "the server does not answer; is it still running?" : error.message);
+    const asked = error.name === "AbortError";
+    for (const tile of view.tiles) tile.classList.remove("sampling");
+    say(asked ? "stopped" : "", null);
+    if (!asked) complain("error", error instanceof TypeError ? "the server does not answer; is it still running?" : error.message);
   } finally {
+    forget(job.id);
     running = null;
     busy(false);
   }
+}
+
+function remember(job) {
+  write(sessionStorage, JOB, job);
+  const left = read(localStorage, LEFT) ?? [];
+  if (job.request.keep && !left.some((one) => one.id === job.id)) write(localStorage, LEFT, [...left, job]);
+}
+
+function forget(id) {
+  write(sessionStorage, JOB, null);
+  write(localStorage, LEFT, (read(localStorage, LEFT) ?? []).filter((one) => one.id !== id));
 }
 
 async function* lines(stream) {
@@ -155,38 +231,49 @@ async function* lines(stream) {
   }
 }
 
-function stage(count, pixels) {
+function show(event, view) {
+  if (event.event === "queued") say(event.ahead ? `${event.ahead} before you` : "next in line", 0);
+  if (event.event === "warning") complain("warning", event.message);
+  if (event.event === "error") throw new Error(event.message);
+  if (event.event === "started") stage(event.of, view);
+  if (event.event === "step") progress(event, view);
+  if (event.event === "done") finish(event, view);
+}
+
+function stage(count, view) {
+  if (view.tiles.length === count) return; // told again, after the network was lost
   const columns = count === 1 ? 1 : count <= 4 ? 2 : Math.min(4, Math.ceil(count / 2));
   $("stage").style.setProperty("--columns", columns);
   const room = columns === 1 ? 480 : 720 / columns;
-  $("stage").style.setProperty("--tile", `${Math.min(room, 8 * pixels)}px`);
-  const tiles = Array.from({ length: count }, () => imageTile(null));
-  for (const tile of tiles) tile.classList.add("sampling");
-  $("stage").replaceChildren(...tiles);
+  $("stage").style.setProperty("--tile", `${Math.min(room, 8 * side(view.request.model))}px`);
+  view.tiles = Array.from({ length: count }, () => imageTile(null));
+  for (const tile of view.tiles) tile.classList.add("sampling");
+  $("stage").replaceChildren(...view.tiles);
   say("starting", 0);
-  return tiles;
 }
 
-function follow(event, request, tiles) {
+function progress(event, { request, tiles }) {
   const { first, together } = event;
   const part = together < request.count ? `images ${first + 1} to ${first + together}: ` : "";
   say(`${part}step ${event.step} of ${request.num_inference_steps}`, event.fraction);
-  (event.previews ?? []).forEach((address, i) => setImage(tiles[event.first + i], address));
+  (event.previews ?? []).forEach((source, i) => setImage(tiles[event.first + i], source));
 }
 
-function finish(event, request, tiles) {
+function finish(event, view) {
   const many = event.images.length === 1 ? "1 image" : `${event.images.length} images`;
+  stage(event.images.length, view); // where the end is all that was still to be told
+  view.ended = true;
   say(`${many} in ${event.seconds} s`, null);
-  event.images.forEach((name, index) => {
-    const { image, mask, ...rest } = request; // too large to keep
-    const entry = { name, index, request: rest };
-    tiles[index].classList.remove("sampling");
-    setImage(tiles[index], address(entry));
-    tiles[index].addEventListener("click", () => open(entry));
-    gallery.unshift(entry);
+  const entries = event.images.map((name, index) => ({ name, index, request: view.request }));
+  entries.forEach((entry, index) => {
+    const tile = view.tiles[index];
+    tile.classList.remove("sampling");
+    tile.firstElementChild.alt = view.request.prompt;
+    setImage(tile, address(entry));
+    tile.addEventListener("click", () => open(entry));
   });
-  saveGallery();
-  if ($("new-seed").checked) $("seed").value = anySeed();
+  add(entries);
+  if ($("new-seed").checked) { $("seed").value = anySeed(); keepForm(); }
 }
 
 function say(words, fraction) {
@@ -201,94 +288,12 @@ function complain(where, words) {
 }
 
 function busy(on) {
-  $("sample").disabled = on;
+  // Not "disabled", which would take the focus away from who pressed it by the keyboard.
+  $("sample").setAttribute("aria-disabled", on);
   $("sample").textContent = on ? "Sampling" : "Sample";
   $("stop").hidden = !on;
-}
-
-// --------------------------------------------------------------------------------- the gallery
-
-const address = (entry) => `/images/${encodeURIComponent(entry.name)}`;
-
-function element(tag, text) {
-  const made = document.createElement(tag);
-  made.textContent = text; // never as HTML: prompts are shown as they are
-  return made;
-}
-
-function imageTile(source, words = "") {
-  const tile = element("button", "");
-  const image = document.createElement("img");
-  tile.type = "button";
-  tile.className = "image";
-  image.alt = words;
-  image.hidden = true;
-  tile.append(image);
-  if (source) setImage(tile, source);
-  return tile;
-}
-
-function setImage(tile, source) {
-  const image = tile.firstElementChild;
-  image.src = source;
-  image.hidden = false;
-}
-
-function renderGallery() {
-  $("gallery-head").hidden = gallery.length === 0;
-  $("gallery").replaceChildren(...gallery.map((entry) => {
-    const figure = element("figure", "");
-    const tile = imageTile(address(entry), entry.request.prompt);
-    tile.addEventListener("click", () => open(entry));
-    tile.firstElementChild.addEventListener("error", () => {
-      // The server keeps the newest images only; the settings of all are here.
-      tile.replaceChildren(element("span", "no longer kept; press to see its settings"));
-      tile.classList.add("gone");
-    }, { once: true });
-    const caption = element("figcaption", entry.request.prompt);
-    caption.title = entry.request.prompt;
-    figure.append(tile, caption);
-    return figure;
-  }));
-}
-
-function open(entry) {
-  const request = entry.request;
-  shown = entry;
-  $("details-image").src = address(entry);
-  $("details-prompt").textContent = request.prompt;
-  const rows = {
-    Model: request.model,
-    Guidance: request.guidance_scale,
-    Steps: request.num_inference_steps,
-    Seed: request.seed,
-    Image: `${entry.index + 1} of ${request.count}`,
-  };
-  if (request.solver) rows.Solver = `${request.solver}, ${request.guidance}`;
-  if (request.negative_prompt) rows.Without = request.negative_prompt;
-  if (request.strength) rows.Strength = request.strength;
-  $("details-settings").replaceChildren(
-    ...Object.entries(rows).flatMap(([name, value]) => [element("dt", name), element("dd", String(value))]),
-  );
-  $("download").href = address(entry);
-  $("details").showModal();
-}
-
-function readGallery() {
-  try {
-    const kept = JSON.parse(localStorage.getItem(KEPT)) ?? [];
-    return kept.filter((entry) => typeof entry.name === "string" && typeof entry.request?.prompt === "string");
-  } catch {
-    return []; // written by another version, or storage is off
-  }
-}
-
-function saveGallery() {
-  gallery = gallery.slice(0, MOST_KEPT);
-  try {
-    localStorage.setItem(KEPT, JSON.stringify(gallery));
-  } catch { /* a private window without storage: the gallery lasts as long as the page */ }
-  renderGallery();
+  // On a phone the form fills the screen: go to where the image appears.
+  if (on && matchMedia("(max-width: 820px)").matches) $("results").scrollIntoView({ block: "start" });
 }
 
 setUp(); // last, when all that it uses is there
