@@ -6,7 +6,7 @@ All of this runs in the server's event loop; the studio's thread only hands even
 import asyncio
 import collections
 import secrets
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 
 from microdit_jax.app.limits import Limits
 from microdit_jax.app.studio import Event, Job
@@ -64,7 +64,7 @@ class Followed:
             None if self._keep else self._loop.call_later(self._limits.alone_seconds, self.cancel)
         )
 
-    async def events(self) -> AsyncIterator[Event]:
+    async def events(self) -> AsyncGenerator[Event, None]:
         """Yields the newest event of each kind so far, and then each as it comes, to the last."""
         page = asyncio.Queue[Event]()
         for event in self._newest.values():

@@ -62,7 +62,8 @@ def shown_by(font: ImageFont.FreeTypeFont, text: str) -> str:
 
 
 def _look(font: ImageFont.FreeTypeFont, letter: str) -> bytes:
-    return bytes(font.getmask(letter))
+    mask = font.getmask(letter)
+    return bytes(mask)  # pyright: ignore[reportArgumentType]  (a sequence of pixels, untyped)
 
 
 def _wrap(text: str, font, width: int) -> list[str]:
