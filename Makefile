@@ -103,6 +103,7 @@ fuzz: setup  ## fuzzers of all readers, SECONDS=600 each, two at a time; what fa
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/codespell
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 clean:
