@@ -11,7 +11,10 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent
 PAGES = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md"]
 LONGEST = 35  # words
-LATER = "converting data evaluation how-it-works index instant parity performance sampling scaling stability students training web-page README".split()
+LATER = (
+    "converting data evaluation how-it-works index instant parity performance sampling scaling "
+    "stability students training web-page README"
+).split()
 
 # What readers of earlier versions had to read twice.
 STUMBLED_OVER = (
