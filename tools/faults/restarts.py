@@ -1,12 +1,13 @@
 """Training that is killed and started again, by itself and on other numbers of hosts.
 
   python -m tools.faults.restarts loops [--faults=10] [--steps=600] [--seed=0]
-  python -m tools.faults.restarts hosts
+  python -m tools.faults.restarts hosts [--chain=2x1,1x1,3x1,2x1]
 
 `loops`: two hosts, each `until train_main.py ...; do sleep 1; done`, are signalled at random
 moments; the run must reach its last step by itself, and end as an unbroken one, bit for bit.
 `hosts`: a run goes from 2 hosts to 1, 3 and 2 by kill -9 each; prints how far its weights end from
-those of unbroken runs. Both are processes on loopback, with simulated devices, and take minutes.
+those of unbroken runs. A chain is given by hosts x devices of each. Both are processes on loopback,
+with simulated devices, and take minutes.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import json
 import os
 import pathlib
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -28,6 +30,8 @@ from tools.faults.hosts import ROOT, make_data
 
 LIMIT_SECONDS = 1800.0  # of a run
 END = 80  # last step of a run on changing hosts
+# Other numbers of devices, and the same number of devices on other numbers of hosts.
+CHAINS = ("2x1,1x1,3x1,2x1", "2x3,1x6,3x2,2x3")
 
 
 def free_port() -> int:
@@ -201,14 +205,15 @@ def loops(data: pathlib.Path, folder: pathlib.Path, faults: int, steps: int, see
 
 
 # ------------------------------------------------------------------ other numbers of hosts
-def hosts(data: pathlib.Path, folder: pathlib.Path) -> None:
-    """Chains with devices for each host (hosts x devices), against unbroken runs."""
+def hosts(data: pathlib.Path, folder: pathlib.Path, chain: str) -> None:
+    """Runs each part of a chain unbroken, its first one twice, and the chain; compares the ends."""
+    folder.mkdir()
     flags = settings(data, END, "--config.train.batch_size=12")
     ends: dict[str, dict[str, np.ndarray]] = {}
     start: dict[str, np.ndarray] = {}
 
     def whole(name: str, *parts: tuple[int, int]) -> None:
-        workdir = folder / name.replace(" ", "_")
+        workdir = folder / re.sub("[ ,]+", "_", name)
         for number, (count, devices) in enumerate(parts):
             with Run(workdir, count, devices, flags) as run:
                 if number == len(parts) - 1:
@@ -228,22 +233,22 @@ def hosts(data: pathlib.Path, folder: pathlib.Path) -> None:
     with Run(folder / "start", 1, 1, first) as run:
         run.finish()
     start.update(weights(state_of(folder / "start", 1)))
-    whole("2 hosts x 1", (2, 1))
-    whole("2 hosts x 1 again", (2, 1))
-    whole("1 host x 2", (1, 2))
-    whole("3 hosts x 1", (3, 1))
-    whole("2 x 1, 1 x 1, 3 x 1, 2 x 1", (2, 1), (1, 1), (3, 1), (2, 1))
-    whole("2 hosts x 3", (2, 3))
-    whole("2 x 3, 1 x 6, 3 x 2, 2 x 3", (2, 3), (1, 6), (3, 2), (2, 3))
-    print("\n| run | against | arrays bit-equal | relative L2 | share of what training changed |")
-    print("|---|---|---|---|---|")
+    parts = [(int(count), int(devices)) for count, _, devices in
+             (part.partition("x") for part in chain.split(","))]  # fmt: skip
+    unbroken = chain.split(",")[0]
+    whole(unbroken, parts[0])
+    whole(f"{unbroken} again", parts[0])
+    for name, part in zip(chain.split(","), parts, strict=True):
+        if name not in ends:
+            whole(name, part)
+    whole(chain, *parts)
+    print(f"\n| run | of {len(ends[unbroken])} arrays equal to those of {unbroken} | relative L2 | "
+          "share of what training changed |\n|---|---|---|---|")  # fmt: skip
+    moved = distance(start, ends[unbroken])
     for name, end in ends.items():
-        for other in ("2 hosts x 1", "2 hosts x 3"):
-            if name == other:
-                continue
-            equal = sum(end[p].tobytes() == ends[other][p].tobytes() for p in end)
-            far, moved = distance(end, ends[other]), distance(start, ends[other])
-            print(f"| {name} | {other} | {equal} of {len(end)} | {far:.1e} | {far / moved:.1e} |")
+        equal = sum(end[p].tobytes() == ends[unbroken][p].tobytes() for p in end)
+        far = distance(end, ends[unbroken])
+        print(f"| {name} | {equal} | {far:.1e} | {far / moved:.1e} |")
 
 
 def distance(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> float:
@@ -259,6 +264,7 @@ def main() -> None:
     parser.add_argument("--faults", type=int, default=10)
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--chain", action="append", help=f"default: {' and '.join(CHAINS)}")
     args = parser.parse_args()
     if not args.data.exists():
         make_data(args.data)
@@ -267,7 +273,8 @@ def main() -> None:
         if args.what == "loops":
             loops(args.data, pathlib.Path(folder), args.faults, args.steps, args.seed)
         else:
-            hosts(args.data, pathlib.Path(folder))
+            for number, chain in enumerate(args.chain or CHAINS):
+                hosts(args.data, pathlib.Path(folder, str(number)), chain)
 
 
 if __name__ == "__main__":
