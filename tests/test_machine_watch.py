@@ -10,7 +10,7 @@ from support.processes import finish, free_port, start
 from microdit_jax.commands import boundary
 from microdit_jax.errors import Late
 from microdit_jax.machine.collective_errors import named
-from microdit_jax.machine.watch import GAP_SECONDS, forgiven
+from microdit_jax.machine.silence import Silence, forgiven
 
 JOB = """
 from microdit_jax.machine import watch
@@ -163,12 +163,29 @@ def work(number, arguments):
 
 def test_one_that_stood_still_judges_nobody_by_the_time_it_missed():
     # Silent for 4 s, then 10 s were missed: it counts as silent for those 4 s.
-    assert forgiven(86.0, 10.0, 100.0, 25.0) == 96.0
-    assert forgiven(99.0, 10.0, 100.0, 25.0) == 100.0
+    assert forgiven(86.0, 10.0, 100.0, 25.0, 6.0) == 96.0
+    assert forgiven(99.0, 10.0, 100.0, 25.0, 6.0) == 100.0
     # Silent for nearly the time-out before: it has a moment to be heard.
-    assert forgiven(66.0, 10.0, 100.0, 25.0) == 75.0 + GAP_SECONDS
+    assert forgiven(66.0, 10.0, 100.0, 25.0, 6.0) == 81.0
     # Longer than the time-out: the others have ended by then, so that moment is enough.
-    assert forgiven(39.0, 60.0, 100.0, 25.0) == 75.0 + GAP_SECONDS
+    assert forgiven(39.0, 60.0, 100.0, 25.0, 6.0) == 81.0
+
+
+def test_who_is_silent():
+    silence = Silence(25.0, 6.0)
+    assert silence.hear({"0": "1", "1": "1"}, 0.0) == []
+    assert silence.hear({"0": "2", "1": "1"}, 25.0) == []
+    assert silence.hear({"0": "3", "1": "1"}, 26.0) == ["1"]
+
+
+def test_last_words_that_waited_are_no_sign_of_life():
+    """After a minute of standing still: one sign may have lain in the socket, two may not."""
+    for later, gone in ((["2"] * 8, ["1"]), (["2"] * 3 + ["3"] * 20, [])):
+        silence = Silence(25.0, 6.0)
+        silence.hear({"1": "1"}, 0.0)
+        silence.stood_still(60.0, 60.0)
+        found = [silence.hear({"1": sign}, 60.5 + after) for after, sign in enumerate(later)]
+        assert found[-1] == gone and found[3] == []
 
 
 def test_a_collective_that_broke_alone_is_late_and_a_defect_stays_one():

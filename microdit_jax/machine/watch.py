@@ -22,6 +22,7 @@ from microdit_jax.files import parse_json
 from microdit_jax.machine import coordination, interrupts
 from microdit_jax.machine.collective_errors import is_of_another
 from microdit_jax.machine.coordination import Store, Unreachable
+from microdit_jax.machine.silence import Silence, forgiven
 
 BEAT_SECONDS, LOOK_SECONDS = 2.0, 1.0
 GAP_SECONDS = 3 * BEAT_SECONDS  # between two looks of a thread: then this process stood still
@@ -138,7 +139,7 @@ class Watch:
 
         Its call has no time-out where process 0 does not answer: `_look` sees that.
         """
-        seen: dict[str, tuple[str, float]] = {}  # process: its last sign of life, and since when
+        silence = Silence(self._timeout, GAP_SECONDS)
         count, last = 0, time.monotonic()
         while True:
             sign = {"count": count, "step": self._step, "host": self._host}
@@ -147,27 +148,23 @@ class Watch:
                 self._answered = now = time.monotonic()
                 if self._number == 0:
                     if now - last > GAP_SECONDS:
-                        seen = {
-                            who: (text, forgiven(since, now - last, now, self._timeout))
-                            for who, (text, since) in seen.items()
-                        }
-                    self._find_silent(seen, now)
+                        silence.stood_still(now - last, now)
+                    last = now
+                    self._find_silent(silence, now)
                 else:
                     self._first_host = _host_of(self.store.wait("alive/0", BEAT_SECONDS))
-            last, count = time.monotonic(), count + 1
+            count += 1
             if self._closed.wait(BEAT_SECONDS if self._number else LOOK_SECONDS):
                 return
 
-    def _find_silent(self, seen: dict[str, tuple[str, float]], now: float) -> None:
-        for who, text in self.store.folder("alive").items():
-            if who not in seen or seen[who][0] != text:
-                seen[who] = text, now
-            elif now - seen[who][1] > self._timeout:
-                sign = parse_json(text)
-                if "done" not in sign:
-                    at = "" if sign["step"] is None else f" since step {sign['step']}"
-                    name = f"process {who} ({sign['host']})"
-                    self._judge("gone", f"{name} is gone{at}; {self.goes_on()}")
+    def _find_silent(self, silence: Silence, now: float) -> None:
+        signs = self.store.folder("alive")
+        for who in silence.hear(signs, now):
+            sign = parse_json(signs[who])
+            if "done" not in sign:
+                at = "" if sign["step"] is None else f" since step {sign['step']}"
+                name = f"process {who} ({sign['host']})"
+                self._judge("gone", f"{name} is gone{at}; {self.goes_on()}")
 
     def _listen(self) -> None:
         """Ends this process by the verdict, or because process 0, which gives it, is gone."""
@@ -196,7 +193,9 @@ class Watch:
             now = time.monotonic()
             if now - last > GAP_SECONDS:
                 self._stood_still = now - last
-                self._answered = forgiven(self._answered, now - last, now, self._timeout)
+                self._answered = forgiven(
+                    self._answered, now - last, now, self._timeout, GAP_SECONDS
+                )
             last = now
             silence = now - self._answered
             if self._closed.is_set() or silence < BEAT_SECONDS + LOOK_SECONDS / 2:
@@ -273,19 +272,6 @@ class Watch:
 
 def _host_of(sign: str | None) -> str:
     return "unknown" if sign is None else parse_json(sign).get("host", "unknown")
-
-
-def forgiven(since: float, gap: float, now: float, timeout: float) -> float:
-    """Returns since when another one counts as silent, for a process that stood still itself.
-
-    What this process missed does not count, and the other has a moment to be heard. That moment is
-    enough after the time-out: by then the other has given this process up, and has ended.
-
-    Args:
-      gap: seconds that this process stood still, until `now`.
-    """
-    least = now - timeout + GAP_SECONDS
-    return min(now, least if gap > timeout else max(least, since + gap))
 
 
 # ------------------------------------------------------------------ for all that may run in a job

@@ -28,17 +28,24 @@ MUTANTS = [
     },
     {
         "name": "one that stood still waits for others as if it had heard them just then",
-        "file": "microdit_jax/machine/watch.py",
+        "file": "microdit_jax/machine/silence.py",
         "old": "    return min(now, least if gap > timeout else max(least, since + gap))",
         "new": "    return now",
         "tests": _STOOD_STILL,
     },
     {
         "name": "one that stood still gives up all others at once",
-        "file": "microdit_jax/machine/watch.py",
-        "old": "    least = now - timeout + GAP_SECONDS",
+        "file": "microdit_jax/machine/silence.py",
+        "old": "    least = now - timeout + moment",
         "new": "    least = since",
         "tests": _STOOD_STILL,
+    },
+    {
+        "name": "words that waited in a socket are a sign of life",
+        "file": "microdit_jax/machine/silence.py",
+        "old": "                    since = min(now, now - self._timeout + self._moment)",
+        "new": "                    since = now",
+        "tests": [f"{_WATCH}::test_last_words_that_waited_are_no_sign_of_life"],
     },
     {
         "name": "a network that broke is a defect",
