@@ -109,6 +109,10 @@ def test_nothing_is_left_by_a_run_that_did_not_begin(tmp_path, clock):
     gone = run(clock, tmp_path / "gone", range(1, 9))
     gone.close()
     assert not (tmp_path / "gone").exists()  # nor is a folder that was moved made anew
+    time = run(clock, tmp_path, range(1, 3))
+    (tmp_path / "goodput.json").unlink()  # as in the empty folder under a disk that was unmounted
+    time.close()
+    assert [path.name for path in tmp_path.iterdir()] == []
 
 
 def test_the_health_file_is_written_while_the_main_thread_goes_on(tmp_path, clock, monkeypatch):

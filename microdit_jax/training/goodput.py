@@ -138,6 +138,7 @@ class Goodput:
 
     def __init__(self, workdir: Path, *, writes: bool = True):
         self._workdir, self._writes, self._health = workdir, writes, _health_file
+        self._kept = workdir  # what must be there for the sums to be written: later their own file
         found = read(workdir) if writes else None
         self._seconds = dict.fromkeys(KINDS, 0.0) if found is None else dict(found.seconds)
         self.restarts = 0 if found is None else found.restarts + 1
@@ -216,10 +217,11 @@ class Goodput:
         self._beaten = time.perf_counter()
         if self._health is not None:
             _sign(self._health, self._step, self._doing[-1])
-        # A workdir that was moved away is not made anew: the run's claim on it says so.
-        if self._writes and self._begun and self._workdir.is_dir():
+        # A workdir that is moved away or unmounted is not made anew: the claim on it says so.
+        if self._writes and self._begun and self._kept.exists():
             totals = self.totals()
-            write_json(self._workdir / FILE, {"step": self._step} | totals._asdict())
+            self._kept = self._workdir / FILE
+            write_json(self._kept, {"step": self._step} | totals._asdict())
 
 
 def _sign(path: Path, step: int, doing: str) -> None:
