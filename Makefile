@@ -38,12 +38,15 @@ test-ray: setup  ## a Ray cluster of two nodes on this machine, one of which is 
 	$(BIN)/pip install -qq --constraint constraints.txt --editable '.[dev,ray]'
 	$(BIN)/python -m pytest -q -s tests/test_prepare_ray_cluster.py
 
-# Composer's requirements hold back torch, so it goes beside without them.
-COMPOSER := mosaicml==0.32.1 easydict torchmetrics torch_optimizer lightning-utilities coolname py-cpuinfo psutil tabulate tenacity validators
+# Composer and streaming want older versions of torch, NumPy and transformers: they go beside
+# without what they require, and what they import is named.
+BESIDE := mosaicml==0.32.1 mosaicml-streaming==0.13.0 brotli coolname easydict lightning-utilities psutil py-cpuinfo \
+	python-snappy tabulate tenacity torch_optimizer torchmetrics validators zstd
 test-interop: setup  ## files by the real writers, in a venv of their own; MICRO_DIFFUSION=CHECKOUT for the reference's
 	$(PYTHON) -m venv .venv-interop
+	.venv-interop/bin/pip install --quiet --upgrade pip
 	.venv-interop/bin/pip install -qq --editable '.[interop]'
-	.venv-interop/bin/pip install -qq --no-deps $(COMPOSER) || echo "No Composer: its tests are skipped."
+	.venv-interop/bin/pip install -qq --no-deps $(BESIDE)
 	INTEROP_PYTHON=$$PWD/.venv-interop/bin/python TORCH_PYTHON=$$PWD/.venv-interop/bin/python \
 		$(BIN)/python -m pytest -q -rs tests/interop tests/test_convert_torch_differential.py --durations=5
 

@@ -1,4 +1,7 @@
-"""Ray itself: two nodes on this machine, of which one is killed in the middle (make test-ray)."""
+"""Ray itself: two nodes on this machine, of which one is killed in the middle (make test-ray).
+
+Also 279 images and ten of no use in the layout of every source, by both engines.
+"""
 
 import io
 import pathlib
@@ -12,6 +15,7 @@ import time
 import numpy as np
 import pytest
 from PIL import Image
+from support.carriers import CARRIERS, captioned, outcome, write_carriers
 from support.latent_datasets import contents
 
 from microdit_jax.encoders.patch_pca import PatchPCA
@@ -57,10 +61,10 @@ def cluster(monkeypatch):
     cluster.shutdown()
 
 
-def command(data, output, *flags):
+def command(data, output, *flags, source="webdataset", input=None):
     return [
-        sys.executable, "-m", "microdit_jax.prepare", "--source=webdataset",
-        f"--input={data / 'in'}", f"--output={output}", f"--vae={data / 'codec'}",
+        sys.executable, "-m", "microdit_jax.prepare", f"--source={source}",
+        f"--input={input or data / 'in'}", f"--output={output}", f"--vae={data / 'codec'}",
         "--text_encoder=table:width=8,tokens=6,seed=0", "--resolutions=64", "--threads=2", *flags,
     ]  # fmt: skip
 
@@ -113,3 +117,32 @@ def test_one_line_and_the_same_command_goes_on(data, cluster, tmp_path):
         again = command(data, tmp_path / folder, *flags)
         assert subprocess.run(again, cwd=ROOT, capture_output=True).returncode == 0
     assert contents(tmp_path / "out") == contents(tmp_path / "local")
+
+
+GOOD, BAD, SIDE = 279, 10, 64
+
+
+@pytest.fixture(scope="module")
+def carriers(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("carriers")
+    return write_carriers(folder, captioned(GOOD, BAD, scale=3))
+
+
+@pytest.mark.parametrize("name", CARRIERS)
+def test_both_engines_of_every_source(data, carriers, cluster, tmp_path, name):
+    """The same counts and the same latents, whichever source carried the images."""
+    cluster.add_node(num_cpus=1, object_store_memory=100 << 20)
+    engines = {"ray": ("--engine=ray", f"--ray_address={cluster.address}"), "local": ()}
+    source, path = carriers[name]
+    for engine, flags in engines.items():
+        line = command(data, tmp_path / engine, *flags, source=source, input=path)
+        run = subprocess.run(line, cwd=ROOT, capture_output=True, text=True)
+        assert run.returncode == 0, run.stderr
+    assert contents(tmp_path / "ray") == contents(tmp_path / "local")
+    found = outcome(tmp_path / "ray", SIDE)
+    assert (found["records"], found["skipped"], len(found)) == (GOOD, BAD, 3 + GOOD)
+    first = SEEN.setdefault("first", found)
+    assert found == first
+
+
+SEEN: dict[str, dict] = {}  # what came of the first source

@@ -9,20 +9,22 @@ from microdit_jax.prepare.mds_index import rebuild_index
 from microdit_jax.prepare.sources.registry import open_source
 
 WRITERS = ("datasets", "webdataset", "img2dataset", "PIL")
-# Folder of tests/support/write_image_datasets.py -> --source.
+# Folder of writers/image_datasets.py -> --source.
 SOURCES = {
     "hf_disk": "parquet",
     "hf_parquet": "parquet",
+    "img2dataset_files": "folder",
     "img2dataset_parquet": "parquet",
     "img2dataset_webdataset": "webdataset",
     "webdataset": "webdataset",
+    "webdataset_packed": "webdataset",
 }
 
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
     folder = tmp_path_factory.mktemp("images")
-    write("write_image_datasets.py", folder, packages=WRITERS)
+    write("image_datasets.py", folder, packages=WRITERS)
     return folder
 
 

@@ -1,4 +1,4 @@
-"""Towers that diffusers and transformers wrote compute here what they computed there."""
+"""Towers that diffusers, transformers and OpenCLIP wrote compute here what they computed there."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -30,7 +30,7 @@ def loaded(module, folder) -> tuple:
     return module.config_from_dict(found.config), {"params": found.params}
 
 
-@pytest.mark.parametrize("name", ["vae", "vae_sd3", "vae_mean"])
+@pytest.mark.parametrize("name", ["vae", "vae_sd3", "vae_mean", "vae_variant"])
 def test_autoencoders_of_diffusers(files, tmp_path, name):
     run("--kind=vae", f"--input={files / name}", f"--output={tmp_path / 'model'}")
     codec = vae.load_codec(tmp_path / "model")
@@ -39,7 +39,7 @@ def test_autoencoders_of_diffusers(files, tmp_path, name):
     assert near(codec.decode(golden["latent"]), np.clip(golden["decoded"], -1, 1))
 
 
-@pytest.mark.parametrize("name", ["clip_text", "clip_text_shards"])
+@pytest.mark.parametrize("name", ["clip_text", "clip_text_shards", "clip_text_variant"])
 def test_text_towers_of_transformers(files, tmp_path, name):
     run("--kind=clip_text", f"--input={files / name}", f"--output={tmp_path / 'model'}")
     golden = np.load(files / f"{name}.npz")
@@ -68,3 +68,28 @@ def test_a_t5_of_transformers(files, tmp_path):
     mask = golden["mask"].astype(bool)
     found = t5.T5(config).apply(params, jnp.asarray(golden["ids"], jnp.int32), jnp.asarray(mask))
     assert near(np.asarray(found)[mask], golden["tokens"][mask])
+
+
+@pytest.fixture(scope="module")
+def open_clip_files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("open_clip")
+    write("open_clip_model.py", folder, packages=("torch", "open_clip", "safetensors"))
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+def test_a_clip_of_open_clip(open_clip_files, tmp_path, kind):
+    """Both towers, and the text tower alone; its tokens are those of OpenCLIP's tokenizer."""
+    golden, folder = np.load(open_clip_files / "expected.npz"), open_clip_files / kind
+    run("--kind=clip", f"--input={folder}", f"--output={tmp_path / 'clip'}")
+    config, params = loaded(clip, tmp_path / "clip")
+    encoder = clip.ClipEncoder("open_clip", config, params["params"])
+    pixels = jnp.asarray(golden["pixels"].transpose(0, 2, 3, 1))
+    images = np.asarray(clip.Clip(config).apply(params, pixels, method="encode_image"))
+    images = images / np.linalg.norm(images, axis=-1, keepdims=True)
+    assert near(images, golden["image"])
+    assert near(encoder.encode_texts(list(golden["texts"])), golden["text"])
+    run("--kind=clip_text", f"--input={folder}", f"--output={tmp_path / 'text'}")
+    config, params = loaded(clip_text, tmp_path / "text")
+    ids = jnp.asarray(golden["ids"], jnp.int32)
+    assert near(clip_text.ClipText(config).apply(params, ids), golden["tokens"])

@@ -49,12 +49,12 @@ def hugging_face(folder: Path) -> None:
     dataset.to_parquet(str(folder / "hf_parquet/data/train-00000-of-00001.parquet"), batch_size=3)
 
 
-def web_dataset(folder: Path) -> None:
-    """Shards of the webdataset library."""
+def web_dataset(folder: Path, ending: str = "tar") -> None:
+    """Shards of the webdataset library, in a folder of their own."""
     import webdataset
 
-    (folder / "webdataset").mkdir(parents=True)
-    with webdataset.ShardWriter(str(folder / "webdataset/%05d.tar"), maxcount=5) as writer:
+    folder.mkdir(parents=True)
+    with webdataset.ShardWriter(f"{folder}/%05d.{ending}", maxcount=5) as writer:
         for i in range(COUNT):
             name = f"folder{i % 2}/shot_{i}"
             writer.write({"__key__": name, "image.jpg": image(i), "json": {"prompt": caption(i)}})
@@ -91,9 +91,9 @@ def img2dataset(folder: Path, format: str) -> None:
 
 def main() -> None:
     folder = Path(sys.argv[1])
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     hugging_face(folder)
-    web_dataset(folder)
+    web_dataset(folder / "webdataset")
     for format in ("parquet", "webdataset"):
         img2dataset(folder, format)
 

@@ -44,7 +44,7 @@ def save(name: str, model, outputs: dict[str, torch.Tensor], **options) -> None:
     np.savez(folder / f"{name}.npz", **{key: value.numpy() for key, value in outputs.items()})
 
 
-def vae(name: str, **changes) -> None:
+def vae(name: str, save_options: dict | None = None, **changes) -> None:
     sizes = {"block_out_channels": [8, 16], "layers_per_block": 1, "latent_channels": 4}
     sizes |= {"norm_num_groups": 4, "scaling_factor": 1.5305}
     kinds = {"down_block_types": ["DownEncoderBlock2D"] * 2}
@@ -58,17 +58,21 @@ def vae(name: str, **changes) -> None:
     else:
         latent = raw - (config.shift_factor or 0)
     decoded = model.decode(raw).sample
-    save(name, model, {"image": image, "latent": latent, "decoded": decoded})
+    outputs = {"image": image, "latent": latent, "decoded": decoded}
+    save(name, model, outputs, **(save_options or {}))
 
 
 with torch.no_grad():
     vae("vae")
     vae("vae_sd3", shift_factor=0.0609, use_quant_conv=False, use_post_quant_conv=False)
     vae("vae_mean", latents_mean=[0.1, -0.2, 0.3, 0.0], latents_std=[0.5, 1.5, 2.0, 1.0])
+    shards = {"max_shard_size": "20KB"}
+    variant = shards | {"variant": "fp16"}  # the word comes after "index" here, before it there
+    vae("vae_variant", variant)
     model = shake(CLIPTextModel(text))
     save("clip_text", model, {"ids": ids, "tokens": model(ids).last_hidden_state})
-    sharded = {"max_shard_size": "20KB"}
-    save("clip_text_shards", model, {"ids": ids, "tokens": model(ids).last_hidden_state}, **sharded)
+    for name, options in (("clip_text_shards", shards), ("clip_text_variant", variant)):
+        save(name, model, {"ids": ids, "tokens": model(ids).last_hidden_state}, **options)
     whole = CLIPConfig(
         text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=16
     )
