@@ -40,8 +40,9 @@ test-ray: setup  ## a Ray cluster of two nodes on this machine, one of which is 
 
 # Composer and streaming want older versions of torch, NumPy and transformers: they go beside
 # without what they require, and what they import is named.
-BESIDE := mosaicml==0.32.1 mosaicml-streaming==0.13.0 brotli coolname easydict lightning-utilities psutil py-cpuinfo \
-	python-snappy tabulate tenacity torch_optimizer torchmetrics validators zstd
+BESIDE := mosaicml==0.32.1 mosaicml-streaming==0.13.0 argcomplete backoff brotli catalogue coolname easydict gql \
+	graphql-core lightning-utilities mosaicml-cli prompt_toolkit psutil py-cpuinfo python-snappy questionary \
+	ruamel.yaml tabulate tenacity torch_optimizer torchmetrics validators websockets zstd
 test-interop: setup  ## files by the real writers, in a venv of their own; MICRO_DIFFUSION=CHECKOUT for the reference's
 	$(PYTHON) -m venv .venv-interop
 	.venv-interop/bin/pip install --quiet --upgrade pip
