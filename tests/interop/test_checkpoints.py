@@ -94,9 +94,11 @@ def test_two_batches_of_the_reference_under_composer(tmp_path, checkout, which):
 
 def demo_run(folder: pathlib.Path) -> str:
     """Trains the demo's two stages for a few steps each, with an average of the weights."""
-    shorter = ("steps=4", "checkpoint_every=4", "eval_every=100", "batch_size=16")
-    flags = [f"--config.{s}.train.{given}" for s in ("pretrain", "finetune") for given in shorter]
-    flags += [f"--config.{s}.ema.start_step=1" for s in ("pretrain", "finetune")]
+    flags = []
+    for stage, steps in (("pretrain", 4), ("finetune", 8)):
+        shorter = (f"train.steps={steps}", "train.batch_size=16", "ema.start_step=1")
+        shorter += ("eval.num_images=16", "eval.batch_size=16", "eval.draws=1")
+        flags += [f"--config.{stage}.{given}" for given in shorter]
     subprocess.run(
         [sys.executable, ROOT / "train_main.py", f"--config={ROOT / 'configs/demo.py'}",
          f"--workdir={folder}", *flags],

@@ -1,4 +1,4 @@
-"""The same captioned images in the layout of every source, good ones and some that are of no use."""
+"""The same captioned images in the layout of every source, some of them of no use."""
 
 import io
 import json
