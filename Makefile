@@ -95,6 +95,7 @@ docs: setup  ## the docs site in site/, open site/index.html; a warning is an er
 	$(BIN)/pip install -qq --constraint constraints.txt --editable '.[dev,docs]'
 	$(BIN)/python tools/api_pages.py
 	$(BIN)/zensical build --strict --clean
+	$(BIN)/python -m tools.typeset
 
 mutants: setup  ## puts faults into a copy of the code, one at a time: a test must notice each
 	$(BIN)/python -m tools.mutants --jobs=2

@@ -1,4 +1,4 @@
-"""XLA's options by platform, each with the reason; docs/performance.md has the evidence.
+"""XLA's options by platform, each with the reason; docs/notebook.md has the evidence.
 
 The training step is compiled with COMPILE. Options that only a process's environment can set are in
 ENVIRONMENT; `python -m microdit_jax.commands.environment` prints them.

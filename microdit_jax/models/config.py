@@ -216,7 +216,7 @@ def for_this_machine(config: DiTConfig) -> DiTConfig:
     """The config with the fastest attention of equal results on the machine that runs this.
 
     A config that names a kernel other than "xla" keeps it, except for "looped", which only CPUs
-    should run. Measured: docs/performance.md. Not for programs compiled for another machine.
+    should run. Measured: docs/notebook.md. Not for programs compiled for another machine.
     """
     on_cpu = jax.default_backend() == "cpu"
     fastest = {"xla": "looped"} if on_cpu else {"looped": "xla"}

@@ -2,7 +2,7 @@
 
 The gradient of a weight is a matmul with the layer's input transposed. XLA's CPU backend fuses that
 transpose with the computation of the input, so that norm, modulation or GELU run a second time, one
-strided element after another (0.31 s of a 1.3 s mixer block with experts; docs/performance.md). An
+strided element after another (0.31 s of a 1.3 s mixer block with experts; docs/notebook.md). An
 optimization barrier on both operands prevents the fusion.
 """
 
