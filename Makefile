@@ -53,8 +53,11 @@ test-interop: setup  ## files by the real writers, in a venv of their own; MICRO
 
 test-buckets: setup  ## commands on gs:// and s3:// against servers on loopback; their packages are too large for `make test`
 	$(BIN)/python -m venv .venv-buckets
-	.venv-buckets/bin/pip install -qq --editable '.[dev,buckets-test]'
+	$(call beside,$(BIN)/python) > "$$($(call beside,.venv-buckets/bin/python))/beside.pth"
+	.venv-buckets/bin/pip install -qq --editable '.[buckets-test]'
 	JAX_PLATFORMS=cpu .venv-buckets/bin/python -m pytest -q tests/buckets --durations=5
+# What .venv has is not installed once more.
+beside = $(1) -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
 
 # What another Python or JAX would break first. All tests on another Python: rm -rf .venv, then
 # make test PYTHON=python3.13.

@@ -46,6 +46,15 @@ class ClientError(Exception):  # botocore's
         self.response = {"Error": {"Code": code}, "ResponseMetadata": {"HTTPStatusCode": status}}
 
 
+class Elsewhere(Exception):  # botocore's answer to HEAD, which has no words
+    response = {
+        "Error": {"Code": "400"},
+        "ResponseMetadata": {
+            "HTTPStatusCode": 400, "HTTPHeaders": {"x-amz-bucket-region": "eu-central-1"}
+        },
+    }  # fmt: skip
+
+
 class ClientConnectorError(Exception):  # aiohttp's
     pass
 
@@ -66,6 +75,8 @@ def caused(error, cause):
         (PermissionError("Access Denied"), "forbidden", False),
         (caused(OSError(errno.EIO, "x"), ClientError("PermanentRedirect", 301)), "region", False),
         (ClientError("AuthorizationHeaderMalformed", 400), "region", False),
+        (caused(OSError(errno.EINVAL, "Bad Request"), Elsewhere()), "region", False),
+        (RecursionError("maximum recursion depth exceeded"), "region", False),
         (ConnectionRefusedError(), "unreachable", True),
         (ClientConnectorError("Cannot connect to host"), "unreachable", True),
         (TimeoutError(), "unreachable", True),
@@ -79,6 +90,26 @@ def test_faults_are_told_apart(error, kind, may_pass):
     fault = fault_of(error)
     assert (fault.kind, fault.may_pass) == (kind, may_pass)
     assert "\n" not in fault.reason
+
+
+def test_the_other_region_is_named():
+    assert "set AWS_DEFAULT_REGION to eu-central-1" in fault_of(Elsewhere()).fix
+
+
+def test_a_bucket_that_is_not_there_is_told_from_an_object(url, monkeypatch):
+    def missing(*arguments, **options):
+        raise FileNotFoundError("bucket")
+
+    bucket = Bucket(url)
+    bucket.check_bucket()  # only gs:// does not say so by itself
+    monkeypatch.setattr(type(filesystem("memory")), "pipe_file", missing)
+    with pytest.raises(BucketError, match="there is no such bucket") as error:
+        bucket.write("a", b"")
+    assert error.value.kind == "no bucket"
+    monkeypatch.setattr(type(filesystem("memory")), "call", missing, raising=False)
+    bucket.url = bucket.url.replace("memory", "gs")
+    with pytest.raises(BucketError, match="there is no such bucket"):
+        bucket.check_bucket()
 
 
 def test_no_credentials_are_named():

@@ -31,6 +31,7 @@ from microdit_jax.checkpoints.restore import good_step, restore_state
 from microdit_jax.checkpoints.step_folders import steps_of
 from microdit_jax.errors import UserError, visible
 from microdit_jax.files import read_json, write_json
+from microdit_jax.files.attempts import fault_of
 from microdit_jax.files.bucket import Bucket
 from microdit_jax.files.urls import scheme_of
 from microdit_jax.machine import hosts, watch
@@ -203,10 +204,12 @@ class RunCheckpoints:
     def _fault(self, step: int, error: BaseException) -> UserError:
         if isinstance(error, UserError):
             return error
+        reason, fix = _reason(error), "free some space or repair the disk"
+        if scheme_of(self.folder):
+            _, reason, fix, _ = fault_of(error)
         return UserError(
-            f"could not write checkpoint {step} in {self.folder}: {_reason(error)}; free some "
-            "space or repair the disk; the older checkpoints are as they were, and the same "
-            "command goes on from them"
+            f"could not write checkpoint {step} in {self.folder}: {reason}; {fix}; the older "
+            "checkpoints are as they were, and the same command goes on from them"
         )
 
     @contextlib.contextmanager

@@ -13,6 +13,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from etils import epath
 
+from microdit_jax.checkpoints import bucket_calls
 from microdit_jax.errors import LONGEST, UserError, visible
 from microdit_jax.files import checksums, damage, disk_errors, parse_json, read_json, write_json
 from microdit_jax.files.attempts import BucketError, say
@@ -148,6 +149,7 @@ class BucketSteps:
     """Steps in a bucket: one is whole when commit_success.txt is there, which comes last."""
 
     def __init__(self, workdir: str | os.PathLike):
+        bucket_calls.try_again()
         self._bucket = Bucket(f"{as_given(workdir).rstrip('/')}/checkpoints")
         self.name = self._bucket.url
 

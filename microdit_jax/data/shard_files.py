@@ -16,8 +16,8 @@ import fsspec
 from microdit_jax.data.mapped import map_file
 from microdit_jax.errors import UserError, visible
 from microdit_jax.files import HeldFolder, open_regular, read_bytes
-from microdit_jax.files.attempts import BucketError, attempt
-from microdit_jax.files.bucket import FIRST_SECONDS, filesystem
+from microdit_jax.files.attempts import SLOW_SECONDS_OF_FILES, BucketError, attempt
+from microdit_jax.files.bucket import FIRST_SECONDS, SCHEMES, Bucket, filesystem
 from microdit_jax.files.reading import MAX_TEXT
 from microdit_jax.files.urls import scheme_of
 
@@ -89,6 +89,11 @@ class ShardFiles:
                 "give one (train_main.py --config.data.cache=/tmp/latents; python -m "
                 "microdit_jax.prepare.reformat --cache=/tmp/latents)"
             )
+
+    def check_bucket(self) -> None:
+        """Raises BucketError for a URL in a bucket that is not there."""
+        if scheme_of(self.root) in SCHEMES:
+            Bucket(self.root, seconds=FIRST_SECONDS).check_bucket()
 
     def location(self, name: str) -> str:
         """Returns the path or URL of a file, for messages."""
@@ -244,7 +249,11 @@ class ShardFiles:
     def _fetch(self, filesystem: fsspec.AbstractFileSystem, name: str, size: int) -> bytes:
         where = self.location(name)
         try:
-            data = attempt(where, lambda: _bytes_of(filesystem, f"{self._path}/{name}", size))
+            data = attempt(
+                where,
+                lambda: _bytes_of(filesystem, f"{self._path}/{name}", size),
+                slow_seconds=SLOW_SECONDS_OF_FILES,
+            )
         except BucketError as error:
             raise UserError(
                 f"expected the file {where}, could not fetch it ({error}); check the path and the "

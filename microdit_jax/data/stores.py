@@ -76,6 +76,7 @@ def open_store(root: str | os.PathLike, **options: Any) -> tuple[Store, LatentIn
             "--recursive), or make MDS of them on that disk (python -m "
             "microdit_jax.prepare.reformat --to=mds)"
         )
+    files.check_bucket()
     raise UserError(
         f"expected a dataset of latents in {root}, found neither {INDEX} (MDS) nor "
         f"{ARRAY_RECORD} (ArrayRecord); check the path, or merge the indices of its parts "

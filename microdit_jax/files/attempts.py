@@ -17,7 +17,8 @@ from microdit_jax.errors import LONGEST, UserError, visible
 
 SECONDS = 300.0  # for which a call is tried again
 _FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 30.0
-_SLOW_SECONDS = 10.0  # libraries try again by themselves, without a word
+# Without an answer, after which a line says so: libraries try again by themselves without a word.
+SLOW_SECONDS, SLOW_SECONDS_OF_FILES = 3.0, 15.0
 
 T = TypeVar("T")
 
@@ -62,11 +63,15 @@ def fault_of(error: BaseException) -> Fault:
             "log in (gcloud auth application-default login, aws configure), or set "
             "GOOGLE_APPLICATION_CREDENTIALS or AWS_ACCESS_KEY_ID",
         )
-    if code in (301, 307) or _any(
+    region = next((r for e in errors if (r := _region(e))), "")
+    # A redirection without the region's name leads the library in circles.
+    if code in (301, 307) or region or "RecursionError" in names or _any(
         text, "PermanentRedirect", "AuthorizationHeaderMalformed", "IllegalLocationConstraint"
-    ):
+    ):  # fmt: skip
         return Fault(
-            "region", f"the bucket is in another region ({short})", "set AWS_DEFAULT_REGION to it"
+            "region",
+            f"the bucket is in another region ({region or short})",
+            f"set AWS_DEFAULT_REGION to {region or 'it'}, and let AWS_ENDPOINT_URL lead there",
         )
     if isinstance(error, PermissionError) or code in (401, 403) or _any(
         text, "Forbidden", "AccessDenied", "Access Denied", "InvalidAccessKeyId",
@@ -90,12 +95,19 @@ def fault_of(error: BaseException) -> Fault:
     return Fault("other", short, "check the path", may_pass="HttpError" in names and not code)
 
 
-def attempt(what: str, call: Callable[[], T], *, seconds: float | None = None) -> T:
+def attempt(
+    what: str,
+    call: Callable[[], T],
+    *,
+    seconds: float | None = None,
+    slow_seconds: float = SLOW_SECONDS,
+) -> T:
     """Calls until it succeeds or cannot; says on stderr what it waits for.
 
     Args:
       what: a URL, for messages.
       seconds: to try again for; SECONDS by default.
+      slow_seconds: without an answer, after which a line says so.
     Raises:
       BucketError: a fault that stays.
     """
@@ -103,7 +115,7 @@ def attempt(what: str, call: Callable[[], T], *, seconds: float | None = None) -
     pause = _FIRST_PAUSE
     while True:
         try:
-            with _told_if_slow(what):
+            with _told_if_slow(what, slow_seconds):
                 return call()
         except (UserError, MemoryError):
             raise
@@ -125,10 +137,8 @@ def say(line: str) -> None:
 
 
 @contextlib.contextmanager
-def _told_if_slow(what: str) -> Iterator[None]:
-    timer = threading.Timer(
-        _SLOW_SECONDS, say, (f"{what}: no answer for {_SLOW_SECONDS:.0f} s; waiting",)
-    )
+def _told_if_slow(what: str, seconds: float) -> Iterator[None]:
+    timer = threading.Timer(seconds, say, (f"{what}: no answer for {seconds:.0f} s; waiting",))
     timer.daemon = True
     timer.start()
     try:
@@ -143,6 +153,15 @@ def _chain(error: BaseException | None) -> list[BaseException]:
         found.append(error)
         error = error.__cause__ or error.__context__
     return found
+
+
+def _region(error: BaseException) -> str:
+    """Returns the region that a refusal of S3's names, "" for none."""
+    response = getattr(error, "response", None)
+    metadata = response.get("ResponseMetadata", {}) if isinstance(response, dict) else {}
+    refused = metadata.get("HTTPStatusCode") in (301, 307, 400)
+    name = metadata.get("HTTPHeaders", {}).get("x-amz-bucket-region", "") if refused else ""
+    return visible(name, 40)
 
 
 def _status(error: BaseException) -> int:

@@ -8,6 +8,7 @@ import contextlib
 import functools
 import hashlib
 import json
+import logging
 import os
 import posixpath
 import secrets
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from microdit_jax.errors import UserError, visible
-from microdit_jax.files.attempts import BucketError, attempt
+from microdit_jax.files.attempts import SLOW_SECONDS, SLOW_SECONDS_OF_FILES, BucketError, attempt
 from microdit_jax.files.reading import MAX_TEXT
 from microdit_jax.files.urls import as_given, scheme_of
 
@@ -30,6 +31,7 @@ _PACKAGES = {"gs": ("gcsfs", "gcs"), "s3": ("s3fs", "s3")}
 _PIECE = 1 << 24  # bytes of a large object that are held at a time
 _AT_ONCE = 16  # objects on their way at a time
 # gcsfs asks about hierarchical and zonal buckets first, for which a person needs further rights.
+_LOGGERS = ("gcsfs", "s3fs", "aiobotocore", "botocore")
 _SETTINGS = {"GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false"}
 
 
@@ -84,7 +86,8 @@ class Bucket:
 
     def write(self, name: str, data: bytes) -> None:
         """Writes an object, whole or not at all."""
-        self._try(name, lambda path: self._files.pipe_file(path, data))
+        with self._bucket_if_missing(name):
+            self._try(name, lambda path: self._files.pipe_file(path, data))
 
     def write_json(self, name: str, contents: Mapping[str, Any]) -> None:
         """Writes indented JSON, whole or not at all."""
@@ -104,14 +107,23 @@ class Bucket:
     def upload(self, local: Path, name: str) -> None:
         """Copies a local file to an object; a large one in parts, of which only a failed one is
         sent again."""
-        self._try(name, lambda path: self._files.put_file(str(local), path))
+        with self._bucket_if_missing(name):
+            self._try(
+                name,
+                lambda path: self._files.put_file(str(local), path),
+                slow_seconds=SLOW_SECONDS_OF_FILES,
+            )
 
     def download(self, name: str, local: Path) -> None:
         """Copies an object to a local file, which takes its name when it is complete."""
         partial = local.with_name(f".{local.name}.{secrets.token_hex(4)}.partial")
         local.parent.mkdir(parents=True, exist_ok=True)
         try:
-            self._try(name, lambda path: self._files.get_file(path, str(partial)))
+            self._try(
+                name,
+                lambda path: self._files.get_file(path, str(partial)),
+                slow_seconds=SLOW_SECONDS_OF_FILES,
+            )
             partial.replace(local)
         finally:
             partial.unlink(missing_ok=True)
@@ -202,9 +214,42 @@ class Bucket:
         self.write(name, b"")
         self.remove([name])
 
-    def _try(self, name: str, call: Callable[[str], Any]) -> Any:
+    def check_bucket(self) -> None:
+        """Raises BucketError if the store says that there is no such bucket, whatever it has."""
+        if scheme_of(self.url) != "gs":  # S3's other answers say it too
+            return
+        files: Any = self._files
+        top = self._path.strip("/").partition("/")[0]
+        try:
+            with self._bucket_if_missing(""):
+                self._try("", lambda path: files.call("GET", f"b/{top}", json_out=True))
+        except BucketError as error:
+            if error.kind == "no bucket":  # others may lack the right to ask
+                raise
+
+    @contextlib.contextmanager
+    def _bucket_if_missing(self, name: str):
+        """Turns "no such object" into "no such bucket", where nothing else can be missing."""
+        try:
+            yield
+        except BucketError as error:
+            if error.kind != "missing":
+                raise
+            raise BucketError(
+                f"could not use {self._shown(name)}: there is no such bucket; check its name",
+                "no bucket",
+            ) from error
+
+    def _try(
+        self, name: str, call: Callable[[str], Any], *, slow_seconds: float = SLOW_SECONDS
+    ) -> Any:
         path = f"{self._path}/{name}" if name else self._path
-        return attempt(self._shown(name), lambda: call(path), seconds=self._seconds)
+        return attempt(
+            self._shown(name),
+            lambda: call(path),
+            seconds=self._seconds,
+            slow_seconds=slow_seconds,
+        )
 
     def _shown(self, name: str) -> str:
         return visible(f"{self.url}/{name}" if name else self.url)
@@ -218,6 +263,8 @@ def filesystem(scheme: str) -> "fsspec.AbstractFileSystem":
     """
     for name, value in _SETTINGS.items():
         os.environ.setdefault(name, value)
+    for name in _LOGGERS:  # pages about what `attempts` says in a line
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     return _filesystem(scheme, os.getpid())
 
 

@@ -46,6 +46,7 @@ def fetched(
         chosen = set(choose(found.keys()))
         found = {n: o for n, o in found.items() if n in chosen and _is_plain(n)}
     if not found:
+        bucket.check_bucket()
         raise UserError(f"expected a file or folder at {visible(url)}, found none; check the path")
     digest = hashlib.sha256(repr((url, sorted(found.items()))).encode()).hexdigest()[:16]
     folder = cache_folder() / "fetched" / digest

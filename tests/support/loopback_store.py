@@ -3,8 +3,9 @@
   python tests/support/loopback_store.py FOLDER SECONDS
 
 serves the files of FOLDER as objects of any bucket, each answer SECONDS after its request, and
-prints its port. GET /count tells how many reads of contents there were and of how many bytes.
-GET /refuse/KIND makes all further answers that refusal of `REFUSALS`, /refuse/none ends it.
+prints its port. GET /count tells how many reads of contents there were and
+of how many bytes. GET /refuse/KIND makes all further answers that refusal of `REFUSALS`,
+/refuse/none ends it.
 """
 
 import asyncio
@@ -17,13 +18,17 @@ import urllib.parse
 
 _DATE = "2026-01-01T00:00:00.000Z"
 _OBJECT = re.compile(r"/(?:download/)?storage/v1/b/[^/]+/o/(.+)|/[^/]+/(.+)")
+_BUCKET = re.compile(r"/storage/v1/b/[^/]+(/o)?|/[^/]+/?")
 _RANGE = re.compile(rb"(?i)\r\nrange: bytes=(\d+)-(\d*)")
 _REGION = (
-    "<Error><Code>PermanentRedirect</Code><Message>The bucket you are attempting to access must be "
-    "addressed using the specified endpoint.</Message><Endpoint>x.s3.eu-west-1.amazonaws.com"
-    "</Endpoint></Error>"
+    "<Error><Code>PermanentRedirect</Code><Message>The bucket is in another region and must be "
+    "addressed using the specified endpoint.</Message></Error>"
 )
 _DENIED = "<Error><Code>AccessDenied</Code><Message>Access Denied</Message></Error>"
+_MALFORMED = (
+    "<Error><Code>AuthorizationHeaderMalformed</Code><Message>The region 'us-east-1' is wrong; "
+    "expecting 'eu-central-1'</Message><Region>eu-central-1</Region></Error>"
+)
 _GONE = "<Error><Code>NoSuchBucket</Code><Message>The bucket does not exist</Message></Error>"
 
 
@@ -39,6 +44,7 @@ REFUSALS = {
     "s3403": (403, _DENIED),
     "s3404": (404, _GONE),
     "s3301": (301, _REGION),
+    "s3400": (400, _MALFORMED),
     "s3503": (503, "<Error><Code>SlowDown</Code><Message>Reduce your rate</Message></Error>"),
 }
 
@@ -70,10 +76,13 @@ class Store:
             return 200, b"", ""
         if self.refusal != "none":
             status, text = REFUSALS[self.refusal]
-            return status, text.encode(), ""
-        found = _OBJECT.fullmatch(url.path)
-        name = urllib.parse.unquote(found[1] or found[2]) if found else ""
-        is_gs = bool(found and found[1])
+            region = "x-amz-bucket-region: eu-central-1\r\n" if "egion" in text else ""
+            return status, text.encode(), region
+        found = None if _BUCKET.fullmatch(url.path) else _OBJECT.fullmatch(url.path)
+        if found is None:  # the bucket itself
+            return 200, b'{"name": "bucket"}' if "/b/" in url.path else b"<ListBucketResult/>", ""
+        name = urllib.parse.unquote(found[1] or found[2])
+        is_gs = bool(found[1])
         data = self.contents(name)
         if data is None:
             text = (
