@@ -97,7 +97,7 @@ def draw_method(out: Path, *, narrow: bool) -> None:
     }
     handles = [matplotlib.patches.Patch(color=color, label=text) for text, color in labels.items()]
     if narrow:
-        figure.legend(handles=handles, loc=(0.37, 0.15), frameon=False, fontsize=8)
+        figure.legend(handles=handles, loc=(0.36, 0.15), frameon=False, fontsize=7.5)
     else:
         figure.legend(handles=handles, ncols=3, loc="lower center", frameon=False, fontsize=10)
     title = f"MicroDiT XL/2 at 512 px: {_millions(params)} million weights"
