@@ -4,7 +4,7 @@ BIN := .venv/bin
 DEMO := out/demo
 PYTHONS := python3.11 python3.12 python3.13 python3.14
 
-.PHONY: demo test bench test-ui test-buckets test-ray test-matrix test-oldest $(PYTHONS:%=test-%) test-newest nightly wheel-test docs mutants fuzz lint setup clean
+.PHONY: demo test bench test-ui test-docs test-buckets test-ray test-matrix test-oldest $(PYTHONS:%=test-%) test-newest nightly wheel-test docs mutants fuzz lint setup clean
 setup: .venv/.ready
 
 .venv/.ready: pyproject.toml constraints.txt
@@ -33,6 +33,10 @@ test-ui: setup  ## the web page in a headless Chromium; not part of `make test`,
 	@command -v chromedriver >/dev/null || apt-get install -y -qq chromium chromium-driver \
 		|| echo "No chromedriver, and no right to install one: Selenium tries to fetch a browser."
 	$(BIN)/python -m pytest -q tests/ui --durations=5
+
+test-docs: docs  ## the docs site in a headless Chromium: what its search finds, tables, formulas, figures
+	$(BIN)/pip install -qq --constraint constraints.txt --editable '.[dev,ui-test]'
+	$(BIN)/python -m pytest -q tests/ui/test_docs_site.py
 
 test-ray: setup  ## a Ray cluster of two nodes on this machine, one of which is killed; `make test` needs no ray
 	$(BIN)/pip install -qq --constraint constraints.txt --editable '.[dev,ray]'
