@@ -10,6 +10,7 @@ them, that carry no checksum; they are counted. Any other exception ends the com
 
 import argparse
 import collections
+import functools
 import json
 import resource
 import shutil
@@ -65,10 +66,14 @@ def config(path: Path) -> object:
         raise UserError(str(error)) from error
     if not isinstance(given, dict):
         raise UserError("no object")
+    return infer_config(_vae_tensors(), given)
+
+
+@functools.cache
+def _vae_tensors() -> dict[str, np.ndarray]:
     with np.load(GOLDEN / "vae_small.npz") as file:
         start = "state_dict/"
-        shapes = {k.removeprefix(start): file[k] for k in file.files if k.startswith(start)}
-    return infer_config(shapes, given)
+        return {k.removeprefix(start): file[k] for k in file.files if k.startswith(start)}
 
 
 class Format:
