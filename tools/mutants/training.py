@@ -174,7 +174,7 @@ MUTANTS = [
     fault("an evaluation's time counts as its parts' and its own", GOODPUT,
           "self._change([*outer, kind])", "self._change([*outer, outer[-1]])", TEST_GOODPUT),
     fault("a workdir that was moved is made anew by the sums", GOODPUT,
-          "self._begun and self._workdir.is_dir()", "self._begun", TEST_GOODPUT),
+          "self._begun and self._kept.exists()", "self._begun", TEST_GOODPUT),
     fault("the health file is written once", GOODPUT,
           "_sign(self._health, self._step, self._doing[-1])", "pass", TEST_GOODPUT),
     fault("a request of before the start is traced", PROFILING,
