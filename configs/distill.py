@@ -18,22 +18,22 @@ def get_config(variants: str = ""):
     chosen = variants.split(",")
     config = defaults.base()
     config.model.arch = "teacher"
-    # Of sCM's distillation (arXiv 2410.11081, appendix), for a sigma_data of 0.9
-    config.edm.update(P_mean=-0.2, P_std=1.6)
-    config.distill.update(guidance_scale=3.0, guidance_interval=(0.05, 1.5), warmup_steps=2000)
+    # Trajectories start anywhere from noise alone down to where images have taken shape.
+    config.edm.update(P_mean=1.5, P_std=2.0)
+    config.distill.update(guidance_scale=3.0, guidance_interval=(0.05, 1.5), trajectory_steps=8)
     if "captions" in chosen:
-        config.distill.trajectory_steps = 8
+        config.distill.from_noise = True
         chosen.remove("captions")
     if any(variant.startswith("arch=") for variant in chosen):  # to compile without a teacher
         config.data = defaults.config_beside(__file__, "res_256_finetune").data
     config.data.caption_drop = 0.0
     config.optim.update(
-        learning_rate=1e-4, warmup_steps=100, decay_steps=20_000, final_ratio=0.1, clip_norm=1.0,
-        weight_decay=0.02,
+        learning_rate=3e-4, warmup_steps=20, decay_steps=10_000, final_ratio=0.05, clip_norm=1.0,
+        weight_decay=0.0,
     )  # fmt: skip
-    config.ema.update(enabled=True, smoothing=0.995)
+    config.ema.update(enabled=True, smoothing=0.99)
     config.train.update(
-        steps=20_000, batch_size=64, mask_ratio=0.0, eval_every=1000, checkpoint_every=250
+        steps=10_000, batch_size=16, mask_ratio=0.0, eval_every=500, checkpoint_every=100
     )
     config.eval.update(
         evaluators=("sample_scores", "sample_grid", "page"), prompts=(), num_samples=16,

@@ -32,6 +32,7 @@ from microdit_jax.training.config import (
     missing_folders,
     model_config,
     num_micro_batches,
+    over_forward,
 )
 from microdit_jax.training.data import RunData, check_data, load_data
 from microdit_jax.training.evaluation import Evaluations, evaluations_due
@@ -145,7 +146,8 @@ def train(config: ConfigDict, workdir: str | Path, stop: StopRequest | None = No
             log_every=run.log_every,
             max_skipped=run.max_skipped,
             images_per_step=run.batch_size,
-            flops_per_image=flops.train_flops(cfg, run.mask_ratio, caption_length),
+            flops_per_image=over_forward(config)
+            * flops.forward_flops(cfg, run.mask_ratio, caption_length),
             peak_flops=chip.bfloat16_flops if chip and cfg.dtype == "bfloat16" else None,
             dataset_names=data.names,
         )

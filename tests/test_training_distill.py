@@ -1,35 +1,42 @@
-"""Students: the consistency loss against its definition, and a whole run of one."""
+"""Students: the teacher's trajectories and the loss against their definitions, and whole runs."""
 
 import dataclasses
 import functools
-import shutil
+import signal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import relative_l2, tiny_model
+from support.processes import free_port
+from support.tiny_student import get_config
+from support.train_command import Command, last_step, lines, state_of
 from test_train import tiny_config
 
-from configs import distill as distill_config
 from microdit_jax import diffusion, sharding
 from microdit_jax.checkpoints.run import read_run_metadata
 from microdit_jax.create import load
 from microdit_jax.diffusion import EdmConfig
 from microdit_jax.errors import UserError
-from microdit_jax.models import derivatives, dit, matmuls
+from microdit_jax.models import dit
 from microdit_jax.models.dit import DiT
+from microdit_jax.sampling.schedules import dense_levels
 from microdit_jax.train import train
 from microdit_jax.training import distill, optim
 from microdit_jax.training import step as train_step
 from microdit_jax.training.loss import sample_randomness
 
-EDM = EdmConfig(P_mean=-0.2, P_std=1.6)
+EDM = EdmConfig(P_mean=0.0, P_std=1.6)
 RNG = np.random.default_rng(0)
 Y = jnp.asarray(RNG.normal(size=(4, 5, 24)), jnp.float32)
 LATENTS = jnp.asarray(RNG.normal(size=(4, 8, 8, 4)), jnp.float32)
 BATCH = {"latents": LATENTS, "caption_latents": Y, "position": jnp.arange(4)}
 KEY = jax.random.key(3)
+SETTINGS = {
+    "edm": EDM, "guidance_scale": 3.0, "guidance_interval": (0.1, 1.0), "trajectory_steps": 4,
+}  # fmt: skip
+LOSS = distill.StudentLoss(**SETTINGS)
 
 
 @functools.cache
@@ -47,121 +54,98 @@ def networks():
     )
 
 
-def loss_of(**changes):
-    model, *_ = networks()
-    plain = DiT(dataclasses.replace(model.config, attention="xla"))
-    settings = {
-        "teacher": plain, "edm": EDM, "guidance_scale": 3.0, "guidance_interval": (0.1, 1.0),
-        "warmup_steps": 10,
-    }  # fmt: skip
-    return distill.StudentLoss(**settings | changes)
+# ------------------------------------------------------------------ the teacher's trajectories
+def end_of(x, sigma, steps):
+    """A trajectory's end where the data is a Gaussian, whose denoiser is known."""
+
+    def denoise(x, sigma):
+        wide = sigma[:, None, None, None]
+        return x * EDM.sigma_data**2 / (EDM.sigma_data**2 + wide**2)
+
+    return distill.trajectory(denoise, x, sigma, steps)
 
 
+def test_trajectories_end_where_the_equation_does():
+    """x falls with sqrt(sigma_data^2 + sigma^2) from any level; the error by the second order."""
+    sigma = jnp.array([0.3, 2.0, 11.0, 80.0])
+    x = LATENTS * sigma[:, None, None, None]
+    size = EDM.sigma_data / np.sqrt(EDM.sigma_data**2 + np.asarray(sigma) ** 2)
+    exact = np.asarray(x) * size[:, None, None, None]
+    errors = [relative_l2(end_of(x, sigma, steps).end, exact) for steps in (16, 32, 64)]
+    assert errors[0] < 0.05
+    assert errors[0] / errors[1] > 3 and errors[1] / errors[2] > 3
+    path = end_of(x, sigma, 8)
+    assert path.x.shape == (8, *x.shape)
+    np.testing.assert_array_equal(path.x[0], x)
+    np.testing.assert_array_equal(path.sigma[0], sigma)
+
+
+@pytest.mark.parametrize("sigma", [0.2, 3.0, 80.0])
+def test_levels_are_the_dense_schedules(sigma):
+    found = distill.trajectory_levels(jnp.array([sigma, 7.0]), 8)[:, 0]
+    expected = dense_levels(8, dataclasses.replace(EDM, sigma_max=sigma))
+    np.testing.assert_allclose(found, expected, rtol=5e-3, atol=1e-6)
+
+
+# ------------------------------------------------------------------ the loss
 @functools.partial(jax.jit, static_argnums=0)
-def value_and_grad(loss, params, teacher, batch, step):
-    """((mean, (losses, sigma)), gradient): one program for all tests of a loss."""
-
-    def mean(params):
-        losses, sigma = loss(networks()[0], params, teacher, batch, KEY, step)
-        return losses.mean(), (losses, sigma)
-
-    return jax.value_and_grad(mean, has_aux=True)(params)
+def value(loss, params, teacher, batch):
+    return loss(networks()[0], params, teacher, batch, KEY)
 
 
-def value(loss, params, teacher, batch, step):
-    return value_and_grad(loss, params, teacher, batch, jnp.int32(step))[0][1]
-
-
-def test_matmuls_of_forward_mode_are_the_same():
-    x, w = jnp.asarray(RNG.normal(size=(2, 3, 4))), jnp.asarray(RNG.normal(size=(4, 5)))
-    with derivatives.forward_mode():
-        plain = matmuls.matmul(x, w)
-        out, tangent = jax.jvp(lambda x: matmuls.matmul(x, w), (x,), (x,))
-    np.testing.assert_array_equal(plain, matmuls.matmul(x, w))
-    np.testing.assert_allclose(tangent, out, rtol=1e-6)
-    with pytest.raises(TypeError, match="forward-mode"):
-        jax.jvp(lambda x: matmuls.matmul(x, w), (x,), (x,))
-
-
-def student_f(params, teacher, t, y):
-    """f of sCM in float64 at a point of the teacher's trajectory through x_t, by finite steps."""
-    model, *_ = networks()
-
-    apply = jax.jit(model.apply)
-
-    def F(params, x, t, y=y):
-        c_noise = jnp.asarray(np.log(EDM.sigma_data * np.tan(t)) / 4, jnp.float32)
-        out = apply({"params": params}, jnp.asarray(x / EDM.sigma_data, jnp.float32),
-                          c_noise, y)[0]  # fmt: skip
-        return np.asarray(out, np.float64)
-
-    def f(x, t):
-        wide = t[:, None, None, None]
-        return np.cos(wide) * x + np.sin(wide) * EDM.sigma_data * F(params, x, t)
-
-    return F, f
-
-
-def test_the_target_is_the_derivative_along_the_teachers_trajectory():
-    """sCM's tangent, -cos(t) / sigma_data df/dt, by finite differences of f along dx/dt."""
+def test_the_target_is_the_end_of_the_guided_teachers_trajectory():
+    """In EDM's weight, from each point but the last quarter, with guidance in its interval."""
     model, params, teacher = networks()
     random = sample_randomness(KEY, BATCH["position"], model.config)
-    sigma = np.asarray(diffusion.training_sigma(random.sigma_normal, EDM), np.float64)
-    t = np.arctan(sigma / EDM.sigma_data)
-    wide = t[:, None, None, None]
-    noise = np.asarray(random.noise, np.float64) * EDM.sigma_data
-    x = np.cos(wide) * np.asarray(LATENTS, np.float64) + np.sin(wide) * noise
+    sigma = diffusion.training_sigma(random.sigma_normal, EDM)
+    apply = jax.jit(lambda p, x, c, y: model.apply({"params": p}, x, c, y)[0])
 
-    F, f = student_f(params, teacher, t, Y)
-    F_cond = F(teacher, x, t)
-    F_uncond = F(teacher, x, t, 0 * Y)
-    acts = (0.1 < sigma) & (sigma <= 1.0)
-    assert 0 < acts.sum() < 4
-    F_teacher = F_uncond + np.where(acts, 3.0, 1.0)[:, None, None, None] * (F_cond - F_uncond)
-    h = 2e-3
-    ahead, behind = (f(x - s * h * EDM.sigma_data * F_teacher, t + s * h) for s in (1, -1))
-    tangent = -np.cos(wide) / EDM.sigma_data * (ahead - behind) / (2 * h)
-    size = np.sqrt(np.square(tangent).mean(axis=(1, 2, 3), keepdims=True))
-    expected = np.square(tangent / (size + 0.1)).mean(axis=(1, 2, 3))
-    (_, (found, found_sigma)), grads = value_and_grad(
-        loss_of(), params, teacher, BATCH, jnp.int32(10)
-    )
+    def D(params, x, sigma, y):
+        return diffusion.denoiser(lambda x, c: apply(params, x, c, y), EDM.sigma_data)(x, sigma)
+
+    acted = []
+
+    def guided(x, sigma):
+        acts = (0.1 < sigma) & (sigma <= 1.0)
+        acted.extend(np.asarray(acts))
+        none = D(teacher, x, sigma, 0 * Y)
+        return none + jnp.where(acts, 3.0, 1.0)[:, None, None, None] * (
+            D(teacher, x, sigma, Y) - none
+        )
+
+    # By hand: Adams-Bashforth of the second order, the first step Euler's
+    levels = distill.trajectory_levels(sigma, 4)
+    x = LATENTS + sigma[:, None, None, None] * random.noise
+    points, before = [], None
+    for now, then in zip(levels, levels[1:], strict=False):
+        points.append((x, now))
+        slope = (x - guided(x, now)) / now[:, None, None, None]
+        size = (then - now)[:, None, None, None]
+        if before is None:
+            x = x + size * slope
+        else:
+            ratio = size / before[1] / 2
+            x = x + size * ((1 + ratio) * slope - ratio * before[0])
+        before = slope, size
+    assert 0 < sum(acted) < len(acted)
+    weighted = []
+    for point, now in points[:3]:
+        weight = (now**2 + EDM.sigma_data**2) / (now * EDM.sigma_data) ** 2
+        error = jnp.square(D(params, point, now, Y) - x).mean(axis=(1, 2, 3))
+        weighted.append(weight * error)
+    found, found_sigma = value(LOSS, params, teacher, BATCH)
     np.testing.assert_allclose(found_sigma, sigma, rtol=1e-6)
-    np.testing.assert_allclose(found, expected, rtol=0.02)
-
-    # The gradient is that of F, along the tangent: -2 tangent dF / d params.
-    def along(params):
-        F_student = model.apply(
-            {"params": params}, jnp.asarray(x / EDM.sigma_data, jnp.float32),
-            jnp.asarray(np.log(sigma) / 4, jnp.float32), Y,
-        )[0]  # fmt: skip
-        normalised = jnp.asarray(tangent / (size + 0.1), jnp.float32)
-        return -2 * jnp.mean(normalised * F_student)
-
-    by_hand = jax.jit(jax.grad(along))(params)
-    flat = [np.concatenate([leaf.ravel() for leaf in jax.tree.leaves(g)]) for g in (grads, by_hand)]
-    assert relative_l2(*flat) < 0.03
-
-
-def test_before_the_warm_up_a_student_learns_guidance():
-    """Without the derivative the tangent leads to the guided teacher's F: 0 where it is its own."""
-    _, _, teacher = networks()
-    losses, sigma = value(loss_of(), teacher, teacher, BATCH, 0)
-    guided = (0.1 < sigma) & (sigma <= 1.0)
-    assert losses[~guided].max() < 1e-8 and losses[guided].min() > 1e-4
-    later, _ = value(loss_of(), teacher, teacher, BATCH, 5)
-    assert later.min() > 1e-4
+    np.testing.assert_allclose(found, np.mean(weighted, axis=0), rtol=2e-3)
 
 
 def test_captions_alone_are_enough():
-    """Data-free: the images of the batch are not looked at, the teacher's own are made."""
+    """From noise alone the images of the batch are not looked at, and all start at sigma_max."""
     _, params, teacher = networks()
-    loss = loss_of(trajectory_steps=4)
-    first, _ = value(loss, params, teacher, BATCH, 10)
-    other, _ = value(loss, params, teacher, BATCH | {"latents": 0 * LATENTS}, 10)
+    loss = dataclasses.replace(LOSS, from_noise=True)
+    first, sigma = value(loss, params, teacher, BATCH)
+    other, _ = value(loss, params, teacher, BATCH | {"latents": 0 * LATENTS})
     np.testing.assert_array_equal(first, other)
-    with_data, _ = value(loss_of(), params, teacher, BATCH, 10)
-    assert relative_l2(first, with_data) > 1e-3
+    np.testing.assert_array_equal(sigma, EDM.sigma_max)
 
 
 def test_micro_batches_and_meshes_change_nothing():
@@ -171,6 +155,7 @@ def test_micro_batches_and_meshes_change_nothing():
     found = []
     batch = {key: np.concatenate([np.asarray(value)] * 2) for key, value in BATCH.items()}
     del batch["position"]
+    loss = dataclasses.replace(LOSS, trajectory_steps=2)
     for mesh, parts in ((None, 2), (sharding.make_mesh(2, 2, 2), 1)):
         state = train_step.TrainState.create(params, optimizer, with_ema=True)
         weights = teacher
@@ -181,7 +166,7 @@ def test_micro_batches_and_meshes_change_nothing():
             rows = sharding.put_batch(batch, mesh)
         step = train_step.make_train_step(
             model, optimizer, schedule, edm=EDM, mask_ratio=0.0, seed=1, ema_smoothing=0.9,
-            ema_start_step=0, mesh=mesh, micro_batches=parts, student=loss_of(),
+            ema_start_step=0, mesh=mesh, micro_batches=parts, student=loss,
         )  # fmt: skip
         state, metrics = jax.jit(step)(state, rows, weights)
         found.append((float(metrics["grad_norm"]), np.asarray(metrics["image_loss"])))
@@ -191,16 +176,16 @@ def test_micro_batches_and_meshes_change_nothing():
 
 
 # ------------------------------------------------------------------ whole runs
-def student_config(teacher, **changes):
-    config = distill_config.get_config()
-    config.teacher = str(teacher)
-    config.train.update(steps=4, batch_size=8, log_every=1, checkpoint_every=2, eval_every=100)
-    config.distill.warmup_steps = 2
-    config.eval.update(num_samples=2, num_inference_steps=2)
-    config.optim.update(decay_steps=10, warmup_steps=1)
-    config.log.tensorboard = False
-    config.train.update(changes)
-    return config
+STEPS = 8
+
+
+def student(runs, name, *flags, process="", **options):
+    """train_main.py on a student of the tiny teacher, on four devices in all."""
+    options = {"devices": 4, "name": process} | options
+    mesh = [f"--config.mesh.{axis}=2" for axis in ("data", "fsdp")]
+    steps = [f"--config.train.steps={STEPS}", "--config.train.checkpoint_every=2"]
+    config = f"tests/support/tiny_student.py:{runs / 'teacher'}"
+    return Command(None, runs / name, *mesh, *steps, *flags, config=config, **options)
 
 
 def teacher_config(folder):
@@ -211,42 +196,76 @@ def teacher_config(folder):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """A tiny teacher, and a student of it, each in a few steps."""
+    """A folder with a tiny teacher, and a student of it that was left in peace."""
     folder = tmp_path_factory.mktemp("students")
     train(teacher_config(folder), folder / "teacher")
-    return folder, train(student_config(folder / "teacher"), folder / "whole")
+    command = student(folder, "whole", "--config.eval.num_samples=2")
+    assert command.finish() == 0, command.text()
+    return folder
 
 
 def test_a_student_is_recorded_and_sampled(runs):
-    folder, state = runs
-    about = read_run_metadata(folder / "whole")
+    about = read_run_metadata(runs / "whole")
     assert about["student"]["guidance_scale"] == 3.0
-    assert about["student"]["teacher"] == str(folder / "teacher")
+    assert about["student"]["teacher"] == str(runs / "teacher")
     assert about["config"]["model"]["options"]["dim"] == 16
-    assert (folder / "whole" / "samples" / "step_0000004.png").exists()
-    pipe, model = load(str(folder / "whole"))
+    assert (runs / "whole" / "samples" / f"step_{STEPS:07d}.png").exists()
+    pipe, model = load(str(runs / "whole"))
     assert model.student is not None and pipe.student == model.student
     assert pipe.generate("dog", seed=1).shape == (1, 32, 32, 3)
-    start, _ = load(str(folder / "teacher"))
+    start, _ = load(str(runs / "teacher"))
     assert start.student is None and not np.array_equal(
-        jax.tree.leaves(start.params)[0], jax.tree.leaves(state.params)[0]
+        jax.tree.leaves(start.params)[0], jax.tree.leaves(pipe.params)[0]
     )
 
 
-def test_a_student_resumes_to_the_bit(runs):
-    folder, state = runs
-    shutil.copytree(folder / "whole", folder / "resumed")
-    shutil.rmtree(folder / "resumed" / "checkpoints" / "4")
-    again = train(student_config(folder / "teacher"), folder / "resumed")
-    jax.tree.map(np.testing.assert_array_equal, again, state)
+def test_a_student_that_was_killed_resumes_to_the_bit(runs):
+    command = student(runs, "killed")
+    command.wait_for_step(5)
+    command.process.send_signal(signal.SIGKILL)
+    assert command.finish() == -signal.SIGKILL
+    assert last_step(runs / "killed") < STEPS
+    command = student(runs, "killed")
+    assert command.finish() == 0, command.text()
+    assert "resumed" in command.text()
+    found, expected = (state_of(runs / name, STEPS) for name in ("killed", "whole"))
+    assert found.keys() == expected.keys()
+    for path, leaf in found.items():
+        assert leaf.tobytes() == expected[path].tobytes(), path
+    assert [line["loss"] for line in lines(runs / "killed")] == losses_of(runs / "whole")
+
+
+def losses_of(workdir):
+    return [line["loss"] for line in lines(workdir) if "loss" in line]
+
+
+@pytest.mark.slow
+def test_a_student_on_two_processes_is_that_on_one(runs):
+    join = [f"--coordinator_address=localhost:{free_port()}", "--num_processes=2"]
+    commands = [
+        student(
+            runs, "two", *join, f"--process_id={number}", process=f"_{number}", devices=2,
+            JAX_ENABLE_COMPILATION_CACHE="false",
+        )
+        for number in range(2)
+    ]  # fmt: skip
+    for command in commands:
+        assert command.finish() == 0, command.text()
+    np.testing.assert_allclose(losses_of(runs / "two"), losses_of(runs / "whole"), rtol=1e-5)
+    found, expected = (state_of(runs / name, STEPS) for name in ("two", "whole"))
+    for words in ("params/", "ema/", "/mu/", "/nu/"):
+        one, other = (
+            np.concatenate([leaf.ravel() for path, leaf in sorted(s.items()) if words in path])
+            for s in (found, expected)
+        )
+        assert relative_l2(one, other) < 1e-5, words
 
 
 def test_another_teacher_is_refused(runs):
-    folder, _ = runs
     with pytest.raises(UserError, match="a few-step student, .* give its own teacher"):
-        train(student_config(folder / "whole"), folder / "of_a_student")
+        train(get_config(str(runs / "whole")), runs / "of_a_student")
     with pytest.raises(UserError, match="was begun with another teacher, or none, found none"):
-        train(teacher_config(folder), folder / "whole")
+        train(teacher_config(runs), runs / "whole")
 
 
 @pytest.mark.parametrize(
@@ -259,10 +278,9 @@ def test_another_teacher_is_refused(runs):
     ],
 )
 def test_what_a_student_cannot_learn_with(runs, part, changes, message):
-    folder, _ = runs
-    config = student_config(folder / "teacher")
+    config = get_config(str(runs / "teacher"))
     config[part].update(changes)
     if part == "model":
         config.model.options.update(input_size=8, in_channels=8, caption_channels=256)
     with pytest.raises(UserError, match=message):
-        train(config, folder / "refused")
+        train(config, runs / "refused")

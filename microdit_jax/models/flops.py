@@ -10,8 +10,6 @@ from microdit_jax.models.layers import TIMESTEP_FEATURES
 from microdit_jax.models.moe import slots_of
 
 TRAIN_OVER_FORWARD = 3  # the backward pass takes two matmuls for each of the forward pass
-# A student's step: its own training, the teacher twice, and the derivative, which takes two.
-DISTILL_OVER_FORWARD = TRAIN_OVER_FORWARD + 2 + 2
 
 
 def forward_flops(cfg: DiTConfig, mask_ratio: float, caption_length: int) -> int:

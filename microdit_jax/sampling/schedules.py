@@ -55,20 +55,21 @@ def dense_levels(num_steps: int, config: EdmConfig) -> Levels:
     Returns:
       (num_steps + 1,) float64.
     """
-
-    def position(level: Levels) -> Levels:
-        return np.log1p(level / LOG_KNEE) + DENSITY * level / (level + MIDDLE)
-
     top = np.full(num_steps + 1, config.sigma_max)
-    wanted = position(top) * np.linspace(1, 0, num_steps + 1)
+    wanted = dense_position(top) * np.linspace(1, 0, num_steps + 1)
     low, high = np.zeros(num_steps + 1), top.copy()
     for _ in range(100):  # bisection, to the last bit
         middle = (low + high) / 2
-        below = position(middle) < wanted
+        below = dense_position(middle) < wanted
         low, high = np.where(below, middle, low), np.where(below, high, middle)
     levels = high
     levels[[0, -1]] = config.sigma_max, 0.0
     return levels
+
+
+def dense_position(level: Levels) -> Levels:
+    """Returns where noise levels lie on the scale on which `dense_levels` are even, 0 for 0."""
+    return np.log1p(level / LOG_KNEE) + DENSITY * level / (level + MIDDLE)
 
 
 def exponential_levels(num_steps: int, config: EdmConfig) -> Levels:

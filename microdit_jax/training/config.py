@@ -18,9 +18,9 @@ from microdit_jax.diffusion import EdmConfig
 from microdit_jax.errors import UserError
 from microdit_jax.evaluate.prompts import RUN_SPLITS, read_prompts
 from microdit_jax.machine import compile_options
-from microdit_jax.models import ARCHES, masking, moe
+from microdit_jax.models import ARCHES, flops, masking, moe
 from microdit_jax.models.dit import DiT, DiTConfig
-from microdit_jax.training import optim, rules
+from microdit_jax.training import distill, optim, rules
 from microdit_jax.training import step as train_step
 from microdit_jax.training.caption_tower import CaptionTower
 from microdit_jax.training.evaluation import EVALUATORS
@@ -119,7 +119,7 @@ def make_step(
         mesh=mesh,
         micro_batches=num_micro_batches(config, mesh),
         module_grad_norms=config.train.module_grad_norms,
-        student=student_loss(config, model.config),
+        student=student_loss(config),
     )
     platform = mesh.devices.flat[0].platform if isinstance(mesh, Mesh) else ""
     options = compile_options.compiler_options(platform)
@@ -194,6 +194,13 @@ def _check_stage(config: ConfigDict, mesh: Mesh | AbstractMesh | None) -> None:
             )
     if config.log.wandb:
         import_wandb()
+
+
+def over_forward(config: ConfigDict) -> int:
+    """Operations of a training step on an image, over those of one forward pass."""
+    if config.teacher:
+        return distill.over_forward(config.distill.trajectory_steps)
+    return flops.TRAIN_OVER_FORWARD
 
 
 def _check_distillation(config: ConfigDict) -> None:

@@ -59,11 +59,10 @@ def base() -> ConfigDict:
                 # The teacher's guidance, which the student has built in, and where it acts.
                 "guidance_scale": 5.0,
                 "guidance_interval": (0.0, 1000.0),
-                # Steps over which the derivative along the trajectory comes in.
-                "warmup_steps": 1000,
-                # Evaluations of the teacher that make an image of each caption; 0 takes those of
-                # the data.
-                "trajectory_steps": 0,
+                # Evaluations of the teacher for a trajectory, whose points the student learns from.
+                "trajectory_steps": 8,
+                # Trajectories start from noise alone, and need no images but captions.
+                "from_noise": False,
             },
             "mesh": {"data": -1, "fsdp": 1, "expert": 1},
             "model": {

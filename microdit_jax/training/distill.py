@@ -2,29 +2,43 @@
 
 A student's denoiser D(x; sigma) is to be the end of the teacher's trajectory through x instead of
 the mean of all images that x may come from, so that one evaluation gives an image and a few give a
-good one. Continuous-time consistency distillation as sCM does it (Lu and Song 2024, arXiv
-2410.11081, Algorithm 1), in EDM's variables. The paper's TrigFlow has sigma = sigma_data tan t, its
-network is -F, and its inputs are those of equation 7 of EDM, so student and teacher are the same
-kind of network, and a student begins as its teacher.
+good one. The teacher integrates its trajectory in a few evaluations, and the student learns its end
+from every point on it: a regression to solutions, as Luhman and Luhman (2021, arXiv 2101.02388)
+have it from noise alone, at all the noise levels of a consistency model (Song et al. 2023, arXiv
+2303.01469). docs/students.md compares it with continuous-time consistency.
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+import numpy as np
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from microdit_jax import diffusion
-from microdit_jax.diffusion import EdmConfig, Latents, Network
-from microdit_jax.models import derivatives
+from microdit_jax.diffusion import Denoiser, EdmConfig, Latents, Network, scalings
 from microdit_jax.models.dit import DiT
-from microdit_jax.sampling import solvers
-from microdit_jax.sampling.schedules import dense_levels
+from microdit_jax.models.flops import TRAIN_OVER_FORWARD
+from microdit_jax.sampling.schedules import dense_position
 from microdit_jax.training.loss import Batch, sample_randomness
 
-TRAJECTORY = 1  # folded into a step's key for the noise of teachers' images
-TANGENT_OFFSET = 0.1  # c of sCM's tangent normalisation, g / (|g| + c)
+# Levels below which the scale of the dense levels is straight enough to interpolate; and how many
+LOWEST, FINE = 1e-3, 512
+
+
+class Trajectory(NamedTuple):
+    """Points of the teacher's trajectories, from their starts on, and their ends.
+
+    Attributes:
+      x: (points, n, h, w, channels).
+      sigma: noise levels of the points, (points, n).
+      end: (n, h, w, channels), at sigma = 0.
+    """
+
+    x: Float[Array, "points n h w c"]
+    sigma: Float[Array, "points n"]
+    end: Latents
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,105 +46,126 @@ class StudentLoss:
     """The loss by which a student learns from its teacher, called like `loss.batch_loss`.
 
     Attributes:
-      teacher: the teacher's network, which is also the student's for its derivative: `jax.jvp`
-        passes it, as its attention is no kernel with a backward pass of its own.
-      edm: noise levels, ln(sigma) ~ N(P_mean, P_std^2).
+      edm: levels at which trajectories start, ln(sigma) ~ N(P_mean, P_std^2), up to sigma_max.
       guidance_scale: g of the teacher's classifier-free guidance, which the student has built in.
       guidance_interval: noise levels (low, high) outside which the teacher is not guided.
-      warmup_steps: steps over which the derivative along the trajectory comes in. Before it does,
-        the student learns the guided teacher's own F.
-      trajectory_steps: evaluations of the teacher that make an image from noise for each caption;
-        0: the batch has the images.
+      trajectory_steps: evaluations of the teacher for a trajectory. The student learns from the
+        first three quarters of its points; it is not sampled at levels as low as the others.
+      from_noise: trajectories start from noise alone, at sigma_max, and no image is looked at.
     """
 
-    teacher: DiT
     edm: EdmConfig
     guidance_scale: float
     guidance_interval: tuple[float, float]
-    warmup_steps: int
-    trajectory_steps: int = 0
+    trajectory_steps: int
+    from_noise: bool = False
 
     def __call__(
-        self,
-        model: DiT,
-        params: Any,
-        teacher_params: Any,
-        batch: Batch,
-        key: PRNGKeyArray,
-        step: Int[Array, ""],
+        self, model: DiT, params: Any, teacher_params: Any, batch: Batch, key: PRNGKeyArray
     ) -> tuple[Float[Array, " n"], Float[Array, " n"]]:
-        """Consistency loss of each image of a batch, and its noise level.
+        """Computes the distance from the ends of the teacher's trajectories.
 
         Args:
           batch: as `loss.batch_loss` takes it.
-          step: steps done, for the warm-up.
         Returns:
-          Loss and sigma, each (n,) float32.
+          Loss and the trajectory's first sigma of each image, each (n,) float32.
         """
         y = batch["caption_latents"].astype(jnp.float32)  # (n, l, caption)
         if "keep_caption" in batch:
             y = y * batch["keep_caption"][:, None, None]
         random = sample_randomness(key, batch["position"], model.config)
         sigma = diffusion.training_sigma(random.sigma_normal, self.edm)  # (n,)
-        guided = self._guided(teacher_params, y)
-        if self.trajectory_steps:
-            # Noise of its own: an image made from the noise that is added to it would be special.
-            other = sample_randomness(
-                jax.random.fold_in(key, TRAJECTORY), batch["position"], model.config
-            )
-            latents = jax.lax.stop_gradient(self._sampled(guided, other.noise))
-        else:
-            latents = batch["latents"].astype(jnp.float32)
+        sigma = jnp.minimum(sigma, self.edm.sigma_max)
+        latents = batch["latents"].astype(jnp.float32)
+        if self.from_noise:
+            sigma, latents = jnp.full_like(sigma, self.edm.sigma_max), 0 * latents
+        start = latents + _per_image(sigma) * random.noise
+        denoise = diffusion.denoiser(self._guided(model, teacher_params, y), self.edm.sigma_data)
+        path = jax.lax.stop_gradient(trajectory(denoise, start, sigma, self.trajectory_steps))
 
-        # x_t / sigma_data = cos(t) x_0 / sigma_data + sin(t) z, which is c_in (x_0 + sigma z)
-        t = jnp.arctan(sigma / self.edm.sigma_data)
-        cos, sin = _per_image(jnp.cos(t)), _per_image(jnp.sin(t))
-        x = cos * latents / self.edm.sigma_data + sin * random.noise
-        c_noise = jnp.log(sigma) / 4
-        F_teacher = jax.lax.stop_gradient(guided(x, c_noise))
+        # (points, n, ...) -> (points n, ...)
+        used = points_used(self.trajectory_steps)
+        x = path.x[:used].reshape(-1, *start.shape[1:])
+        c_skip, c_out, c_in, c_noise = scalings(path.sigma[:used].ravel(), self.edm.sigma_data)
+        caption = model.apply({"params": params}, y, method="encode_caption")
+        ends, captions = jax.tree.map(
+            lambda rows: jnp.concatenate([rows] * used), (path.end, caption)
+        )
+        F = _predict(model, params, _per_image(c_in) * x, c_noise, captions)
+        # |D - end|^2 with EDM's weight 1 / c_out^2: D = c_skip x + c_out F
+        target = (ends - _per_image(c_skip) * x) / _per_image(c_out)
+        losses = jnp.mean(jnp.square(F - target), axis=(1, 2, 3))
+        return losses.reshape(used, -1).mean(axis=0), sigma
 
-        frozen = jax.lax.stop_gradient(params)
-        with derivatives.forward_mode():
-            # cos sin dF/dt along dx_t/dt = -sigma_data F_teacher, with c_noise = ln(sigma) / 4
-            F, derivative = jax.jvp(
-                lambda x, c_noise: _apply(self.teacher, frozen, x, c_noise, y),
-                (x, c_noise),
-                (-cos * sin * F_teacher, jnp.full_like(c_noise, 0.25)),
-            )
-        # -cos(t) / sigma_data df/dt of f = cos(t) x_t + sin(t) sigma_data F: sCM's tangent g, whose
-        # part with the derivative comes in by a ratio r
-        ratio = jnp.minimum(1.0, step.astype(jnp.float32) / max(self.warmup_steps, 1))
-        tangent = jnp.square(cos) * (F_teacher - F) + ratio * (cos * sin * x - derivative)
-        size = jnp.sqrt(jnp.mean(jnp.square(tangent), axis=(1, 2, 3), keepdims=True))
-        target = jax.lax.stop_gradient(F + tangent / (size + TANGENT_OFFSET))
-        F_student = _apply(model, params, x, c_noise, y)
-        return jnp.mean(jnp.square(F_student - target), axis=(1, 2, 3)), sigma
-
-    def _guided(self, params: Any, y: Float[Array, "n l caption"]) -> Network:
-        """Returns the guided teacher's F for these captions."""
+    def _guided(self, model: DiT, params: Any, y: Float[Array, "n l caption"]) -> Network:
+        """Returns the guided teacher's F for these captions, which it encodes once."""
         low, high = self.guidance_interval
+        both = jnp.concatenate([y, jnp.zeros_like(y)])
+        captions = model.apply({"params": params}, both, method="encode_caption")
 
         def network(x: Latents, c_noise: Float[Array, " n"]) -> Latents:
-            F_cond = _apply(self.teacher, params, x, c_noise, y)
-            F_uncond = _apply(self.teacher, params, x, c_noise, jnp.zeros_like(y))
+            x, noise_twice = jnp.concatenate([x, x]), jnp.concatenate([c_noise, c_noise])
+            F_cond, F_uncond = jnp.split(_predict(model, params, x, noise_twice, captions), 2)
             sigma = jnp.exp(4 * c_noise)
             scale = jnp.where((low < sigma) & (sigma <= high), self.guidance_scale, 1.0)
             return F_uncond + _per_image(scale) * (F_cond - F_uncond)
 
         return network
 
-    def _sampled(self, guided: Network, noise: Latents) -> Latents:
-        """Samples latents of the guided teacher, with few evaluations."""
-        levels = dense_levels(self.trajectory_steps, self.edm)
-        rows = solvers.stabilised_adams_bashforth(levels)
-        denoise = diffusion.denoiser(guided, self.edm.sigma_data)
-        return solvers.sample(denoise, noise, rows, self.edm)
+
+def trajectory(
+    denoise: Denoiser, x: Latents, sigma: Float[Array, " n"], num_steps: int
+) -> Trajectory:
+    """Integrates dx/dsigma = (x - D(x; sigma)) / sigma to 0 from a noise level for each image.
+
+    Second-order Adams-Bashforth, on levels spaced as `schedules.dense_levels` has them.
+
+    Args:
+      x: at noise levels sigma, (n, h, w, channels).
+      num_steps: evaluations of the denoiser.
+    """
+    levels = trajectory_levels(sigma, num_steps)  # (num_steps + 1, n)
+
+    def step(carry: tuple[Latents, Latents], at: tuple[Array, ...]) -> tuple[Any, Latents]:
+        x, last = carry
+        now, size, ratio = at
+        slope = (x - denoise(x, now)) / _per_image(now)
+        change = slope + _per_image(ratio) * (slope - last)
+        return (x + _per_image(size) * change, slope), x
+
+    sizes = jnp.diff(levels, axis=0)
+    # Half a step over the one before; the first step is Euler's
+    ratios = jnp.concatenate([0 * sizes[:1], sizes[1:] / sizes[:-1] / 2])
+    (end, _), points = jax.lax.scan(step, (x, 0 * x), (levels[:-1], sizes, ratios))
+    return Trajectory(points, levels[:-1], end)
 
 
-def _apply(
-    network: DiT, params: Any, x: Latents, c_noise: Float[Array, " n"], y: Float[Array, "n l c"]
+def trajectory_levels(sigma: Float[Array, " n"], num_steps: int) -> Float[Array, "levels n"]:
+    """Noise levels from each image's own down to 0, even on the scale of the dense levels."""
+    fine = np.append(0.0, np.geomspace(LOWEST, 1e3, FINE))
+    levels, positions = (values.astype(np.float32) for values in (fine, dense_position(fine)))
+    position = jnp.interp(sigma, levels, positions)[None]  # (1, n)
+    wanted = jnp.linspace(1.0, 0.0, num_steps + 1)[:, None] * position
+    return jnp.interp(wanted, positions, levels).at[0].set(sigma)
+
+
+def points_used(trajectory_steps: int) -> int:
+    """Number of points of a trajectory that the student learns from."""
+    return max(1, trajectory_steps * 3 // 4)
+
+
+def over_forward(trajectory_steps: int) -> int:
+    """Operations of a step over those of a forward pass: the guided teacher's, and the student's.
+
+    It counts captions, which are encoded once, as often as the passes.
+    """
+    return 2 * trajectory_steps + TRAIN_OVER_FORWARD * points_used(trajectory_steps)
+
+
+def _predict(
+    model: DiT, params: Any, x: Latents, c_noise: Float[Array, " n"], caption: Any
 ) -> Latents:
-    F: Any = network.apply({"params": params}, x, c_noise, y)
+    F: Any = model.apply({"params": params}, x, c_noise, caption, method="predict")
     return F[0].astype(jnp.float32)
 
 

@@ -46,8 +46,7 @@ POSITIVE, NOT_NEGATIVE, FINITE = Range(0, above=True), Range(0), Range()
 RANGES = {
     "seed": Range(0, 2**32 - 1),
     "distill.guidance_scale": NOT_NEGATIVE,
-    "distill.warmup_steps": COUNT_OR_NONE,
-    "distill.trajectory_steps": COUNT_OR_NONE,
+    "distill.trajectory_steps": COUNT,
     "edm.P_mean": FINITE,
     "edm.P_std": POSITIVE,
     "edm.sigma_data": POSITIVE,

@@ -141,8 +141,8 @@ def make_gradients(
 ) -> Callable[..., Gradients]:
     """Makes the function (params, batch, key) -> Gradients, over the mesh and micro-batches.
 
-    With a student's loss, the function takes two more arguments: the teacher's weights, sharded
-    like the student's, and the steps done.
+    With a student's loss, the function takes one more argument, the teacher's weights, sharded like
+    the student's.
 
     Weights are all-gathered once a step, matrices in the type that the network computes in (XL/2 in
     bfloat16: 2.7 GB), and stay for all micro-batches. Each micro-batch's gradients are summed into
@@ -154,7 +154,7 @@ def make_gradients(
     """
     devices = 1 if mesh is None else mesh.size
 
-    def device_gradients(specs, weights, batch, key, *steps):
+    def device_gradients(specs, weights, batch, key):
         """Gradients on one device, of its own images; specs is None without a mesh."""
         num_images = batch["latents"].shape[0] * devices
         params = weights if student is None else weights["student"]
@@ -163,7 +163,7 @@ def make_gradients(
             if student is None:
                 loss, sigma = batch_loss(model, params, part, key, edm=edm, mask_ratio=mask_ratio)
             else:
-                loss, sigma = student(model, params, weights["teacher"], part, key, *steps)
+                loss, sigma = student(model, params, weights["teacher"], part, key)
             return loss.sum() / num_images, (loss, sigma)
 
         def part_gradients(part):
@@ -184,7 +184,7 @@ def make_gradients(
         grads = sharding.sum_rest(grads, specs)
         return Gradients(grads, sharding.norm(grads, specs), total.loss, total.sigma)
 
-    def gradients(params: Any, batch: Batch, key: PRNGKeyArray, *distillation: Any) -> Gradients:
+    def gradients(params: Any, batch: Batch, key: PRNGKeyArray, *teacher: Any) -> Gradients:
         n = batch["latents"].shape[0]
         if n % (devices * micro_batches):
             raise UserError(
@@ -194,15 +194,15 @@ def make_gradients(
         specs = None
         if mesh is not None:
             specs = sharding.specs(params, mesh, replicate_below=replicate_below)
-        weights, steps = params, distillation[1:]
+        weights = params
         if student is not None:
-            weights = {"student": params, "teacher": distillation[0]}
+            weights = {"student": params, "teacher": teacher[0]}
         return sharding.on_each_device(
             functools.partial(device_gradients, specs),
             mesh,
             weights,
             (with_position(batch),),
-            (key, *steps),
+            (key,),
             cast=lambda shards: dit.cast_matrices(shards, model.config),
             out_specs=Gradients(specs, P(), sharding.BATCH, sharding.BATCH),
             replicate_below=replicate_below,
@@ -273,8 +273,7 @@ def make_train_step(
 
     def train_step(state: TrainState, batch: Batch, *teacher: Any) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
-        more = (*teacher, state.step) if teacher else ()
-        grads, grad_norm, image_loss, image_sigma = gradients(state.params, batch, key, *more)
+        grads, grad_norm, image_loss, image_sigma = gradients(state.params, batch, key, *teacher)
         loss = image_loss.mean()
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
 

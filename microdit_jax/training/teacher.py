@@ -14,7 +14,6 @@ from microdit_jax.checkpoints.run import read_run_metadata
 from microdit_jax.diffusion import EdmConfig
 from microdit_jax.errors import UserError, visible
 from microdit_jax.evaluate.sample_set import weights_digest
-from microdit_jax.models.dit import DiT, DiTConfig
 from microdit_jax.sampling.student import Student
 from microdit_jax.training.distill import StudentLoss
 from microdit_jax.trees import flatten
@@ -87,23 +86,17 @@ def filled_in(config: ConfigDict, model: Model) -> ConfigDict:
     return config
 
 
-def student_loss(config: ConfigDict, cfg: DiTConfig) -> StudentLoss | None:
-    """Returns the loss of a run that distils a teacher; None for one that does not.
-
-    Args:
-      cfg: of the student's network.
-    """
+def student_loss(config: ConfigDict) -> StudentLoss | None:
+    """Returns the loss of a run that distils a teacher; None for one that does not."""
     if not config.teacher:
         return None
     settings = config.distill
     return StudentLoss(
-        # No remat: the derivative goes forward, and nothing is kept.
-        teacher=DiT(dataclasses.replace(cfg, attention="xla", remat="none")),
         edm=EdmConfig(**config.edm),
         guidance_scale=settings.guidance_scale,
         guidance_interval=tuple(settings.guidance_interval),
-        warmup_steps=settings.warmup_steps,
         trajectory_steps=settings.trajectory_steps,
+        from_noise=settings.from_noise,
     )
 
 

@@ -41,7 +41,10 @@ def prepare_emoji(folder):
 class Command:
     """train_main.py of one workdir, as a process with its own simulated devices."""
 
-    def __init__(self, data, workdir, *flags: str, devices: int = 2, name: str = "", **more):
+    def __init__(
+        self, data, workdir, *flags: str, devices: int = 2, name: str = "", config: str = "", **more
+    ):
+        """Starts it on the tiny demo and its data, or on another config."""
         flag = "--xla_force_host_platform_device_count"
         environment = (
             os.environ
@@ -59,7 +62,7 @@ class Command:
             self.process = subprocess.Popen(
                 [
                     sys.executable, "train_main.py",
-                    f"--config=tests/support/tiny_config.py:{data}",
+                    f"--config={config or f'tests/support/tiny_config.py:{data}'}",
                     f"--workdir={workdir}", f"--config.train.steps={STEPS}",
                     f"--config.train.checkpoint_every={CHECKPOINT_EVERY}", *flags,
                 ],

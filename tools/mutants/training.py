@@ -12,6 +12,7 @@ STATISTICS, FRECHET = "microdit_jax/metrics/statistics.py", "microdit_jax/metric
 SETS, FEATURES = "microdit_jax/metrics/feature_sets.py", "microdit_jax/metrics/features.py"
 GOODPUT = "microdit_jax/training/goodput.py"
 PROFILING = "microdit_jax/training/profiling.py"
+DISTILL, TEST_DISTILL = "microdit_jax/training/distill.py", "tests/test_training_distill.py"
 
 TEST_GOODPUT = "tests/test_training_goodput.py"
 TEST_PROFILING = "tests/test_training_profiling.py"
@@ -166,6 +167,14 @@ MUTANTS = [
           "tests/test_metrics_features.py"),
     fault("CLIP score below zero", "microdit_jax/metrics/clip_score.py", "max(0.0, 100 *", "(100 *",
           "tests/test_metrics_clip_score.py"),
+    # ------------------------------------------------------------------ students
+    fault("a student's teacher is guided at all noise levels", DISTILL,
+          "jnp.where((low < sigma) & (sigma <= high), self.guidance_scale, 1.0)",
+          "jnp.where(sigma > 0, self.guidance_scale, 1.0)", TEST_DISTILL),
+    fault("trajectories from noise alone begin at an image", DISTILL,
+          "self.edm.sigma_max), 0 * latents", "self.edm.sigma_max), latents", TEST_DISTILL),
+    fault("the teacher's trajectory is Euler's", DISTILL,
+          "slope + _per_image(ratio) * (slope - last)", "slope", TEST_DISTILL),
     # ------------------------------------------------------------------ goodput, health, profiles
     fault("steps that are run again count as goodput", GOODPUT,
           'else "redone", *self._doing[1:]]', 'else "steps", *self._doing[1:]]', TEST_GOODPUT),

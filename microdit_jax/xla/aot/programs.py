@@ -84,7 +84,7 @@ def training(config: ConfigDict, mesh: Mesh, *, caption_length: int = CLIP_TOKEN
         n,
         parts,
         flops.forward_flops(cfg, mask_ratio, caption_length),
-        flops.DISTILL_OVER_FORWARD if config.teacher else flops.TRAIN_OVER_FORWARD,
+        run_config.over_forward(config),
         flops.recomputed_share(cfg, mask_ratio, caption_length),
         needed_communication(state.params, model, mesh, parts),
         _count(state.params),
