@@ -9,7 +9,7 @@ from support.processes import finish, free_port, start
 
 from microdit_jax.commands import boundary
 from microdit_jax.errors import Late
-from microdit_jax.machine.collective_errors import named
+from microdit_jax.machine.collective_errors import is_of_another, named
 from microdit_jax.machine.silence import Silence, forgiven
 
 JOB = """
@@ -207,3 +207,12 @@ def test_alone_there_is_no_watch():
     watch.report(ValueError("nobody hears"))
     with watch.reported():
         assert os.getpid()
+
+
+def test_an_array_that_a_broken_collective_was_to_give_is_of_another():
+    broken = ValueError("UNKNOWN: Gloo AllGather failed: Connection reset by peer")
+    assert is_of_another(broken)
+    error = ValueError("could not save")
+    error.__cause__ = broken
+    assert is_of_another(error)
+    assert not is_of_another(ValueError("expected a file, found Gloo"))

@@ -10,7 +10,7 @@ import hashlib
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from microdit_jax.errors import UserError, visible
@@ -38,6 +38,9 @@ class OutputFolder:
 
     def flush(self) -> None:
         """Returns when all files that were written are where they belong."""
+
+    def forget(self, name: str) -> None:
+        """Removes what was fetched of a folder, but not from where it came."""
 
 
 class Spool(OutputFolder):
@@ -88,6 +91,13 @@ class Spool(OutputFolder):
         if self._push:
             self._send(lambda name, about: True)
 
+    def forget(self, name: str) -> None:
+        """Removes what was fetched of a folder, but not from the bucket."""
+        with self._lock:
+            for sent in [sent for sent in self._sent if sent.startswith(f"{name}/")]:
+                del self._sent[sent]
+            shutil.rmtree(self.path / name, ignore_errors=True)
+
     def close(self, *, failed: bool = False) -> None:
         """Sends the rest and removes the local folder; keeps it if that fails.
 
@@ -128,8 +138,11 @@ class Spool(OutputFolder):
     def _send(self, due: Callable[[str, tuple[int, int]], bool]) -> None:
         with self._lock:
             files = self._files()
-            changed = [n for n, a in files.items() if self._sent.get(n) != a and due(n, a)]
-            # What makes a folder count comes last.
+            changed = [n for n, a in files.items() if self._sent.get(n) != a]
+            later = [n for n in changed if not due(n, files[n])]
+            # What makes a folder count comes last, and not before all that lies in it.
+            early = {n for n in changed if _comes_last(n) and _lies_beside(n, later)}
+            changed = [n for n in changed if n not in early and n not in later]
             self._bucket.each(self._upload, [n for n in changed if not _comes_last(n)])
             self._bucket.each(self._upload, list(filter(_comes_last, changed)))
             for name in changed:
@@ -214,6 +227,12 @@ def _is_own(name: str) -> bool:
 
 def _comes_last(name: str) -> bool:
     return name.rpartition("/")[2] in ("manifest.json", "index.json", "report.json")
+
+
+def _lies_beside(name: str, others: Iterable[str]) -> bool:
+    """Returns True if any of these files lies in the same folder, or below it."""
+    folder = name.rpartition("/")[0]
+    return any(not folder or other.startswith(f"{folder}/") for other in others)
 
 
 def _remove_left(home: Path, key: str) -> None:

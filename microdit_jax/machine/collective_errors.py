@@ -7,14 +7,19 @@ from microdit_jax.machine.coordination import Unreachable
 
 _NETWORK = re.compile("Gloo|NCCL|UNAVAILABLE|DEADLINE_EXCEEDED|Connection (reset|closed|refused)")
 
+_BROKEN = re.compile(r"Gloo \w+ failed|NCCL \w+ (failed|error)")
+
 
 def is_of_another(error: BaseException) -> bool:
     """Returns True if another process's end may have caused the error: collectives that broke."""
     found: BaseException | None = error
     while found is not None:
-        # By name: the class has moved between versions of JAX.
-        if type(found).__name__ in ("JaxRuntimeError", "XlaRuntimeError"):
-            text = str(found)
+        text = str(found)
+        # By name: the class has moved between versions of JAX. An array that a broken collective
+        # was to give raises ValueError where it is read, as a save does.
+        if type(found).__name__ in ("JaxRuntimeError", "XlaRuntimeError") or (
+            isinstance(found, ValueError) and _BROKEN.search(text)
+        ):
             return not ("RESOURCE_EXHAUSTED" in text or "timed out task names" in text)
         if isinstance(found, Unreachable):
             return True

@@ -30,7 +30,7 @@ from microdit_jax import images
 from microdit_jax.commands.parser import Parser
 from microdit_jax.commands.paths import local_places
 from microdit_jax.data.stores import open_latents
-from microdit_jax.files import OutputFolder, cache_folder, check_writable, output_folder
+from microdit_jax.files import OutputFolder, check_writable, output_folder
 from microdit_jax.files.urls import scheme_of, url_of
 from microdit_jax.machine import compilation_cache, memory
 from microdit_jax.prepare import job, job_folder, ray_engine
@@ -52,7 +52,7 @@ _SHEET_IMAGES, _SHEET_COLUMNS = 24, 6
 def contact_sheet(output: Path, codec: Codec, options: PrepareOptions) -> Path:
     """Saves images decoded back from random latents of the output, with their captions."""
     url = url_of(output)
-    options_of_urls: dict[str, Any] = {"cache": cache_folder() / "sheet"} if url else {}
+    options_of_urls: dict[str, Any] = {"shuffled": True} if url else {}
     source = open_latents(
         url or output,
         resolution=options.resolutions[0],
@@ -200,6 +200,7 @@ def _run(
             output,
             options,
             request=request.settings(),
+            into=into if scheme_of(into.name) else None,
             process_index=args.process_index,
             process_count=args.process_count,
             threads=args.threads,

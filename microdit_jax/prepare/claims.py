@@ -1,9 +1,10 @@
 """Parts of a job are claimed one at a time, by whoever is free, on a folder that all hosts share.
 
-A claim is a lock (files.lock) in OUTPUT/.claims/PART with a sign of life. A claim is taken over if
-its process is gone from this host, or gave no sign for a minute: a lost host's parts are done by
-the others. Claims only save work: a part's bytes are the same whoever writes it, so a host that was
-only slow, and comes back to a part that another has done, does no harm.
+The folder is on a shared disk, or in a bucket of gs:// (bucket_parts). A claim is a lock
+(files.lock) in OUTPUT/.claims/PART with a sign of life. It is taken over if its process is gone
+from this host, or gave no sign for a minute: a lost host's parts are done by the others. Claims
+only save work: a part's bytes are the same whoever writes it, so a host that was only slow, and
+comes back to a part that another has done, does no harm.
 """
 
 import contextlib
@@ -18,6 +19,7 @@ from microdit_jax.errors import UserError
 from microdit_jax.files import disk_errors
 from microdit_jax.files.lock import LockFile, lock_of
 from microdit_jax.machine.claim import is_gone, owner_of, owner_text
+from microdit_jax.prepare.bucket_parts import BucketParts
 
 FOLDER = ".claims"
 BEAT_SECONDS = 5.0
@@ -32,6 +34,7 @@ class Claims:
       names: what each part is called there once it is done.
       process_index, process_count: this process begins with every process_count-th part, so that
         several seldom want the same one.
+      bucket: the parts in a bucket, where the output is a local folder in its place.
     """
 
     def __init__(
@@ -41,8 +44,9 @@ class Claims:
         *,
         process_index: int = 0,
         process_count: int = 1,
+        bucket: BucketParts | None = None,
     ):
-        self._output, self._names = output, names
+        self._output, self._names, self._bucket = output, names, bucket
         firsts = [(process_index + turn) % process_count for turn in range(process_count)]
         self._left = [n for first in firsts for n in range(first, len(names), process_count)]
         self._text = owner_text(secrets.token_hex(8))
@@ -73,6 +77,8 @@ class Claims:
 
     def release(self, number: int) -> None:
         """Gives a part's claim back, done or not."""
+        if self._bucket is not None:
+            self._bucket.send()  # before others look whether it is done
         with self._changing:
             lock = self._held.pop(number)
             with contextlib.suppress(OSError):  # it will be stale in a minute
@@ -93,14 +99,20 @@ class Claims:
     def _drop_done(self) -> None:
         with disk_errors(self._output):
             done = {path.name for path in self._output.iterdir()}
+        if self._bucket is not None:
+            done |= self._bucket.done(self._names[number] for number in self._left)
         self._left = [number for number in self._left if self._names[number] not in done]
 
     def _is_done(self, number: int) -> bool:
-        return (self._output / self._names[number]).exists()
+        name = self._names[number]
+        there = self._bucket is not None and self._bucket.is_done(name)
+        return there or (self._output / name).exists()
 
     def _take(self, number: int) -> bool:
         folder = self._output / FOLDER / self._names[number]
         lock = lock_of(folder)
+        if self._bucket is not None:
+            lock = self._bucket.lock_of(f"{FOLDER}/{self._names[number]}")
         try:
             with disk_errors(folder), self._changing:
                 taken = lock.create(self._text)
@@ -135,8 +147,10 @@ def wait_a_moment() -> None:
     time.sleep(1.0)
 
 
-def remove_leftovers(output: Path) -> None:
+def remove_leftovers(output: Path, bucket: BucketParts | None = None) -> None:
     """Removes what killed processes have left, once all parts are done."""
+    if bucket is not None:
+        bucket.remove(FOLDER)
     shutil.rmtree(output / FOLDER, ignore_errors=True)
     for path in output.glob(".[0-9]*.partial"):
         shutil.rmtree(path, ignore_errors=True)

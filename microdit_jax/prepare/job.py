@@ -19,8 +19,9 @@ import tqdm
 
 from microdit_jax.data.records import SIDECAR, LatentInfo
 from microdit_jax.errors import UserError, visible
-from microdit_jax.files import atomic_folder, read_json, write_text
+from microdit_jax.files import OutputFolder, atomic_folder, read_json, write_text
 from microdit_jax.prepare import claims, job_folder
+from microdit_jax.prepare.bucket_parts import BucketParts, parts_in_bucket
 from microdit_jax.prepare.decoding import decode_parts
 from microdit_jax.prepare.encoding import DeviceTowers, Record, SkippedImage, encode_parts
 from microdit_jax.prepare.listing import LISTING, agree
@@ -41,6 +42,7 @@ def run(
     options: PrepareOptions,
     *,
     request: dict[str, Any],
+    into: OutputFolder | None = None,
     process_index: int = 0,
     process_count: int = 1,
     threads: int = 4,
@@ -57,6 +59,7 @@ def run(
       output: a folder that all processes share. At the end it holds index.json, latents.json,
         report.json (counts), skipped.jsonl (ids and reasons), and a folder for each part.
       request: what else decides the output (the source's options), kept in job.json.
+      into: the folder of a bucket that `output` stands for, if it does.
       process_index, process_count: this process begins with every process_count-th part.
       threads: that decode.
       append: new parts are made of what the source has more than when the job began.
@@ -64,14 +67,19 @@ def run(
       UserError: another job's folder, a source that changed, a full disk, or no usable image.
     """
     job_folder.check_counts(process_index, process_count, threads=threads)
-    alone = process_count == 1
+    alone = process_count == 1 and into is None
     with begun(
         source, towers[0], output, options, request=request, append=append, alone=alone
     ) as source:
         names = part_names(source)
         writer = PartWriter(source, towers, output, options, threads=threads, progress=progress)
+        bucket = None if into is None else parts_in_bucket(into, names)
         with claims.Claims(
-            output, names, process_index=process_index, process_count=process_count
+            output,
+            names,
+            process_index=process_index,
+            process_count=process_count,
+            bucket=bucket,
         ) as claimed:
             while True:
                 for number, _ in writer.write(claimed.available()):
@@ -80,7 +88,9 @@ def run(
                 if not claimed.left():
                     break
                 claims.wait_a_moment()
-        finish(output, source, towers[0])
+        if bucket is not None:
+            bucket.fetch(names)
+        finish(output, source, towers[0], bucket)
 
 
 @contextlib.contextmanager
@@ -237,13 +247,15 @@ def _json_line(value: dict[str, Any]) -> str:
     return (text if text.isprintable() else "".join(shown)) + "\n"
 
 
-def finish(output: Path, source: ImageSource, towers: DeviceTowers) -> None:
+def finish(
+    output: Path, source: ImageSource, towers: DeviceTowers, bucket: BucketParts | None = None
+) -> None:
     """Merges the parts; every process that finds them all done writes the same.
 
     Raises:
       UserError: no usable image in any part.
     """
-    claims.remove_leftovers(output)
+    claims.remove_leftovers(output, bucket)
     folders = [output / name for name in part_names(source)]
     reasons: collections.Counter = collections.Counter()
     lines, shapes, count = [], {}, 0

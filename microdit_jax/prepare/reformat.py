@@ -92,7 +92,7 @@ def reformat(
     kind = _MdsOutput if to == "mds" else _ArrayRecordOutput
     dataset = kind(output, info, [len(part) for part in parts], compression)
     names = [dataset.path(number).name for number in range(len(parts))]
-    begin = {"process_index": process_index, "process_count": process_count}
+    begin: dict[str, Any] = {"process_index": process_index, "process_count": process_count}
     with (
         claims.Claims(output, names, **begin) as claimed,
         tqdm.tqdm(desc="reformatting", unit="shard", total=len(parts), disable=not progress) as bar,
