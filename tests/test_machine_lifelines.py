@@ -11,19 +11,19 @@ from microdit_jax.machine.lifelines import JOINED, Lifelines, Peer
 class Side:
     """One end's lifelines, and the line that would have ended its process."""
 
-    def __init__(self, peers: dict, first: bool):
+    def __init__(self, peers: dict, first: bool, seconds: float = 60.0):
         self.line, self.told = "", threading.Event()
-        self.lines = Lifelines(peers, first=first, end=self._end)
+        self.lines = Lifelines(peers, first=first, seconds=seconds, end=self._end)
 
     def _end(self, line: str) -> None:
         self.line = line
         self.told.set()
 
 
-def connected(others: int) -> tuple[Side, list[Side], list[socket.socket]]:
+def connected(others: int, **how) -> tuple[Side, list[Side], list[socket.socket]]:
     """Process 0 and the others, each with its connection."""
     pairs = [socket.socketpair() for _ in range(others)]
-    first = Side({n: Peer(f"h{n}", pair[0]) for n, pair in enumerate(pairs, 1)}, True)
+    first = Side({n: Peer(f"h{n}", pair[0]) for n, pair in enumerate(pairs, 1)}, True, **how)
     return first, [Side({0: Peer("h0", pair[1])}, False) for pair in pairs], [p[1] for p in pairs]
 
 
@@ -70,6 +70,17 @@ def test_process_0_is_named_by_the_others():
     for side in others:
         assert side.told.wait(10) and side.line.startswith("process 0 (h0) is gone before all")
         side.lines.__exit__(None, None, None)
+
+
+def test_one_that_stands_still_ends_all_at_the_time_out():
+    """It hangs up nothing, and JAX's own time-out would abort."""
+    first, others, connections = connected(2, seconds=0.5)
+    with connections[1]:  # which does nothing
+        for side in (first, others[0]):
+            side.lines.__enter__()
+        for side in (first, others[0]):
+            assert side.told.wait(10) and "found one that stands still" in side.line
+            side.lines.__exit__(TimeoutError, None, None)
 
 
 def test_a_crash_between_the_preflight_and_the_join():

@@ -75,8 +75,8 @@ def initialize(
             job.process_id,
             job.local_device_ids,
             cluster_detection_method="deactivate",  # done above
-            initialization_timeout=max(1, int(timeout_seconds)),
-            # JAX would abort with pages of C++: the watch speaks first.
+            # JAX would abort with pages of C++: the lifelines and the watch speak first.
+            initialization_timeout=int(timeout_seconds) + 60,
             heartbeat_timeout_seconds=max(100, int(4 * heartbeat_seconds)),
         )
     watch.Watch(Store(), heartbeat_seconds).start()

@@ -9,6 +9,7 @@ import contextlib
 import selectors
 import socket
 import threading
+import time
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
@@ -18,6 +19,7 @@ from microdit_jax.machine import interrupts
 JOINED = b"joined\n"
 LINE_BYTES = 4096
 PROBE_SECONDS, PROBES = 5, 5  # of a connection on which nothing comes
+TELL_SECONDS = 5.0  # for process 0 to be the one that tells all that the time is up
 _LOOK_SECONDS = 0.2
 
 
@@ -40,13 +42,20 @@ class Lifelines:
     Args:
       peers: by number.
       first: True on process 0.
+      seconds: for all to join, since one that stands still hangs up no connection.
       end: called with the line in a thread.
     """
 
     def __init__(
-        self, peers: Mapping[int, Peer], *, first: bool, end: Callable[[str], None] = _end
+        self,
+        peers: Mapping[int, Peer],
+        *,
+        first: bool,
+        seconds: float = 300.0,
+        end: Callable[[str], None] = _end,
     ):
         self._peers, self._first, self._end = dict(peers), first, end
+        self._seconds = seconds if first else seconds + TELL_SECONDS
         self._joined = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="lifelines", daemon=True)
 
@@ -67,6 +76,7 @@ class Lifelines:
             peer.connection.close()
 
     def _watch(self) -> None:
+        until = time.monotonic() + self._seconds
         with selectors.DefaultSelector() as selector:
             for number, peer in self._peers.items():
                 selector.register(peer.connection, selectors.EVENT_READ, number)
@@ -78,6 +88,13 @@ class Lifelines:
                     elif not self._joined.is_set():
                         self._leave(key.data, line)
                         return
+                if time.monotonic() > until and not self._joined.is_set():
+                    self._tell_and_end(
+                        f"expected all processes, which had called, to join within "
+                        f"{self._seconds:.0f} s, found one that stands still; look at their logs; "
+                        "the same command tries again"
+                    )
+                    return
 
     def _line(self, number: int) -> bytes:
         """Returns what a process has to say; b"" where it is gone."""
@@ -97,11 +114,13 @@ class Lifelines:
             line = (
                 f"process {number} ({host}) is gone before all had joined; the same command goes on"
             )
+        self._tell_and_end(line)
+
+    def _tell_and_end(self, line: str) -> None:
         if self._first:
-            for other, peer in self._peers.items():
-                if other != number:
-                    with contextlib.suppress(OSError):
-                        peer.connection.sendall(line.encode() + b"\n")
+            for peer in self._peers.values():  # the one that is gone does not hear it
+                with contextlib.suppress(OSError):
+                    peer.connection.sendall(line.encode() + b"\n")
         self._end(line)
 
 

@@ -38,7 +38,7 @@ def preflight(job: Job, timeout_seconds: float) -> Lifelines:
     part = _Counter(job, deadline) if job.process_id == 0 else _Caller(job, deadline)
     if fault := part.run():
         raise (Late if part.late else UserError)(fault)
-    return Lifelines(part.peers, first=job.process_id == 0)
+    return Lifelines(part.peers, first=job.process_id == 0, seconds=timeout_seconds)
 
 
 # ------------------------------------------------------------------ process 0

@@ -1,13 +1,12 @@
 """Training that is killed and started again, by itself and on other numbers of hosts.
 
   python -m tools.faults.restarts loops [--faults=10] [--steps=600] [--seed=0]
-  python -m tools.faults.restarts hosts [--chain=2x1,1x1,3x1,2x1]
+  python -m tools.faults.restarts hosts [--runs="2x1 2x1,1x1,3x1,2x1"]
 
 `loops`: two hosts, each `until train_main.py ...; do sleep 1; done`, are signalled at random
 moments; the run must reach its last step by itself, and end as an unbroken one, bit for bit.
 `hosts`: a run goes from 2 hosts to 1, 3 and 2 by kill -9 each; prints how far its weights end from
-those of unbroken runs. A chain is given by hosts x devices of each. Both are processes on loopback,
-with simulated devices, and take minutes.
+those of unbroken runs. Both are processes on loopback, with simulated devices, and take minutes.
 """
 
 import argparse
@@ -16,7 +15,6 @@ import json
 import os
 import pathlib
 import random
-import re
 import signal
 import socket
 import subprocess
@@ -30,8 +28,8 @@ from tools.faults.hosts import ROOT, make_data
 
 LIMIT_SECONDS = 1800.0  # of a run
 END = 80  # last step of a run on changing hosts
-# Other numbers of devices, and the same number of devices on other numbers of hosts.
-CHAINS = ("2x1,1x1,3x1,2x1", "2x3,1x6,3x2,2x3")
+# On other numbers of devices, and with the same number of devices on other numbers of hosts.
+RUNS = ("2x1 2x1 1x2 3x1 2x1,1x1,3x1,2x1", "2x3 2x3 1x6 3x2 2x3,1x6,3x2,2x3")
 
 
 def free_port() -> int:
@@ -205,26 +203,31 @@ def loops(data: pathlib.Path, folder: pathlib.Path, faults: int, steps: int, see
 
 
 # ------------------------------------------------------------------ other numbers of hosts
-def hosts(data: pathlib.Path, folder: pathlib.Path, chain: str) -> None:
-    """Runs each part of a chain unbroken, its first one twice, and the chain; compares the ends."""
+def hosts(data: pathlib.Path, folder: pathlib.Path, runs: list[str]) -> None:
+    """Compares the ends of runs with that of the first one.
+
+    Args:
+      runs: hosts x devices of each, such as 2x3; a run with commas goes on there, after a kill -9.
+    """
     folder.mkdir()
     flags = settings(data, END, "--config.train.batch_size=12")
-    ends: dict[str, dict[str, np.ndarray]] = {}
-    start: dict[str, np.ndarray] = {}
 
-    def whole(name: str, *parts: tuple[int, int]) -> None:
-        workdir = folder / re.sub("[ ,]+", "_", name)
-        for number, (count, devices) in enumerate(parts):
-            with Run(workdir, count, devices, flags) as run:
-                if number == len(parts) - 1:
+    def end_of(number: int, name: str) -> dict[str, np.ndarray]:
+        workdir, parts = folder / str(number), name.split(",")
+        for position, part in enumerate(parts):
+            count, _, devices = part.partition("x")
+            with Run(workdir, int(count), int(devices), flags) as run:
+                if position == len(parts) - 1:
                     run.finish()
-                else:
-                    goal = 20 * (number + 1) + 5
-                    run.wait(lambda run=run, goal=goal: run.step() >= goal)
-                    run.hosts[number % count].signal(signal.SIGKILL)
+                else:  # it has saved steps of its own
+                    goal = 20 * (position + 1)
+                    run.wait(lambda run=run, goal=goal: run.saved() >= goal)
+                    run.hosts[position % int(count)].signal(signal.SIGKILL)
                     run.wait(run.is_over)
-        ends[name] = weights(state_of(workdir, END))
+                    killed = f"killed at step {run.step()}, checkpoint {run.saved()}"
+                    print(f"{name}: {part} {killed}", flush=True)
         print(f"{name}: done", flush=True)
+        return weights(state_of(workdir, END))
 
     def weights(state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         return {path: leaf for path, leaf in state.items() if path.startswith("params")}
@@ -232,22 +235,14 @@ def hosts(data: pathlib.Path, folder: pathlib.Path, chain: str) -> None:
     first = settings(data, 1, "--config.train.batch_size=12", "--config.optim.learning_rate=0")
     with Run(folder / "start", 1, 1, first) as run:
         run.finish()
-    start.update(weights(state_of(folder / "start", 1)))
-    parts = [(int(count), int(devices)) for count, _, devices in
-             (part.partition("x") for part in chain.split(","))]  # fmt: skip
-    unbroken = chain.split(",")[0]
-    whole(unbroken, parts[0])
-    whole(f"{unbroken} again", parts[0])
-    for name, part in zip(chain.split(","), parts, strict=True):
-        if name not in ends:
-            whole(name, part)
-    whole(chain, *parts)
-    print(f"\n| run | of {len(ends[unbroken])} arrays equal to those of {unbroken} | relative L2 | "
+    start = weights(state_of(folder / "start", 1))
+    ends = [end_of(number, name) for number, name in enumerate(runs)]
+    print(f"\n| run | of {len(start)} arrays equal to those of {runs[0]} | relative L2 | "
           "share of what training changed |\n|---|---|---|---|")  # fmt: skip
-    moved = distance(start, ends[unbroken])
-    for name, end in ends.items():
-        equal = sum(end[p].tobytes() == ends[unbroken][p].tobytes() for p in end)
-        far = distance(end, ends[unbroken])
+    moved = distance(start, ends[0])
+    for name, end in zip(runs, ends, strict=True):
+        equal = sum(end[p].tobytes() == ends[0][p].tobytes() for p in end)
+        far = distance(end, ends[0])
         print(f"| {name} | {equal} | {far:.1e} | {far / moved:.1e} |")
 
 
@@ -264,7 +259,7 @@ def main() -> None:
     parser.add_argument("--faults", type=int, default=10)
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--chain", action="append", help=f"default: {' and '.join(CHAINS)}")
+    parser.add_argument("--runs", action="append", help="hosts x devices of each: compared")
     args = parser.parse_args()
     if not args.data.exists():
         make_data(args.data)
@@ -273,8 +268,8 @@ def main() -> None:
         if args.what == "loops":
             loops(args.data, pathlib.Path(folder), args.faults, args.steps, args.seed)
         else:
-            for number, chain in enumerate(args.chain or CHAINS):
-                hosts(args.data, pathlib.Path(folder, str(number)), chain)
+            for number, runs in enumerate(args.runs or RUNS):
+                hosts(args.data, pathlib.Path(folder, str(number)), runs.split())
 
 
 if __name__ == "__main__":

@@ -54,4 +54,11 @@ MUTANTS = [
         "new": "    if True:",
         "tests": [f"{_WATCH}::test_a_collective_that_broke_alone_is_late_and_a_defect_stays_one"],
     },
+    {
+        "name": "a process that stands still before it has joined is waited for until JAX aborts",
+        "file": "microdit_jax/machine/lifelines.py",
+        "old": "                if time.monotonic() > until and not self._joined.is_set():",
+        "new": "                if False:",
+        "tests": ["tests/test_machine_lifelines.py"],
+    },
 ]
