@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -203,7 +204,7 @@ def loops(data: pathlib.Path, folder: pathlib.Path, faults: int, steps: int, see
 
 
 # ------------------------------------------------------------------ other numbers of hosts
-def hosts(data: pathlib.Path, folder: pathlib.Path, runs: list[str]) -> None:
+def hosts(data: pathlib.Path, folder: pathlib.Path, runs: Sequence[str]) -> None:
     """Compares the ends of runs with that of the first one.
 
     Args:
