@@ -112,7 +112,8 @@ def describe(error: BaseException) -> tuple[int, str]:
         return 2, (
             f"error: JAX cannot start{f' with JAX_PLATFORMS={wanted}' if wanted else ''}: {fault}; "
             "install its part for this machine (pip install 'microdit_jax[cuda12]', [cuda13] or "
-            "[tpu]; a GPU's driver must be as new as that), or set JAX_PLATFORMS=cpu"
+            "[tpu]; a GPU's driver must be as new as that), or set JAX_PLATFORMS=cpu; "
+            "more in docs/troubleshooting.md"
         )
     return 1, _defect(error)
 
