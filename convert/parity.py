@@ -73,6 +73,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     for name, kind in SIZES.items():
         add(f"--{name}", type=kind, help="as for python -m convert, where the file cannot tell")
     add("--weights", help="model, ema or KEY.PATH, of several that the input holds")
+    add("--base", type=Path, help="model that a run's adapters belong to, if not the package's")
     add("--config", type=Path, help="JSON of the config, instead of reading the file's own")
     flags = parser.parse_args(argv)
     if (flags.reference is None) == (flags.activations is None):
@@ -94,7 +95,7 @@ def load(flags: argparse.Namespace) -> tuple[DiTConfig, dict[str, np.ndarray]]:
     """
     path: Path = flags.input
     if is_ours(path):
-        ours = open_source(path, "dit", flags.weights)
+        ours = open_source(path, "dit", flags.weights, flags.base)
         _say(ours.description)
         return ours.config, dit.to_torch(ours.load(), ours.config)
     source = find_input(path, dit.KIND)

@@ -120,6 +120,7 @@ def load(
     dtype: str | None = None,
     fsdp: int = 0,
     weights: str | None = None,
+    base: str | None = None,
 ) -> tuple[LatentDiffusion, Model]:
     """Loads a network by name or path with its towers, on all local devices, for the commands.
 
@@ -130,14 +131,14 @@ def load(
       ema: of a training run, the moving average of the weights, if it keeps one.
       dtype: type of the computation; None: a training run's own, else bfloat16, on a CPU float32.
       fsdp: devices over which each weight is split; 0: as few as `fitting_mesh` finds.
-      weights: as `assets.load_model` takes it.
+      weights, base: as `assets.load_model` takes them.
     Returns:
       The pipeline and the network.
     Raises:
       UserError: something is not there, is damaged, or does not fit the rest.
     """
     mesh = functools.partial(fitting_mesh, fsdp=fsdp)
-    model = load_model(name, ema=ema, dtype=dtype, mesh=mesh, weights=weights)
+    model = load_model(name, ema=ema, dtype=dtype, mesh=mesh, weights=weights, base=base)
     if dtype is None and model.folder is None:
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
         model = model.with_dtype(dtype)

@@ -20,6 +20,10 @@ VAE = flags.DEFINE_string(
     "vae", None, "Its VAE, as a file, a folder or a repository; default: the one it is known for."
 )
 TEXT_ENCODER = flags.DEFINE_string("text_encoder", None, "Its text encoder, likewise.")
+BASE = flags.DEFINE_string(
+    "base", None, "Of a run that trained adapters, the network that they belong to; needed unless "
+    "that is known by its name."
+)  # fmt: skip
 EMA = flags.DEFINE_boolean("ema", True, "Use the moving average of the weights where there is one.")
 DTYPE = flags.DEFINE_enum(
     "dtype", None, ["float32", "bfloat16"], "Type of the computation; default: a training run's "
@@ -85,7 +89,9 @@ def load(name: str, weights: str | None = None) -> "tuple[LatentDiffusion, Model
     from microdit_jax import create
 
     start = time.perf_counter()
-    pipe, model = create.load(name, **image_settings(), fsdp=FSDP.value, weights=weights)
+    pipe, model = create.load(
+        name, **image_settings(), fsdp=FSDP.value, weights=weights, base=BASE.value
+    )
     if GUIDANCE.value == "auto":
         pipe = create.with_weaker(pipe, model, WEAKER.value)
     elif WEAKER.value is not None:

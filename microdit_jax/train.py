@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import gc
 import os
 import sys
@@ -43,6 +44,7 @@ from microdit_jax.training.metric_writer import MetricWriter
 from microdit_jax.training.profiling import REQUEST, StepTrace
 from microdit_jax.training.progress import Progress
 from microdit_jax.training.replicas import ReplicaCheck
+from microdit_jax.training.source import filled_in, load_frozen, with_whole_weights
 from microdit_jax.training.start import starting_state
 from microdit_jax.training.step import TrainState
 from microdit_jax.training.teacher import load_teacher
@@ -76,10 +78,11 @@ def train(config: ConfigDict, workdir: str | Path, stop: StopRequest | None = No
     # ---------------------------------------------------------------- mesh, network, data
     mesh = sharding.make_mesh(**config.mesh)
     hosts.connect(mesh)
-    config, teacher = load_teacher(config, mesh)
+    config, teacher = load_teacher(filled_in(config), mesh)
     check(config, mesh)
     cfg, edm = model_config(config), EdmConfig(**config.edm)
     model = DiT(for_this_machine(cfg))
+    frozen = load_frozen(config, cfg, mesh)
     optimizer, schedule = make_optimizer(config)
 
     with contextlib.ExitStack() as stack:
@@ -100,8 +103,9 @@ def train(config: ConfigDict, workdir: str | Path, stop: StopRequest | None = No
         reading = checkpoints.latest_step() is not None or config.init_from
         with goodput.spent_on("restore" if reading or config.init_weights_from else "start"):
             state, resumed, origin = starting_state(
-                config, output.name, checkpoints, model, optimizer, mesh, data.made_by, teacher
-            )
+                config, output.name, checkpoints, model, optimizer, mesh, data.made_by, teacher,
+                frozen,
+            )  # fmt: skip
         start = int(state.step)
         watch.at_step(start, saved=checkpoints.newest)
         due = [] if resumed is None else evaluations_due(workdir, start)
@@ -117,8 +121,8 @@ def train(config: ConfigDict, workdir: str | Path, stop: StopRequest | None = No
                 print(f"{workdir}: done already")
             return state
         networks = {"dit": dataclasses.asdict(cfg), "edm": dataclasses.asdict(edm)} | data.made_by
-        if teacher is not None:
-            networks["student"] = dataclasses.asdict(teacher.record)
+        for kind, part in (("student", teacher), ("adapted", frozen)):
+            networks |= {} if part is None else {kind: dataclasses.asdict(part.record)}
         hosts.from_first(
             "begin the workdir", lambda: begin_workdir(config, workdir, data, networks, resumed)
         )
@@ -157,6 +161,8 @@ def train(config: ConfigDict, workdir: str | Path, stop: StopRequest | None = No
         # ------------------------------------------------------------ step, evaluation, data
         step_fn = make_step(config, model, optimizer, schedule, mesh, data.tower)
 
+        merged = functools.partial(with_whole_weights, frozen=frozen)
+
         def between_parts() -> None:
             goodput.beat()
             stop.check()
@@ -192,7 +198,7 @@ def train(config: ConfigDict, workdir: str | Path, stop: StopRequest | None = No
             data.check_batch(batch)
             return names, sharding.put_batch({name: batch[name] for name in data.batch_keys}, mesh)
 
-        frozen = () if teacher is None else (teacher.params,)
+        held = [part.params for part in (teacher, frozen) if part is not None]
         batches = stack.enter_context(Prefetch(data.batches(config, start), to_devices))
 
         # ------------------------------------------------------------ loop
@@ -201,7 +207,7 @@ def train(config: ConfigDict, workdir: str | Path, stop: StopRequest | None = No
         goodput.begin(start)
         with progress.paused("evaluation"):
             first_evaluation = evaluations.at_start if resumed is None else due
-            if not evaluations.run(start, state, first_evaluation):
+            if not evaluations.run(start, merged(state), first_evaluation):
                 progress.say(f"{workdir}: stopped before a step; the same command goes on")
                 return state
         for step in range(start + 1, run.steps + 1):
@@ -214,7 +220,7 @@ def train(config: ConfigDict, workdir: str | Path, stop: StopRequest | None = No
                 stop.phase = Phase.STARTING  # compiling may take minutes, and there is no new step
             annotation = jax.profiler.StepTraceAnnotation("train", step_num=step)
             with compiling, annotation, jax.transfer_guard("disallow"):
-                state, metrics = step_fn(state, batch, *frozen)
+                state, metrics = step_fn(state, batch, *held)
             if first:
                 stop.phase = Phase.TRAINING
                 # Tracing and compiling leave 300,000 Python objects behind. Freezing exempts them
@@ -239,7 +245,7 @@ def train(config: ConfigDict, workdir: str | Path, stop: StopRequest | None = No
                 progress.catch_up()
             if evaluating and not stopping:
                 with progress.paused("evaluation"):
-                    stopping = not evaluations.run(step, state)
+                    stopping = not evaluations.run(step, merged(state))
             elif evaluating:
                 evaluations.postpone(step)
             # Saved last: all records of a step are on disk before its checkpoint, so a resume from
@@ -249,8 +255,8 @@ def train(config: ConfigDict, workdir: str | Path, stop: StopRequest | None = No
                 if claim is not None:
                     claim.check(now=True)
                 saved = {"step": step, "config": config.to_dict(), **progress.metadata()}
-                if teacher is not None:
-                    saved["teacher"] = teacher.record.weights
+                for kind, part in (("teacher", teacher), ("adapted", frozen)):
+                    saved |= {} if part is None else {kind: part.record.weights}
                 with goodput.spent_on("save"):
                     output.flush()
                     checkpoints.save(step, state, saved)

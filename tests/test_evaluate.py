@@ -20,9 +20,10 @@ from support.evaluation import (
     references,
 )
 
+from microdit_jax.checkpoints.weights import weights_digest
 from microdit_jax.errors import UserError
 from microdit_jax.evaluate import protocol, results, sample_set
-from microdit_jax.evaluate.sample_set import SampleSet, weights_digest
+from microdit_jax.evaluate.sample_set import SampleSet
 from microdit_jax.images import read_png, save_png
 from microdit_jax.metrics import geneval
 from microdit_jax.metrics.frechet import Statistics, frechet_distance

@@ -166,7 +166,7 @@ def test_micro_batches_and_meshes_change_nothing():
             rows = sharding.put_batch(batch, mesh)
         step = train_step.make_train_step(
             model, optimizer, schedule, edm=EDM, mask_ratio=0.0, seed=1, ema_smoothing=0.9,
-            ema_start_step=0, mesh=mesh, micro_batches=parts, student=loss,
+            ema_start_step=0, mesh=mesh, micro_batches=parts, frozen_loss=loss,
         )  # fmt: skip
         state, metrics = jax.jit(step)(state, rows, weights)
         found.append((float(metrics["grad_norm"]), np.asarray(metrics["image_loss"])))

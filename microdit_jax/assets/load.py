@@ -22,7 +22,7 @@ from microdit_jax.assets.conversion import converted
 from microdit_jax.checkpoints import model_folder
 from microdit_jax.checkpoints.fetch import local_model
 from microdit_jax.checkpoints.run import is_run, read_run_metadata
-from microdit_jax.checkpoints.weights import describe_weights, load_run_params
+from microdit_jax.checkpoints.weights import describe_weights, load_run_params, weights_digest
 from microdit_jax.convert import clip_text, t5, vae
 from microdit_jax.convert.arguments import config_from_fields, tower_name
 from microdit_jax.convert.dit import config_from_dict
@@ -33,6 +33,7 @@ from microdit_jax.errors import UserError, visible
 from microdit_jax.files.urls import with_urls
 from microdit_jax.models import dit
 from microdit_jax.models.dit import DiTConfig, for_this_machine
+from microdit_jax.models.lora import Adapted
 from microdit_jax.sampling.student import Student
 from microdit_jax.towers import Codec, TextEncoder
 
@@ -72,6 +73,8 @@ def load_model(
     dtype: str | None = None,
     mesh: MeshChoice = None,
     weights: str | None = None,
+    with_params: bool = True,
+    base: str | None = None,
 ) -> Model:
     """Loads a network by name or path.
 
@@ -83,6 +86,9 @@ def load_model(
       dtype: type of the computation; None keeps the model's own.
       mesh: devices for the weights, which are split by the rules of sharding.py.
       weights: "model", "ema" or keys joined by dots, of a PyTorch file that holds several.
+      base: of a run that trained adapters, the network that they belong to; None: the one that it
+        names.
+      with_params: load the weights; else `params` is None, and the rest is there in a moment.
     Raises:
       UserError: nothing usable there, or damaged.
     """
@@ -97,14 +103,14 @@ def load_model(
             f"{visible(name)}; leave them out (--noema takes a training run's raw weights)"
         )
     if instant.is_shipped(path):
-        model = _from_shipped(path, ema, mesh)
+        model = _from_shipped(path, ema, mesh, with_params)
     elif is_run(path):
-        model = _from_run(path, ema, mesh)
+        model = _from_run(path, ema, mesh, with_params, base)
     elif foreign:
-        model = _from_folder(converted("dit", path, weights=weights), mesh)
+        model = _from_folder(converted("dit", path, weights=weights), mesh, with_params)
         model = model._replace(description=path.name)
     elif path.is_dir():
-        model = _from_folder(path, mesh)
+        model = _from_folder(path, mesh, with_params)
     else:
         raise UserError(
             "--model must be a training run, a folder made by python -m convert, a .pt or "
@@ -144,7 +150,7 @@ def abstract_params(config: DiTConfig, mesh: MeshChoice = None) -> Any:
     )
 
 
-def _from_folder(folder: Path, mesh: MeshChoice) -> Model:
+def _from_folder(folder: Path, mesh: MeshChoice, with_params: bool) -> Model:
     metadata = model_folder.read_metadata(folder)
     if metadata["kind"] != "dit":
         raise UserError(
@@ -152,10 +158,12 @@ def _from_folder(folder: Path, mesh: MeshChoice) -> Model:
             "network: give it to --vae or --text_encoder"
         )
     config = config_from_dict(metadata["dit"])
-    abstract = abstract_params(config, mesh)
-    model_folder.check_network(folder, abstract)
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-    params, _ = model_folder.load_model(folder, sharding=shardings)
+    params = None
+    if with_params:
+        abstract = abstract_params(config, mesh)
+        model_folder.check_network(folder, abstract)
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+        params, _ = model_folder.load_model(folder, sharding=shardings)
     return Model(config, params, EdmConfig(), None, None, None, f"{folder}")
 
 
@@ -163,7 +171,7 @@ def _from_folder(folder: Path, mesh: MeshChoice) -> Model:
 _NEEDED = ("dit", "edm", "has_ema", "config.data.vae", "config.data.text_encoder")
 
 
-def _from_shipped(path: Path, ema: bool, mesh: MeshChoice) -> Model:
+def _from_shipped(path: Path, ema: bool, mesh: MeshChoice, with_params: bool) -> Model:
     if not ema:
         raise UserError(
             f"expected the moving average to be asked for, as {path} holds nothing else, found "
@@ -171,16 +179,49 @@ def _from_shipped(path: Path, ema: bool, mesh: MeshChoice) -> Model:
         )
     metadata = read_run_metadata(path, *_NEEDED)
     config = config_from_dict(metadata["dit"])
-    params = instant.load_params(path, abstract_params(config, mesh))
+    params = instant.load_params(path, abstract_params(config, mesh)) if with_params else None
     name = "the instant model" if path == instant.FOLDER else f"{path}"
     return _of_run(metadata, config, params, path, name)
 
 
-def _from_run(path: Path, ema: bool, mesh: MeshChoice) -> Model:
+def _from_run(
+    path: Path, ema: bool, mesh: MeshChoice, with_params: bool, base: str | None
+) -> Model:
     metadata = read_run_metadata(path, *_NEEDED)
     config, ema = config_from_dict(metadata["dit"]), ema and metadata["has_ema"]
-    params, step = load_run_params(path, abstract_params(config, mesh), ema=ema)
+    if not with_params:
+        return _of_run(metadata, config, None, path, f"{path}")
+    adapted = Adapted.from_dict(metadata.get("adapted"), f"{path}/config.json")
+    if adapted is not None:
+        params, step = _merged(path, adapted, mesh, ema=ema, base=base)
+    else:
+        params, step = load_run_params(path, abstract_params(config, mesh), ema=ema)
     return _of_run(metadata, config, params, path, describe_weights(path, step, ema=ema))
+
+
+def _merged(
+    path: Path, adapted: Adapted, mesh: MeshChoice, *, ema: bool, base: str | None
+) -> tuple[Any, int]:
+    """Loads a run's adapters and the network that they belong to, and merges them."""
+    if base is None:
+        hub.check_known({"base": adapted.base}, path)
+    whole = load_model(base or adapted.base, mesh=mesh)
+    if weights_digest(whole.params) != adapted.weights:
+        raise UserError(
+            f"expected the network whose adapters {visible(path)} holds, "
+            f"{visible(adapted.base)}, found other weights at {visible(base or adapted.base)}; "
+            "give the network that it was trained from by --base"
+        )
+    shapes = jax.eval_shape(adapted.lora.init, whole.params, jax.random.key(0))
+    leaf = jax.tree.leaves(whole.params)[0]
+    if isinstance(leaf.sharding, jax.sharding.NamedSharding) and isinstance(mesh, Mesh):
+        abstract = sharding.with_shardings(shapes, mesh)
+    else:
+        abstract = jax.tree.map(
+            lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=leaf.sharding), shapes
+        )
+    adapters, step = load_run_params(path, abstract, ema=ema)
+    return jax.jit(adapted.lora.merge)(whole.params, adapters), step
 
 
 def _of_run(metadata: dict, config: DiTConfig, params: Any, path: Path, description: str) -> Model:

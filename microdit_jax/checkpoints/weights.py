@@ -1,10 +1,12 @@
 """Loads parameters without optimiser state, to sample with or to start another run from."""
 
+import hashlib
 import os
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from microdit_jax.checkpoints import model_folder
 from microdit_jax.checkpoints.model_folder import Params
@@ -12,6 +14,7 @@ from microdit_jax.checkpoints.restore import good_step, restore_state, steps_on_
 from microdit_jax.checkpoints.run import is_run, read_run_metadata
 from microdit_jax.errors import UserError, visible
 from microdit_jax.machine import hosts
+from microdit_jax.machine.placement import fetch
 
 
 def load_run_params(
@@ -98,3 +101,16 @@ def load_weights(
     params, _ = model_folder.load_model(source, sharding=shardings, verify=False)
     params = jax.tree.map(lambda p, leaf: p.astype(leaf.dtype), params, abstract_params)
     return params, f"{source}, a {metadata['kind']} model folder"
+
+
+def weights_digest(params: Any) -> str:
+    """Returns the sha256 of the names and values of all weights, wherever they are."""
+    digest = hashlib.sha256()
+    for path, leaf in sorted(
+        (jax.tree_util.keystr(path), leaf)
+        for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]
+    ):
+        digest.update(path.encode())
+        values = fetch(leaf) if isinstance(leaf, jax.Array) else leaf
+        digest.update(np.ascontiguousarray(values).tobytes())
+    return digest.hexdigest()

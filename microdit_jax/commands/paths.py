@@ -58,10 +58,11 @@ TEXTS = {
         "ray_address",
         "job_token",
         "config.eval.prompts",
+        "config.lora.targets",
     ),
     *("config.log.wandb",),
 }
-_MODEL_FLAGS = {"weaker": _IN, "model": _READ, "vae": _IN, "text_encoder": _IN}
+_MODEL_FLAGS = {"base": _IN, "weaker": _IN, "model": _READ, "vae": _IN, "text_encoder": _IN}
 _CONFIG = {
     "config": _IN,
     "config.teacher": _IN,
@@ -69,6 +70,7 @@ _CONFIG = {
     "config.init_weights_from": _READ,
     "config.data.cache": _OUT,
     "config.data.datasets.folder": _DATA,
+    "config.data.folder": _DATA,
     "config.data.heldout.folder": _DATA,
     "config.data.text_encoder": _IN,
     "config.data.vae": _IN,
@@ -84,10 +86,15 @@ PLACES: dict[str, dict[str, Place]] = {
     | {"prompts": _FETCHED, "reference": _FETCHED, "inception": _FETCHED, "clip": _FETCHED}
     | {"geneval_prompts": _FETCHED, "geneval_results": _FETCHED, "out": _FOLDER},
     "microdit_jax.app": _MODEL_FLAGS,
-    "convert": {"input": _FETCHED, "config": _FETCHED, "output": _READ._replace(output=True)},
-    "convert.parity": {"input": _FETCHED, "reference": _IN, "activations": _FETCHED}
+    "convert": {
+        "input": _FETCHED,
+        "base": _IN,
+        "config": _FETCHED,
+        "output": _READ._replace(output=True),
+    },
+    "convert.parity": {"input": _FETCHED, "base": _IN, "reference": _IN, "activations": _FETCHED}
     | {"config": _FETCHED, "record": _FILE, "json": _FILE},
-    "microdit_jax.prepare": {"input": _READ, "captions": _FETCHED, "vae": _IN}
+    "microdit_jax.prepare": {"input": _READ, "captions": _FETCHED, "model": _READ, "vae": _IN}
     | {"text_encoder": _IN, "cache": _OUT, "output": _WRITTEN},
     "microdit_jax.prepare.mds_index": {"input": _OUT},
     "microdit_jax.prepare.reformat": {"input": _DATA, "vae": _IN, "text_encoder": _IN}

@@ -15,18 +15,21 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
+from microdit_jax.checkpoints.run import is_run, read_run_metadata
 from microdit_jax.commands.parser import Parser
 from microdit_jax.commands.paths import local_places
 from microdit_jax.convert.formats.safetensors_file import write_safetensors
 from microdit_jax.convert.formats.torch_file import write_torch
 from microdit_jax.convert.inputs import CONFIG, NOTE, read_note, read_stated_config
 from microdit_jax.convert.kinds import NAMES, get_kind
-from microdit_jax.convert.networks import is_ours, open_source
+from microdit_jax.convert.networks import adapted_network, is_ours, load_adapters, open_source
 from microdit_jax.convert.to_folder import bar, convert_to_folder, say, say_time
 from microdit_jax.errors import UserError, visible
 from microdit_jax.files import check_writable, output_file, output_folder
 from microdit_jax.files.urls import scheme_of
+from microdit_jax.trees import flatten
 
 EXAMPLE = """example:
   python -m convert --kind=dit --input=dit_4_channel_0.5B_synthetic_data.pt --output=models/dit
@@ -57,7 +60,9 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         "--input", required=True, type=Path, help=".pt, .bin, .safetensors, a model's folder; a run"
     )
     add("--output", required=True, type=Path, help="model folder; or .pt, .bin or .safetensors")
-    add("--to", choices=("orbax", "torch"), default="orbax", help="direction (default: orbax)")
+    add("--to", choices=("orbax", "torch", "lora"), default="orbax", help="a model folder "
+        "(default); a file for PyTorch; the adapters alone of a run that trained some")  # fmt: skip
+    add("--base", type=Path, help="model that a run's adapters belong to, if not the package's")
     for name, settings in OPTIONS.items():
         add(f"--{name}", **settings)
     add("--config", type=Path, help="JSON of the config, instead of reading the model's own")
@@ -65,7 +70,8 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="type to write with --to=torch")
     flags = parser.parse_args(argv)
     given = {name for name, value in vars(flags).items() if value is not None}
-    unused = {"dtype"} if flags.to == "orbax" else {"config", *OPTIONS}
+    unused = {"dtype", "base"} if flags.to == "orbax" else {"config", *OPTIONS}
+    unused |= {"base"} if flags.to == "lora" else set()
     for name in sorted(given & unused):
         raise UserError(f"--{name} does not go with --to={flags.to}; leave it out")
     for name in sorted((given & OPTIONS.keys()) - set(get_kind(flags.kind).options)):
@@ -103,7 +109,7 @@ def to_torch(flags: argparse.Namespace) -> None:
             f"expected --output to end in .pt, .bin or .safetensors, found {flags.output}"
         )
     kind = get_kind(flags.kind)
-    source = open_source(flags.input, kind.name, flags.weights)
+    source = open_source(flags.input, kind.name, flags.weights, flags.base)
     config = source.config
     made_from = {**source.made_from, "dtype": flags.dtype}
     note = json.dumps({**made_from, "kind": kind.name, "config": dataclasses.asdict(config)})
@@ -132,15 +138,47 @@ def to_torch(flags: argparse.Namespace) -> None:
     say_time(start, num_bytes)
 
 
+def to_lora(flags: argparse.Namespace) -> None:
+    """Writes a run's adapters alone as a .safetensors file, in the names that PEFT uses."""
+    if flags.output.suffix != ".safetensors":
+        raise UserError(f"expected --output to end in .safetensors, found {flags.output}")
+    adapted = adapted_network(flags.input) if is_run(flags.input) else None
+    if adapted is None:
+        raise UserError(
+            f"expected a run that trained adapters (config.lora.rank), found none at "
+            f"{visible(flags.input)}; --to=torch writes a whole network"
+        )
+    if flags.output.exists():
+        raise UserError(f"expected {flags.output} not to exist; choose another --output")
+    about = read_run_metadata(flags.input, "has_ema", "dit")
+    config = get_kind("dit").config_from_dict(about["dit"])
+    ema = about["has_ema"] and flags.weights != "model"
+    low = flatten(load_adapters(flags.input, adapted, config, ema=ema))
+    tensors = {}
+    for path, array in low.items():
+        module, _, name = path.rpartition("/")
+        name = {"a": "lora_A", "b": "lora_B"}[name]
+        module = module.removesuffix("/kernel").replace("/", ".")
+        tensors[f"{module}.{name}.weight"] = np.asarray(array).T
+    lora = adapted.lora
+    notes = {
+        "rank": f"{lora.rank}", "alpha": f"{lora.alpha:g}", "base": adapted.base,
+        "base_sha256": adapted.weights,
+    }  # fmt: skip
+    write_safetensors(flags.output, tensors, notes, dtype=flags.dtype)
+    say("adapters", f"{sum(t.size for t in tensors.values()):,} weights of rank {lora.rank}")
+    say("output", f"{flags.output}, {flags.output.stat().st_size / 1e6:.1f} MB")
+
+
 def main(arguments: Sequence[str]) -> None:
     """The command; `arguments` without the program's name."""
     flags = parse_arguments(arguments)
     check_writable(flags.output, folder=flags.to == "orbax")
     jax.config.update("jax_platforms", "cpu")  # a file on its way to a file needs no device
-    work = {"orbax": to_orbax, "torch": to_torch}[flags.to]
+    work = {"orbax": to_orbax, "torch": to_torch, "lora": to_lora}[flags.to]
     with local_places("convert", vars(flags)) as local, contextlib.ExitStack() as stack:
         vars(flags).update(local)
-        if scheme_of(flags.output) and flags.to == "torch":
+        if scheme_of(flags.output) and flags.to != "orbax":
             flags.output = stack.enter_context(output_file(flags.output))
         elif scheme_of(flags.output):
             flags.output = stack.enter_context(output_folder(flags.output)).path

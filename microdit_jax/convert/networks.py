@@ -9,12 +9,13 @@ import jax
 from microdit_jax.checkpoints.model_folder import Params, is_model, load_model, read_metadata
 from microdit_jax.checkpoints.restore import good_step
 from microdit_jax.checkpoints.run import is_run, read_run_metadata
-from microdit_jax.checkpoints.weights import describe_weights, load_run_params
+from microdit_jax.checkpoints.weights import describe_weights, load_run_params, weights_digest
 from microdit_jax.convert.kinds import get_kind
 from microdit_jax.convert.shipped import MANIFEST, find_shipped, is_shipped, load_params
 from microdit_jax.errors import UserError, visible
 from microdit_jax.files import sha256
 from microdit_jax.models import dit
+from microdit_jax.models.lora import Adapted
 
 
 class Source(NamedTuple):
@@ -38,20 +39,23 @@ def is_ours(path: Path) -> bool:
     return is_model(path) or is_shipped(path) or is_run(path)
 
 
-def open_source(path: Path, kind: str, weights: str | None = None) -> Source:
+def open_source(
+    path: Path, kind: str, weights: str | None = None, base: Path | None = None
+) -> Source:
     """Opens a model folder, a training run or the model in the package.
 
     Args:
       kind: the kind of the model; a run and the model in the package are of kind dit.
       weights: "ema" or "model", of a run that keeps both; None takes the average if there is one,
         as sampling does.
+      base: model of ours whose adapters a run has trained, if it is not the one in the package.
     Raises:
       UserError: nothing usable there, a model of another kind, or no such weights.
     """
     path = find_shipped(path)
     if is_shipped(path) or is_run(path):
         _check_kind(path, "dit", kind)
-        return _shipped(path, weights) if is_shipped(path) else _run(path, weights)
+        return _shipped(path, weights) if is_shipped(path) else _run(path, weights, base)
     metadata = read_metadata(path)
     _check_kind(path, metadata["kind"], kind)
     if weights not in (None, "model"):
@@ -86,7 +90,12 @@ def _shipped(path: Path, weights: str | None) -> Source:
     return Source(config, made_from, said, lambda: load_params(path, _abstract(config)))
 
 
-def _run(path: Path, weights: str | None) -> Source:
+def adapted_network(path: Path) -> Adapted | None:
+    """Returns what a run's adapters belong to; None for a run that trained all weights."""
+    return Adapted.from_dict(read_run_metadata(path).get("adapted"), f"{path}/config.json")
+
+
+def _run(path: Path, weights: str | None, base: Path | None = None) -> Source:
     has_ema = read_run_metadata(path, "has_ema")["has_ema"]
     if weights not in (None, "model", "ema") or (weights == "ema" and not has_ema):
         holds = "model and ema" if has_ema else "model alone"
@@ -100,9 +109,47 @@ def _run(path: Path, weights: str | None) -> Source:
     made_from = {"model": sha256(manifest), "weights": "ema" if ema else "model"}
     other = f"; --weights={'model' if ema else 'ema'} takes the other" if has_ema else ""
     said = describe_weights(path, step, ema=ema) + other
+    if (adapted := adapted_network(path)) is not None:
+        whole = _base(path, adapted, base)
+        said += f", merged into {whole.description}"
+
+        def merged() -> Params:
+            params = whole.load()
+            if weights_digest(params) != adapted.weights:
+                raise UserError(
+                    f"expected the network whose adapters {visible(path)} holds, "
+                    f"{visible(adapted.base)}, found other weights; give that one by --base"
+                )
+            return adapted.lora.merge(params, load_adapters(path, adapted, config, ema=ema))
+
+        return Source(config, made_from | {"base": adapted.weights}, said, merged)
     return Source(
         config, made_from, said, lambda: load_run_params(path, _abstract(config), ema=ema)[0]
     )
+
+
+def _base(path: Path, adapted: Adapted, given: Path | None) -> Source:
+    """Opens the network that a run's adapters belong to."""
+    found = find_shipped(given or Path(adapted.base))
+    if given is None and not is_shipped(found):
+        raise UserError(
+            f"the adapters in {visible(path)} belong to {visible(adapted.base)}; give it by "
+            "--base, as a run or as a folder made by python -m convert"
+        )
+    if not is_ours(found):
+        raise UserError(
+            f"--base must be a run or a folder made by python -m convert, found "
+            f"{visible(found)}; convert it first"
+        )
+    return open_source(found, "dit")
+
+
+def load_adapters(path: Path, adapted: Adapted, config: Any, *, ema: bool) -> Params:
+    """Loads the adapters of a run into the host's memory."""
+    shapes = jax.eval_shape(adapted.lora.init, _abstract(config), jax.random.key(0))
+    here = _host()
+    abstract = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=here), shapes)
+    return load_run_params(path, abstract, ema=ema)[0]
 
 
 def _config(path: Path) -> dit.DiTConfig:

@@ -11,6 +11,7 @@ On disk a sample has the columns latents_256 and/or latents_512 (c, h, w), capti
 (l, width), both float16, and caption, as the reference has them; ours adds id and caption_tokens.
 """
 
+import copy
 import dataclasses
 import json
 import math
@@ -145,6 +146,26 @@ class Store(Protocol):
         ...
 
 
+class _Part:
+    """Some records of a store, numbered anew."""
+
+    def __init__(self, store: Store, indices: Sequence[int]):
+        self._store, self._indices = store, indices
+        self.columns, self.way = store.columns, store.way
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def raw(self, index: int) -> Mapping[str, Any]:
+        return self._store.raw(self._indices[index])
+
+    def raws(self, indices: Sequence[int]) -> Sequence[Mapping[str, Any]]:
+        return self._store.raws([self._indices[i] for i in indices])
+
+    def where(self, index: int) -> str:
+        return self._store.where(self._indices[index])
+
+
 class StoredLatents:
     """Random access to the records of one dataset; a source for `pipeline.make_dataset`.
 
@@ -237,6 +258,12 @@ class StoredLatents:
             "id": str(raw["id"], "utf-8", "replace") if "id" in raw else str(index),
             "index": np.int32(index),
         }
+
+    def part(self, indices: Sequence[int]) -> "StoredLatents":
+        """Keeps these records, numbered anew."""
+        chosen = copy.copy(self)
+        chosen._store = _Part(self._store, indices)
+        return chosen
 
     def check_made_by(self, *, vae: str, text_encoder: str) -> None:
         """Raises UserError unless the data come from this VAE and this text encoder."""

@@ -8,12 +8,13 @@ from typing import Any
 import jax
 
 from microdit_jax.checkpoints.run import read_run_metadata
+from microdit_jax.checkpoints.weights import weights_digest
 from microdit_jax.errors import UserError
 from microdit_jax.evaluate import results
 from microdit_jax.evaluate.instruments import Instruments, make_instruments
 from microdit_jax.evaluate.prompts import PromptSet, read_prompts
 from microdit_jax.evaluate.request import EvaluationRequest, Subject
-from microdit_jax.evaluate.sample_set import SamplerSettings, SampleSet, weights_digest
+from microdit_jax.evaluate.sample_set import SamplerSettings, SampleSet
 from microdit_jax.evaluate.scores import over_seeds
 from microdit_jax.machine import agreement, hosts
 from microdit_jax.metrics import geneval

@@ -7,7 +7,6 @@ devices there are now.
 """
 
 import dataclasses
-import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -23,7 +22,6 @@ from microdit_jax.evaluate.prompts import PromptSet
 from microdit_jax.files import read_json, read_npz, write_text
 from microdit_jax.images import is_made_so, read_png, save_png, to_uint8
 from microdit_jax.machine import hosts
-from microdit_jax.machine.placement import fetch
 from microdit_jax.metrics.statistics import write_npz
 from microdit_jax.sampling.pipeline import LatentDiffusion
 from microdit_jax.sampling.settings import Sampler
@@ -216,16 +214,3 @@ class SampleSet:
                     )
                 rows[name].append(arrays[name])
         return {name: np.concatenate(parts) for name, parts in rows.items()}
-
-
-def weights_digest(params: Any) -> str:
-    """Returns the sha256 of the names and values of all weights, wherever they are."""
-    digest = hashlib.sha256()
-    for path, leaf in sorted(
-        (jax.tree_util.keystr(path), leaf)
-        for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]
-    ):
-        digest.update(path.encode())
-        values = fetch(leaf) if isinstance(leaf, jax.Array) else leaf
-        digest.update(np.ascontiguousarray(values).tobytes())
-    return digest.hexdigest()

@@ -27,6 +27,7 @@ import jax
 import numpy as np
 
 from microdit_jax import images
+from microdit_jax.checkpoints.run import read_run_metadata
 from microdit_jax.commands.parser import Parser
 from microdit_jax.commands.paths import local_places
 from microdit_jax.data.stores import open_latents
@@ -79,9 +80,11 @@ def _parser() -> Parser:
     add("--source", required=True, choices=registry.KINDS, help="what --input holds")
     add("--input", help="the folder of the source; the emoji set has none")
     add("--output", required=True, help="the folder to write")
-    add("--resolutions", default="256,512", help="pixels of a side, with commas")
-    add("--vae", default=DEFAULT_VAE, help="a VAE's name or path (default: SDXL's)")
-    add("--text_encoder", default=DEFAULT_TEXT_ENCODER, help="name or path (default: DFN5B CLIP)")
+    add("--resolutions", help="pixels of a side, with commas (default: --model's, or 256,512)")
+    add("--model", help="a network to be trained on the data, as sample_main.py takes it: its VAE "
+        "and text encoder, and for small ones its resolution, are taken")  # fmt: skip
+    add("--vae", help="a VAE's name or path (default: --model's, or SDXL's)")
+    add("--text_encoder", help="name or path (default: --model's, or DFN5B CLIP)")
     add(
         "--dtype",
         default="float32",
@@ -122,6 +125,7 @@ def _parser() -> Parser:
 def main(arguments: Sequence[str]) -> None:
     parser = _parser()
     args = parser.parse_args(arguments)
+    _take_from_model(args)
     try:
         resolutions = tuple(int(side) for side in args.resolutions.split(","))
     except ValueError:
@@ -170,6 +174,23 @@ def main(arguments: Sequence[str]) -> None:
     ):
         request.source_options.update(local)
         _run(args, request, options, output)
+
+
+def _take_from_model(args: argparse.Namespace) -> None:
+    """Fills in the flags that were left out, by the network that the data are for."""
+    vae, text_encoder, resolutions = DEFAULT_VAE, DEFAULT_TEXT_ENCODER, "256,512"
+    if args.model is not None:
+        from microdit_jax.assets import load  # here, so that --help answers at once
+
+        model = load.load_model(args.model, with_params=False)
+        vae, text_encoder = model.vae or vae, model.text_encoder or text_encoder
+        if model.folder is not None:  # a run, which says what it was trained on
+            data = read_run_metadata(model.folder, "config.data.resolution")["config"]["data"]
+            resolutions = f"{data['resolution']}"
+        else:
+            resolutions = f"{8 * model.config.input_size}"  # of the VAEs that there are
+    args.vae, args.text_encoder = args.vae or vae, args.text_encoder or text_encoder
+    args.resolutions = args.resolutions or resolutions
 
 
 def _run(

@@ -19,12 +19,13 @@ from microdit_jax.errors import UserError
 from microdit_jax.evaluate.prompts import RUN_SPLITS, read_prompts
 from microdit_jax.machine import compile_options
 from microdit_jax.models import ARCHES, flops, masking, moe
-from microdit_jax.models.dit import DiT, DiTConfig
+from microdit_jax.models.dit import DiT, DiTConfig, abstract_params
 from microdit_jax.training import distill, optim, rules
 from microdit_jax.training import step as train_step
 from microdit_jax.training.caption_tower import CaptionTower
 from microdit_jax.training.evaluation import EVALUATORS
 from microdit_jax.training.metric_writer import import_wandb
+from microdit_jax.training.source import adapters, lora_loss
 from microdit_jax.training.step import Metrics, TrainState
 from microdit_jax.training.teacher import student_loss
 
@@ -102,7 +103,7 @@ def make_step(
 ) -> Callable[..., tuple[TrainState, Metrics]]:
     """Returns the jitted training step of a run configuration; it donates its state.
 
-    Of a config with a teacher, it takes the teacher's weights as its third argument.
+    Of a config with a teacher or adapters, it takes the frozen weights as its third argument.
 
     Compiled with the XLA options of `machine.compile_options` for the mesh's platform. With a
     tower, its batches hold "tokens" (n, l), which become embeddings in the same program.
@@ -119,7 +120,7 @@ def make_step(
         mesh=mesh,
         micro_batches=num_micro_batches(config, mesh),
         module_grad_norms=config.train.module_grad_norms,
-        student=student_loss(config),
+        frozen_loss=student_loss(config) or lora_loss(config),
     )
     platform = mesh.devices.flat[0].platform if isinstance(mesh, Mesh) else ""
     options = compile_options.compiler_options(platform)
@@ -175,6 +176,7 @@ def _check_stage(config: ConfigDict, mesh: Mesh | AbstractMesh | None) -> None:
         )
     make_optimizer(config)
     _check_distillation(config)
+    _check_adapters(config, cfg)
     if config.init_from and config.init_weights_from:
         raise UserError(
             "give one of config.init_from and config.init_weights_from, found "
@@ -228,6 +230,19 @@ def _check_distillation(config: ConfigDict) -> None:
         )
 
 
+def _check_adapters(config: ConfigDict, cfg: DiTConfig) -> None:
+    """Raises UserError for adapters that cannot be trained."""
+    lora = adapters(config)
+    if lora is None:
+        return
+    if not config.init_weights_from or config.init_from or config.teacher:
+        raise UserError(
+            "lora.rank asks for adapters of the weights that config.init_weights_from names, found "
+            "none, or an init_from or a teacher beside it; give that alone"
+        )
+    lora.paths(abstract_params(cfg))
+
+
 def _check_predecessor(config: ConfigDict, position: int) -> None:
     """Checks a stage of a chain against the stage whose weights or state it starts from."""
     name, earlier = config.stages[position], config.stages[:position]
@@ -273,4 +288,5 @@ def missing_folders(config: ConfigDict) -> list[str]:
     """Returns the local folders of latents that a stage will read and that are not there yet."""
     entries = (*config.data.datasets, config.data.heldout)
     folders = [entry["folder"] for entry in entries if entry["source"] == "latents"]
+    folders += [config.data.folder] if config.data.folder else []
     return [f for f in dict.fromkeys(folders) if "://" not in f and not Path(f).is_dir()]

@@ -42,7 +42,7 @@ class RunData(NamedTuple):
       heldout: records that training does not see.
       made_by: names of the "vae" and the "text_encoder" of all of them.
       tower: embeds the captions of records that hold "tokens", else None.
-      codec: folder of the codec if it was fitted to the run's data, else None.
+      codec: folder of the codec if it was fitted to images, these or others, else None.
       attribution: to be shown with samples, as the data's licence asks.
     """
 
@@ -134,11 +134,17 @@ def load_data(config: ConfigDict, mesh: Mesh) -> RunData:
     """
     entries = [dict(entry) for entry in config.data.datasets]
     heldout_entry = config.data.heldout.to_dict()
+    if whole := config.data.folder:
+        entries = [{"source": "latents", "folder": whole, "weight": 1.0}]
+        heldout_entry = entries[0]
     tower = None
     if config.data.captions == "tokens":
         tower = CaptionTower(config.data.text_encoder, config.model.options.dtype, mesh)
     opened = [_open(config, entry, "train", tower) for entry in entries]
-    heldout = _open(config, heldout_entry, "heldout", tower)
+    if whole:
+        opened, heldout = _split(opened[0], whole, config.data.heldout_share)
+    else:
+        heldout = _open(config, heldout_entry, "heldout", tower)
     made_by = {"vae": heldout.vae, "text_encoder": heldout.text_encoder}
     for source in opened:
         source.check_made_by(**made_by)
@@ -153,9 +159,29 @@ def load_data(config: ConfigDict, mesh: Mesh) -> RunData:
         heldout,
         made_by,
         tower,
-        Path(heldout_entry["folder"]) / "codec" if has_codec else None,
+        Path(heldout_entry["folder"]) / "codec" if has_codec else _small_codec(config.data.vae),
         "; ".join(dict.fromkeys(note for note in notes if note)),
     )
+
+
+def _small_codec(vae: str) -> Path | None:
+    """Returns the folder of a codec that was fitted to images; a run keeps a copy of it."""
+    return Path(vae) if (Path(vae) / "codec.json").is_file() else None
+
+
+def _split(whole: Opened, name: str, share: float) -> tuple[list[Opened], Opened]:
+    """Holds out every so many of a folder's records, the same ones at each start."""
+    assert isinstance(whole, StoredLatents)  # as load_data opens folders
+    count = round(len(whole) * share)
+    if not 1 <= count < len(whole):
+        raise UserError(
+            f"data.heldout_share must hold out one record or more of {name} and leave one, found "
+            f"{share} of {len(whole)}; give another share, or more images"
+        )
+    held = {int(i) for i in np.linspace(0, len(whole) - 1, count + 2)[1:-1]}
+    held |= set(range(count - len(held)))  # where rounding has met twice
+    kept = [i for i in range(len(whole)) if i not in held]
+    return [whole.part(kept)], whole.part(sorted(held))
 
 
 def _open(

@@ -48,8 +48,8 @@ def base() -> ConfigDict:
         {
             "seed": 18,
             # Where a stage that does not resume starts from; "{workdir}" is the run's own. Another
-            # run's full state (weights, optimiser, average, step), or weights alone, of a run or of
-            # a converted checkpoint (python -m convert). Both empty: from scratch.
+            # run's full state (weights, optimiser, average, step), or weights alone, of whatever
+            # sample_main.py takes as --model. Both empty: from scratch.
             "init_from": "",
             "init_weights_from": "",
             # A network, as sample_main.py takes --model, of which to distil a few-step student
@@ -64,10 +64,13 @@ def base() -> ConfigDict:
                 # Trajectories start from noise alone, and need no images but captions.
                 "from_noise": False,
             },
+            # Adapters of the frozen weights that init_weights_from names, in place of all weights;
+            # a rank of 0 trains the weights themselves. The scale of the product is alpha / rank.
+            "lora": {"rank": 0, "alpha": 16.0, "targets": ("attn", "cross_attn", "mlp")},
             "mesh": {"data": -1, "fsdp": 1, "expert": 1},
             "model": {
-                # MicroDiT_XL_2, MicroDiT_Tiny_2, DiT to set every size by hand, or teacher, whose
-                # sizes a student may have.
+                # MicroDiT_XL_2, MicroDiT_Tiny_2, DiT to set every size by hand, teacher, whose
+                # sizes a student may have, or source: those of what init_weights_from names.
                 "arch": "MicroDiT_XL_2",
                 # Fields of microdit_jax.models.dit.DiTConfig over those of the arch.
                 "options": ConfigDict(
@@ -92,6 +95,9 @@ def base() -> ConfigDict:
                 # of no skin tone. A record of a set with weight 2 is seen twice as often as one of
                 # a set with weight 1.
                 "datasets": (),
+                # One folder of latents in their place; every so many of its records are held out.
+                "folder": "",
+                "heldout_share": 0.1,
                 # {"source", "folder"} of images that training does not see.
                 "heldout": ConfigDict({"source": "", "folder": ""}),
                 "resolution": 256,  # pixels

@@ -47,10 +47,13 @@ RANGES = {
     "seed": Range(0, 2**32 - 1),
     "distill.guidance_scale": NOT_NEGATIVE,
     "distill.trajectory_steps": COUNT,
+    "lora.rank": COUNT_OR_NONE,
+    "lora.alpha": POSITIVE,
     "edm.P_mean": FINITE,
     "edm.P_std": POSITIVE,
     "edm.sigma_data": POSITIVE,
     "data.resolution": COUNT,
+    "data.heldout_share": Range(0, 1, above=True, below=True),
     "data.caption_drop": Range(0, 1),
     "data.threads": COUNT_OR_NONE,
     "data.cache_bytes": COUNT,
@@ -154,8 +157,17 @@ def check_datasets(data: ConfigDict) -> None:
       UserError: no dataset; keys, a source, a folder or a weight that cannot be; captions or a VAE
         that the source does not have.
     """
-    if not data.datasets:
-        raise UserError("data.datasets must name at least one dataset, found none")
+    if data.folder:
+        if data.datasets or data.heldout.source:
+            raise UserError(
+                "data.folder stands in place of data.datasets and data.heldout, found it beside "
+                "them; give the one or the others"
+            )
+    elif not data.datasets:
+        raise UserError(
+            "data.datasets must name at least one dataset, found none; --config.data.folder takes "
+            "one folder that python -m microdit_jax.prepare wrote"
+        )
     for entry in data.datasets:
         if not hasattr(entry, "keys") or set(entry.keys()) != DATASET_KEYS:
             raise UserError(
@@ -171,7 +183,7 @@ def check_datasets(data: ConfigDict) -> None:
             )
     if data.captions not in ("embeddings", "tokens"):
         raise UserError(f"data.captions must be one of embeddings, tokens, found {data.captions!r}")
-    for entry in (*data.datasets, data.heldout):
+    for entry in () if data.folder else (*data.datasets, data.heldout):
         _check_source(data, entry["source"], entry["folder"])
 
 

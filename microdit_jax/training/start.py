@@ -11,7 +11,9 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from microdit_jax.assets import hub, instant, load
 from microdit_jax.checkpoints.fetch import local_model
+from microdit_jax.checkpoints.model_folder import is_model
 from microdit_jax.checkpoints.run import RunCheckpoints, is_run, read_run_metadata
 from microdit_jax.checkpoints.weights import load_weights
 from microdit_jax.errors import UserError
@@ -19,8 +21,15 @@ from microdit_jax.files.urls import as_given, scheme_of
 from microdit_jax.machine import hosts
 from microdit_jax.models.dit import DiT
 from microdit_jax.training import step as train_step
+from microdit_jax.training.source import (
+    Frozen,
+    abstract_adapters,
+    check_same_frozen,
+    check_shapes,
+    new_adapters,
+)
 from microdit_jax.training.step import TrainState
-from microdit_jax.training.teacher import Teacher, check_same, check_shapes
+from microdit_jax.training.teacher import Teacher, check_same
 
 INIT_STREAM = 0x1217  # keeps the initialisation's key apart from those of the steps
 
@@ -47,17 +56,21 @@ def starting_state(
     mesh: Mesh,
     made_by: dict[str, str],
     teacher: Teacher | None = None,
+    frozen: Frozen | None = None,
 ) -> Start:
     """Returns the state from the first of these sources that there is:
 
     1. the newest good checkpoint of this workdir: the same command resumes;
     2. config.init_from: the full state of another run (weights, optimiser, average, step), from
        which the next stage goes on;
-    3. config.init_weights_from: weights alone, of another run (its average, if it keeps one) or of
-       a converted checkpoint. The optimiser and the step start anew. The resolution may be another:
-       the position embedding is computed, so no weight depends on it;
+    3. config.init_weights_from: weights alone, of another run (its average, if it keeps one), of a
+       checkpoint's file or folder, of a model known by its name. The optimiser and the step start
+       anew. The resolution may be another: the position embedding is computed, so no weight
+       depends on it;
     4. the teacher's weights, of a student;
     5. scratch: the initialisation.
+
+    With `frozen` weights the state is that of their adapters, from 1 or new.
 
     Args:
       made_by: names of the VAE and the text encoder of this run's data; another run's must be the
@@ -66,12 +79,15 @@ def starting_state(
       UserError: nothing usable there, or of another network or data.
     """
     with_ema = config.ema.enabled
+    if frozen is not None:
+        return _adapters(config, workdir, checkpoints, optimizer, mesh, made_by, frozen)
     abstract = train_step.abstract_state(model, optimizer, mesh, with_ema=with_ema)
     full, alone = (source_path(config[key], workdir) for key in ("init_from", "init_weights_from"))
     # ---------------------------------------------------------------- 1. resume
     if checkpoints.latest_step() is not None:
         state, saved = checkpoints.restore(abstract)
         check_same(workdir, saved, teacher)
+        check_same_frozen(workdir, saved, None)
         return Start(state, saved, "resumed")
     # ---------------------------------------------------------------- 2. another run's full state
     if full:
@@ -89,14 +105,14 @@ def starting_state(
     if alone:
         alone = str(local_model(alone))
         _check_source("init_weights_from", alone, made_by)
-        params, description = load_weights(alone, abstract.params)
+        params, description = _weights(alone, abstract.params, mesh)
         create = functools.partial(TrainState.create, optimizer=optimizer, with_ema=with_ema)
         shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
         state = jax.jit(create, out_shardings=shardings, donate_argnums=0)(params)
         return Start(state, None, f"weights of {description}")
     # ---------------------------------------------------------------- 4. the teacher's weights
     if teacher is not None:
-        check_shapes(teacher, abstract.params)
+        check_shapes(teacher.params, abstract.params, teacher.description, arch="teacher")
         create = functools.partial(TrainState.create, optimizer=optimizer, with_ema=with_ema)
         shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
         state = jax.jit(create, out_shardings=shardings)(teacher.params)
@@ -107,11 +123,46 @@ def starting_state(
     return Start(state, None, "scratch")
 
 
+def _adapters(
+    config: ConfigDict,
+    workdir: str | Path,
+    checkpoints: RunCheckpoints,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    made_by: dict[str, str],
+    frozen: Frozen,
+) -> Start:
+    """Returns the state of frozen weights' adapters: the newest checkpoint's, or a new one."""
+    _check_source("init_weights_from", config.init_weights_from, made_by)
+    shapes = jax.eval_shape(lambda params: params, frozen.params)
+    lora, with_ema = frozen.record.lora, config.ema.enabled
+    abstract = abstract_adapters(lora, shapes, optimizer, mesh, with_ema=with_ema)
+    if checkpoints.latest_step() is not None:
+        state, saved = checkpoints.restore(abstract)
+        check_same_frozen(workdir, saved, frozen)
+        return Start(state, saved, "resumed")
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    key = jax.random.fold_in(jax.random.key(config.seed), INIT_STREAM)
+    create = functools.partial(new_adapters, lora, shapes, optimizer, with_ema=with_ema)
+    state = jax.jit(create, out_shardings=shardings)(key)
+    return Start(state, None, f"adapters of rank {lora.rank} of {frozen.description}")
+
+
 def source_path(name: str, workdir: str | Path) -> str:
     """Returns the path that a config's `init_from` names, or "" for none."""
     # Normalised: "folder/../other" cannot be opened before the folder exists.
     path = os.path.normpath(name.replace("{workdir}", str(workdir))) if name else ""
     return as_given(path) if scheme_of(path) else path
+
+
+def _weights(source: str, abstract_params: Any, mesh: Mesh) -> tuple[Any, str]:
+    """Loads the weights of whatever sample_main.py takes as --model."""
+    if is_run(source) or is_model(source):
+        return load_weights(source, abstract_params)
+    model = load.load_model(source, mesh=mesh)
+    check_shapes(model.params, abstract_params, model.description, arch="source")
+    params = jax.tree.map(lambda p, leaf: p.astype(leaf.dtype), model.params, abstract_params)
+    return params, model.description
 
 
 def _full_state(source: str, abstract: TrainState) -> TrainState:
@@ -132,10 +183,12 @@ def _check_source(key: str, source: str, made_by: dict[str, str]) -> None:
     """Raises UserError if there is nothing, or a run trained with another VAE or text encoder."""
 
     def names() -> dict[str, str]:
-        if is_run(source):
-            metadata = read_run_metadata(source, *made_by)
+        path = instant.find_shipped(Path(source))
+        if is_run(path) or instant.is_shipped(path):
+            metadata = read_run_metadata(path, *made_by)
             return {kind: metadata[kind] for kind in made_by}
-        if key == "init_from" or not Path(source).exists():
+        known = Path(source).exists() or source.removesuffix(".pt") in hub.RELEASED
+        if key == "init_from" or not known:
             raise UserError(
                 f"expected a training run at {source}, which config.{key} names, found none; train "
                 f"that stage first, or give another by --config.{key}"

@@ -28,10 +28,11 @@ from microdit_jax.errors import UserError
 from microdit_jax.models import dit
 from microdit_jax.models.dit import DiT
 from microdit_jax.training import optim
-from microdit_jax.training.distill import StudentLoss
 from microdit_jax.training.loss import Batch, batch_loss, with_position
 
 Metrics = dict[str, Any]
+# Like `loss.batch_loss`, with frozen weights behind the trained ones
+FrozenLoss = Callable[..., tuple[Float[Array, " n"], Float[Array, " n"]]]
 
 
 class TrainState(flax.struct.PyTreeNode):
@@ -137,12 +138,12 @@ def make_gradients(
     mesh: Mesh | AbstractMesh | None = None,
     micro_batches: int = 1,
     replicate_below: int = sharding.REPLICATE_BELOW,
-    student: StudentLoss | None = None,
+    frozen_loss: FrozenLoss | None = None,
 ) -> Callable[..., Gradients]:
     """Makes the function (params, batch, key) -> Gradients, over the mesh and micro-batches.
 
-    With a student's loss, the function takes one more argument, the teacher's weights, sharded like
-    the student's.
+    With a loss of frozen weights, the function takes one more argument, those weights, sharded like
+    all weights.
 
     Weights are all-gathered once a step, matrices in the type that the network computes in (XL/2 in
     bfloat16: 2.7 GB), and stay for all micro-batches. Each micro-batch's gradients are summed into
@@ -157,13 +158,13 @@ def make_gradients(
     def device_gradients(specs, weights, batch, key):
         """Gradients on one device, of its own images; specs is None without a mesh."""
         num_images = batch["latents"].shape[0] * devices
-        params = weights if student is None else weights["student"]
+        params = weights if frozen_loss is None else weights["trained"]
 
         def scaled_loss(params, part):
-            if student is None:
+            if frozen_loss is None:
                 loss, sigma = batch_loss(model, params, part, key, edm=edm, mask_ratio=mask_ratio)
             else:
-                loss, sigma = student(model, params, weights["teacher"], part, key)
+                loss, sigma = frozen_loss(model, params, weights["frozen"], part, key)
             return loss.sum() / num_images, (loss, sigma)
 
         def part_gradients(part):
@@ -184,7 +185,7 @@ def make_gradients(
         grads = sharding.sum_rest(grads, specs)
         return Gradients(grads, sharding.norm(grads, specs), total.loss, total.sigma)
 
-    def gradients(params: Any, batch: Batch, key: PRNGKeyArray, *teacher: Any) -> Gradients:
+    def gradients(params: Any, batch: Batch, key: PRNGKeyArray, *frozen: Any) -> Gradients:
         n = batch["latents"].shape[0]
         if n % (devices * micro_batches):
             raise UserError(
@@ -195,8 +196,8 @@ def make_gradients(
         if mesh is not None:
             specs = sharding.specs(params, mesh, replicate_below=replicate_below)
         weights = params
-        if student is not None:
-            weights = {"student": params, "teacher": teacher[0]}
+        if frozen_loss is not None:
+            weights = {"trained": params, "frozen": frozen[0]}
         return sharding.on_each_device(
             functools.partial(device_gradients, specs),
             mesh,
@@ -242,7 +243,7 @@ def make_train_step(
     micro_batches: int = 1,
     module_grad_norms: bool = False,
     replicate_below: int = sharding.REPLICATE_BELOW,
-    student: StudentLoss | None = None,
+    frozen_loss: FrozenLoss | None = None,
 ) -> Callable[..., tuple[TrainState, Metrics]]:
     """Makes one update, a pure function of state and batch whose randomness is f(seed, step).
 
@@ -254,7 +255,7 @@ def make_train_step(
       mesh: devices of state and batch; None for one device.
       micro_batches: parts into which a device's batch is split; the result does not depend on it.
       module_grad_norms: also report the gradient's norm of each part of the network.
-      student: distil a teacher, whose weights the function then takes as its third argument.
+      frozen_loss: with weights, a teacher's or a base's, that are the function's third argument.
     Returns:
       A function to jit, with the state donated. Its metrics: "loss", "grad_norm" (before clipping),
       "learning_rate", float32 (); "skipped", 1 if the update was, and "skipped_in_a_row", int32 ();
@@ -268,12 +269,12 @@ def make_train_step(
         mesh=mesh,
         micro_batches=micro_batches,
         replicate_below=replicate_below,
-        student=student,
+        frozen_loss=frozen_loss,
     )
 
-    def train_step(state: TrainState, batch: Batch, *teacher: Any) -> tuple[TrainState, Metrics]:
+    def train_step(state: TrainState, batch: Batch, *frozen: Any) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
-        grads, grad_norm, image_loss, image_sigma = gradients(state.params, batch, key, *teacher)
+        grads, grad_norm, image_loss, image_sigma = gradients(state.params, batch, key, *frozen)
         loss = image_loss.mean()
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
 

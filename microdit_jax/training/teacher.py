@@ -1,7 +1,6 @@
 """The teacher of a few-step student: its network, and what a student's run takes over from it."""
 
 import copy
-import dataclasses
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,12 +10,12 @@ from ml_collections import ConfigDict
 from microdit_jax.assets import load
 from microdit_jax.assets.load import Model
 from microdit_jax.checkpoints.run import read_run_metadata
+from microdit_jax.checkpoints.weights import weights_digest
 from microdit_jax.diffusion import EdmConfig
 from microdit_jax.errors import UserError, visible
-from microdit_jax.evaluate.sample_set import weights_digest
 from microdit_jax.sampling.student import Student
 from microdit_jax.training.distill import StudentLoss
-from microdit_jax.trees import flatten
+from microdit_jax.training.source import take_sizes
 
 ARCH = "teacher"  # config.model.arch of a student that has the sizes of its teacher
 
@@ -67,11 +66,7 @@ def filled_in(config: ConfigDict, model: Model) -> ConfigDict:
     config = copy.deepcopy(config)
     config.edm.sigma_data = model.edm.sigma_data
     if config.model.arch == ARCH:
-        sizes = dataclasses.asdict(model.config)
-        chosen = {name: config.model.options[name] for name in ("attention", "remat")}
-        config.model.arch = "DiT"
-        with config.model.options.unlocked():
-            config.model.options.update(sizes | chosen)
+        take_sizes(config, model.config, kept=("attention", "remat"))
     if not config.data.datasets:
         if model.folder is None:
             raise UserError(
@@ -98,19 +93,6 @@ def student_loss(config: ConfigDict) -> StudentLoss | None:
         trajectory_steps=settings.trajectory_steps,
         from_noise=settings.from_noise,
     )
-
-
-def check_shapes(teacher: Teacher, abstract_params: Any) -> None:
-    """Raises UserError if the student's network, given by its shapes, is not the teacher's."""
-
-    def shapes(params: Any) -> dict[str, tuple[int, ...]]:
-        return {path: leaf.shape for path, leaf in flatten(params).items()}
-
-    if shapes(teacher.params) != shapes(abstract_params):
-        raise UserError(
-            f"a student has its teacher's network, found another than that of "
-            f"{visible(teacher.description)}; give model.arch=teacher"
-        )
 
 
 def check_same(workdir: str | Path, saved: dict[str, Any], teacher: Teacher | None) -> None:

@@ -178,8 +178,8 @@ MUTANTS = [
     {
         "name": "create.load ignores ema",
         "file": "microdit_jax/create.py",
-        "old": "model = load_model(name, ema=ema, dtype=dtype, mesh=mesh, weights=weights)",
-        "new": "model = load_model(name, dtype=dtype, mesh=mesh, weights=weights)",
+        "old": "ema=ema, dtype=dtype, mesh=mesh, weights=weights, base=base",
+        "new": "dtype=dtype, mesh=mesh, weights=weights, base=base",
         "tests": ["tests/test_create.py"],
     },
     {

@@ -14,6 +14,9 @@ GOODPUT = "microdit_jax/training/goodput.py"
 PROFILING = "microdit_jax/training/profiling.py"
 DISTILL, TEST_DISTILL = "microdit_jax/training/distill.py", "tests/test_training_distill.py"
 
+SOURCE, LORA = "microdit_jax/training/source.py", "microdit_jax/models/lora.py"
+
+TEST_FINETUNE = "tests/test_training_finetune.py"
 TEST_GOODPUT = "tests/test_training_goodput.py"
 TEST_PROFILING = "tests/test_training_profiling.py"
 TEST_CONFIG, TEST_TRAIN = "tests/test_training_config.py", "tests/test_train.py"
@@ -191,4 +194,19 @@ MUTANTS = [
           "self._touched, self._looked = 0.0, clock()", TEST_PROFILING),
     fault("a signal traces for ever", PROFILING,
           "            self._signalled = False\n", "", TEST_PROFILING),
+    # ------------------------------------------------------------------ fine-tuning
+    fault("held-out records are trained on too", DATA,
+          "if i not in held]", "]", TEST_FINETUNE),
+    fault("a released checkpoint's noise levels are taken for every source", SOURCE,
+          "noise if model.folder is not None else noise | RELEASED_NOISE", "noise | RELEASED_NOISE",
+          f"{TEST_FINETUNE}::test_a_source_fills_in_what_is_left_open"),
+    fault("new adapters change the network", LORA,
+          "jnp.zeros((self.rank, columns))", "jnp.ones((self.rank, columns))",
+          f"{TEST_FINETUNE}::test_new_adapters_change_nothing_and_learn_at_once"),
+    fault("adapters are not scaled", LORA,
+          "self.alpha / self.rank * product", "product",
+          f"{TEST_FINETUNE}::test_adapters_are_low_rank_sums"),
+    fault("adapters are merged into any weights", "microdit_jax/assets/load.py",
+          "if weights_digest(whole.params) != adapted.weights:", "if False:",
+          f"{TEST_FINETUNE}::test_adapters_as_a_run"),
 ]  # fmt: skip

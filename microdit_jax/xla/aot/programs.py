@@ -14,10 +14,11 @@ from microdit_jax import sharding
 from microdit_jax.errors import UserError
 from microdit_jax.machine.slices import slices_of
 from microdit_jax.models import dit, flops
-from microdit_jax.models.dit import DiT
+from microdit_jax.models.dit import DiT, DiTConfig
 from microdit_jax.sampling import programs as sampler
 from microdit_jax.sampling.guidance import Form
 from microdit_jax.training import config as run_config
+from microdit_jax.training import source
 from microdit_jax.training import step as train_step
 
 CLIP_TOKENS = 77
@@ -78,17 +79,33 @@ def training(config: ConfigDict, mesh: Mesh, *, caption_length: int = CLIP_TOKEN
     }
     step = run_config.make_step(config, model, optimizer, schedule, mesh)
     mask_ratio = config.train.mask_ratio
-    teacher = (state.params,) if config.teacher else ()
+    weights = state.params
+    frozen = (weights,) if config.teacher else ()
+    if (lora := source.adapters(config)) is not None:
+        frozen = (_held(weights, cfg),)
+        state = source.abstract_adapters(
+            lora, weights, optimizer, mesh, with_ema=config.ema.enabled
+        )
     return Program(
-        functools.partial(step.lower, state, batch, *teacher),
+        functools.partial(step.lower, state, batch, *frozen),
         n,
         parts,
         flops.forward_flops(cfg, mask_ratio, caption_length),
         run_config.over_forward(config),
         flops.recomputed_share(cfg, mask_ratio, caption_length),
-        needed_communication(state.params, model, mesh, parts),
-        _count(state.params),
+        needed_communication(weights, model, mesh, parts),
+        _count(weights),
         slices_of(mesh),
+    )
+
+
+def _held(weights: Any, cfg: DiTConfig) -> Any:
+    """Shapes of frozen weights as a run holds them: matrices in the type they are multiplied in."""
+    cast = jax.eval_shape(functools.partial(dit.cast_matrices, config=cfg), weights)
+    return jax.tree.map(
+        lambda leaf, whole: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole.sharding),
+        cast,
+        weights,
     )
 
 
