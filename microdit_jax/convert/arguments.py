@@ -51,14 +51,16 @@ def config_from_fields(
     """
     fields_of = dataclasses.fields(cls)  # pyright: ignore[reportArgumentType]  # a dataclass
     known = {field.name: field for field in fields_of}
-    unknown = ", ".join(name for name in fields if name not in known)
-    missing = ", ".join(
+    unknown = [name for name in fields if name not in known]  # "" may be one of them
+    missing = [
         name
         for name, field in known.items()
         if name not in fields and field.default is field.default_factory is dataclasses.MISSING
-    )
+    ]
     if unknown or missing:
-        found = f"unknown {unknown or 'none'}, missing {missing}" if missing else unknown
+        found = ", ".join(name or "a field without a name" for name in unknown)
+        if missing:
+            found = f"unknown {found or 'none'}, missing {', '.join(missing)}"
         raise UserError(
             f"expected fields of {cls.__name__} ({', '.join(known)}), found {visible(found)}; "
             "correct them"
