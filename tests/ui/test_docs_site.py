@@ -31,8 +31,8 @@ ANSWERS = {
     "memory on 24 GB": "troubleshooting.html",
     "what is exact": "parity.html",
     # ---
-    "own pictures": "data.html",
-    "fine-tune": "training.html",
+    "own pictures": "finetune.html",
+    "fine-tune": "finetune.html",
     "negative prompt": "sampling.html",
     "troubleshooting": "troubleshooting.html",
     "citation": "cite.html",
