@@ -274,7 +274,7 @@ def test_another_teacher_is_refused(runs):
         ("train", {"mask_ratio": 0.5}, "train.mask_ratio must be 0 with a teacher"),
         ("eval", {"evaluators": ("heldout_loss",)}, "must not have heldout_loss with a teacher"),
         ("distill", {"guidance_interval": (2.0, 1.0)}, "two noise levels 0 <= low < high"),
-        ("model", {"arch": "MicroDiT_Tiny_2"}, "a student has its teacher's network"),
+        ("model", {"arch": "MicroDiT_Tiny_2"}, "found another; give --config.model.arch=teacher"),
     ],
 )
 def test_what_a_student_cannot_learn_with(runs, part, changes, message):
