@@ -94,7 +94,7 @@ def value(loss, params, teacher, batch):
 
 
 def test_the_target_is_the_end_of_the_guided_teachers_trajectory():
-    """In EDM's weight, from each point but the last quarter, with guidance in its interval."""
+    """Learns in EDM's weight, from each point but the last quarter, guided in its interval."""
     model, params, teacher = networks()
     random = sample_randomness(KEY, BATCH["position"], model.config)
     sigma = diffusion.training_sigma(random.sigma_normal, EDM)
@@ -139,7 +139,7 @@ def test_the_target_is_the_end_of_the_guided_teachers_trajectory():
 
 
 def test_captions_alone_are_enough():
-    """From noise alone the images of the batch are not looked at, and all start at sigma_max."""
+    """Starting from noise alone looks at no image of the batch, and begins at sigma_max."""
     _, params, teacher = networks()
     loss = dataclasses.replace(LOSS, from_noise=True)
     first, sigma = value(loss, params, teacher, BATCH)

@@ -22,7 +22,7 @@ from microdit_jax.assets.conversion import converted
 from microdit_jax.checkpoints import model_folder
 from microdit_jax.checkpoints.fetch import local_model
 from microdit_jax.checkpoints.run import is_run, read_run_metadata
-from microdit_jax.checkpoints.weights import describe_weights, load_run_params, weights_digest
+from microdit_jax.checkpoints.weights import describe_weights, load_merged, load_run_params
 from microdit_jax.convert import clip_text, t5, vae
 from microdit_jax.convert.arguments import config_from_fields, tower_name
 from microdit_jax.convert.dit import config_from_dict
@@ -205,23 +205,8 @@ def _merged(
     """Loads a run's adapters and the network that they belong to, and merges them."""
     if base is None:
         hub.check_known({"base": adapted.base}, path)
-    whole = load_model(base or adapted.base, mesh=mesh)
-    if weights_digest(whole.params) != adapted.weights:
-        raise UserError(
-            f"expected the network whose adapters {visible(path)} holds, "
-            f"{visible(adapted.base)}, found other weights at {visible(base or adapted.base)}; "
-            "give the network that it was trained from by --base"
-        )
-    shapes = jax.eval_shape(adapted.lora.init, whole.params, jax.random.key(0))
-    leaf = jax.tree.leaves(whole.params)[0]
-    if isinstance(leaf.sharding, jax.sharding.NamedSharding) and isinstance(mesh, Mesh):
-        abstract = sharding.with_shardings(shapes, mesh)
-    else:
-        abstract = jax.tree.map(
-            lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=leaf.sharding), shapes
-        )
-    adapters, step = load_run_params(path, abstract, ema=ema)
-    return jax.jit(adapted.lora.merge)(whole.params, adapters), step
+    name = base or adapted.base
+    return load_merged(path, adapted, load_model(name, mesh=mesh).params, name, ema=ema)
 
 
 def _of_run(metadata: dict, config: DiTConfig, params: Any, path: Path, description: str) -> Model:

@@ -7,7 +7,9 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding
 
+from microdit_jax import sharding
 from microdit_jax.checkpoints import model_folder
 from microdit_jax.checkpoints.model_folder import Params
 from microdit_jax.checkpoints.restore import good_step, restore_state, steps_on_disk
@@ -15,6 +17,8 @@ from microdit_jax.checkpoints.run import is_run, read_run_metadata
 from microdit_jax.errors import UserError, visible
 from microdit_jax.machine import hosts
 from microdit_jax.machine.placement import fetch
+from microdit_jax.models import lora
+from microdit_jax.models.lora import Adapted
 
 
 def load_run_params(
@@ -114,3 +118,41 @@ def weights_digest(params: Any) -> str:
         values = fetch(leaf) if isinstance(leaf, jax.Array) else leaf
         digest.update(np.ascontiguousarray(values).tobytes())
     return digest.hexdigest()
+
+
+def load_adapters(
+    workdir: str | os.PathLike, adapted: Adapted, params: Params, *, ema: bool
+) -> tuple[Params, int]:
+    """Loads the adapters of a run, to where the network's weights are; returns the step too.
+
+    Args:
+      params: weights of the network that they belong to, or their shapes, types and shardings.
+    """
+    shapes = jax.eval_shape(adapted.lora.init, params, jax.random.key(0))
+    here = jax.tree.leaves(params)[0].sharding
+    if isinstance(here, NamedSharding):
+        return load_run_params(workdir, sharding.with_shardings(shapes, here.mesh), ema=ema)
+    abstract = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), shapes
+    )
+    return load_run_params(workdir, abstract, ema=ema)
+
+
+def load_merged(
+    workdir: str | os.PathLike, adapted: Adapted, params: Params, name: str, *, ema: bool
+) -> tuple[Params, int]:
+    """Loads the adapters of a run and merges them into a network's weights; returns the step too.
+
+    Args:
+      params: weights of the network; `name` tells a person which.
+    Raises:
+      UserError: they are not those that the adapters were trained for.
+    """
+    if weights_digest(params) != adapted.weights:
+        raise UserError(
+            f"expected the network whose adapters {visible(workdir)} holds, "
+            f"{visible(adapted.base)}, found other weights at {visible(name)}; give the network "
+            "that it was trained from as its base"
+        )
+    adapters, step = load_adapters(workdir, adapted, params, ema=ema)
+    return lora.merged(adapted.lora, params, adapters), step

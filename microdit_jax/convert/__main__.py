@@ -18,13 +18,14 @@ import jax
 import numpy as np
 
 from microdit_jax.checkpoints.run import is_run, read_run_metadata
+from microdit_jax.checkpoints.weights import load_adapters
 from microdit_jax.commands.parser import Parser
 from microdit_jax.commands.paths import local_places
 from microdit_jax.convert.formats.safetensors_file import write_safetensors
 from microdit_jax.convert.formats.torch_file import write_torch
 from microdit_jax.convert.inputs import CONFIG, NOTE, read_note, read_stated_config
 from microdit_jax.convert.kinds import NAMES, get_kind
-from microdit_jax.convert.networks import adapted_network, is_ours, load_adapters, open_source
+from microdit_jax.convert.networks import abstract_params, adapted_network, is_ours, open_source
 from microdit_jax.convert.to_folder import bar, convert_to_folder, say, say_time
 from microdit_jax.errors import UserError, visible
 from microdit_jax.files import check_writable, output_file, output_folder
@@ -153,9 +154,9 @@ def to_lora(flags: argparse.Namespace) -> None:
     about = read_run_metadata(flags.input, "has_ema", "dit")
     config = get_kind("dit").config_from_dict(about["dit"])
     ema = about["has_ema"] and flags.weights != "model"
-    low = flatten(load_adapters(flags.input, adapted, config, ema=ema))
+    adapters, _ = load_adapters(flags.input, adapted, abstract_params(config), ema=ema)
     tensors = {}
-    for path, array in low.items():
+    for path, array in flatten(adapters).items():
         module, _, name = path.rpartition("/")
         name = {"a": "lora_A", "b": "lora_B"}[name]
         module = module.removesuffix("/kernel").replace("/", ".")

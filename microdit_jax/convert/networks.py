@@ -9,7 +9,7 @@ import jax
 from microdit_jax.checkpoints.model_folder import Params, is_model, load_model, read_metadata
 from microdit_jax.checkpoints.restore import good_step
 from microdit_jax.checkpoints.run import is_run, read_run_metadata
-from microdit_jax.checkpoints.weights import describe_weights, load_run_params, weights_digest
+from microdit_jax.checkpoints.weights import describe_weights, load_merged, load_run_params
 from microdit_jax.convert.kinds import get_kind
 from microdit_jax.convert.shipped import MANIFEST, find_shipped, is_shipped, load_params
 from microdit_jax.errors import UserError, visible
@@ -87,7 +87,7 @@ def _shipped(path: Path, weights: str | None) -> Source:
     config = _config(path)
     made_from = {"model": sha256(path / MANIFEST)}
     said = f"{path}, moving average, which is all it holds"
-    return Source(config, made_from, said, lambda: load_params(path, _abstract(config)))
+    return Source(config, made_from, said, lambda: load_params(path, abstract_params(config)))
 
 
 def adapted_network(path: Path) -> Adapted | None:
@@ -114,17 +114,11 @@ def _run(path: Path, weights: str | None, base: Path | None = None) -> Source:
         said += f", merged into {whole.description}"
 
         def merged() -> Params:
-            params = whole.load()
-            if weights_digest(params) != adapted.weights:
-                raise UserError(
-                    f"expected the network whose adapters {visible(path)} holds, "
-                    f"{visible(adapted.base)}, found other weights; give that one by --base"
-                )
-            return adapted.lora.merge(params, load_adapters(path, adapted, config, ema=ema))
+            return load_merged(path, adapted, whole.load(), whole.description, ema=ema)[0]
 
         return Source(config, made_from | {"base": adapted.weights}, said, merged)
     return Source(
-        config, made_from, said, lambda: load_run_params(path, _abstract(config), ema=ema)[0]
+        config, made_from, said, lambda: load_run_params(path, abstract_params(config), ema=ema)[0]
     )
 
 
@@ -144,14 +138,6 @@ def _base(path: Path, adapted: Adapted, given: Path | None) -> Source:
     return open_source(found, "dit")
 
 
-def load_adapters(path: Path, adapted: Adapted, config: Any, *, ema: bool) -> Params:
-    """Loads the adapters of a run into the host's memory."""
-    shapes = jax.eval_shape(adapted.lora.init, _abstract(config), jax.random.key(0))
-    here = _host()
-    abstract = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=here), shapes)
-    return load_run_params(path, abstract, ema=ema)[0]
-
-
 def _config(path: Path) -> dit.DiTConfig:
     return get_kind("dit").config_from_dict(read_run_metadata(path, "dit")["dit"])
 
@@ -160,7 +146,8 @@ def _host() -> jax.sharding.Sharding:
     return jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
 
 
-def _abstract(config: dit.DiTConfig) -> Any:
+def abstract_params(config: dit.DiTConfig) -> Any:
+    """Shapes and types of a network's parameters, in the memory of the host."""
     return jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=_host()),
         dit.abstract_params(config),

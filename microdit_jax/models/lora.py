@@ -85,6 +85,10 @@ class Lora:
         return unflatten(merged)
 
 
+# Compiled once for each choice of adapters, however often a run evaluates.
+merged = jax.jit(Lora.merge, static_argnums=0)
+
+
 @dataclasses.dataclass(frozen=True)
 class Adapted:
     """Record of the network that adapters belong to, kept beside them.

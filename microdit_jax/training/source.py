@@ -21,7 +21,7 @@ from microdit_jax.diffusion import EdmConfig
 from microdit_jax.errors import UserError, visible
 from microdit_jax.machine import hosts
 from microdit_jax.models.dit import DiT, DiTConfig, abstract_params, cast_matrices
-from microdit_jax.models.lora import Adapted, Lora
+from microdit_jax.models.lora import Adapted, Lora, merged
 from microdit_jax.training.loss import Batch, batch_loss
 from microdit_jax.training.step import TrainState
 from microdit_jax.trees import flatten
@@ -65,8 +65,8 @@ class LoraLoss:
         self, model: DiT, params: Any, frozen: Any, batch: Batch, key: PRNGKeyArray
     ) -> tuple[Float[Array, " n"], Float[Array, " n"]]:
         """Returns `loss.batch_loss` of the network with the adapters merged."""
-        merged = self.lora.merge(frozen, params)
-        return batch_loss(model, merged, batch, key, edm=self.edm, mask_ratio=self.mask_ratio)
+        whole = self.lora.merge(frozen, params)
+        return batch_loss(model, whole, batch, key, edm=self.edm, mask_ratio=self.mask_ratio)
 
 
 def abstract_adapters(
@@ -126,24 +126,37 @@ def with_whole_weights(state: TrainState, *, frozen: Frozen | None) -> TrainStat
     """Returns the state with the adapters merged into the weights, to evaluate; or as it is."""
     if frozen is None:
         return state
-    merge = jax.jit(frozen.record.lora.merge)
-    average = None if state.ema is None else merge(frozen.params, state.ema)
-    return state.replace(params=merge(frozen.params, state.params), ema=average)
+    merge = functools.partial(merged, frozen.record.lora, frozen.params)
+    average = None if state.ema is None else merge(state.ema)
+    return state.replace(params=merge(state.params), ema=average)
 
 
-def check_same_frozen(workdir: str | Path, saved: dict[str, Any], frozen: Frozen | None) -> None:
-    """Checks that a run that resumes adapts the weights that it was begun with.
+_OTHER = {  # by the key in a checkpoint: what a run was begun with, and the fix
+    "teacher": ("another teacher, or none", "give the same one"),
+    "adapted": (
+        "adapters of other weights, or without",
+        "give the same config.init_weights_from and config.lora",
+    ),
+}
+
+
+def check_same(
+    workdir: str | Path, saved: dict[str, Any], key: str, weights: str | None, name: str | None
+) -> None:
+    """Checks that a run that resumes has the frozen weights that it was begun with.
 
     Args:
       saved: what a checkpoint holds beside the state.
+      key: "teacher" or "adapted", under which it has the sha256 of those weights.
+      weights, name: of the frozen weights that the run has now; None for none.
     Raises:
-      UserError: it adapts others.
+      UserError: they are others.
     """
-    if saved.get("adapted") != (None if frozen is None else frozen.record.weights):
-        found = "none" if frozen is None else visible(frozen.record.base)
+    if saved.get(key) != weights:
+        begun, fix = _OTHER[key]
+        found = "none" if name is None else visible(name)
         raise UserError(
-            f"{visible(workdir)} was begun with adapters of other weights, or without, found "
-            f"{found}; give the same config.init_weights_from and config.lora, or another workdir"
+            f"{visible(workdir)} was begun with {begun}, found {found}; {fix}, or another workdir"
         )
 
 

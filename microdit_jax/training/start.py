@@ -24,12 +24,12 @@ from microdit_jax.training import step as train_step
 from microdit_jax.training.source import (
     Frozen,
     abstract_adapters,
-    check_same_frozen,
+    check_same,
     check_shapes,
     new_adapters,
 )
 from microdit_jax.training.step import TrainState
-from microdit_jax.training.teacher import Teacher, check_same
+from microdit_jax.training.teacher import Teacher
 
 INIT_STREAM = 0x1217  # keeps the initialisation's key apart from those of the steps
 
@@ -86,8 +86,9 @@ def starting_state(
     # ---------------------------------------------------------------- 1. resume
     if checkpoints.latest_step() is not None:
         state, saved = checkpoints.restore(abstract)
-        check_same(workdir, saved, teacher)
-        check_same_frozen(workdir, saved, None)
+        record = None if teacher is None else teacher.record
+        check_same(workdir, saved, "teacher", record and record.weights, record and record.teacher)
+        check_same(workdir, saved, "adapted", None, None)
         return Start(state, saved, "resumed")
     # ---------------------------------------------------------------- 2. another run's full state
     if full:
@@ -139,7 +140,7 @@ def _adapters(
     abstract = abstract_adapters(lora, shapes, optimizer, mesh, with_ema=with_ema)
     if checkpoints.latest_step() is not None:
         state, saved = checkpoints.restore(abstract)
-        check_same_frozen(workdir, saved, frozen)
+        check_same(workdir, saved, "adapted", frozen.record.weights, frozen.record.base)
         return Start(state, saved, "resumed")
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     key = jax.random.fold_in(jax.random.key(config.seed), INIT_STREAM)

@@ -1,7 +1,6 @@
 """The teacher of a few-step student: its network, and what a student's run takes over from it."""
 
 import copy
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from jax.sharding import Mesh
@@ -93,19 +92,3 @@ def student_loss(config: ConfigDict) -> StudentLoss | None:
         trajectory_steps=settings.trajectory_steps,
         from_noise=settings.from_noise,
     )
-
-
-def check_same(workdir: str | Path, saved: dict[str, Any], teacher: Teacher | None) -> None:
-    """Checks that a run that resumes has the teacher that it was begun with.
-
-    Args:
-      saved: what a checkpoint holds beside the state.
-    Raises:
-      UserError: it has another.
-    """
-    if saved.get("teacher") != (None if teacher is None else teacher.record.weights):
-        found = "none" if teacher is None else visible(teacher.record.teacher)
-        raise UserError(
-            f"{visible(workdir)} was begun with another teacher, or none, found {found}; give the "
-            "same one, or another workdir"
-        )

@@ -67,12 +67,7 @@ def test_a_workdir_on_s3_is_refused_in_one_line(data):
 
 
 def test_a_run_on_gs_that_is_killed_ends_as_one_on_a_disk(unbroken, tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    kept = tmp_path / "gcs" / stores.BUCKET / "runs" / "a"
-    with stores.gcs(tmp_path / "gcs") as environment:
-        for name, value in environment.items():
-            monkeypatch.setenv(name, value)
-        url = f"gs://{stores.BUCKET}/runs/a"
+    with stores.run_on_gs(tmp_path, monkeypatch) as (url, kept, _):
         for kill in range(KILLS):
             process = unbroken.start(url)
             # While a later checkpoint is on its way: its folder is there, what commits it is not.

@@ -46,12 +46,7 @@ def start(run, url, folder, environment):
 
 
 def test_two_hosts_killed_and_resumed_on_gs(unbroken, tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    kept = tmp_path / "gcs" / stores.BUCKET / "runs" / "a"
-    with stores.gcs(tmp_path / "gcs") as environment:
-        for name, value in environment.items():
-            monkeypatch.setenv(name, value)
-        url = f"gs://{stores.BUCKET}/runs/a"
+    with stores.run_on_gs(tmp_path, monkeypatch) as (url, kept, environment):
         for killed in (1, 0):  # in turn, while a later checkpoint is on its way
             processes = start(unbroken, url, tmp_path, environment)
             step = unbroken.every * (2 - killed)

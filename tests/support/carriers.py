@@ -201,7 +201,7 @@ def write_carriers(root: pathlib.Path, images: list[Captioned]) -> dict[str, tup
 
 
 def outcome(output: pathlib.Path, *resolutions: int) -> dict[str, object]:
-    """What a job made: counts, reasons, and the bytes of latents and caption by the caption."""
+    """Counts and reasons of a job, and the bytes of latents and caption by the caption."""
     report = json.loads((output / "report.json").read_text())
     found: dict[str, object] = {key: report[key] for key in ("records", "skipped", "reasons")}
     for resolution in resolutions:

@@ -50,7 +50,7 @@ REFUSALS = {
 
 
 class Store:
-    """What all connections share."""
+    """State that all connections share."""
 
     def __init__(self, folder: pathlib.Path, seconds: float):
         self.folder, self.seconds = folder, seconds

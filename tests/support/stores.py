@@ -60,6 +60,18 @@ def gcs(
 
 
 @contextlib.contextmanager
+def run_on_gs(
+    folder: pathlib.Path, monkeypatch
+) -> Iterator[tuple[str, pathlib.Path, dict[str, str]]]:
+    """A store for one run: its URL, where the store keeps its files, and the environment."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+    with gcs(folder / "gcs") as environment:
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        yield f"gs://{BUCKET}/runs/a", folder / "gcs" / BUCKET / "runs" / "a", environment
+
+
+@contextlib.contextmanager
 def s3() -> Iterator[dict[str, str]]:
     """Runs a server of S3 on a free port, in memory; gives the environment that leads to it."""
     code = (

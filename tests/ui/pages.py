@@ -1,4 +1,4 @@
-"""What the browser tests do on the page."""
+"""Steps of the browser tests on the page."""
 
 import urllib.request
 
@@ -58,6 +58,6 @@ def sample(page, **values) -> list[bytes]:
 
 
 def complaints(page) -> list[str]:
-    """What the browser's console has seen, but for refused requests."""
+    """Messages in the browser's console, but for refused requests."""
     log = page.get_log("browser")
     return [entry["message"] for entry in log if entry["source"] != "network"]

@@ -206,7 +206,7 @@ MUTANTS = [
     fault("adapters are not scaled", LORA,
           "self.alpha / self.rank * product", "product",
           f"{TEST_FINETUNE}::test_adapters_are_low_rank_sums"),
-    fault("adapters are merged into any weights", "microdit_jax/assets/load.py",
-          "if weights_digest(whole.params) != adapted.weights:", "if False:",
+    fault("adapters are merged into any weights", "microdit_jax/checkpoints/weights.py",
+          "if weights_digest(params) != adapted.weights:", "if False:",
           f"{TEST_FINETUNE}::test_adapters_as_a_run"),
 ]  # fmt: skip

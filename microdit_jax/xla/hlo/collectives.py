@@ -93,7 +93,7 @@ def kind_across(instruction: Instruction) -> str:
     if found is None:  # a callback's
         return ""
     kind = found[1].lower().replace("_", "-")
-    kind = {"permute": "collective-permute", "one-to-one": "collective-permute"}.get(kind, kind)
+    kind = "collective-permute" if kind == "one-to-one" else kind
     if kind not in COLLECTIVES:
         raise ValueError(
             f"expected a known kind of transfer between slices at {instruction.name}, found "
