@@ -52,6 +52,7 @@ def test_each_work_is_measured(what, tmp_path):
     assert row["operations"] > 0 and row["memory"]["temporaries"] > 0
     assert what in rows.line(row)
     report = rows.new("Tiny_2", 8, size) | {"rows": [row]}
+    assert set(report["cpu"]) == {"name", "vectors"}
     rows.write(report, tmp_path / "report.json")
     assert json.loads((tmp_path / "report.json").read_text())["rows"][0]["what"] == what
     assert (tmp_path / "report.png").stat().st_size > 1000
@@ -122,11 +123,15 @@ def test_the_loader_says_what_a_step_waits():
         (["--what=sampler", "--images=4"], "--images must be a multiple of 8 devices, found 4"),
         (["--what=loader", "--input=x", "--library_python=y"], "found --input=x too; leave one"),
         (["--batch_size=9"], "--batch_size must be a multiple of 8 devices"),
+        (["--what=loader", "--seconds=nan"], "--seconds must be finite and above 0, found nan"),
+        (["--what=loader", "--seconds=0"], "--seconds must be finite and above 0, found 0"),
+        (["--what=loader", "--images_per_second=nan"], "--images_per_second must be finite"),
     ],
 )
 def test_bad_flags(arguments, message):
     with pytest.raises(UserError, match=message):
         bench.main(arguments)
     flags.FLAGS.unparse_flags()
-    for name in ("what", "moe", "micro_batches", "batch_size", "images", "input", "library_python"):
+    names = ("what", "moe", "micro_batches", "batch_size", "images", "input", "library_python")
+    for name in (*names, "seconds", "images_per_second"):
         flags.FLAGS[name].unparse()

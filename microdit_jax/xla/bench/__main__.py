@@ -50,9 +50,9 @@ WARM_UP = flags.DEFINE_integer("warm_up", 1, "Turns before the timed ones.", low
 REPORT = flags.DEFINE_string("report", None, "JSON file to write; a chart (PNG) goes beside it.")
 DUMP = flags.DEFINE_string("dump", None, "Folder for each variant's HLO and profiler trace.")
 INPUT = flags.DEFINE_string("input", None, "loader: a dataset of latents; by default one is made.")
-SAMPLES = flags.DEFINE_integer("samples", 2000, "loader: records to make.")
+SAMPLES = flags.DEFINE_integer("samples", 2000, "loader: records to make.", lower_bound=1)
 RESOLUTION = flags.DEFINE_integer("resolution", 256, "loader: pixels.")
-LOADED = flags.DEFINE_integer("loader_batch_size", 64, "loader: records of a batch.")
+LOADED = flags.DEFINE_integer("loader_batch_size", 64, "loader: records of a batch.", lower_bound=1)
 THREADS = flags.DEFINE_list("threads", ["1", "2", "4"], "loader: reading threads.")
 SECONDS = flags.DEFINE_float("seconds", 3.0, "loader: time to measure each figure.")
 RATE = flags.DEFINE_float("images_per_second", None, "loader: a step's speed, to measure its wait.")
@@ -75,21 +75,22 @@ def _choices(fields: dict[str, tuple], name: str, values: list[str], kind: type 
     return found
 
 
-def _loader() -> dict:
+def _loader_options() -> "loader.LoaderOptions":
     from microdit_jax.xla.bench import loader
 
-    return loader.measure_all(
-        loader.LoaderOptions(
-            input=INPUT.value,
-            records=SAMPLES.value,
-            resolution=RESOLUTION.value,
-            batch_size=LOADED.value,
-            threads=_choices({}, "threads", THREADS.value, int),
-            seconds=SECONDS.value,
-            images_per_second=RATE.value,
-            cold=COLD.value,
-            library_python=LIBRARY.value,
-        )
+    for name, value in (("seconds", SECONDS.value), ("images_per_second", RATE.value)):
+        if value is not None and not (math.isfinite(value) and value > 0):
+            raise UserError(f"--{name} must be finite and above 0, found {value:g}")
+    return loader.LoaderOptions(
+        input=INPUT.value,
+        records=SAMPLES.value,
+        resolution=RESOLUTION.value,
+        batch_size=LOADED.value,
+        threads=_choices({}, "threads", THREADS.value, int),
+        seconds=SECONDS.value,
+        images_per_second=RATE.value,
+        cold=COLD.value,
+        library_python=LIBRARY.value,
     )
 
 
@@ -112,7 +113,7 @@ def benchmark(reference: "rows.Reference | None" = None) -> None:
 
     from microdit_jax.models import ARCHES, SHORT_ARCHES, dit, moe
     from microdit_jax.models.config import REMAT_POLICIES
-    from microdit_jax.xla.bench import rows, workloads
+    from microdit_jax.xla.bench import loader, rows, workloads
 
     names = (*workloads.NAMES, "loader")
     what = _choices({"what": names}, "what", WHAT.value)
@@ -141,6 +142,7 @@ def benchmark(reference: "rows.Reference | None" = None) -> None:
         raise UserError(
             f"--images must be a multiple of {jax.device_count()} devices, found {IMAGES.value}"
         )
+    loading = _loader_options() if "loader" in what else None
     size = workloads.Size(BATCH.value, IMAGES.value, MASK.value, STEPS.value)
     report = rows.new(ARCH.value, SIDE.value, size)
     options = rows.TimingOptions(
@@ -154,7 +156,7 @@ def benchmark(reference: "rows.Reference | None" = None) -> None:
         row = rows.measure(name, config, size, variant, options)
         print(rows.line(row), flush=True)
         report["rows"].append(row)
-    if "loader" in what:
-        report["loader"] = _loader()
+    if loading is not None:
+        report["loader"] = loader.measure_all(loading)
     if REPORT.value:
         rows.write(report, Path(REPORT.value))

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 
 from microdit_jax.files import atomic_file, disk_errors, write_text
 from microdit_jax.machine import compile_options
+from microdit_jax.machine.processor import processor
 from microdit_jax.models.dit import DiTConfig
 from microdit_jax.xla.bench import timing, workloads
 from microdit_jax.xla.bench.workloads import Size, Variant, Workload
@@ -53,6 +54,7 @@ def new(arch: str, input_size: int, size: Size) -> dict[str, Any]:
         "date": datetime.date.today().isoformat(),
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "cpus": len(os.sched_getaffinity(0)),
+        "cpu": processor()._asdict(),
         "jax": jax.__version__,
         "environment": {name: os.environ[name] for name in ENVIRONMENT if name in os.environ},
         "arch": arch,
