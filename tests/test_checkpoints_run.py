@@ -39,7 +39,7 @@ def test_round_trip(tmp_path):
     state, metadata = restore(tmp_path, step=5)
     assert_same(state, make_state(5))
     assert metadata["step"] == 5
-    with pytest.raises(UserError, match="expected checkpoint 7 in .*, found none"):
+    with pytest.raises(UserError, match="checkpoint 7 in .*, found steps 5, 10; give one of these"):
         restore(tmp_path, step=7)
 
 

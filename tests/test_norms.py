@@ -48,17 +48,6 @@ def test_gradients_are_those_of_the_formula(case):
         assert a.dtype == b.dtype and relative_l2(a, b) < 1e-5
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_forward_mode_is_autodiffs(case):
-    ours, formula, shapes = CASES[case]
-    inputs, tangents = arrays(*shapes), arrays(*shapes)
-    with pytest.raises(TypeError, match="forward-mode"):
-        jax.jvp(ours, inputs, tangents)
-    with derivatives.forward_mode():
-        _, found = jax.jvp(ours, inputs, tangents)
-    assert relative_l2(found, jax.jvp(formula, inputs, tangents)[1]) < 1e-5
-
-
 def test_16_bit_types_stay_near_and_are_kept():
     x, g = (a.astype(jnp.bfloat16) for a in arrays((8, 64), (8, 64)))
     y, pull = jax.vjp(lambda x: norms.normalise(x, EPS), x)

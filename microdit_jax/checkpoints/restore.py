@@ -38,10 +38,16 @@ def good_step(workdir: str | os.PathLike, step: int | None = None) -> tuple[int,
     folder = stored.name
 
     def choose() -> list:
-        steps = [s for s in stored.steps() if step in (None, s)]
-        if not steps:
+        there = list(stored.steps())
+        if not there:
             which = "a checkpoint" if step is None else f"checkpoint {step}"
             raise UserError(f"expected {which} in {folder}, found none; train first")
+        steps = [number for number in there if step in (None, number)]
+        if not steps:
+            raise UserError(
+                f"expected checkpoint {step} in {folder}, found steps "
+                f"{', '.join(map(str, there))}; give one of these"
+            )
         faults = []
         for number in reversed(steps):
             if fault := stored.fault(number):

@@ -1,29 +1,10 @@
-"""Functions with backward passes of their own, in place of autodiff's.
+"""Functions with backward passes of their own, in place of autodiff's."""
 
-JAX cannot differentiate such a function in forward mode; what calls `jax.jvp` on a network traces
-it within `forward_mode`.
-"""
-
-import contextlib
-import contextvars
-import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
 from jaxtyping import Array, Float, Shaped
-
-_FORWARD_MODE = contextvars.ContextVar("forward mode", default=False)
-
-
-@contextlib.contextmanager
-def forward_mode() -> Iterator[None]:
-    """Traces the functions within it as plain ones, which `jax.jvp` differentiates."""
-    token = _FORWARD_MODE.set(True)
-    try:
-        yield
-    finally:
-        _FORWARD_MODE.reset(token)
 
 
 def with_backward(
@@ -41,12 +22,7 @@ def with_backward(
     def decorate(function: Callable) -> Callable:
         custom = jax.custom_vjp(function, nondiff_argnums=static)
         custom.defvjp(forward, backward)
-
-        @functools.wraps(function)
-        def chosen(*arguments: Any) -> Any:
-            return function(*arguments) if _FORWARD_MODE.get() else custom(*arguments)
-
-        return chosen
+        return custom
 
     return decorate
 
