@@ -4,7 +4,7 @@ BIN := .venv/bin
 DEMO := out/demo
 PYTHONS := python3.11 python3.12 python3.13 python3.14
 
-.PHONY: demo test bench test-ui test-docs test-buckets test-ray test-matrix test-oldest $(PYTHONS:%=test-%) test-newest nightly wheel-test docs mutants fuzz lint setup clean
+.PHONY: demo test bench test-ui test-docs test-commands test-buckets test-ray test-matrix test-oldest $(PYTHONS:%=test-%) test-newest nightly wheel-test docs mutants fuzz lint setup clean
 setup: .venv/.ready
 
 .venv/.ready: pyproject.toml constraints.txt
@@ -37,6 +37,9 @@ test-ui: setup  ## the web page in a headless Chromium; not part of `make test`,
 test-docs: docs  ## the docs site in a headless Chromium: what its search finds, tables, formulas, figures
 	$(BIN)/pip install -qq --constraint constraints.txt --editable '.[dev,ui-test]'
 	$(BIN)/python -m pytest -q tests/ui/test_docs_site.py
+
+test-commands: setup  ## the commands of all docs pages as written, but those that need a GPU, a download or hours
+	$(BIN)/python -m tools.doc_commands --out=out/commands
 
 test-ray: setup  ## a Ray cluster of two nodes on this machine, one of which is killed; `make test` needs no ray
 	$(BIN)/pip install -qq --constraint constraints.txt --editable '.[dev,ray]'
