@@ -117,5 +117,7 @@ def test_examples_in_python_can_be_imported():
         for language, text in pages.blocks(path.read_text()):
             if language == "python":
                 tree = ast.parse(text)
-                lines = [n for n in tree.body if isinstance(n, ast.Import | ast.ImportFrom)]
+                lines: list[ast.stmt] = [
+                    n for n in tree.body if isinstance(n, ast.Import | ast.ImportFrom)
+                ]
                 exec(compile(ast.Module(lines, []), path.name, "exec"), {})

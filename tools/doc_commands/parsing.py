@@ -67,7 +67,7 @@ def parse(module: ModuleType, arguments: Sequence[str]) -> None:
     known = parser.parse_known_args
 
     def stop(self: argparse.ArgumentParser, args: object = None, namespace: object = None):
-        _, rest = known(self, args, namespace)  # pyright: ignore[reportArgumentType]
+        _, rest = known(self, args, namespace)  # pyright: ignore[reportCallIssue]  # it is unbound
         if rest:
             self.error(f"unrecognized arguments: {' '.join(rest)}")
         raise Parsed
@@ -84,7 +84,7 @@ def parse(module: ModuleType, arguments: Sequence[str]) -> None:
         return
     parser.parse_args = stop  # pyright: ignore[reportAttributeAccessIssue]
     if cli is not None:
-        cli.check_stores = stop_after_stores
+        cli.check_stores = stop_after_stores  # pyright: ignore[reportAttributeAccessIssue]
     sys.argv = [module.__name__, *arguments]
     with contextlib.suppress(Parsed):
         module.main(
