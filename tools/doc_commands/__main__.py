@@ -52,7 +52,7 @@ def copy_checkout(folder: pathlib.Path) -> None:
     for name in filter(None, files.split("\0")):
         if (ROOT / name).is_file():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / name, folder / name)
+            shutil.copy2(ROOT / name, folder / name)  # its time, too: make compares them
     (folder / ".venv").symlink_to(sys.prefix)
     images.write(folder / "photos")
     shutil.copy(folder / "photos" / "00.jpg", folder / "photo.jpg")
@@ -61,7 +61,8 @@ def copy_checkout(folder: pathlib.Path) -> None:
 
 def runnable(command: Command) -> str:
     """Returns the line that the shell gets: a mention of a program as its --help."""
-    if command.mention and python_calls(command.text):
+    call = python_calls(command.text) and not command.text.startswith(("eval ", "python -c"))
+    if command.mention and call:
         return f"{command.text} --help"
     return command.text
 

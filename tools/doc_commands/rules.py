@@ -38,6 +38,7 @@ RULES = (
     Rule("download", r"dit_(4|16)_channel"),
     Rule("download", r"^(curl|hf|img2dataset)\b|curl -[oO]|docker (build|run)"),
     Rule("download", r"^pip install|pip install "),
+    Rule("download", r"--input=photos .*--resolutions=256,512"),  # a VAE
     Rule("download", r"microdit_jax\.xla\.aot|microdit_jax\.xla\.plot.*--reports=out"),
     Rule("input", r"(data|latents)/(cc12m|sa1b|journeydb|diffusiondb|textcaps|coco2014)"),
     Rule("input", r"^sed -i|^cd \.\./\.\."),
