@@ -13,11 +13,7 @@ import pytest
 
 from tools.doc_commands import pages, parsing, rules
 
-FOUND = [
-    command
-    for path in pages.pages()
-    for command in pages.commands(str(path.relative_to(pages.ROOT)), path.read_text())
-]
+FOUND = pages.all_commands()
 # Flags that a mention in the text leaves out are its reader's.
 LEFT_OUT = ("must be given", "are required", "expected one of the arguments", "'NAME'")
 BRACKETS = str.maketrans("", "", "[]")
@@ -102,6 +98,8 @@ def test_commands_are_found():
         "python -m convert --input=FILE",
     ]
     assert [c.mention for c in found] == [False, False, True, False]
+    (quoted,) = pages.commands("p.md", 'Run `eval "$(python -m q cpu)"` first.')
+    assert not quoted.mention
     calls = [call for command in found for call in pages.python_calls(command.text)]
     assert calls == [
         ["x.py", "--a=b # c", "--d"], ["-m", "y"], ["-m", "convert", "--input=FILE"],

@@ -1,4 +1,7 @@
-"""Functions with backward passes of their own, in place of autodiff's."""
+"""Functions with backward passes of their own, in place of autodiff's.
+
+JAX cannot differentiate such a function in forward mode.
+"""
 
 from collections.abc import Callable
 from typing import Any

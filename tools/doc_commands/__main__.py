@@ -25,7 +25,7 @@ from collections.abc import Sequence
 from microdit_jax.commands.parser import Parser
 from microdit_jax.errors import UserError
 from tools.doc_commands import images
-from tools.doc_commands.pages import ROOT, Command, commands, pages, python_calls
+from tools.doc_commands.pages import ROOT, Command, all_commands, python_calls
 from tools.doc_commands.rules import REASONS, reason
 
 LONGEST = 1800  # seconds for one command
@@ -37,11 +37,9 @@ FIRST = ("docs/finetune.md", "docs/quickstart.md", "docs/training.md")
 def found(names: Sequence[str]) -> list[Command]:
     """Returns the commands of these pages, or of all, each once."""
     seen: dict[str, Command] = {}
-    order = sorted(pages(), key=lambda path: str(path.relative_to(ROOT)) not in FIRST)
-    for path in order:
-        if not names or path.stem in names:
-            for command in commands(str(path.relative_to(ROOT)), path.read_text()):
-                seen.setdefault(command.text, command)
+    for command in sorted(all_commands(), key=lambda command: command.page not in FIRST):
+        if not names or pathlib.Path(command.page).stem in names:
+            seen.setdefault(command.text, command)
     return list(seen.values())
 
 
@@ -61,8 +59,7 @@ def copy_checkout(folder: pathlib.Path) -> None:
 
 def runnable(command: Command) -> str:
     """Returns the line that the shell gets: a mention of a program as its --help."""
-    call = python_calls(command.text) and not command.text.startswith(("eval ", "python -c"))
-    if command.mention and call:
+    if command.mention and python_calls(command.text):
         return f"{command.text} --help"
     return command.text
 

@@ -11,7 +11,6 @@ OTHER_LANGUAGES = ("python", "text", "bibtex", "dockerfile")  # a block in anoth
 # A code span is a command if it starts with one of these.
 PROGRAMS = r"(?:\S*/)?(?:python3?|pip|make|docker|eval|hf|curl|git|pre-commit)|microdit-[a-z]+"
 SPAN = re.compile(rf"(?:[A-Z_]+=\S+ )*(?:{PROGRAMS})(?:\s|$)")
-OPERATORS = set("();<>|&") | {"&&", "||", ";;", ">>"}
 WORDS = {"until", "while", "do", "done", "exec", "if", "then", "fi", "!"}
 
 
@@ -30,9 +29,9 @@ class Command(NamedTuple):
 
     @property
     def mention(self) -> bool:
-        """True for a span that names a command without any argument."""
-        words = self.text.split()
-        return self.block < 0 and not any("=" in w or w.startswith("--") for w in words[1:])
+        """True for a span that names a command without any argument, flag or quoted text."""
+        given = any("=" in w or w.startswith(("--", '"')) for w in self.text.split()[1:])
+        return self.block < 0 and not given
 
 
 def pages() -> list[pathlib.Path]:
@@ -65,6 +64,15 @@ def commands(name: str, markdown: str) -> list[Command]:
         if SPAN.match(text):
             found.append(Command(name, text))
     return list(dict.fromkeys(found))
+
+
+def all_commands() -> list[Command]:
+    """Returns the commands of all pages; raises as `commands`."""
+    return [
+        command
+        for path in pages()
+        for command in commands(str(path.relative_to(ROOT)), path.read_text())
+    ]
 
 
 def logical_lines(block: str) -> list[str]:

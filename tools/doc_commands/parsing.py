@@ -12,13 +12,11 @@ import inspect
 import io
 import json
 import os
-import pathlib
 import re
 import sys
 from collections.abc import Callable, Sequence
 from types import ModuleType
 
-ROOT = pathlib.Path(__file__).parent.parent.parent
 SCRIPTS = {
     "train": "train_main.py", "sample": "sample_main.py", "convert": "convert",
     "prepare": "microdit_jax.prepare", "evaluate": "microdit_jax.evaluate",
@@ -86,14 +84,9 @@ def parse(module: ModuleType, arguments: Sequence[str]) -> None:
     if cli is not None:
         cli.check_stores = stop_after_stores  # pyright: ignore[reportAttributeAccessIssue]
     sys.argv = [module.__name__, *arguments]
+    takes_arguments = inspect.signature(module.main, follow_wrapped=False).parameters
     with contextlib.suppress(Parsed):
-        module.main(
-            *(
-                [list(arguments)]
-                if inspect.signature(module.main, follow_wrapped=False).parameters
-                else []
-            )
-        )
+        module.main(list(arguments)) if takes_arguments else module.main()
         raise RuntimeError("the command did not stop after its parser")
 
 

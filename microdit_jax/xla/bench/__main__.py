@@ -113,7 +113,7 @@ def benchmark(reference: "rows.Reference | None" = None) -> None:
 
     from microdit_jax.models import ARCHES, SHORT_ARCHES, dit, moe
     from microdit_jax.models.config import REMAT_POLICIES
-    from microdit_jax.xla.bench import loader, rows, workloads
+    from microdit_jax.xla.bench import rows, workloads
 
     names = (*workloads.NAMES, "loader")
     what = _choices({"what": names}, "what", WHAT.value)
@@ -157,6 +157,8 @@ def benchmark(reference: "rows.Reference | None" = None) -> None:
         print(rows.line(row), flush=True)
         report["rows"].append(row)
     if loading is not None:
+        from microdit_jax.xla.bench import loader
+
         report["loader"] = loader.measure_all(loading)
     if REPORT.value:
         rows.write(report, Path(REPORT.value))
