@@ -20,7 +20,6 @@ if __name__ == "__main__":
 import collections
 import dataclasses
 import functools
-import math
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -61,9 +60,6 @@ GUIDANCE = flags.DEFINE_float(
     "guidance_scale", None, "Strength of guidance; 1 means none, 0 the unconditional model; "
     "default: 5, for a network that was trained on the embedded emoji images 3."
 )  # fmt: skip
-flags.register_validator(
-    GUIDANCE, lambda scale: scale is None or math.isfinite(scale), "expected a finite number"
-)
 SEED = flags.DEFINE_list(
     "seed", ["2024"], "Seed of the initial noise, or several: all images for each of them."
 )

@@ -42,8 +42,8 @@ WAYS = flags.DEFINE_list("ways", ["records", "shards"], "records, shards.")
 RECORDS = flags.DEFINE_integer("records", 4000, "Of the dataset.", lower_bound=100)
 BATCH = flags.DEFINE_integer("batch_size", 256, "Records of a batch.", lower_bound=1)
 THREADS = flags.DEFINE_list("threads", ["2"], "Values of data.threads.")
-SECONDS = flags.DEFINE_float("seconds", 10.0, "To measure each figure for.")
-LATENCY = flags.DEFINE_float("latency", 0.02, "Seconds that each answer is late.")
+SECONDS = flags.DEFINE_float("seconds", 10.0, "To measure each figure for.", lower_bound=0.1)
+LATENCY = flags.DEFINE_float("latency", 0.02, "Seconds that each answer is late.", lower_bound=0)
 BYTES = 198_656 + 65  # of a record: arrays, sizes and caption
 SERVER = Path(__file__).parents[1] / "tests" / "support" / "loopback_store.py"
 

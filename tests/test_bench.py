@@ -123,9 +123,9 @@ def test_the_loader_says_what_a_step_waits():
         (["--what=sampler", "--images=4"], "--images must be a multiple of 8 devices, found 4"),
         (["--what=loader", "--input=x", "--library_python=y"], "found --input=x too; leave one"),
         (["--batch_size=9"], "--batch_size must be a multiple of 8 devices"),
-        (["--what=loader", "--seconds=nan"], "--seconds must be finite and above 0, found nan"),
-        (["--what=loader", "--seconds=0"], "--seconds must be finite and above 0, found 0"),
-        (["--what=loader", "--images_per_second=nan"], "--images_per_second must be finite"),
+        (["--what=loader", "--seconds=nan"], "--seconds must be a finite number, found nan"),
+        (["--what=loader", "--seconds=0"], "--seconds must be above 0, found 0"),
+        (["--what=loader", "--images_per_second=nan"], "--images_per_second must be a finite"),
     ],
 )
 def test_bad_flags(arguments, message):

@@ -28,6 +28,12 @@ DEMO = "--config=configs/demo.py:pretrain"
         (["train_main.py", "--config=configs/demo.py:x", "--workdir=x"], "has stages pretrain"),
         (["train_main.py", "--config=nope.py", "--workdir=x"], "--config must be a Python file"),
         (["train_main.py", DEMO], "--workdir must be given, found none; see"),
+        (
+            ["train_main.py", DEMO, "--workdir=x", "--heartbeat_timeout=nan"],
+            "--heartbeat_timeout must be a finite number, found nan",
+        ),
+        (["train_main.py", DEMO, "--workdir=x", "--join_timeout=inf"], "--join_timeout must be a"),
+        (["train_main.py", DEMO, "--workdir=x", "--join_timeout=-1"], "--join_timeout=-1: "),
         (["train_main.py", DEMO, "--workdir=x", "--bogus"], "Unknown command line flag 'bogus'"),
         (
             ["train_main.py", DEMO, "--workdir=x", "--config.train.mask_ratio=1.0"],

@@ -104,7 +104,7 @@ def test_sampled_resumed_and_sampled_again(files):
         (["--prompt=a", "--guidance_scale=-5"], "guidance_scale must not be negative, found -5"),
         (["--prompt=a", "--guidance=apg", "--apg=a,b,c"], "--apg takes numbers divided by commas"),
         (["--prompt=a", "--guidance=interval", "--guidance_interval=1"], "takes 2 numbers"),
-        (["--prompt=a", "--guidance_scale=nan"], "--guidance_scale=nan: expected a finite number"),
+        (["--prompt=a", "--guidance_scale=nan"], "--guidance_scale must be a finite number"),
     ],
 )
 def test_bad_input(files, flags, message):

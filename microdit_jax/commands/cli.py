@@ -10,6 +10,7 @@ from absl import app, flags, logging
 
 from microdit_jax.commands import boundary
 from microdit_jax.commands.config_file import as_config_file, read_config
+from microdit_jax.commands.finite import check_finite
 from microdit_jax.commands.paths import check_stores, local_places
 from microdit_jax.errors import UserError
 
@@ -36,6 +37,7 @@ def absl_command(
             for name in required:
                 if flags.FLAGS[name].value is None:
                     raise _bad_arguments(f"--{name} must be given, found none")
+            check_finite(flags.FLAGS.flag_values_dict())
             check_stores(module.__name__, flags.FLAGS.flag_values_dict())
             logging.set_verbosity(logging.WARNING)  # Orbax tells every rename
             from microdit_jax.machine import compilation_cache  # half a second, not for --help

@@ -17,7 +17,9 @@ JOB_TOKEN = flags.DEFINE_string(
     "it are not counted. Default: SLURM's or Open MPI's number of the job, where they describe it. "
     "--flagfile keeps it off the list of processes."
 )  # fmt: skip
-TIMEOUT = flags.DEFINE_float("join_timeout", 300, "Seconds to wait for the other processes.")
+TIMEOUT = flags.DEFINE_float(
+    "join_timeout", 300, "Seconds to wait for the other processes.", lower_bound=0
+)
 HEARTBEAT = flags.DEFINE_float(
     "heartbeat_timeout", 25, "Seconds of silence after which a process is given up: all others end "
     "within five more, with status 75.", lower_bound=5,

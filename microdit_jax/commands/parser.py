@@ -4,6 +4,7 @@ import argparse
 from typing import Any, NoReturn
 
 from microdit_jax.commands import boundary
+from microdit_jax.commands.finite import check_finite
 from microdit_jax.commands.paths import check_stores
 from microdit_jax.errors import UserError
 
@@ -25,8 +26,9 @@ class Parser(argparse.ArgumentParser):
         self._module = module
 
     def parse_known_args(self, *arguments: Any, **options: Any) -> Any:
-        """Parses as argparse does, and refuses URLs that the command cannot use."""
+        """Parses as argparse does; refuses NaN, infinity and URLs that the command cannot use."""
         found, rest = super().parse_known_args(*arguments, **options)
+        check_finite(vars(found))
         check_stores(self._module, vars(found))
         return found, rest
 

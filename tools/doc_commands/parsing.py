@@ -17,12 +17,8 @@ import sys
 from collections.abc import Callable, Sequence
 from types import ModuleType
 
-SCRIPTS = {
-    "train": "train_main.py", "sample": "sample_main.py", "convert": "convert",
-    "prepare": "microdit_jax.prepare", "evaluate": "microdit_jax.evaluate",
-    "aot": "microdit_jax.xla.aot", "bench": "microdit_jax.xla.bench",
-    "app": "microdit_jax.app", "report": "microdit_jax.training.report",
-}  # fmt: skip
+from microdit_jax.commands.scripts import SCRIPTS
+
 SHARED = ("microdit_jax.convert.__main__", "microdit_jax.training.defaults")
 OTHERS = ("pytest", "http.server", "venv", "pip")  # modules that are not ours
 
@@ -51,6 +47,7 @@ def load(name: str) -> ModuleType:
         return importlib.import_module(name.removesuffix(".py").replace("/", "."))
     if name == "convert":  # whose __main__ is two lines
         name = "microdit_jax.convert"
+    name = name.removesuffix(".__main__")
     try:
         return importlib.import_module(f"{name}.__main__")
     except ModuleNotFoundError as error:
