@@ -23,6 +23,7 @@ COMMANDS = {
     "microdit_jax.xla.bench.__main__": "python -m microdit_jax.xla.bench",
     "microdit_jax.xla.plot": "python -m microdit_jax.xla.plot",
     "microdit_jax.training.report": "python -m microdit_jax.training.report",
+    "microdit_jax.assets.publish": "python -m microdit_jax.assets.publish",
     "microdit_jax.commands.environment": "python -m microdit_jax.commands.environment",
 }
 # Loaded by name, which the import graph does not show.
@@ -34,7 +35,12 @@ ONLY_FOR = {
     "microdit_jax.machine.handshake": {"train_main", "microdit_jax.evaluate.__main__"},
     "microdit_jax.commands.cli": {"train_main", "microdit_jax.xla.aot.__main__"},
     "microdit_jax.commands.config_file": {"train_main", "microdit_jax.xla.aot.__main__"},
-    "microdit_jax.convert.networks": {"microdit_jax.convert.__main__", "convert.parity"},
+    "microdit_jax.convert.networks": {
+        "microdit_jax.convert.__main__", "convert.parity", "microdit_jax.assets.publish",
+    },
+    "microdit_jax.convert.to_file": {
+        "microdit_jax.convert.__main__", "microdit_jax.assets.publish",
+    },
     "microdit_jax.prepare.job_folder": {
         "microdit_jax.prepare.__main__", "microdit_jax.prepare.reformat",
     },
@@ -47,7 +53,7 @@ ONLY_FOR = {
 }  # fmt: skip
 FLAG = r"--([a-z]\w+(?:\.[a-z]\w*)*)"
 # What other programs are told.
-OTHERS = r"pip install [^;)]*|srun [^;)]*|XLA_FLAGS=\S+|aws s3 [^;)]*"
+OTHERS = r"pip install [^;)]*|srun [^;)]*|XLA_FLAGS=\S+|aws s3 [^;)]*|hf download [^;)]*"
 
 
 def path_of(module: str) -> pathlib.Path:

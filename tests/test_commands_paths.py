@@ -23,7 +23,7 @@ from microdit_jax.training import defaults
 # microdit_jax.commands.paths.
 NAMES = {
     *("activation", "apg", "arch", "attention", "caption_column", "churn", "compression"),
-    *("dtype", "seed"),
+    *("dtype", "license", "repository", "seed"),
     *("expert", "guidance", "guidance_interval", "guidance_scale", "host", "image_column"),
     *("library_python", "metrics", "micro_batches", "moe", "platform", "remat", "resolutions"),
     *("schedule", "seeds", "solver", "split", "threads", "topology", "weights", "what"),

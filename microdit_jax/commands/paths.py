@@ -90,10 +90,12 @@ PLACES: dict[str, dict[str, Place]] = {
         "input": _FETCHED,
         "base": _IN,
         "config": _FETCHED,
+        "card": _OUT,
         "output": _READ._replace(output=True),
     },
     "convert.parity": {"input": _FETCHED, "base": _IN, "reference": _IN, "activations": _FETCHED}
     | {"config": _FETCHED, "record": _FILE, "json": _FILE},
+    "microdit_jax.assets.publish": {"input": _IN, "base": _IN, "images": _IN, "output": _OUT},
     "microdit_jax.prepare": {"input": _READ, "captions": _FETCHED, "model": _READ, "vae": _IN}
     | {"text_encoder": _IN, "cache": _OUT, "output": _WRITTEN},
     "microdit_jax.prepare.mds_index": {"input": _OUT},

@@ -11,7 +11,7 @@ SCRIPTS = {
     "convert": "microdit_jax.convert.__main__", "prepare": "microdit_jax.prepare.__main__",
     "evaluate": "microdit_jax.evaluate.__main__", "aot": "microdit_jax.xla.aot.__main__",
     "bench": "microdit_jax.xla.bench.__main__", "app": "microdit_jax.app.__main__",
-    "report": "microdit_jax.training.report",
+    "publish": "microdit_jax.assets.publish", "report": "microdit_jax.training.report",
 }  # fmt: skip
 
 
@@ -33,6 +33,11 @@ def sample() -> None:
 def convert() -> None:
     """microdit-convert: python -m convert."""
     _run("convert")
+
+
+def publish() -> None:
+    """microdit-publish: python -m microdit_jax.assets.publish."""
+    _run("publish")
 
 
 def prepare() -> None:

@@ -7,37 +7,30 @@ if __name__ == "__main__":
 
 import argparse
 import contextlib
-import dataclasses
-import json
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
-from microdit_jax.checkpoints.run import is_run, read_run_metadata
-from microdit_jax.checkpoints.weights import load_adapters
 from microdit_jax.commands.parser import Parser
 from microdit_jax.commands.paths import local_places
-from microdit_jax.convert.formats.safetensors_file import write_safetensors
-from microdit_jax.convert.formats.torch_file import write_torch
-from microdit_jax.convert.inputs import CONFIG, NOTE, read_note, read_stated_config
+from microdit_jax.convert.inputs import read_stated_config
 from microdit_jax.convert.kinds import NAMES, get_kind
-from microdit_jax.convert.networks import abstract_params, adapted_network, is_ours, open_source
-from microdit_jax.convert.to_folder import bar, convert_to_folder, say, say_time
+from microdit_jax.convert.model_card import describe_model, model_card
+from microdit_jax.convert.networks import is_ours
+from microdit_jax.convert.to_file import write_adapters, write_weights
+from microdit_jax.convert.to_folder import convert_to_folder, say
 from microdit_jax.errors import UserError, visible
-from microdit_jax.files import check_writable, output_file, output_folder
+from microdit_jax.files import check_writable, output_file, output_folder, write_text
 from microdit_jax.files.urls import scheme_of
-from microdit_jax.trees import flatten
 
 EXAMPLE = """example:
   python -m convert --kind=dit --input=dit_4_channel_0.5B_synthetic_data.pt --output=models/dit
   python -m convert --kind=vae --input=stable-diffusion-xl-base-1.0 --output=models/vae
   python -m convert --kind=clip_text --input=DFN5B-CLIP-ViT-H-14-378 --output=models/clip_text
   python -m convert --kind=dit --to=torch --input=models/dit --output=dit.safetensors
-  python -m convert --to=torch --input=runs/s4 --weights=ema --output=dit.pt
+  python -m convert --to=torch --input=runs/s4 --weights=ema --output=dit.pt --card=README.md
 """
 # Flags of some kinds alone, which go to their infer_config.
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -69,7 +62,10 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     add("--config", type=Path, help="JSON of the config, instead of reading the model's own")
     add("--weights", help="model, ema or KEY.PATH, of several that the input holds")
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="type to write with --to=torch")
+    add("--card", type=Path, help="a model card to write as well, in Markdown; of --kind=dit alone")
     flags = parser.parse_args(argv)
+    if flags.card and flags.kind != "dit":
+        raise UserError(f"--card does not go with --kind={flags.kind}; leave it out")
     given = {name for name, value in vars(flags).items() if value is not None}
     unused = {"dtype", "base"} if flags.to == "orbax" else {"config", *OPTIONS}
     unused |= {"base"} if flags.to == "lora" else set()
@@ -104,77 +100,32 @@ def to_orbax(flags: argparse.Namespace) -> None:
 
 def to_torch(flags: argparse.Namespace) -> None:
     """Converts a model folder, or a run's network, to a file, unless that was done before."""
-    start = time.monotonic()
-    if flags.output.suffix not in (".pt", ".bin", ".safetensors"):
-        raise UserError(
-            f"expected --output to end in .pt, .bin or .safetensors, found {flags.output}"
-        )
-    kind = get_kind(flags.kind)
-    source = open_source(flags.input, kind.name, flags.weights, flags.base)
-    config = source.config
-    made_from = {**source.made_from, "dtype": flags.dtype}
-    note = json.dumps({**made_from, "kind": kind.name, "config": dataclasses.asdict(config)})
-    if flags.output.exists():
-        if read_note(flags.output, NOTE) == note:
-            return say("nothing to do", f"{flags.output} is complete, from the same model")
-        raise UserError(
-            f"expected {flags.output} not to exist, found a file made from something else; "
-            "choose another --output or remove it"
-        )
-    say("input", source.description)
-    say("config", kind.describe(config))
-    params = source.load()
-    tensors = kind.to_torch(params, config)
-    notes = {NOTE: note}
-    if kind.config_json is not None:
-        notes[CONFIG] = json.dumps(kind.config_json(config))
-    num_bytes = sum(tensor.nbytes for tensor in tensors.values())
-    with bar("writing", num_bytes) as progress:
-        if flags.output.suffix == ".safetensors":
-            write_safetensors(flags.output, tensors, notes, dtype=flags.dtype, progress=progress)
-        else:
-            members = {f"extra/{name}": text.encode() for name, text in notes.items()}
-            write_torch(flags.output, tensors, notes=members, dtype=flags.dtype, progress=progress)
-    say("output", str(flags.output))
-    say_time(start, num_bytes)
+    write_weights(
+        flags.input, flags.output, flags.kind, weights=flags.weights, base=flags.base,
+        dtype=flags.dtype,
+    )  # fmt: skip
 
 
 def to_lora(flags: argparse.Namespace) -> None:
-    """Writes a run's adapters alone as a .safetensors file, in the names that PEFT uses."""
-    if flags.output.suffix != ".safetensors":
-        raise UserError(f"expected --output to end in .safetensors, found {flags.output}")
-    adapted = adapted_network(flags.input) if is_run(flags.input) else None
-    if adapted is None:
-        raise UserError(
-            f"expected a run that trained adapters (config.lora.rank), found none at "
-            f"{visible(flags.input)}; --to=torch writes a whole network"
-        )
-    if flags.output.exists():
-        raise UserError(f"expected {flags.output} not to exist; choose another --output")
-    about = read_run_metadata(flags.input, "has_ema", "dit")
-    config = get_kind("dit").config_from_dict(about["dit"])
-    ema = about["has_ema"] and flags.weights != "model"
-    adapters, _ = load_adapters(flags.input, adapted, abstract_params(config), ema=ema)
-    tensors = {}
-    for path, array in flatten(adapters).items():
-        module, _, name = path.rpartition("/")
-        name = {"a": "lora_A", "b": "lora_B"}[name]
-        module = module.removesuffix("/kernel").replace("/", ".")
-        tensors[f"{module}.{name}.weight"] = np.asarray(array).T
-    lora = adapted.lora
-    notes = {
-        "rank": f"{lora.rank}", "alpha": f"{lora.alpha:g}", "base": adapted.base,
-        "base_sha256": adapted.weights,
-    }  # fmt: skip
-    write_safetensors(flags.output, tensors, notes, dtype=flags.dtype)
-    say("adapters", f"{sum(t.size for t in tensors.values()):,} weights of rank {lora.rank}")
-    say("output", f"{flags.output}, {flags.output.stat().st_size / 1e6:.1f} MB")
+    """Writes a run's adapters alone."""
+    write_adapters(flags.input, flags.output, weights=flags.weights, dtype=flags.dtype)
+
+
+def write_card(flags: argparse.Namespace) -> None:
+    """Writes the model card of what was converted, unless there is one."""
+    if flags.card.exists():
+        return say("nothing to do", f"{flags.card} is there, and stays as it is")
+    about = describe_model(flags.output if flags.to == "orbax" else flags.input, flags.weights)
+    write_text(flags.card, model_card(about, flags.output.name, adapters=flags.to == "lora"))
+    say("card", str(flags.card))
 
 
 def main(arguments: Sequence[str]) -> None:
     """The command; `arguments` without the program's name."""
     flags = parse_arguments(arguments)
     check_writable(flags.output, folder=flags.to == "orbax")
+    if flags.card:
+        check_writable(flags.card)
     jax.config.update("jax_platforms", "cpu")  # a file on its way to a file needs no device
     work = {"orbax": to_orbax, "torch": to_torch, "lora": to_lora}[flags.to]
     with local_places("convert", vars(flags)) as local, contextlib.ExitStack() as stack:
@@ -186,3 +137,5 @@ def main(arguments: Sequence[str]) -> None:
             with contextlib.suppress(OSError):
                 flags.output.rmdir()  # empty: a model's folder is made whole, in its place
         work(flags)
+        if flags.card:
+            write_card(flags)
