@@ -110,6 +110,13 @@ def test_commands_are_found():
         pages.commands("p.md", "```\nls\n```\n")
 
 
+def test_commands_of_notebooks_are_found():
+    (path,) = pages.notebooks()
+    found = [command.text for command in pages.notebook_commands(path)]
+    assert "python sample_main.py --model=instant" in " ".join(found) and len(found) >= 8
+    assert all(command in FOUND for command in pages.notebook_commands(path))
+
+
 def test_examples_in_python_can_be_imported():
     for path in pages.pages():
         for language, text in pages.blocks(path.read_text()):

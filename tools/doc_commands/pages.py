@@ -1,5 +1,6 @@
-"""Finds the commands in Markdown: lines of code blocks, and code spans in the text."""
+"""Finds the commands in Markdown, lines of code blocks and code spans, and in notebooks."""
 
+import json
 import pathlib
 import re
 import shlex
@@ -66,13 +67,32 @@ def commands(name: str, markdown: str) -> list[Command]:
     return list(dict.fromkeys(found))
 
 
+def notebooks() -> list[pathlib.Path]:
+    """Returns the notebooks that are made of commands."""
+    return sorted((ROOT / "docs" / "colab").glob("*.ipynb"))
+
+
+def notebook_commands(path: pathlib.Path) -> list[Command]:
+    """Returns the commands of a notebook (lines with ! or %), with the names that it sets."""
+    cells = json.loads(path.read_text())["cells"]
+    code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    names = dict(re.findall(r'^([A-Z]+) = "(.*?)"', "\n".join(code), re.MULTILINE))
+    found = []
+    for number, cell in enumerate(code):
+        for line in re.findall(r"^[!%](.*)$", cell, re.MULTILINE):
+            text = re.sub(r"\{([A-Z]+)\}", lambda match: names[match[1]], line)
+            found.append(Command(str(path.relative_to(ROOT)), text, number))
+    return found
+
+
 def all_commands() -> list[Command]:
-    """Returns the commands of all pages; raises as `commands`."""
-    return [
+    """Returns the commands of all pages and notebooks; raises as `commands`."""
+    found = [
         command
         for path in pages()
         for command in commands(str(path.relative_to(ROOT)), path.read_text())
     ]
+    return found + [command for path in notebooks() for command in notebook_commands(path)]
 
 
 def logical_lines(block: str) -> list[str]:
