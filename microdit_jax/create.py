@@ -277,7 +277,8 @@ def heldout_images(model: Model, count: int) -> tuple[list[str], Float[np.ndarra
         )
     needed = ("config.data.heldout.source", "config.data.resolution")
     data = read_run_metadata(model.folder, *needed)["config"]["data"]
-    if data["heldout"]["source"] != "twemoji":
+    rules = {"twemoji": "words", "twemoji_things": "things"}
+    if data["heldout"]["source"] not in rules:
         raise UserError(
             f"held-out captions are those of the embedded images, found a run with held-out data "
             f"from {visible(data['heldout']['source']) or 'nowhere'}; give prompts"
@@ -287,7 +288,7 @@ def heldout_images(model: Model, count: int) -> tuple[list[str], Float[np.ndarra
             f"expected a run on images of up to {MAX_RESOLUTION} pixels, found "
             f"{data['resolution']}; give prompts"
         )
-    images = twemoji.images_of("heldout")
+    images = twemoji.images_of("heldout", rules[data["heldout"]["source"]])
     if not 1 <= count <= len(images):
         raise UserError(f"expected 1 to {len(images)} held-out captions, found {count} asked for")
     chosen = [images[int(i)] for i in np.linspace(0, len(images) - 1, count)]

@@ -146,7 +146,7 @@ class TextEncoder(Protocol):
 
         Args:
           attention_mask: (n, l), nonzero where there is text; None: where the id is not padding.
-            Only T5 uses it. CLIP attends to padding, as in training, whatever the mask.
+            T5 and BERT use it. CLIP attends to padding, as in training, whatever the mask.
         """
         ...
 
@@ -193,5 +193,6 @@ def no_tokenizer(name: str) -> UserError:
     """Returns the error for texts given to an encoder that was loaded without its tokenizer."""
     return UserError(
         f"expected a tokenizer with {name}, found none; put spiece.model and tokenizer_config.json "
-        "into the folder tokenizer/ of the model's, or give T5Tokenizer(FOLDER)"
+        "(of a BERT tokenizer.json) into the folder tokenizer/ of the model's, or give "
+        "T5Tokenizer(FOLDER) or BertTokenizer(FOLDER)"
     )

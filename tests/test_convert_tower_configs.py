@@ -83,6 +83,10 @@ def cases() -> dict[str, tuple[str, dict, dict]]:
         theirs: getattr(t5.infer_config(t5_tensors), ours)
         for ours, theirs in transformers_config.T5_NAMES.items()
     }
+    bert_tensors, others = recorded("bert_small")
+    labels = ("id2label", "label2id")  # objects without effect
+    bert_json = json.loads(str(others["config"]))
+    bert_json = {key: value for key, value in bert_json.items() if key not in labels}
     text_config = clip_text.ClipTextConfig(width=16, layers=2, heads=2, vocab_size=64)
     names = clip_text.rename_table(text_config, "transformers")
     text = {e.torch_name: np.broadcast_to(np.float32(0.5), e.torch_shape) for e in names}
@@ -91,6 +95,7 @@ def cases() -> dict[str, tuple[str, dict, dict]]:
         "clip_text": ("clip_text", text, ANY | TEXT),
         "clip": ("clip", small_tensors("transformers"), CLIP),
         "t5": ("t5", t5_tensors, T5 | sizes),
+        "bert": ("bert", bert_tensors, bert_json),
         "open_clip": ("clip", small_tensors(), openclip_json),
     }
 
@@ -118,12 +123,12 @@ def changed(config: dict, path: tuple[str, ...], value: Any) -> dict:
 def without_effect() -> set[str]:
     """Keys that may have any value."""
     module = transformers_config
-    parts = (module.TEXT, module.VISION, module.WHOLE, module.T5, KEYS)
+    parts = (module.TEXT, module.VISION, module.WHOLE, module.T5, module.BERT, KEYS)
     parts += (openclip.MODEL, openclip.VISION, openclip.TEXT, openclip.PREPARE)
     return {key for part in parts for key in part.without_effect}
 
 
-@pytest.mark.parametrize("name", ["vae", "clip_text", "clip", "t5", "open_clip"])
+@pytest.mark.parametrize("name", ["vae", "clip_text", "clip", "t5", "bert", "open_clip"])
 def test_every_key_is_used_refused_by_name_or_without_effect(name):
     kind_name, tensors, config = cases()[name]
     kind = get_kind(kind_name)

@@ -51,6 +51,22 @@ def test_split_is_by_caption_and_composes(images):
     assert sum("skin tone" in caption for caption in heldout) > 50
 
 
+def test_held_out_things_are_things(images):
+    captions = [image.caption for image in images]
+    mask = twemoji.heldout_by("things", captions)
+    heldout = {caption for caption, out in zip(captions, mask, strict=True) if out}
+    known = {word for c, out in zip(captions, mask, strict=True) if not out for word in c.split()}
+    assert 100 < len(heldout) < 140
+    assert {"butterfly", "red square"} <= heldout  # new to training, and known words
+    assert "butterfly" not in known and {"red", "square"} <= known
+    words = {word for caption in heldout for word in caption.split()}
+    assert not words & {"tone", "man", "woman", "person", "family", "finger"}
+    # "thumbs up" is in training in five tones, whatever its hash.
+    assert not any(f"{caption} dark skin tone" in captions for caption in heldout)
+    found = twemoji.images_of("heldout", "things")
+    assert {image.caption for image in found} == heldout
+
+
 def test_images_are_over_white_in_minus_one_to_one(images):
     chosen = [p for p in images if p.caption in ("red circle", "frog", "red heart")]
     images = twemoji.read_images(chosen, 32)

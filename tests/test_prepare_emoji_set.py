@@ -14,7 +14,7 @@ from microdit_jax.errors import UserError
 from microdit_jax.prepare.emoji_set import prepare_emoji_set
 
 TEXT_ENCODER = TokenTable(width=8, max_tokens=24, seed=0)
-IMAGES = twemoji.list_images()[1000:1120]
+IMAGES, SIGNS = twemoji.list_images()[1000:1120], twemoji.list_images()[:120]
 
 
 @pytest.fixture
@@ -29,7 +29,9 @@ def counted(monkeypatch):
     return reads
 
 
-def prepare(folder, *, resolution=16, channels=6, text_encoder=TEXT_ENCODER, fit=PatchPCA.fit):
+def prepare(
+    folder, *, resolution=16, channels=6, text_encoder=TEXT_ENCODER, fit=PatchPCA.fit, **options
+):
     return prepare_emoji_set(
         folder,
         resolution=resolution,
@@ -37,6 +39,7 @@ def prepare(folder, *, resolution=16, channels=6, text_encoder=TEXT_ENCODER, fit
         codec_settings={"patch": 4, "channels": channels},
         text_encoder=text_encoder,
         progress=False,
+        **options,
     )
 
 
@@ -100,6 +103,16 @@ def test_two_resolutions_share_a_codec(counted, tmp_path):
     assert large.train[0]["latents"].shape == (8, 8, 6)
 
 
+def test_held_out_by_another_rule(counted, tmp_path, monkeypatch):
+    monkeypatch.setattr(twemoji, "list_images", lambda: SIGNS)
+    folder = prepare(tmp_path / "data", heldout="things")
+    captions = [image.caption for image in SIGNS]
+    kept_out = twemoji.heldout_things_mask(captions)
+    found = data.load_prepared(folder, PatchPCA.load)
+    assert list(found.heldout.captions) == list(np.array(captions)[kept_out])
+    assert 0 < len(found.heldout) == len(SIGNS) - len(found.train)
+
+
 def test_same_settings_are_reused_and_others_made_anew(counted, tmp_path):
     folder = tmp_path / "data"
     for settings, reads in (
@@ -109,6 +122,9 @@ def test_same_settings_are_reused_and_others_made_anew(counted, tmp_path):
         ({"channels": 7}, 2),
         ({"channels": 7, "resolution": 32}, 3),
         ({"text_encoder": TokenTable(width=8, max_tokens=24, seed=1)}, 4),
+        ({"heldout": "things"}, 5),
+        ({"heldout": "things"}, 5),
+        ({}, 6),
     ):
         prepare(folder, **settings)
         assert len(counted) == reads

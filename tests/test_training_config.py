@@ -222,7 +222,7 @@ NOT_A_NUMBER, INFINITY = math.nan, math.inf
         ({"data.datasets": ({"source": "twemoji"},)}, "dictionary of folder, source, weight"),
         (
             {"data.datasets": ({"source": "laion", "folder": "x", "weight": 1.0},)},
-            "must be one of latents, twemoji, twemoji_untoned, found 'laion'",
+            "must be one of latents, twemoji, twemoji_untoned, twemoji_things, .*, found 'laion'",
         ),
         (
             {"data.datasets": ({"source": "twemoji", "folder": "", "weight": 1.0},)},

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from microdit_jax.assets import minilm
 from microdit_jax.errors import UserError, visible
 from microdit_jax.files import cache_folder, disk_errors, read_json
 
@@ -54,11 +55,13 @@ _T5_FILES = (
 def is_known(name: str) -> bool:
     """Returns True for a name that a stranger's file may choose: one that this project knows.
 
-    These are the model in the package, released checkpoints and their towers, and token tables,
-    which have no files. A local path is never one of them, whatever it is called.
+    These are the model in the package, released checkpoints and their towers, MiniLM, which is a
+    Python package, and token tables, which have no files. A local path is never one of them,
+    whatever it is called.
     """
     known = name in (INSTANT, SDXL_VAE, OSTRIS_VAE, DFN5B_CLIP)
     known = known or name.removesuffix(".pt") in RELEASED or name.startswith("table:")
+    known = known or minilm.is_name(name)
     return known and not Path(name).exists()
 
 

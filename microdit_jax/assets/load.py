@@ -17,13 +17,13 @@ import jax
 from jax.sharding import Mesh
 
 from microdit_jax import sharding
-from microdit_jax.assets import hub, instant
+from microdit_jax.assets import hub, instant, minilm
 from microdit_jax.assets.conversion import converted
 from microdit_jax.checkpoints import model_folder
 from microdit_jax.checkpoints.fetch import local_model
 from microdit_jax.checkpoints.run import is_run, read_run_metadata
 from microdit_jax.checkpoints.weights import describe_weights, load_merged, load_run_params
-from microdit_jax.convert import clip_text, t5, vae
+from microdit_jax.convert import bert, clip_text, t5, vae
 from microdit_jax.convert.arguments import config_from_fields, tower_name
 from microdit_jax.convert.dit import config_from_dict
 from microdit_jax.convert.inputs import holds_weights, read_config
@@ -225,31 +225,42 @@ def _of_run(metadata: dict, config: DiTConfig, params: Any, path: Path, descript
     )
 
 
+_TEXT_KINDS = {"clip_text": clip_text, "t5": t5, "bert": bert}
+
+
 def load_text_encoder(
     name: str, *, dtype: str | None = None, mesh: Mesh | None = None
 ) -> TextEncoder:
     """Loads a frozen text encoder.
 
     Args:
-      name: "table:width=W,tokens=L,seed=S"; or the path of a CLIP or T5, as a file, as a folder of
-        its library, or converted; or as hub.text_encoder takes it. A T5's folder has its tokenizer.
+      name: "table:width=W,tokens=L,seed=S"; or "minilm:tokens=L"; or the path of a CLIP, T5 or BERT
+        as a file, as a folder of its library, or converted; or as hub.text_encoder takes it. A T5's
+        and a BERT's folder has its tokenizer.
       dtype: type of the computation; None keeps the model's own.
       mesh: the devices that share the work, each with all weights; None: the first local device.
     """
     if name.startswith("table:"):
         return registry.text_encoder(name)
+    options: dict[str, Any] = {}
     path, given_name = Path(name), None
-    if not path.exists():
+    packaged = minilm.is_name(name)
+    if packaged:
+        given_name, options = minilm.full_name(name), {"max_tokens": minilm.tokens_of(name)}
+        path = minilm.package_folder()
+    elif not path.exists():
         path, given_name = hub.text_encoder(name), name
     folder = _text_folder(path)
-    kind = model_folder.read_metadata(folder)["kind"]
-    tokenizer = {}
+    about = model_folder.read_metadata(folder)
+    kind = about["kind"]
+    if packaged:
+        minilm.check_weights(about["source"]["sha256"])
     beside = path if path.is_dir() else path.parent
     source = path / "tokenizer" if folder == path else beside
-    if kind == "t5" and source.is_dir():
-        tokenizer = {"tokenizer": str(source)}
-    return {"clip_text": clip_text, "t5": t5}[kind].load_encoder(
-        folder, given_name, dtype=dtype, sharding=_copies(mesh), batch=_tower_batch(), **tokenizer
+    if kind != "clip_text" and source.is_dir():
+        options["tokenizer"] = str(source)
+    return _TEXT_KINDS[kind].load_encoder(
+        folder, given_name, dtype=dtype, sharding=_copies(mesh), batch=_tower_batch(), **options
     )
 
 
@@ -285,6 +296,8 @@ def names_in_data(codec: str, text_encoder: str) -> dict[str, str]:
             return registry.image_codec(path).name
         return tower_name(model_folder.read_metadata(folder_of(path))) if path.exists() else given
 
+    if minilm.is_name(text_encoder):
+        text_encoder = minilm.full_name(text_encoder)
     return {"vae": name(codec, _vae_folder), "text_encoder": name(text_encoder, _text_folder)}
 
 
@@ -296,14 +309,16 @@ def _text_folder(path: Path) -> Path:
     """Returns the model folder of a text encoder: its path itself, or the cached conversion."""
     folder = path if model_folder.is_model(path) else converted(_text_kind(path), path)
     kind = model_folder.read_metadata(folder)["kind"]
-    if kind not in ("clip_text", "t5"):
+    if kind not in _TEXT_KINDS:
         raise UserError(f"expected a text encoder at {path}, found a model of kind {kind}")
     return folder
 
 
 def _text_kind(path: Path) -> str:
-    """Tells a T5 from a CLIP by the config.json in a folder or beside a file."""
+    """Tells a T5 and a BERT from a CLIP by the config.json in a folder or beside a file."""
     beside = read_config((path if path.is_dir() else path.parent) / "config.json") or {}
+    if beside.get("model_type") == "bert" or "type_vocab_size" in beside:
+        return "bert"
     return "t5" if beside.get("model_type") == "t5" or "d_kv" in beside else "clip_text"
 
 

@@ -41,7 +41,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "activation": {"help": "clip_text: quick_gelu, gelu or gelu_tanh, if there is no config"},
     "heads": {"type": int, "help": "clip_text: attention heads, if there is no config"},
     "padding": {"type": int, "help": "clip_text: id after a text's end (default: its layout's)"},
-    "max_tokens": {"type": int, "help": "t5: to which texts are cut (default: 120)"},
+    "max_tokens": {"type": int, "help": "t5, bert: to which texts are cut (default: 120, 64)"},
 }
 
 

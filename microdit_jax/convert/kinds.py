@@ -15,7 +15,7 @@ from microdit_jax.convert.arguments import MAX_SIZE, OTHER_KIND
 from microdit_jax.convert.state_dict import StateDict
 from microdit_jax.errors import UserError, visible
 
-NAMES = ("dit", "vae", "clip_text", "clip", "t5", "inception")
+NAMES = ("dit", "vae", "clip_text", "clip", "t5", "bert", "inception")
 
 Config = TypeVar("Config")
 Tensors = Mapping[str, np.ndarray]

@@ -1,7 +1,7 @@
-"""Reads transformers' config.json of CLIP and T5: each key is used, without effect, or refused.
+"""Reads transformers' config.json of CLIP, T5 and BERT: each key is used, without effect, refused.
 
-Source of keys, defaults and effects: CLIPConfig, CLIPTextConfig, CLIPVisionConfig and T5Config of
-transformers 5.24, and the keys that versions from 4.0 on wrote into every config.json.
+Source of keys, defaults and effects: CLIPConfig, CLIPTextConfig, CLIPVisionConfig, T5Config and
+BertConfig of transformers 5.24, and the keys that versions from 4.0 on wrote into any config.json.
 """
 
 from collections.abc import Mapping
@@ -124,6 +124,24 @@ T5 = Keys(
     ),
     only={**_ONLY, **T5_ONLY},
 )
+BERT_NAMES = {
+    **{ours: theirs for ours, theirs in TEXT_NAMES.items() if ours != "context_length"},
+    "positions": "max_position_embeddings",
+    "types": "type_vocab_size",
+}
+BERT_ONLY = {"model_type": ("bert", None), "position_embedding_type": ("absolute", None)}
+BERT = Keys(
+    _FILE,
+    "BERT",
+    used=("hidden_act", *BERT_NAMES.values()),
+    without_effect=(
+        *_ANY,
+        *("attention_probs_dropout_prob", "hidden_dropout_prob", "classifier_dropout"),
+        *("eos_token_id", "directionality", "pooler_fc_size", "pooler_num_attention_heads"),
+        *("pooler_num_fc_layers", "pooler_size_per_head", "pooler_type"),
+    ),
+    only={**_ONLY, **BERT_ONLY},
+)
 
 
 def text_fields(config: Mapping[str, Any], *, pooled: bool) -> dict[str, Any]:
@@ -171,6 +189,17 @@ def t5_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     return {ours: config[theirs] for ours, theirs in T5_NAMES.items() if theirs in config}
 
 
+def bert_fields(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Reads BertConfig's fields out of a config.json.
+
+    Raises:
+      UserError: a key that is unknown, or has a value that this encoder does not support.
+    """
+    BERT.check(config)
+    stated = {ours: config[theirs] for ours, theirs in BERT_NAMES.items() if theirs in config}
+    return {"activation": _activation(config, BERT, "gelu"), "norm_eps": 1e-12, **stated}
+
+
 def _part(config: Mapping[str, Any], name: str) -> Any:
     """A tower's part of a whole CLIP's config, or the config itself."""
     if name not in config:
@@ -185,8 +214,8 @@ def _part(config: Mapping[str, Any], name: str) -> Any:
     return part
 
 
-def _activation(tower: Mapping[str, Any], keys: Keys) -> str:
-    act = tower.get("hidden_act", "quick_gelu")
+def _activation(tower: Mapping[str, Any], keys: Keys, default: str = "quick_gelu") -> str:
+    act = tower.get("hidden_act", default)
     if not isinstance(act, str) or act not in ACTIVATIONS:
         keys.refuse("hidden_act", act, f"of {', '.join(ACTIVATIONS)}")
     return ACTIVATIONS[act]

@@ -28,6 +28,12 @@ SPLITS = ("train", "heldout")
 
 # Changes which captions are held out; chosen so that "woman mechanic dark skin tone" is.
 _SPLIT_SALT = "1:"
+_TONE = "skin tone"
+_THINGS_SALT = "things:"
+# Captions with one of these are people, whom other captions show with another skin, hair or sex.
+_PEOPLE = frozenset(
+    "person people man woman men women boy girl child adult family couple kiss bust busts".split()
+)
 _WORDS = {"#": "number sign", "*": "asterisk", "&": "and"}
 _PUNCTUATION = str.maketrans({"_": " ", "’": "'", **dict.fromkeys("“”().!:,", " ")})
 
@@ -71,15 +77,40 @@ def heldout_mask(captions: Sequence[str], fraction: float = 0.05) -> Bool[np.nda
     return proposed & np.array([known.issuperset(caption.split()) for caption in captions], bool)
 
 
-def images_of(split: str) -> list[EmojiImage]:
+def heldout_things_mask(captions: Sequence[str], fraction: float = 0.08) -> Bool[np.ndarray, " n"]:
+    """Marks things kept out of training: no people, and nothing that comes in several skin tones.
+
+    A held-out caption may have words that no training caption has: a text encoder that knows
+    meaning may know them.
+
+    Args:
+      captions: all of them, each once.
+      fraction: share of the things.
+    """
+    before = (caption.partition(_TONE)[0].split() for caption in captions if _TONE in caption)
+    bodies = {" ".join(words[:-1]) for words in before}  # without "medium-dark"
+    things = [
+        _TONE not in caption and caption not in bodies and not _PEOPLE & set(caption.split())
+        for caption in captions
+    ]
+    proposed = [_hash_below(caption, fraction, _THINGS_SALT) for caption in captions]
+    return np.array(things, bool) & np.array(proposed, bool)
+
+
+def heldout_by(rule: str, captions: Sequence[str]) -> Bool[np.ndarray, " n"]:
+    """Marks the captions kept out of training by a rule: "words" or "things"."""
+    return {"words": heldout_mask, "things": heldout_things_mask}[rule](captions)
+
+
+def images_of(split: str, rule: str = "words") -> list[EmojiImage]:
     """Lists the images of "train", or of "heldout", whose captions training never sees."""
     images = list_images()
-    mask = heldout_mask([image.caption for image in images])
+    mask = heldout_by(rule, [image.caption for image in images])
     return [image for image, out in zip(images, mask, strict=True) if out == (split == "heldout")]
 
 
-def _hash_below(caption: str, fraction: float) -> bool:
-    digest = hashlib.sha256(f"{_SPLIT_SALT}{caption}".encode()).digest()
+def _hash_below(caption: str, fraction: float, salt: str = _SPLIT_SALT) -> bool:
+    digest = hashlib.sha256(f"{salt}{caption}".encode()).digest()
     return int.from_bytes(digest[:8], "big") < fraction * 2**64
 
 

@@ -1,5 +1,7 @@
 """Parts that CLIP's two towers share: sizes, and the pre-norm transformer block.
 
+BERT takes the sizes, linear layers and norms from here too.
+
 Alphabet as in microdit_jax.models: n batch, l tokens, d width, h heads, c head dim, f ffn hidden.
 """
 

@@ -3,7 +3,6 @@
 Alphabet as in microdit_jax.models: n batch, l tokens, d width, h heads, c head dim, f ffn hidden.
 """
 
-import copy
 import dataclasses
 import functools
 import math
@@ -15,22 +14,18 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Sharding
-from jaxtyping import Array, Bool, Float32, Int, Int32, Shaped
+from jaxtyping import Array, Bool, Float32, Int, Int32
 
 from microdit_jax.encoders.transformer import (
-    BATCH,
     MASKED,
-    PretrainedTextEncoder,
+    PADDING,
+    MaskedTextEncoder,
     attend,
-    check_ids,
     check_texts,
-    in_batches,
+    pad,
 )
 from microdit_jax.errors import UserError, visible
-from microdit_jax.towers import no_tokenizer
 
-PADDING = 0
 _MARKERS = ("<pad>", "</s>", "<unk>", "▁")
 MAX_TOKENS = 120  # to which the reference cuts captions
 
@@ -226,12 +221,9 @@ class T5Tokenizer:
         Raises:
           UserError: `texts` is one string, not a list, or holds something that is no string.
         """
-        encoded = self._encode(texts, truncation=True, max_length=self.max_tokens)
-        ids = np.full((len(encoded), self.max_tokens), PADDING, np.int32)
-        mask = np.zeros(ids.shape, bool)
-        for i, tokens in enumerate(encoded):
-            ids[i, : len(tokens)], mask[i, : len(tokens)] = tokens, True
-        return ids, mask
+        return pad(
+            self._encode(texts, truncation=True, max_length=self.max_tokens), self.max_tokens
+        )
 
     def dropped(self, texts: Any) -> Int32[np.ndarray, " n"]:
         """Counts the tokens of each text that `__call__` cuts off: (n,) int32."""
@@ -243,74 +235,13 @@ class T5Tokenizer:
         return self._tokenizer(list(texts), **options)["input_ids"] if len(texts) else []
 
 
-class T5Encoder(PretrainedTextEncoder):
-    """A frozen T5 encoder, compiled once for each length of text.
+class T5Encoder(MaskedTextEncoder):
+    """A frozen T5 encoder, compiled once for each length of text; padding gets vectors too."""
 
-    Attributes:
-      name: that datasets and models carry to find the encoder again.
-      tokenizer: its T5Tokenizer; None: only `encode` works.
-    """
+    config: T5Config
 
-    def __init__(
-        self,
-        name: str,
-        config: T5Config,
-        params: Mapping[str, Any],
-        tokenizer: T5Tokenizer | None = None,
-        *,
-        batch: int = BATCH,
-    ):
-        """Encodes texts `batch` at a time, the last batch filled up; params: `T5`'s."""
-        self.name = name
-        self.config = config
-        self.params = params
-        self.tokenizer = tokenizer
-        self._batch = batch
-        self._apply = jax.jit(self.forward)
-
-    def forward(
-        self,
-        params: Mapping[str, Any],
-        ids: Int[Array, "n l"],
-        mask: Bool[Array, "n l"] | None = None,
+    def embed(
+        self, params: Mapping[str, Any], ids: Int[Array, "n l"], mask: Bool[Array, "n l"]
     ) -> Float32[Array, "n l d"]:
-        """Embeds token ids as a pure function; the mask is as `encode` takes it."""
-        mask = ids != PADDING if mask is None else mask
+        """Embeds token ids as a pure function; the mask is true at text."""
         return jnp.asarray(T5(self.config).apply({"params": params}, ids, mask))
-
-    @property
-    def max_tokens(self) -> int:
-        """Length to which `encode_text` pads and cuts."""
-        return self.config.max_tokens
-
-    def with_sharding(self, sharding: Sharding) -> "T5Encoder":
-        """Returns the encoder with its weights laid out by `sharding`."""
-        copied = copy.copy(self)  # the compiled program comes along
-        copied.params = jax.device_put(self.params, sharding)
-        return copied
-
-    def encode(
-        self,
-        ids: Int32[np.ndarray, "n l"],
-        attention_mask: Shaped[np.ndarray, "..."] | None = None,
-    ) -> Float32[np.ndarray, "n l d"]:
-        """Embeds token ids: (n, l, width) float32.
-
-        Args:
-          attention_mask: (n, l), nonzero where there is text; None: where the id is not padding.
-        Raises:
-          UserError: an id outside the vocabulary, or a mask of another shape.
-        """
-        check_ids(ids, ids.shape[1], self.config.vocab_size, self.name)
-        mask = ids != PADDING if attention_mask is None else np.asarray(attention_mask) != 0
-        if mask.shape != ids.shape:
-            raise UserError(
-                f"attention_mask: expected the shape {ids.shape} of the ids, found {mask.shape}"
-            )
-        return in_batches(self._apply, self.params, ids, mask, size=self._batch)
-
-    def encode_text(self, texts: Any) -> Float32[np.ndarray, "n l d"]:
-        """Embeds a list of texts: (n, max_tokens, width) float32; raises as T5Tokenizer."""
-        if self.tokenizer is None:
-            raise no_tokenizer(self.name)
-        return self.encode(*self.tokenizer.with_mask(texts))

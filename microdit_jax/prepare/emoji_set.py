@@ -36,6 +36,7 @@ def prepare_emoji_set(
     codec_settings: Mapping[str, int | float | str],
     text_encoder: TextEncoder,
     codec_resolution: int | None = None,
+    heldout: str = "words",
     progress: bool = True,
 ) -> Path:
     """Makes latents and caption embeddings of the emoji images; keeps those that are there.
@@ -51,6 +52,7 @@ def prepare_emoji_set(
       text_encoder: embeds the captions; its output is stored as float16.
       codec_resolution: pixels at which the codec is fitted, so that sets of several resolutions
         share one, as real datasets share a VAE; by default `resolution`.
+      heldout: rule by which captions are held out, "words" or "things" (twemoji.heldout_by).
       progress: show a bar.
     Returns:
       `folder`.
@@ -66,6 +68,7 @@ def prepare_emoji_set(
         "codec": dict(codec_settings),
         "codec_resolution": codec_resolution or resolution,
         "text_encoder": text_encoder.name,
+        **({"heldout": heldout} if heldout != "words" else {}),
     }
     if _is_prepared(folder, request):
         return folder
@@ -90,7 +93,8 @@ def _write(
     resolution, codec_resolution = request["resolution"], request["codec_resolution"]
     listed = twemoji.list_images()
     images = twemoji.read_images(listed, resolution, progress=progress)
-    heldout = twemoji.heldout_mask([image.caption for image in listed])
+    rule = request.get("heldout", "words")
+    heldout = twemoji.heldout_by(rule, [image.caption for image in listed])
     fitted = images
     if codec_resolution != resolution:
         fitted = twemoji.read_images(listed, codec_resolution, progress=progress)
@@ -117,4 +121,5 @@ def _write(
 
 def _is_prepared(folder: Path, request: Mapping[str, Any]) -> bool:
     found = read_meta(folder) or {}
-    return {key: found.get(key) for key in request} == request
+    wanted = {"heldout": None, **request}  # folders of "words" do not say so
+    return {key: found.get(key) for key in wanted} == wanted

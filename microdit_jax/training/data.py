@@ -18,7 +18,6 @@ from microdit_jax.data.pipeline import Record, Source
 from microdit_jax.data.records import StoredLatents
 from microdit_jax.data.stores import open_latents
 from microdit_jax.data.twemoji import ATTRIBUTION
-from microdit_jax.encoders import registry
 from microdit_jax.encoders.patch_pca import PatchPCA
 from microdit_jax.errors import LONGEST, UserError, visible
 from microdit_jax.machine import hosts, memory
@@ -149,7 +148,7 @@ def load_data(config: ConfigDict, mesh: Mesh) -> RunData:
     for source in opened:
         source.check_made_by(**made_by)
     notes = [source.info.attribution for source in opened if isinstance(source, StoredLatents)]
-    has_codec = heldout_entry["source"] == "twemoji"
+    has_codec = heldout_entry["source"] in rules.EMOJI
     if has_codec:
         notes.append(ATTRIBUTION)
     return RunData(
@@ -187,17 +186,12 @@ def _split(whole: Opened, name: str, share: float) -> tuple[list[Opened], Opened
 def _open(
     config: ConfigDict, entry: dict[str, Any], split: str, tower: CaptionTower | None
 ) -> Opened:
-    openers = {
-        "latents": _open_latents,
-        "twemoji": _open_twemoji,
-        "twemoji_untoned": _open_untoned,
-    }
-    return openers[entry["source"]](config, entry["folder"], split, tower)
+    if entry["source"] in rules.EMOJI:
+        return _open_emoji(config, entry["folder"], split, *rules.EMOJI[entry["source"]])
+    return _open_latents(config, entry["folder"], tower)
 
 
-def _open_latents(
-    config: ConfigDict, folder: str, split: str, tower: CaptionTower | None
-) -> StoredLatents:
+def _open_latents(config: ConfigDict, folder: str, tower: CaptionTower | None) -> StoredLatents:
     """Opens stored latents, MDS or ArrayRecord; each folder is one split."""
     data = config.data
     source = open_latents(
@@ -217,10 +211,14 @@ def _from_a_store(data: ConfigDict) -> dict[str, Any]:
     return {"cache": data.cache or None, "cache_bytes": data.cache_bytes, "shuffled": True}
 
 
-def _open_twemoji(
-    config: ConfigDict, folder: str, split: str, tower: CaptionTower | None
+def _open_emoji(
+    config: ConfigDict, folder: str, split: str, rule: str, untoned: bool
 ) -> LatentSource:
-    """Opens the embedded emoji images, whose folder process 0 prepares on first use."""
+    """Opens the embedded emoji images, whose folder process 0 prepares on first use.
+
+    Half of all emoji images are people in five skin tones. Mixed with the whole set, the part whose
+    captions name none makes the rest more frequent.
+    """
     match = re.fullmatch(rules.PATCH_PCA, config.data.vae)
     assert match is not None  # as rules.check_datasets has made sure
     patch, channels, resolution = map(int, match.groups())
@@ -231,25 +229,17 @@ def _open_twemoji(
             resolution=config.data.resolution,
             fit_codec=PatchPCA.fit,
             codec_settings={"patch": patch, "channels": channels},
-            text_encoder=registry.text_encoder(config.data.text_encoder),
+            text_encoder=load.load_text_encoder(config.data.text_encoder),
             codec_resolution=resolution,
+            heldout=rule,
         )
 
     hosts.from_first("prepare the emoji images", prepare)
     train, heldout, *_ = load_prepared(Path(folder), PatchPCA.load)
-    return train if split == "train" else heldout
-
-
-def _open_untoned(
-    config: ConfigDict, folder: str, split: str, tower: CaptionTower | None
-) -> LatentSource:
-    """Opens the emoji images whose captions name no skin tone, mostly things.
-
-    Half of all emoji images are people in five tones. Mixed with the whole set, this subset makes
-    the rest more frequent.
-    """
-    images = _open_twemoji(config, folder, split, tower)
-    return images.subset(["skin tone" not in caption for caption in images.captions])
+    images = train if split == "train" else heldout
+    if untoned:
+        images = images.subset(["skin tone" not in caption for caption in images.captions])
+    return images
 
 
 def check_data(cfg: DiTConfig, data: RunData) -> int:

@@ -12,7 +12,14 @@ from microdit_jax.errors import UserError
 from microdit_jax.training import defaults
 
 # Where a dataset's records come from, as `training.data` opens them
-SOURCES = ("latents", "twemoji", "twemoji_untoned")
+# The embedded emoji images: rule by which captions are held out, and True without skin tones
+EMOJI = {
+    "twemoji": ("words", False),
+    "twemoji_untoned": ("words", True),
+    "twemoji_things": ("things", False),
+    "twemoji_things_untoned": ("things", True),
+}
+SOURCES = ("latents", *EMOJI)
 DATASET_KEYS = {"source", "folder", "weight"}
 PATCH_PCA = r"patch_pca:patch=(\d+),channels=(\d+),resolution=(\d+)"
 

@@ -6,7 +6,7 @@ import pytest
 from support.convert_command import run
 
 from interop.conftest import write
-from microdit_jax.convert import clip, clip_text, t5, vae
+from microdit_jax.convert import bert, clip, clip_text, t5, vae
 from microdit_jax.convert.arguments import open_folder
 
 PACKAGES = ("torch", "diffusers", "transformers")
@@ -68,6 +68,15 @@ def test_a_t5_of_transformers(files, tmp_path):
     mask = golden["mask"].astype(bool)
     found = t5.T5(config).apply(params, jnp.asarray(golden["ids"], jnp.int32), jnp.asarray(mask))
     assert near(np.asarray(found)[mask], golden["tokens"][mask])
+
+
+def test_a_bert_of_transformers(files, tmp_path):
+    run("--kind=bert", f"--input={files / 'bert'}", f"--output={tmp_path / 'model'}")
+    golden = np.load(files / "bert.npz")
+    encoder = bert.load_encoder(tmp_path / "model")
+    mask = golden["mask"].astype(bool)
+    found = encoder.encode(golden["ids"].astype(np.int32), mask)
+    assert near(found[mask], golden["tokens"][mask])
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,8 @@ from composer_names import stand_in_for_torchvision
 stand_in_for_torchvision()
 from diffusers import AutoencoderKL  # noqa: E402
 from transformers import (  # noqa: E402
+    BertConfig,
+    BertModel,
     CLIPConfig,
     CLIPModel,
     CLIPTextConfig,
@@ -86,3 +88,7 @@ with torch.no_grad():
     mask = (tokens != 0).long()
     hidden = model(input_ids=tokens, attention_mask=mask).last_hidden_state
     save("t5", model, {"ids": tokens, "mask": mask, "tokens": hidden})
+    sizes = {"vocab_size": 64, "max_position_embeddings": 20}
+    model = shake(BertModel(BertConfig(**sizes, **BLOCKS)))
+    hidden = model(input_ids=tokens, attention_mask=mask).last_hidden_state
+    save("bert", model, {"ids": tokens, "mask": mask, "tokens": hidden})
