@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from conftest import relative_l2
 
-from microdit_jax.models import derivatives, layers, norms
+from microdit_jax.models import layers, norms
 
 EPS = 1e-6
 RNG = np.random.default_rng(0)
@@ -24,13 +24,13 @@ def plain(x, eps=EPS):
 CASES = {
     "normalise": (lambda x: norms.normalise(x, EPS), plain, [(2, 3, 16)]),
     "scaled": (
-        lambda x, w: norms.scaled_norm(x, w, EPS, "float32", "float32"),
-        lambda x, w: plain(x) * w[None, None],
+        lambda x, w: norms.scaled_norm(x, w, EPS, *["float32"] * 3),
+        lambda x, w: (x, plain(x) * w[None, None]),
         [(2, 3, 16), (16,)],
     ),
     "modulated": (
-        lambda x, w, b, s: norms.modulated_norm(x, w, b, s, EPS, "float32", "float32"),
-        lambda x, w, b, s: plain(x) * w[None, None] * (1 + s[:, None]) + b[:, None],
+        lambda x, w, b, s: norms.modulated_norm(x, w, b, s, EPS, *["float32"] * 3),
+        lambda x, w, b, s: (x, plain(x) * w[None, None] * (1 + s[:, None]) + b[:, None]),
         [(2, 3, 16), (16,), (2, 16), (2, 16)],
     ),
     "gelu": (layers.gelu_erf, lambda x: jax.nn.gelu(x, approximate=False), [(4, 16)]),
@@ -41,9 +41,11 @@ CASES = {
 def test_gradients_are_those_of_the_formula(case):
     ours, formula, shapes = CASES[case]
     inputs = arrays(*shapes)
-    (g,) = arrays(inputs[0].shape)
+    results = formula(*inputs)
+    g = jax.tree.map(lambda result: arrays(result.shape)[0], results)  # of the stream too, if any
     found, expected = (jax.jit(lambda f=f: jax.vjp(f, *inputs)[1](g))() for f in (ours, formula))
-    np.testing.assert_allclose(ours(*inputs), formula(*inputs), atol=2e-6)
+    for a, b in zip(*map(jax.tree.leaves, (ours(*inputs), results)), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-6)
     for a, b in zip(found, expected, strict=True):
         assert a.dtype == b.dtype and relative_l2(a, b) < 1e-5
 
@@ -61,10 +63,27 @@ def test_16_bit_types_stay_near_and_are_kept():
     assert relative_l2(norms.normalise(shifted, EPS), plain(shifted.astype(jnp.float32))) < 5e-3
 
 
-def test_a_narrow_gradient_is_rounded_once():
-    (x, g) = arrays((4, 8), (4, 8))
-    y, pull = jax.vjp(lambda x: derivatives.narrow_gradient(x, "bfloat16"), x)
-    np.testing.assert_array_equal(y, x)
-    (found,) = pull(g)
-    np.testing.assert_array_equal(found, g.astype(jnp.bfloat16).astype(jnp.float32))
-    assert found.dtype == jnp.float32
+def test_a_rounded_stream_is_what_its_norm_and_its_gradient_see():
+    x, w, dstream, g = arrays((4, 64), (64,), (4, 64), (4, 64))
+    rounded = x.astype(jnp.bfloat16)
+    types = "float32", "bfloat16", "bfloat16"
+    (stream, h), pull = jax.vjp(lambda x, w: norms.scaled_norm(x, w, EPS, *types), rounded, w)
+    dx, dw = pull((dstream.astype(jnp.bfloat16), g))
+    np.testing.assert_array_equal(stream, rounded)
+    assert dx.dtype == jnp.bfloat16 and dw.dtype == jnp.float32
+    wide = rounded.astype(jnp.float32)
+    formula = lambda x, w: (x, plain(x) * w[None])  # noqa: E731
+    dx_wide, dw_wide = jax.vjp(formula, wide, w)[1]((dstream, g))
+    assert relative_l2(h, formula(wide, w)[1]) < 1e-5 and relative_l2(dw, dw_wide) < 1e-5
+    assert relative_l2(dx, dx_wide) < 4e-3
+
+
+def test_a_wide_streams_gradient_can_be_rounded():
+    x, w, g = arrays((4, 8), (8,), (4, 8))
+    pulls = [
+        jax.vjp(lambda x, t=t: norms.scaled_norm(x, w, EPS, "float32", "float32", t), x)[1]
+        for t in ("float32", "bfloat16")
+    ]
+    (wide,), (narrow,) = (pull((g, g)) for pull in pulls)
+    np.testing.assert_array_equal(narrow, wide.astype(jnp.bfloat16).astype(jnp.float32))
+    assert narrow.dtype == jnp.float32 and not np.array_equal(narrow, wide)

@@ -62,14 +62,15 @@ class DiTConfig:
       num_experts: experts of a mixture-of-experts feed-forward.
       expert_capacity: how many experts take a token, on average.
       experts_every_n: every n-th block has experts, never the backbone's last.
-      dtype: type of the matmuls and attention; the residual stream, norms, softmax and
-        routing stay float32.
+      dtype: type of the matmuls and attention; norms, softmax and routing stay float32.
       param_dtype: type the parameters are stored in.
       attention: kernel, one of "xla", "looped" (CPUs), "cudnn" (NVIDIA, 16-bit) and "splash" (TPU).
       moe_dispatch: "gather" moves rows, "onehot" multiplies by one-hot matrices; equal results.
       remat: what the backward pass recomputes: "none", each whole "block", or all but "dots".
-      residual_gradient: type of the residual stream's gradient between branches: "float32",
-        "bfloat16", or "auto", which is bfloat16 where the matmuls are. It saves memory traffic.
+      residual: type of the residual stream between branches: "float32", "bfloat16", or "auto",
+        which is bfloat16 where the matmuls are. It saves memory traffic. Sums are computed in
+        float32, and the caption's own stream, which every block reads, stays float32.
+      residual_gradient: the same of the stream's gradient; bfloat16 where the stream is.
       init_std: standard deviation of the normal initialisations. The paper's 0.02 suits a width of
         1024. At width 128 three such layers in a row make captions 20 times fainter than there, and
         the network follows them late: give small ones about 0.7 / sqrt(dim).
@@ -102,6 +103,7 @@ class DiTConfig:
     attention: str = "xla"
     moe_dispatch: str = "gather"
     remat: str = "none"
+    residual: str = "auto"
     residual_gradient: str = "auto"
     init_std: float = 0.02
 
@@ -114,6 +116,7 @@ class DiTConfig:
             "attention": tuple(attention.IMPLEMENTATIONS),
             "moe_dispatch": tuple(moe.DISPATCHES),
             "remat": tuple(REMAT_POLICIES),
+            "residual": ("auto", "float32", "bfloat16"),
             "residual_gradient": ("auto", "float32", "bfloat16"),
         }
         for name, allowed in choices.items():
@@ -153,11 +156,19 @@ class DiTConfig:
         return self.use_patch_mixer and self.patch_mixer_dim != self.dim
 
     @property
+    def residual_dtype(self) -> str:
+        """Type of the residual stream between branches."""
+        if self.residual != "auto":
+            return self.residual
+        return "bfloat16" if self.dtype == "bfloat16" else "float32"
+
+    @property
     def residual_gradient_dtype(self) -> str:
         """Type of the residual stream's gradient between branches."""
-        if self.residual_gradient != "auto":
-            return self.residual_gradient
-        return "bfloat16" if self.dtype == "bfloat16" else "float32"
+        if "bfloat16" in (self.residual_dtype, self.residual_gradient):
+            return "bfloat16"
+        narrow = self.residual_gradient == "auto" and self.dtype == "bfloat16"
+        return "bfloat16" if narrow else "float32"
 
     @property
     def precision(self) -> Precision:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from jaxtyping import Array, Float, Shaped
+from jaxtyping import Array, Shaped
 
 
 def with_backward(
@@ -37,14 +37,3 @@ def as_kept(*residuals: Shaped[Array, "..."]) -> tuple[Shaped[Array, "..."], ...
     computes again from yet larger arrays.
     """
     return jax.lax.optimization_barrier(residuals)
-
-
-def _narrow_backward(dtype: str, _: None, g: Array) -> tuple[Array]:
-    (narrow,) = as_kept(g.astype(dtype))
-    return (narrow.astype(g.dtype),)
-
-
-@with_backward(lambda x, dtype: (x, None), _narrow_backward, static=(1,))
-def narrow_gradient(x: Float[Array, "..."], dtype: str) -> Float[Array, "..."]:
-    """Returns x, whose gradient is rounded to `dtype` on its way through memory."""
-    return x

@@ -21,7 +21,6 @@ from microdit_jax.models.config import (
     MicroDiT_XL_2,
     for_this_machine,
 )
-from microdit_jax.models.derivatives import narrow_gradient
 from microdit_jax.models.layers import (
     CaptionProjection,
     FeedForward,
@@ -85,6 +84,15 @@ def cast_matrices(params: Any, config: DiTConfig) -> Any:
     return jax.tree_util.tree_map_with_path(cast, params)
 
 
+def residual_sum(
+    x: Float[Array, "n t d"], branch: Float[Array, "n t d"], gate: Float[Array, "n d"] | None = None
+) -> Float[Array, "n t d"]:
+    """Adds a branch, times its gate, to the residual stream, in float32; returns x's type."""
+    branch = branch.astype(jnp.float32)
+    branch = branch if gate is None else gate[:, None, :] * branch
+    return (x.astype(jnp.float32) + branch).astype(x.dtype)
+
+
 class CaptionBlock(nn.Module):
     """A plain pre-norm transformer block over caption tokens; its branches start at zero."""
 
@@ -105,8 +113,8 @@ class CaptionBlock(nn.Module):
         )
         norm1 = LayerNorm(cfg.norm_eps, cfg.precision, name="norm1")
         norm2 = LayerNorm(cfg.norm_eps, cfg.precision, name="norm2")
-        y = y + attn(norm1(y)).astype(y.dtype)
-        return y + mlp(norm2(y)).astype(y.dtype)
+        y = residual_sum(y, attn(norm1(y)))
+        return residual_sum(y, mlp(norm2(y)))
 
 
 class DiTBlock(nn.Module):
@@ -158,11 +166,6 @@ class DiTBlock(nn.Module):
         """The caption's keys and values for cross-attention; equal at every noise level."""
         return self.cross_attn.keys_values(y)
 
-    def narrow_gradient(self, x: Float[Array, "n t d"]) -> Float[Array, "n t d"]:
-        """Returns x, whose gradient is of the type that the config says."""
-        dtype = self.config.residual_gradient_dtype
-        return x if dtype == "float32" else narrow_gradient(x, dtype)
-
     def __call__(
         self,
         x: Float[Array, "n t d"],
@@ -174,15 +177,13 @@ class DiTBlock(nn.Module):
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation
         if keys_values is None:
             keys_values = self.keys_values(y)
-        x = self.narrow_gradient(x)
-        # Each branch is computed in the config's type; their sum x (n, t, d) stays float32.
-        branch = self.attn(self.norm1(x, shift_msa, scale_msa))
-        x = x + gate_msa[:, None, :] * branch.astype(x.dtype)
-        x = self.narrow_gradient(x)
-        x = x + self.cross_attn(self.norm2(x), keys_values).astype(x.dtype)
-        x = self.narrow_gradient(x)
-        branch = self.mlp(self.norm3(x, shift_mlp, scale_mlp))
-        return x + gate_mlp[:, None, :] * branch.astype(x.dtype)
+        narrow = self.config.residual_gradient_dtype
+        x, h = self.norm1.beside_stream(x, shift_msa, scale_msa, gradient_dtype=narrow)
+        x = residual_sum(x, self.attn(h), gate_msa)
+        x, h = self.norm2.beside_stream(x, gradient_dtype=narrow)
+        x = residual_sum(x, self.cross_attn(h, keys_values))
+        x, h = self.norm3.beside_stream(x, shift_mlp, scale_mlp, gradient_dtype=narrow)
+        return residual_sum(x, self.mlp(h), gate_mlp)
 
 
 class Caption(NamedTuple):
@@ -255,6 +256,7 @@ class DiT(nn.Module):
                 f"caption embeddings must be (n, l, {cfg.caption_channels}), found {y.shape}; is "
                 "this the text encoder that the model was trained with?"
             )
+        # Every block reads the caption, so its residual stream is not rounded between branches.
         y = self.y_embedder(jnp.asarray(y, cfg.dtype)).astype(jnp.float32)  # (n, l, d)
         y = self.y_emb_preprocess(y)
         # Padding tokens count in the mean: the reference has no padding mask anywhere.
@@ -288,10 +290,12 @@ class DiT(nn.Module):
         keys_values = iter(caption.keys_values or ())
         x = self.x_embedder(jnp.asarray(x, cfg.dtype)).astype(jnp.float32)  # (n, t, d)
         x = x + sincos_pos_embed(cfg.dim, cfg.grid, cfg.pos_interp_scale)[None]
+        x = x.astype(cfg.residual_dtype)
         c = self.t_embedder(t) + caption.pooled  # (n, d)
 
         if cfg.mixer_projects:  # (n, t, d) -> (n, t, d_mixer)
-            x = self.patch_mixer_map_xin_1(self.patch_mixer_map_xin_0(x)).astype(jnp.float32)
+            x = self.patch_mixer_map_xin_1(self.patch_mixer_map_xin_0(x))
+            x = x.astype(cfg.residual_dtype)
         for block in self.patch_mixer:
             x = block(x, caption.mixer_tokens, c, next(keys_values, None))
 
@@ -307,7 +311,8 @@ class DiT(nn.Module):
 
         # (n, t_kept, d_mixer) -> (n, t_kept, d): after masking, where it costs least.
         if cfg.mixer_projects:
-            x = self.patch_mixer_map_xout_1(self.patch_mixer_map_xout_0(x)).astype(jnp.float32)
+            x = self.patch_mixer_map_xout_1(self.patch_mixer_map_xout_0(x))
+            x = x.astype(cfg.residual_dtype)
         for block in self.blocks:
             x = block(x, caption.tokens, c, next(keys_values, None))
 

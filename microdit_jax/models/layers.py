@@ -98,20 +98,35 @@ class LayerNorm(nn.Module):
     dtype: str | None = None
 
     @nn.compact
+    def beside_stream(
+        self,
+        x: Float[Array, "*b d"],
+        shift: Float[Array, "n d"] | None = None,
+        scale: Float[Array, "n d"] | None = None,
+        *,
+        gradient_dtype: str = "float32",
+    ) -> tuple[Float[Array, "*b d"], Float[Array, "*b d"]]:
+        """Returns x and its norm; a residual stream goes on from the x that is returned.
+
+        Args:
+          gradient_dtype: type that the gradient of x is rounded to on its way through memory.
+        """
+        weight = self.param(
+            "scale", nn.initializers.ones, (x.shape[-1],), self.precision.param_dtype
+        )  # (d,)
+        weight = weight.astype(jnp.float32)
+        types = self.dtype or self.precision.dtype, self.precision.dtype, gradient_dtype
+        if shift is None or scale is None:
+            return norms.scaled_norm(x, weight, self.eps, *types)
+        return norms.modulated_norm(x, weight, shift, scale, self.eps, *types)
+
     def __call__(
         self,
         x: Float[Array, "*b d"],
         shift: Float[Array, "n d"] | None = None,
         scale: Float[Array, "n d"] | None = None,
     ) -> Float[Array, "*b d"]:
-        weight = self.param(
-            "scale", nn.initializers.ones, (x.shape[-1],), self.precision.param_dtype
-        )  # (d,)
-        x, weight = x.astype(jnp.float32), weight.astype(jnp.float32)
-        types = self.dtype or self.precision.dtype, self.precision.dtype
-        if shift is None or scale is None:
-            return norms.scaled_norm(x, weight, self.eps, *types)
-        return norms.modulated_norm(x, weight, shift, scale, self.eps, *types)
+        return self.beside_stream(x, shift, scale)[1]
 
 
 class PatchEmbed(nn.Module):

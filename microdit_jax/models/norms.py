@@ -1,9 +1,10 @@
 """Layer norms whose backward passes read few bytes.
 
-Autodiff of a norm keeps float32 arrays and moves them through several kernels. These keep the
-normalised input y = (x - mean) r, in the type of the network's matmuls, and one number r of each
-token. With the gradient g of y, the gradient of x is r (g - mean(g) - y mean(g y)), with means over
-the last axis (Ba et al. 2016, arXiv 1607.06450): one kernel.
+Autodiff of a norm keeps float32 arrays and moves them through several kernels. These keep at most
+one array in the type that their input has in memory, and one or two numbers of each token. With the
+normalised input y = (x - mean) r and the gradient g of y, the gradient of x is
+r (g - mean(g) - y mean(g y)), with means over the last axis (Ba et al. 2016, arXiv 1607.06450): one
+kernel.
 """
 
 from typing import Any
@@ -15,22 +16,24 @@ from jaxtyping import Array, Float, Float32
 from microdit_jax.models.derivatives import as_kept, with_backward
 
 
-def _normalise(x: Array, eps: float, dtype: Any) -> tuple[Array, Array]:
-    """Returns the normalised input (*b, d) and r = (variance + eps)^-1/2 (*b, 1), in float32.
+def _statistics(x: Array, eps: float, matmul_dtype: Any) -> tuple[Array, Array]:
+    """Returns the mean and r = (variance + eps)^-1/2 of each token, both (*b, 1) in float32.
 
     Args:
-      dtype: type of the network's matmuls. Where it rounds far more than a variance computed from
-        sums of x alone, those take one pass over memory; else the mean is subtracted first.
+      matmul_dtype: type of the network's matmuls. Where it rounds far more than a variance computed
+        from sums of x alone, those take one pass over memory; else the mean is subtracted first.
     """
     x = x.astype(jnp.float32)
     mean = x.mean(axis=-1, keepdims=True)
-    if dtype == jnp.float32:
-        centred = x - mean
-        r = jax.lax.rsqrt(jnp.square(centred).mean(axis=-1, keepdims=True) + eps)
-        return centred * r, r
-    variance = jnp.square(x).mean(axis=-1, keepdims=True) - jnp.square(mean)
-    r = jax.lax.rsqrt(jnp.maximum(variance, 0) + eps)
-    return (x - mean) * r, r
+    if matmul_dtype == jnp.float32:
+        variance = jnp.square(x - mean).mean(axis=-1, keepdims=True)
+    else:
+        variance = jnp.square(x).mean(axis=-1, keepdims=True) - jnp.square(mean)
+    return mean, jax.lax.rsqrt(jnp.maximum(variance, 0) + eps)
+
+
+def _normalised(x: Array, mean: Array, r: Array) -> Array:
+    return (x.astype(jnp.float32) - mean) * r
 
 
 def _input_gradient(y: Array, r: Array, g: Array) -> Array:
@@ -38,21 +41,24 @@ def _input_gradient(y: Array, r: Array, g: Array) -> Array:
     return r * (g - along - y * projection)
 
 
-def _as_read(g: Array) -> Array:
-    """Returns a gradient in float32; one in float32 may be a sum that XLA computes on the way."""
-    return g if g.dtype == jnp.float32 else as_kept(g)[0].astype(jnp.float32)
+def _in_memory(x: Array) -> Array:
+    """Returns a rounded array as it is read from memory, and one in float32 as it is.
+
+    The latter may be a sum that XLA computes on the way.
+    """
+    return x if x.dtype == jnp.float32 else as_kept(x)[0]
 
 
 # ------------------------------------------------------------------ without parameters
 def _plain_forward(x: Array, eps: float) -> tuple[Array, tuple[Array, Array]]:
-    y, r = _normalise(x, eps, x.dtype)
-    y = y.astype(x.dtype)
+    mean, r = _statistics(x, eps, x.dtype)
+    y = _normalised(x, mean, r).astype(x.dtype)
     return y, (y, r)
 
 
 def _plain_backward(eps: float, residuals: tuple[Array, Array], g: Array) -> tuple[Array]:
     y, r = as_kept(*residuals)
-    dx = _input_gradient(y.astype(jnp.float32), r, _as_read(g))
+    dx = _input_gradient(y.astype(jnp.float32), r, _in_memory(g).astype(jnp.float32))
     return (dx.astype(y.dtype),)
 
 
@@ -62,62 +68,84 @@ def normalise(x: Float[Array, "*b d"], eps: float) -> Float[Array, "*b d"]:
     return _plain_forward(x, eps)[0]
 
 
-# ------------------------------------------------------------------ with a scale
-def _scaled_forward(x, scale, eps, dtype, kept_dtype):
-    y, r = _normalise(x, eps, kept_dtype)
-    return (y * jnp.broadcast_to(scale, y.shape)).astype(dtype), (y.astype(kept_dtype), r, scale)
+# ------------------------------------------------------------------ of a residual stream
+# Each returns the stream beside its norm. What is added to the stream takes the returned one, so
+# that the gradients of both meet in the norm's backward pass, in one kernel.
+def _stream_gradient(x: Array, y: Array, r: Array, dstream: Array, g: Array, dtype: str) -> Array:
+    """Adds the gradient through the norm to the stream's own and rounds the sum to `dtype`."""
+    dx = dstream.astype(jnp.float32) + _input_gradient(y, r, g)
+    return _in_memory(dx.astype(dtype)).astype(x.dtype)
 
 
-def _scaled_backward(eps, dtype, kept_dtype, residuals, g):
-    y, r = as_kept(*residuals[:2])
-    y, g = y.astype(jnp.float32), _as_read(g)
+def _scaled_forward(x, scale, eps, dtype, matmul_dtype, gradient_dtype):
+    mean, r = _statistics(x, eps, matmul_dtype)
+    x = _in_memory(x)
+    y = _normalised(x, mean, r)
+    return (x, (y * jnp.broadcast_to(scale, y.shape)).astype(dtype)), (x, mean, r, scale)
+
+
+def _scaled_backward(eps, dtype, matmul_dtype, gradient_dtype, residuals, gradients):
+    x, mean, r, scale = residuals
+    dstream, g = gradients
+    y, g = _normalised(x, mean, r), _in_memory(g).astype(jnp.float32)
     dscale = (g * y).sum(axis=tuple(range(g.ndim - 1)))  # (d,)
-    return _input_gradient(y, r, g * jnp.broadcast_to(residuals[2], g.shape)), dscale
+    g = g * jnp.broadcast_to(scale, g.shape)
+    return _stream_gradient(x, y, r, dstream, g, gradient_dtype), dscale
 
 
-@with_backward(_scaled_forward, _scaled_backward, static=(2, 3, 4))
+@with_backward(_scaled_forward, _scaled_backward, static=(2, 3, 4, 5))
 def scaled_norm(
-    x: Float32[Array, "*b d"], scale: Float32[Array, " d"], eps: float, dtype: str, kept_dtype: str
-) -> Float[Array, "*b d"]:
-    """Layer norm over the last axis with a scale, in float32; returns `dtype`.
+    x: Float[Array, "*b d"],
+    scale: Float32[Array, " d"],
+    eps: float,
+    dtype: str,
+    matmul_dtype: str,
+    gradient_dtype: str,
+) -> tuple[Float[Array, "*b d"], Float[Array, "*b d"]]:
+    """Returns x, and its layer norm over the last axis with a scale, computed in float32.
 
     Args:
-      kept_dtype: type of the normalised input that is kept for the backward pass.
+      dtype: type of the norm.
+      matmul_dtype: type of the network's matmuls.
+      gradient_dtype: type that the gradient of x is rounded to on its way through memory.
     """
-    return _scaled_forward(x, scale, eps, dtype, kept_dtype)[0]
+    return _scaled_forward(x, scale, eps, dtype, matmul_dtype, gradient_dtype)[0]
 
 
-# ------------------------------------------------------------------ modulated
-def _modulated_forward(x, weight, shift, scale, eps, dtype, kept_dtype):
-    y, r = _normalise(x, eps, kept_dtype)
+def _modulated_forward(x, weight, shift, scale, eps, dtype, matmul_dtype, gradient_dtype):
+    mean, r = _statistics(x, eps, matmul_dtype)
+    x = _in_memory(x)
+    y = _normalised(x, mean, r)
     scaled = y * jnp.broadcast_to(weight, y.shape)
     h = (scaled * (1 + scale[:, None]) + shift[:, None]).astype(dtype)
-    return h, (y.astype(kept_dtype), r, weight, scale)
+    return (x, h), (x, mean, r, weight, scale)
 
 
-def _modulated_backward(eps, dtype, kept_dtype, residuals, g):
-    y, r = as_kept(*residuals[:2])
-    weight, scale = residuals[2:]
-    y, g = y.astype(jnp.float32), _as_read(g)
-    dx = _input_gradient(y, r, g * (weight[None] * (1 + scale))[:, None])
+def _modulated_backward(eps, dtype, matmul_dtype, gradient_dtype, residuals, gradients):
+    x, mean, r, weight, scale = residuals
+    dstream, g = gradients
+    y, g = _normalised(x, mean, r), _in_memory(g).astype(jnp.float32)
+    dy = g * (weight[None] * (1 + scale))[:, None]  # (n, t, d)
+    dx = _stream_gradient(x, y, r, dstream, dy, gradient_dtype)
     dshift, projection = g.sum(axis=1), (g * y).sum(axis=1)  # each (n, d)
     dweight = ((1 + scale) * projection).sum(axis=0)  # (d,)
     return dx, dweight, dshift, weight[None] * projection
 
 
-@with_backward(_modulated_forward, _modulated_backward, static=(4, 5, 6))
+@with_backward(_modulated_forward, _modulated_backward, static=(4, 5, 6, 7))
 def modulated_norm(
-    x: Float32[Array, "n t d"],
+    x: Float[Array, "n t d"],
     weight: Float32[Array, " d"],
     shift: Float32[Array, "n d"],
     scale: Float32[Array, "n d"],
     eps: float,
     dtype: str,
-    kept_dtype: str,
-) -> Float[Array, "n t d"]:
-    """norm(x) weight (1 + scale) + shift: adaptive layer norm (DiT, arXiv 2212.09748, section 3.2).
+    matmul_dtype: str,
+    gradient_dtype: str,
+) -> tuple[Float[Array, "n t d"], Float[Array, "n t d"]]:
+    """Returns x, and h = norm(x) weight (1 + scale) + shift, computed in float32.
 
-    Args:
-      kept_dtype: type of the normalised input that is kept for the backward pass.
+    h is adaptive layer norm (DiT, arXiv 2212.09748, section 3.2). Arguments are as for
+    `scaled_norm`.
     """
-    return _modulated_forward(x, weight, shift, scale, eps, dtype, kept_dtype)[0]
+    return _modulated_forward(x, weight, shift, scale, eps, dtype, matmul_dtype, gradient_dtype)[0]
