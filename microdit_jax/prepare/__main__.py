@@ -78,7 +78,7 @@ def _parser() -> Parser:
     parser = Parser("microdit_jax.prepare", __doc__)
     add = parser.add_argument
     add("--source", required=True, choices=registry.KINDS, help="what --input holds")
-    add("--input", help="the folder of the source; the emoji set has none")
+    add("--input", help="the folder of the source; emoji and openmoji have none")
     add("--output", required=True, help="the folder to write")
     add("--resolutions", help="pixels of a side, with commas (default: --model's, or 256,512)")
     add("--model", help="a network to be trained on the data, as sample_main.py takes it: its VAE "

@@ -14,6 +14,7 @@ from microdit_jax.prepare.sources import (
     folder,
     journeydb,
     mds_images,
+    openmoji,
     parquet_images,
     sa1b,
     textcaps,
@@ -27,7 +28,7 @@ class SourceOptions(NamedTuple):
     """Values of the flags of those names; None: not given.
 
     Attributes:
-      input: "" for the emoji set.
+      input: "" for the emoji sets.
       seed: decides which caption of a list is taken at random.
     """
 
@@ -109,6 +110,9 @@ KINDS = {
     ),
     "tfds": _Kind(_tfds, ("split", "captions_of_a_list")),
     "emoji": _Kind(lambda o: emoji.open_images(o.split or "train"), ("split",), twemoji.SPLITS),
+    "openmoji": _Kind(
+        lambda o: openmoji.open_images(o.split or "train"), ("split",), twemoji.SPLITS
+    ),
     "cc12m": _published(cc12m.open_images),
     "sa1b": _published(sa1b.open_images),
     "journeydb": _published(journeydb.open_images, "train", "valid"),
@@ -131,7 +135,7 @@ def open_source(
 
     Args:
       name: one of `KINDS`.
-      input: its folder; the emoji set has none.
+      input: its folder; the emoji sets have none.
       fraction: share of the source's parts (shards, archives, or thousands of files), for a trial.
       options: for the sources that have them, by the names in `SourceOptions`.
     Raises:
@@ -142,7 +146,7 @@ def open_source(
     if not 0 < fraction <= 1:
         raise UserError(f"--fraction must be above 0 and at most 1, found {fraction}")
     kind = KINDS[name]
-    needed = name != "emoji"
+    needed = name not in ("emoji", "openmoji")
     if needed != (input is not None):
         raise UserError(f"--source={name} {'needs --input' if needed else 'has no --input'}")
     for option, value in options.items():
