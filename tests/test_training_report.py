@@ -69,6 +69,22 @@ def test_a_panel_for_each_run(tmp_path):
         assert len(two.convert("RGB").getcolors(two.width * two.height)) > 100
 
 
+def test_the_folder_of_a_chain_shows_its_stages_in_order(tmp_path):
+    chain = tmp_path / "all"
+    chain.mkdir()
+    for name, before in (("a_last", "{workdir}/../b"), ("b", "{workdir}/../z"), ("z", "")):
+        config = json.loads((write_run(chain / name) / "config.json").read_text())
+        write_run_metadata(chain / name, config | {"config": config["config"] | {
+            "init_from" if name == "b" else "init_weights_from": before}})  # fmt: skip
+    (chain / "notes").mkdir()
+    (chain / "report.html").write_text("")
+    assert [run.workdir.name for run in report.read([chain])] == ["z", "b", "a_last"]
+    report.main([f"--runs={chain}", f"--out={tmp_path / 'page.html'}"])
+    page = (tmp_path / "page.html").read_text()
+    assert "<title>z, b, a_last</title>" in page and "min-width: 510px" in page
+    assert [run.workdir.name for run in report.read([chain / "b"])] == ["b"]
+
+
 def test_what_cannot_be_drawn(tmp_path):
     with pytest.raises(UserError, match="give --runs"):
         report.write([], tmp_path / "x.png")

@@ -2,8 +2,7 @@
 
 Training writes <workdir>/report.html after every evaluation; a chain of stages also has a page of
 all stages beside their folders. By hand, as a page (.html) or as the curves alone (.png):
-  python -m microdit_jax.training.report --out=training.png \\
-      --runs=runs/all/res_256_pretrain --runs=runs/all/res_256_finetune
+  python -m microdit_jax.training.report --runs=runs/all --out=training.png
 """
 
 if __name__ == "__main__":
@@ -28,6 +27,7 @@ from microdit_jax.files import check_writable, output_file, write_bytes
 from microdit_jax.files.urls import as_given, scheme_of
 from microdit_jax.training import goodput
 from microdit_jax.training.metric_writer import read_metrics
+from microdit_jax.training.workdir import stages_of
 
 if TYPE_CHECKING:  # matplotlib takes a second to import: only where a page is written
     from matplotlib.axes import Axes
@@ -40,17 +40,21 @@ NUM_GRIDS = 8  # grids of samples on the page, spread over the run
 FIGURES = {"loss": 0, "skipped": 0, "speed": 1, "heldout": 2}
 
 PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>
+<html lang="en"><head><meta charset="utf-8"><title>{title}</title>
+<meta name="viewport" content="width=device-width, initial-scale=1"><style>
 body {{ font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 76rem;
-  padding: 0 1rem }}
+  padding: 0 1rem; overflow-wrap: break-word }}
 img {{ max-width: 100% }} h2 {{ margin-top: 2.5rem }} table {{ border-collapse: collapse }}
 td, th {{ padding: .2rem .8rem .2rem 0; text-align: left; vertical-align: top }}
-.grids {{ display: flex; gap: 1rem; overflow-x: auto }} figure {{ margin: 0; flex: 0 0 26rem }}
-figcaption {{ color: #555 }}
+td {{ overflow-wrap: normal; white-space: nowrap }} td:last-child {{ white-space: normal }}
+.wide {{ overflow-x: auto }} .wide > img {{ min-width: {width}; max-width: none; width: 100% }}
+.grids {{ display: flex; gap: 1rem; overflow-x: auto }}
+figure {{ margin: 0; flex: 0 0 min(26rem, 85vw) }} figcaption {{ color: #555 }}
 </style></head><body><h1>{title}</h1>
-<img src="data:image/png;base64,{curves}" alt="Losses, loss by noise and throughput">
-<table><tr><th>run<th>step<th>held-out loss, right<th>shuffled<th>ratio<th>images/s<th>skipped</tr>
-{rows}</table>
+<div class='wide'><img src="data:image/png;base64,{curves}"
+  alt="Losses, loss by noise and throughput"></div>
+<div class='wide'><table><tr><th>run<th>step<th>held-out loss, right<th>shuffled<th>ratio<th>images/s<th>skipped</tr>
+{rows}</table></div>
 {time}
 {grids}
 </body></html>
@@ -97,7 +101,7 @@ def read(workdirs: Sequence[str | Path]) -> list[Run]:
     if not workdirs:
         raise UserError("expected at least one run, found none; give --runs=WORKDIR")
     runs = []
-    for workdir in workdirs:
+    for workdir in [stage for given in workdirs for stage in stages_of(given)]:
         folder = local_records(workdir).absolute()
         place = as_given(workdir) if scheme_of(workdir) else str(folder)
         metrics = read_metrics(folder)
@@ -248,6 +252,7 @@ def write(workdirs: Sequence[str | Path], out: str | Path) -> None:
         page = PAGE.format(
             title=_escaped(", ".join(run.workdir.name for run in runs)),
             curves=base64.b64encode(data).decode(),
+            width=f"{170 * len(runs)}px",  # a column each that can be read on a phone
             rows="\n".join(map(_row, runs)),
             time=_time(runs),
             grids="\n".join(_grids(run, out) for run in runs),
@@ -287,7 +292,8 @@ def _time(runs: Sequence[Run]) -> str:
         return ""
     kinds = "; ".join(f"{kind}: {text}" for kind, text in goodput.KINDS.items())
     head = "<tr><th>run<th>hours<th>restarts<th>goodput<th>the rest of the time</tr>"
-    return f"<table>{head}\n{''.join(rows)}</table><p>{_escaped(kinds)}</p>"
+    table = f"<table>{head}\n{''.join(rows)}</table>"
+    return f"<div class='wide'>{table}</div><p>{_escaped(kinds)}</p>"
 
 
 def _grids(run: Run, out: str | Path) -> str:
@@ -327,7 +333,10 @@ def main(arguments: Sequence[str]) -> None:
 
     parser = Parser("microdit_jax.training.report", __doc__)
     parser.add_argument(
-        "--runs", action="append", required=True, help="a training run's workdir; each a column"
+        "--runs",
+        action="append",
+        required=True,
+        help="a training run's workdir, or the folder of a chain of stages; each run a column",
     )
     parser.add_argument("--out", default="report.html", help="the page (.html) or image (.png)")
     flags = parser.parse_args(arguments)
