@@ -3,6 +3,7 @@
 import os
 import unicodedata
 
+MORE = "more in docs/troubleshooting.md"  # ends an error that needs more than a line
 LONGEST = 8_000  # characters of an error; a list of a checkpoint's tensors may be long
 
 

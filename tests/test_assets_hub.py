@@ -141,7 +141,11 @@ def test_what_cannot_be_had_is_told_with_the_place_to_put_it(
     with pytest.raises(UserError, match="could not fetch it") as error:
         hub.vae(name)
     message = str(error.value)
-    assert why in message and "vae/config.json" in message
+    assert (
+        why in message
+        and message.endswith("docs/troubleshooting.md")
+        and "vae/config.json" in message
+    )
     assert str(tmp_path / "cache" / "microdit_jax" / "files" / name) in message
     assert ("asking the Hugging Face Hub" in capsys.readouterr().err) == (not setting)
 

@@ -9,6 +9,7 @@ import re
 import pytest
 import yaml
 
+from microdit_jax.errors import MORE
 from tools import api_pages
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -47,3 +48,7 @@ def test_links_lead_somewhere(path):
             )
         else:
             assert not file or (path.parent / file).exists(), f"{path.name}: {target}"
+
+
+def test_the_page_that_errors_name_is_there():
+    assert (ROOT / MORE.removeprefix("more in ")).is_file()

@@ -289,7 +289,7 @@ def test_a_batch_that_does_not_fit_is_refused_with_one_that_would(monkeypatch):
 
 
 def test_running_out_of_memory_is_one_line():
-    with pytest.raises(UserError, match="ran out of memory; use a smaller one"):
+    with pytest.raises(UserError, match="use a smaller one; more in docs/troubleshooting.md"):
         with memory.out_of_memory("a smaller one"):
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating")
     with pytest.raises(jax.errors.JaxRuntimeError):

@@ -81,7 +81,7 @@ def test_the_folder_of_a_chain_shows_its_stages_in_order(tmp_path):
     assert [run.workdir.name for run in report.read([chain])] == ["z", "b", "a_last"]
     report.main([f"--runs={chain}", f"--out={tmp_path / 'page.html'}"])
     page = (tmp_path / "page.html").read_text()
-    assert "<title>z, b, a_last</title>" in page and "min-width: 510px" in page
+    assert "<title>z, b, a_last</title>" in page and "min-width: 900px" in page
     assert [run.workdir.name for run in report.read([chain / "b"])] == ["b"]
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from microdit_jax.assets import minilm
-from microdit_jax.errors import UserError, visible
+from microdit_jax.errors import MORE, UserError, visible
 from microdit_jax.files import cache_folder, disk_errors, read_json
 
 INSTANT = "instant"  # the small model in the package; see instant/__init__.py
@@ -200,5 +200,5 @@ def _fetch_first(repository: str, names: Sequence[str]) -> Path:
     raise UserError(
         f"expected {' or '.join(names)} of the Hugging Face repository {visible(repository)}, "
         f"could not fetch it ({visible(why[0])}); try again, or put the repository's files into "
-        f"{visible(folder)} by hand, as {visible(folder / names[0])}"
+        f"{visible(folder)} by hand, as {visible(folder / names[0])}; {MORE}"
     ) from why[1]

@@ -21,7 +21,7 @@ from microdit_jax.commands.parser import Parser
 from microdit_jax.convert.model_card import TO_DO, describe_model, model_card
 from microdit_jax.convert.networks import is_ours
 from microdit_jax.convert.to_file import write_adapters, write_weights
-from microdit_jax.errors import UserError, visible
+from microdit_jax.errors import MORE, UserError, visible
 from microdit_jax.files import check_writable, disk_errors, write_text
 
 EXAMPLE = """example:
@@ -172,8 +172,7 @@ def _hub_errors(repository: str) -> Iterator[None]:
         if (why := _why(error)) is None:
             raise
         raise UserError(
-            f"could not send {visible(repository)} to the Hugging Face Hub: {why}; more in "
-            "docs/troubleshooting.md"
+            f"could not send {visible(repository)} to the Hugging Face Hub: {why}; {MORE}"
         ) from error
 
 

@@ -280,3 +280,27 @@ def read_run_metadata(workdir: str | os.PathLike, *needed: str) -> dict:
                 f"{visible(repr(part), 60)}; copy the run again"
             )
     return metadata
+
+
+def stages_of(workdir: str | os.PathLike) -> list[str | os.PathLike]:
+    """Returns the runs in the folder of a chain of stages, each after the one it starts from.
+
+    A run's own workdir is returned as it is, and so is anything else, for others to refuse.
+    """
+    if scheme_of(workdir) or not os.path.isdir(workdir) or is_run(workdir):
+        return [workdir]
+    runs = {folder.name: folder for folder in sorted(Path(workdir).iterdir()) if is_run(folder)}
+    before = {}  # by name, the stage that a stage starts from
+    for name, folder in runs.items():
+        config = read_run_metadata(folder).get("config", {})
+        source = config.get("init_from") or config.get("init_weights_from") or ""
+        before[name] = os.path.basename(os.path.normpath(str(source)))
+
+    def depth(name: str) -> int:
+        seen: set[str] = set()
+        while name in before and name not in seen:
+            seen.add(name)
+            name = before[name]
+        return len(seen)
+
+    return [runs[name] for name in sorted(runs, key=depth)] or [workdir]

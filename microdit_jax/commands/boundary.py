@@ -29,7 +29,7 @@ from types import ModuleType
 from typing import NoReturn
 
 from microdit_jax.commands import output
-from microdit_jax.errors import LONGEST, Late, UserError, escaped, visible
+from microdit_jax.errors import LONGEST, MORE, Late, UserError, escaped, visible
 from microdit_jax.machine import interrupts
 
 _program = ""
@@ -99,7 +99,7 @@ def describe(error: BaseException) -> tuple[int, str]:
         return 2, f"error: {error}"
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
         whose = "memory" if isinstance(error, MemoryError) else "memory of the device"
-        return 2, f"error: out of {whose}: {_reason(error)}; ask for less at a time"
+        return 2, f"error: out of {whose}: {_reason(error)}; ask for less at a time; {MORE}"
     if isinstance(error, OSError):
         return 2, f"error: {_reason(error)}; check that path, or give another"
     if isinstance(error, ImportError) and not (error.name or "").startswith("microdit_jax"):
@@ -113,7 +113,7 @@ def describe(error: BaseException) -> tuple[int, str]:
             f"error: JAX cannot start{f' with JAX_PLATFORMS={wanted}' if wanted else ''}: {fault}; "
             "install its part for this machine (pip install 'microdit_jax[cuda12]', [cuda13] or "
             "[tpu]; a GPU's driver must be as new as that), or set JAX_PLATFORMS=cpu; "
-            "more in docs/troubleshooting.md"
+            f"{MORE}"
         )
     return 1, _defect(error)
 

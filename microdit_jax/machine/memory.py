@@ -6,7 +6,7 @@ from pathlib import Path
 
 import jax
 
-from microdit_jax.errors import UserError
+from microdit_jax.errors import MORE, UserError
 
 
 def free_bytes(
@@ -89,4 +89,4 @@ def out_of_memory(fix: str) -> Iterator[None]:
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        raise UserError(f"the device ran out of memory; use {fix}") from error
+        raise UserError(f"the device ran out of memory; use {fix}; {MORE}") from error

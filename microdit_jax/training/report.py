@@ -21,13 +21,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from microdit_jax.checkpoints.fetch import local_records
-from microdit_jax.checkpoints.run import read_run_metadata
+from microdit_jax.checkpoints.run import read_run_metadata, stages_of
 from microdit_jax.errors import UserError, visible
 from microdit_jax.files import check_writable, output_file, write_bytes
 from microdit_jax.files.urls import as_given, scheme_of
 from microdit_jax.training import goodput
 from microdit_jax.training.metric_writer import read_metrics
-from microdit_jax.training.workdir import stages_of
 
 if TYPE_CHECKING:  # matplotlib takes a second to import: only where a page is written
     from matplotlib.axes import Axes
@@ -46,14 +45,15 @@ body {{ font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 76re
   padding: 0 1rem; overflow-wrap: break-word }}
 img {{ max-width: 100% }} h2 {{ margin-top: 2.5rem }} table {{ border-collapse: collapse }}
 td, th {{ padding: .2rem .8rem .2rem 0; text-align: left; vertical-align: top }}
-td {{ overflow-wrap: normal; white-space: nowrap }} td:last-child {{ white-space: normal }}
+td {{ white-space: nowrap }} td:last-child {{ white-space: normal; min-width: 12rem }}
 .wide {{ overflow-x: auto }} .wide > img {{ min-width: {width}; max-width: none; width: 100% }}
 .grids {{ display: flex; gap: 1rem; overflow-x: auto }}
 figure {{ margin: 0; flex: 0 0 min(26rem, 85vw) }} figcaption {{ color: #555 }}
 </style></head><body><h1>{title}</h1>
 <div class='wide'><img src="data:image/png;base64,{curves}"
   alt="Losses, loss by noise and throughput"></div>
-<div class='wide'><table><tr><th>run<th>step<th>held-out loss, right<th>shuffled<th>ratio<th>images/s<th>skipped</tr>
+<div class='wide'><table>
+<tr><th>run<th>step<th>held-out loss, right<th>shuffled<th>ratio<th>images/s<th>skipped</tr>
 {rows}</table></div>
 {time}
 {grids}
@@ -252,7 +252,7 @@ def write(workdirs: Sequence[str | Path], out: str | Path) -> None:
         page = PAGE.format(
             title=_escaped(", ".join(run.workdir.name for run in runs)),
             curves=base64.b64encode(data).decode(),
-            width=f"{170 * len(runs)}px",  # a column each that can be read on a phone
+            width=f"{300 * len(runs)}px",  # text that can be read on a phone
             rows="\n".join(map(_row, runs)),
             time=_time(runs),
             grids="\n".join(_grids(run, out) for run in runs),

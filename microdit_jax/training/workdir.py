@@ -10,7 +10,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from microdit_jax.checkpoints.run import is_run, read_run_metadata, write_run_metadata
+from microdit_jax.checkpoints.run import write_run_metadata
 from microdit_jax.errors import UserError, visible
 from microdit_jax.files import OutputFolder, disk_errors, output_folder
 from microdit_jax.files.urls import scheme_of
@@ -92,27 +92,3 @@ def changes(old: Any, new: Any, name: str = "") -> list[str]:
     # JSON has no tuples.
     same = json.loads(json.dumps(old)) == json.loads(json.dumps(new))
     return [] if same else [f"{name} {old!r} -> {new!r}"]
-
-
-def stages_of(workdir: str | os.PathLike) -> list[str | os.PathLike]:
-    """Returns the runs in the folder of a chain of stages, each after the one it starts from.
-
-    A run's own workdir is returned as it is, and so is anything else, for others to refuse.
-    """
-    if scheme_of(workdir) or not os.path.isdir(workdir) or is_run(workdir):
-        return [workdir]
-    runs = {folder.name: folder for folder in sorted(Path(workdir).iterdir()) if is_run(folder)}
-    before = {}  # by name, the stage that a stage starts from
-    for name, folder in runs.items():
-        config = read_run_metadata(folder).get("config", {})
-        source = config.get("init_from") or config.get("init_weights_from") or ""
-        before[name] = os.path.basename(os.path.normpath(str(source)))
-
-    def depth(name: str) -> int:
-        seen: set[str] = set()
-        while name in before and name not in seen:
-            seen.add(name)
-            name = before[name]
-        return len(seen)
-
-    return [runs[name] for name in sorted(runs, key=depth)] or [workdir]
