@@ -4,7 +4,7 @@ BIN := .venv/bin
 DEMO := out/demo
 PYTHONS := python3.11 python3.12 python3.13 python3.14
 
-.PHONY: demo test bench test-ui test-docs test-commands test-buckets test-ray test-matrix test-oldest $(PYTHONS:%=test-%) test-newest nightly wheel-test docs mutants fuzz lint setup clean
+.PHONY: demo test bench test-ui test-docs test-commands device-check test-buckets test-ray test-matrix test-oldest $(PYTHONS:%=test-%) test-newest nightly wheel-test docs mutants fuzz lint setup clean
 setup: .venv/.ready
 
 .venv/.ready: pyproject.toml constraints.txt
@@ -27,6 +27,10 @@ test: setup  ## all tests, on eight simulated CPU devices
 bench: setup  ## times of this machine: training, sampling, their parts, the data loader
 	eval "$$($(BIN)/python -m microdit_jax.commands.environment cpu)" && \
 	$(BIN)/python -m microdit_jax.xla.bench --what=train_step,sampler,moe,attention,loader --report=out/bench.json
+
+# On whatever JAX and PyTorch this machine has: nothing is installed.
+device-check:  ## one NVIDIA GPU, at most 8 minutes: right there, and how quick? REFERENCE=CHECKOUT of the PyTorch code
+	$(PYTHON) -m tools.device_check --out=out/device_check $(if $(REFERENCE),--reference=$(REFERENCE))
 
 test-ui: setup  ## the web page in a headless Chromium; not part of `make test`, which needs no browser
 	$(BIN)/pip install -qq --constraint constraints.txt --editable '.[dev,ui,ui-test]'

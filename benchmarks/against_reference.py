@@ -39,16 +39,18 @@ GUIDANCE_SCALE = 5.0
 
 
 def reference_work(
-    folder: Path, what: str, config: DiTConfig, size: Size
+    folder: Path, what: str, config: DiTConfig, size: Size, device: str = "cpu"
 ) -> Callable[[], Any] | None:
     """Prepares the reference for one piece of work: a `rows.Reference`, given the folder.
 
+    Args:
+      device: PyTorch's, "cpu" or "cuda".
     Raises:
-      UserError: another platform than CPUs, no PyTorch, or no checkout in the folder.
+      UserError: another platform than CPUs for "cpu", no PyTorch, or no checkout in the folder.
     """
     if what not in ("train_step", "forward", "sampler"):
         return None
-    if jax.default_backend() != "cpu":
+    if device == "cpu" and jax.default_backend() != "cpu":
         raise UserError(
             f"--reference is timed on CPUs, found {jax.default_backend()}; set JAX_PLATFORMS=cpu"
         )
@@ -56,7 +58,7 @@ def reference_work(
     params = jax.tree.map(np.asarray, workloads.random_tree(dit.abstract_params(config)))
     # PyTorch writes to its weights, hence copies, and has them in C order.
     tensors = {key: np.array(v, order="C") for key, v in to_torch(params, config).items()}
-    theirs = reference.ReferenceWork(folder, config, tensors)
+    theirs = reference.ReferenceWork(folder, config, tensors, device)
     theirs.set_threads(len(os.sched_getaffinity(0)))
     if what == "train_step":
         data = workloads.inputs(config, size.batch)

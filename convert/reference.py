@@ -135,15 +135,23 @@ def _make_model(folder: Path, config: DiTConfig, state_dict: Mapping[str, np.nda
 
 
 class ReferenceWork:
-    """The reference's network on the CPU in float32, to be timed beside ours.
+    """The reference's network, to be timed beside ours: float32 on the CPU, else autocast.
 
     Its training step is the recipe's: EDM loss on kept patches, the gradient's norm clipped, and
     torch.optim.AdamW as the reference's configurations name it, with PyTorch's own defaults.
     """
 
-    def __init__(self, folder: Path, config: DiTConfig, state_dict: Mapping[str, np.ndarray]):
+    def __init__(
+        self,
+        folder: Path,
+        config: DiTConfig,
+        state_dict: Mapping[str, np.ndarray],
+        device: str = "cpu",
+    ):
         """Loads the weights; they must be the caller's to write.
 
+        Args:
+          device: "cpu", or "cuda", where matmuls are bfloat16 as in the reference's recipe.
         Raises:
           UserError: no torch, or no checkout in the folder.
         """
@@ -151,7 +159,8 @@ class ReferenceWork:
         import torch  # pyright: ignore[reportMissingImports]  # an extra that only this file needs
 
         self._torch, self._config = torch, config
-        self._model = _make_model(folder, config, state_dict)
+        self._device = device
+        self._model = _make_model(folder, config, state_dict).to(device)
         self._optimizer = torch.optim.AdamW(self._model.parameters(), lr=2.4e-4, weight_decay=0.1)
 
     def set_threads(self, count: int) -> None:
@@ -160,7 +169,7 @@ class ReferenceWork:
 
     def _tensors(self, *arrays: np.ndarray) -> list[Any]:
         """Converts our arrays: latents become channels-first, captions get one more axis."""
-        x, *rest, y = (self._torch.from_numpy(np.array(a)) for a in arrays)
+        x, *rest, y = (self._torch.from_numpy(np.array(a)).to(self._device) for a in arrays)
         return [x.movedim(-1, 1).contiguous(), *rest, y[:, None]]
 
     def train_step(
@@ -170,7 +179,7 @@ class ReferenceWork:
         torch = self._torch
         latents, captions = self._tensors(x, y)
         self._model.train()
-        sigma = torch.exp(torch.randn(len(latents), 1, 1, 1) * 1.2 - 0.6)
+        sigma = torch.exp(torch.randn(len(latents), 1, 1, 1, device=self._device) * 1.2 - 0.6)
         noisy = latents + torch.randn_like(latents) * sigma
         out = self._denoise(noisy, sigma, captions, mask_ratio=mask_ratio)
         weight = (sigma**2 + SIGMA_DATA**2) / (sigma * SIGMA_DATA) ** 2
@@ -186,7 +195,9 @@ class ReferenceWork:
 
     def _denoise(self, x: Any, sigma: Any, y: Any, **options: Any) -> dict[str, Any]:
         total = sigma**2 + SIGMA_DATA**2
-        out = self._model(x / total.sqrt(), (sigma.log() / 4).flatten(), y, **options)
+        on_cpu = self._device == "cpu"
+        with self._torch.autocast(self._device, self._torch.bfloat16, enabled=not on_cpu):
+            out = self._model(x / total.sqrt(), (sigma.log() / 4).flatten(), y, **options)
         sample = SIGMA_DATA**2 / total * x + sigma * SIGMA_DATA / total.sqrt() * out["sample"]
         return out | {"sample": sample}
 
@@ -199,7 +210,7 @@ class ReferenceWork:
         """Evaluates the network without masking: (n, h, w, channels)."""
         with self._torch.inference_mode():
             out = self._model(*self._tensors(x, t, y))["sample"]
-        return out.movedim(1, -1).numpy()
+        return out.movedim(1, -1).cpu().numpy()
 
     def sampler(
         self,
@@ -220,10 +231,11 @@ class ReferenceWork:
                     second = self._slope(x_next, following, captions, guidance)
                     x_next = sample + (following - sigma) * (slope + second) / 2
                 sample = x_next
-        return sample.movedim(1, -1).numpy()
+        return sample.movedim(1, -1).cpu().numpy()
 
     def _slope(self, x: Any, sigma: float, y: Any, guidance: float) -> Any:
-        level = self._torch.full((1, 1, 1, 1), sigma, dtype=self._torch.float32)
+        torch = self._torch
+        level = torch.full((1, 1, 1, 1), sigma, dtype=torch.float32, device=self._device)
         D_x = self._denoise(x.float(), level, y, cfg=guidance)["sample"]
         return (x - D_x.double()) / sigma
 

@@ -57,7 +57,14 @@ CHIPS = (
         price_source="arXiv 2407.15811: USD 1,890 for 2.6 days on 8",
     ),
     Chip("H200 NVL", ("NVIDIA H200 NVL",), 835e12, _H200),
-    Chip("H200 SXM", ("NVIDIA H200",), 989e12, _H200),
+    Chip(
+        "H200 SXM",
+        ("NVIDIA H200",),
+        989e12,
+        _H200 + "; HBM3e and NVLink there",
+        memory_bandwidth=4.8e12,
+        link_bandwidth=450e9,
+    ),
     Chip("A100", ("NVIDIA A100",), 312e12, "NVIDIA A100 datasheet, BFLOAT16 Tensor Core"),
     Chip(
         "TPU v4",

@@ -193,12 +193,16 @@ def train_step_workload(config: DiTConfig, size: Size, variant: Variant) -> Work
         mesh=mesh,
         micro_batches=variant.micro_batches,
     )
-    state = random_tree(init, shardings)
-    zeros = jax.tree.map(jnp.zeros_like, state.opt_state)  # second moments are not negative
-    state = state.replace(opt_state=zeros)
+    params = random_tree(init.params, None if shardings is None else shardings.params)
+    # Zeros, also as moments, of which the second is not negative.
+    zeros = jax.jit(
+        lambda: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), init),
+        out_shardings=shardings,
+    )
+    state = zeros().replace(params=params)
     compiled, seconds = _compile(jax.jit(step, donate_argnums=0), state, batch)
     held = [state]  # the only reference, since a donated state cannot be used again
-    del state, zeros
+    del state, params
 
     def run():
         held[0], metrics = compiled(held[0], batch)
