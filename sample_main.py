@@ -146,6 +146,9 @@ def main():
         if dropped:
             cut = f"the last {dropped} tokens of this prompt are cut"
             print(f"warning: {cut}: {visible(prompt, most=10_000)}")
+    if unknown := create.unknown_words(model, different):
+        words = visible(", ".join(unknown), most=1000)
+        print(f"warning: this model has seen no image of these words, which say nothing: {words}")
 
     passes = settings.network_passes(plan)
     print(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -263,6 +264,10 @@ def fitting_mesh(num_bytes: int, *, fsdp: int = 0) -> Mesh | None:
     return sharding.make_mesh(fsdp=fsdp, devices=devices)
 
 
+# Source of a run's held-out images -> rule by which they were chosen
+_HELDOUT_RULES = {"twemoji": "words", "twemoji_things": "things"}
+
+
 def heldout_images(model: Model, count: int) -> tuple[list[str], Float[np.ndarray, "n h w c"]]:
     """Returns captions that a run was not trained on, and the latents of their images.
 
@@ -277,8 +282,7 @@ def heldout_images(model: Model, count: int) -> tuple[list[str], Float[np.ndarra
         )
     needed = ("config.data.heldout.source", "config.data.resolution")
     data = read_run_metadata(model.folder, *needed)["config"]["data"]
-    rules = {"twemoji": "words", "twemoji_things": "things"}
-    if data["heldout"]["source"] not in rules:
+    if data["heldout"]["source"] not in _HELDOUT_RULES:
         raise UserError(
             f"held-out captions are those of the embedded images, found a run with held-out data "
             f"from {visible(data['heldout']['source']) or 'nowhere'}; give prompts"
@@ -288,10 +292,28 @@ def heldout_images(model: Model, count: int) -> tuple[list[str], Float[np.ndarra
             f"expected a run on images of up to {MAX_RESOLUTION} pixels, found "
             f"{data['resolution']}; give prompts"
         )
-    images = twemoji.images_of("heldout", rules[data["heldout"]["source"]])
+    images = twemoji.images_of("heldout", _HELDOUT_RULES[data["heldout"]["source"]])
     if not 1 <= count <= len(images):
         raise UserError(f"expected 1 to {len(images)} held-out captions, found {count} asked for")
     chosen = [images[int(i)] for i in np.linspace(0, len(images) - 1, count)]
     codec = registry.image_codec(_named(model.vae, "vae", model))
     latents = codec.encode(twemoji.read_images(chosen, data["resolution"]))
     return [image.caption for image in chosen], latents * np.float32(codec.scaling_factor)
+
+
+def unknown_words(model: Model, prompts: Sequence[str]) -> list[str]:
+    """Lists words that a network on the embedded images cannot know: its training had none of them.
+
+    Their vectors come from a random table, so that they say nothing, not even what a word like them
+    would. The list is empty for a pretrained text encoder, and for other data.
+    """
+    if model.folder is None or not (model.text_encoder or "").startswith("table:"):
+        return []
+    needed = "config.data.heldout.source"
+    source = read_run_metadata(model.folder, needed)["config"]["data"]["heldout"]["source"]
+    if source not in _HELDOUT_RULES:
+        return []
+    seen = twemoji.images_of("train", _HELDOUT_RULES[source])
+    known = {word for image in seen for word in image.caption.split()}
+    words = (word for prompt in prompts for word in twemoji.caption_of(prompt).split())
+    return [word for word in dict.fromkeys(words) if word not in known]

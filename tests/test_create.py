@@ -36,3 +36,12 @@ def test_as_many_heldout_images_as_there_are(count):
     model = load.load_model("instant")
     with pytest.raises(UserError, match="expected 1 to 128 held-out captions"):
         create.heldout_images(model, count)
+
+
+def test_words_that_a_random_table_cannot_know():
+    model = load.load_model("instant", with_params=False)
+    prompts = ["Hot pepper!", "two guitars and a xylophone", "a guitar"]
+    assert create.unknown_words(model, prompts) == ["guitars", "xylophone"]
+    # A pretrained encoder may know them; other data may have them.
+    assert create.unknown_words(model._replace(text_encoder="minilm:tokens=16"), prompts) == []
+    assert create.unknown_words(model._replace(folder=None), prompts) == []

@@ -89,7 +89,7 @@ def test_ids_are_made_where_none_are_stored(stored):
 def test_what_cannot_be_embedded_is_refused(stored):
     folder, name = stored
     tower, mesh = str(folder / "tower"), sharding.make_mesh()
-    with pytest.raises(UserError, match="takes a CLIP or T5 .*found table:"):
+    with pytest.raises(UserError, match="takes a CLIP, T5 or BERT .*found table:"):
         load_data(config_of(folder, "data", "tokens", "table:width=16,tokens=8,seed=0"), mesh)
     config = config_of(folder, "data", "tokens", tower)
     data = load_data(config, mesh)

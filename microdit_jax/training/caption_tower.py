@@ -20,7 +20,7 @@ def batch_key(tower: "CaptionTower | None") -> str:
 
 
 class CaptionTower:
-    """A frozen CLIP or T5 that turns the token ids of a batch into caption embeddings.
+    """A frozen CLIP, T5 or BERT that turns the token ids of a batch into caption embeddings.
 
     All devices hold a copy, and each embeds the captions of its own images.
 
@@ -41,8 +41,8 @@ class CaptionTower:
         encoder = load.load_text_encoder(name, dtype=dtype, mesh=mesh)
         if encoder.network is None:
             raise UserError(
-                f"data.captions=tokens takes a CLIP or T5 as data.text_encoder, found {name}, "
-                "whose embeddings are looked up; use data.captions=embeddings"
+                f"data.captions=tokens takes a CLIP, T5 or BERT as data.text_encoder, found "
+                f"{name}, whose embeddings are looked up; use data.captions=embeddings"
             )
         self._network, self._max_tokens = encoder.network, encoder.max_tokens
         self.params = encoder.network.params
