@@ -28,7 +28,7 @@ ANSWERS = {
     "resume": "training.html",
     "mesh for 16 GPUs": "scaling.html",
     "which solver": "sampling.html",
-    "memory on 24 GB": "troubleshooting.html",
+    "memory on 24 GB": ("gpu.html", "troubleshooting.html"),
     "what is exact": "parity.html",
     # ---
     "own pictures": "finetune.html",
@@ -93,7 +93,9 @@ def test_search_answers_within_three_hits(driver, base, question):
             break
         time.sleep(0.5)
     pages = [hit.removeprefix(f"{base}/").partition("?")[0] for hit in hits]
-    assert ANSWERS[question] in pages[:3], pages[:6]
+    wanted = ANSWERS[question]
+    wanted = {wanted} if isinstance(wanted, str) else set(wanted)  # either page answers
+    assert wanted & set(pages[:3]), pages[:6]
 
 
 @pytest.mark.parametrize("page", PAGES)
