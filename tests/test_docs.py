@@ -52,3 +52,19 @@ def test_links_lead_somewhere(path):
 
 def test_the_page_that_errors_name_is_there():
     assert (ROOT / MORE.removeprefix("more in ")).is_file()
+
+
+LONG = 2_000  # words, some four screens
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_long_pages_begin_with_their_contents(path):
+    """A table ahead of the first section, which links to all of them."""
+    before, *sections = re.split(r"^## ", path.read_text(), flags=re.MULTILINE)
+    if sum(len(text.split()) for text in sections) < LONG:
+        return
+    linked = set(re.findall(r"\]\(#([\w-]+)\)", before))
+    for section in sections:
+        title = section.splitlines()[0].lower()
+        anchor = re.sub(r"[^\w\- ]", "", title).replace(" ", "-")
+        assert anchor in linked, f"{path.name} has no link to {title!r} at its beginning"
