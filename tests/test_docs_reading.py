@@ -45,7 +45,7 @@ QUESTIONS = {
         "GPU|memory", "docs/gpu.md", "Which card suffices", "24 GB",
     ),
     "What is exact?": (
-        "parity|exact|equal", "docs/parity.md", "What is exact, and what is close", "equal bit for bit",
+        "parity|exact|equal", "docs/parity.md", "What is exact, and what is close", "bit for bit",
     ),
 }  # fmt: skip
 
