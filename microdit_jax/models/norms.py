@@ -25,7 +25,7 @@ def _statistics(x: Array, eps: float, matmul_dtype: Any) -> tuple[Array, Array]:
     """
     x = x.astype(jnp.float32)
     mean = x.mean(axis=-1, keepdims=True)
-    if matmul_dtype == jnp.float32:
+    if jnp.dtype(matmul_dtype) == jnp.float32:  # which is not equal to the name "float32"
         variance = jnp.square(x - mean).mean(axis=-1, keepdims=True)
     else:
         variance = jnp.square(x).mean(axis=-1, keepdims=True) - jnp.square(mean)

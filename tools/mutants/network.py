@@ -5,10 +5,19 @@ MOE, DIT = "microdit_jax/models/moe.py", "microdit_jax/models/dit.py"
 SOLVERS = "microdit_jax/sampling/solvers.py"
 SCHEDULES = "microdit_jax/sampling/schedules.py"
 MASKING = "microdit_jax/models/masking.py"
+NORMS = "microdit_jax/models/norms.py"
 
 UPDATE = "tests/test_training_update.py"
 
 MUTANTS = [
+    # ------------------------------------------------------------------ norms
+    {
+        "name": "norms in float32 take their variance from sums of squares",
+        "file": NORMS,
+        "old": "if jnp.dtype(matmul_dtype) == jnp.float32:",
+        "new": "if matmul_dtype == jnp.float32:",
+        "tests": ["tests/test_norms.py::test_float32_subtracts_the_mean_before_it_squares"],
+    },
     # ------------------------------------------------------------------ the sampler
     {
         "name": "the sampler starts at the default sigma_max",
