@@ -9,6 +9,8 @@ import sys
 import jax
 import numpy as np
 import pytest
+from PIL import Image
+from support.model_files import tensors, write_dit
 
 from microdit_jax import images
 from microdit_jax.assets import load
@@ -88,6 +90,41 @@ def test_sampled_resumed_and_sampled_again(files):
     # And once more, with all that it needs in the caches.
     last = sample(files, *again, f"--out={files / 'last'}")
     assert "; 0 programs compiled" in last.stdout, last.stdout
+
+
+@pytest.mark.slow
+def test_an_edited_and_autoguided_image_is_made_again_to_the_bit(files):
+    """A WebP made from an image and a mask, with a weaker network, a solver and a strength.
+
+    The file brings the editing and the sampler back; the networks' paths must be trusted.
+    """
+    scaled = {"pos_embed": 1.0}  # which no file may change
+    dit = tensors()["dit"].items()
+    write_dit(files / "weaker.pt", {name: scaled.get(name, 0.8) * value for name, value in dit})
+    values = np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8)
+    Image.fromarray(values).save(files / "given.png")
+    upper = np.zeros((40, 40), np.uint8)
+    upper[:20] = 255
+    Image.fromarray(upper).save(files / "mask.png")
+    towers = [*model(files)[:3], f"--weaker={files / 'weaker.pt'}"]
+    first = sample(
+        files, *towers, "--guidance=auto", "--guidance_scale=2", "--solver=ab2", "--schedule=log",
+        "--num_inference_steps=4", f"--image={files / 'given.png'}", f"--mask={files / 'mask.png'}",
+        "--strength=0.75", "--seed=5", "--num_images=2", "--batch_size=1", "--format=webp",
+        "--prompt=a dog", f"--out={files / 'out'}",
+    )  # fmt: skip
+    assert first.returncode == 0, first.stderr
+    path = files / "out" / "images" / "0001_a-dog.webp"
+    settings = images.read_settings(path)
+    assert settings["weaker"] == str(files / "weaker.pt") and settings["strength"] == 0.75
+    assert settings["network_passes"] == 6 and settings["mask"] == str(files / "mask.png")
+
+    made = [f"--again={path}", "--format=webp", f"--out={files / 'again'}"]
+    refused = sample(files, *made, *towers[:3])
+    assert refused.returncode == 2 and f"add {towers[3]}" in refused.stderr, refused.stderr
+    again = sample(files, *made, *towers)
+    assert again.returncode == 0, again.stderr
+    assert (files / "again" / "images" / path.name).read_bytes() == path.read_bytes()
 
 
 @pytest.mark.slow

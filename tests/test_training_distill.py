@@ -43,7 +43,7 @@ LOSS = distill.StudentLoss(**SETTINGS)
 def networks():
     """A student's network, and weights of it and of a teacher; none are zero."""
     model = tiny_model()
-    model = DiT(dataclasses.replace(model.config, depth=1))
+    model = DiT(dataclasses.replace(model.config, depth=1, patch_mixer_depth=1))
     shapes = dit.abstract_params(model.config)
     normals = np.random.default_rng(1)
     return model, *(
@@ -190,7 +190,7 @@ def student(runs, name, *flags, process="", **options):
 
 def teacher_config(folder):
     config = tiny_config(folder, steps=1, mask_ratio=0.0)
-    config.model.options.update(depth=1)
+    config.model.options.update(depth=1, patch_mixer_depth=1)
     return config
 
 

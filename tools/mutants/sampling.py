@@ -8,6 +8,13 @@ GUIDANCE = "microdit_jax/sampling/guidance.py"
 IMAGES = "microdit_jax/images/files.py"
 IMAGE_SETTINGS = "microdit_jax/images/settings.py"
 STUDIO = "microdit_jax/app/studio.py"
+EDITING = "microdit_jax/sampling/editing.py"
+CHURN = "microdit_jax/sampling/churn.py"
+STUDENT = "microdit_jax/sampling/student.py"
+COMMAND = "sample_main.py"
+AGAIN = "tests/test_sample_main.py::test_an_edited_and_autoguided_image_is_made_again_to_the_bit"
+EDITING_TESTS = "tests/test_sampling_editing.py"
+STUDENT_TESTS = "tests/test_sampling_student.py"
 TESTS = "tests/test_sampling_pipeline.py"
 LOOP_TESTS = "tests/test_sampling_loop.py"
 
@@ -244,5 +251,69 @@ MUTANTS = [
         "old": "            if self._job.cancelled:\n",
         "new": "            if False:\n",
         "tests": ["tests/test_app.py::test_a_job_that_runs_stops_when_it_is_cancelled"],
+    },
+    # ------------------------------------------------------------------ editing and newer flags
+    {
+        "name": "--again forgets how much an image was changed",
+        "file": COMMAND,
+        "old": "model_flags.WEAKER, STRENGTH, IMAGE, MASK,",
+        "new": "model_flags.WEAKER, IMAGE, MASK,",
+        "tests": [AGAIN],
+    },
+    {
+        "name": "--again forgets the mask",
+        "file": COMMAND,
+        "old": "model_flags.WEAKER, STRENGTH, IMAGE, MASK,",
+        "new": "model_flags.WEAKER, STRENGTH, IMAGE,",
+        "tests": [AGAIN],
+    },
+    {
+        "name": "--again loads any weaker network that a file names",
+        "file": COMMAND,
+        "old": "        loaded[weaker] = settings.weaker",
+        "new": "        pass",
+        "tests": [AGAIN],
+    },
+    {
+        "name": "the mask keeps what is white",
+        "file": PROGRAMS,
+        "old": "jnp.where(known.free > 0,",
+        "new": "jnp.where(known.free < 1,",
+        "tests": [f"{EDITING_TESTS}::test_what_the_mask_keeps_stays"],
+    },
+    {
+        "name": "a latent with one white pixel stays",
+        "file": EDITING,
+        "old": "p, side // p, p).any(",
+        "new": "p, side // p, p).all(",
+        "tests": [f"{EDITING_TESTS}::test_a_latent_with_one_white_pixel_is_free"],
+    },
+    {
+        "name": "the first steps are taken of an image, not the last",
+        "file": SETTINGS,
+        "old": "return levels[self.steps - max(round(self.strength * self.steps), 1) :]",
+        "new": "return levels[: max(round(self.strength * self.steps), 1) + 1]",
+        "tests": [f"{EDITING_TESTS}::test_strength_is_the_share_of_the_steps_that_are_taken"],
+    },
+    {
+        "name": "churn forgets its bound",
+        "file": CHURN,
+        "old": "min(self.amount / num_steps, np.sqrt(2) - 1)",
+        "new": "self.amount / num_steps",
+        "tests": ["tests/test_sampling_churn.py::test_churn_is_algorithm_2"],
+    },
+    {
+        "name": "autoguidance leads towards the weaker network",
+        "file": GUIDANCE,
+        "old": "return F_weak + scale *",
+        "new": "return F_weak - scale *",
+        "tests": [f"{STUDENT_TESTS}::test_autoguidance_leads_away_from_the_weaker_network"],
+    },
+    {
+        "name": "a student takes any solver",
+        "file": STUDENT,
+        "old": "    if solver != STUDENT:",
+        "new": "    if False:",
+        "tests": [f"{STUDENT_TESTS}::test_what_a_student_does_not_take"],
     },
 ]
