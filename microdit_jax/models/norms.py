@@ -29,7 +29,8 @@ def _statistics(x: Array, eps: float, matmul_dtype: Any) -> tuple[Array, Array]:
         variance = jnp.square(x - mean).mean(axis=-1, keepdims=True)
     else:
         variance = jnp.square(x).mean(axis=-1, keepdims=True) - jnp.square(mean)
-    return mean, jax.lax.rsqrt(jnp.maximum(variance, 0) + eps)
+        variance = jnp.maximum(variance, 0)
+    return mean, jax.lax.rsqrt(variance + eps)
 
 
 def _normalised(x: Array, mean: Array, r: Array) -> Array:
