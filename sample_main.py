@@ -146,7 +146,7 @@ def main():
         if dropped:
             cut = f"the last {dropped} tokens of this prompt are cut"
             print(f"warning: {cut}: {visible(prompt, most=10_000)}")
-    if unknown := create.unknown_words(model, different):
+    if unknown := create.unknown_words(create.known_words(model), different):
         words = visible(", ".join(unknown), most=1000)
         print(f"warning: this model has seen no image of these words, which say nothing: {words}")
 

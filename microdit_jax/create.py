@@ -301,19 +301,25 @@ def heldout_images(model: Model, count: int) -> tuple[list[str], Float[np.ndarra
     return [image.caption for image in chosen], latents * np.float32(codec.scaling_factor)
 
 
-def unknown_words(model: Model, prompts: Sequence[str]) -> list[str]:
-    """Lists words that a network on the embedded images cannot know: its training had none of them.
+def known_words(model: Model) -> frozenset[str] | None:
+    """Returns the words of the captions that a network on the embedded images was trained on.
 
-    Their vectors come from a random table, so that they say nothing, not even what a word like them
-    would. The list is empty for a pretrained text encoder, and for other data.
+    Others have vectors of a random table, which say nothing, not even what a word like them would.
+
+    Returns:
+      None if all words may mean something: by a pretrained text encoder, or in other data.
     """
     if model.folder is None or not (model.text_encoder or "").startswith("table:"):
-        return []
+        return None
     needed = "config.data.heldout.source"
     source = read_run_metadata(model.folder, needed)["config"]["data"]["heldout"]["source"]
     if source not in _HELDOUT_RULES:
-        return []
+        return None
     seen = twemoji.images_of("train", _HELDOUT_RULES[source])
-    known = {word for image in seen for word in image.caption.split()}
+    return frozenset(word for image in seen for word in image.caption.split())
+
+
+def unknown_words(known: frozenset[str] | None, prompts: Sequence[str]) -> list[str]:
+    """Lists the words of prompts that are not among `known_words`, each once."""
     words = (word for prompt in prompts for word in twemoji.caption_of(prompt).split())
-    return [word for word in dict.fromkeys(words) if word not in known]
+    return [] if known is None else [word for word in dict.fromkeys(words) if word not in known]

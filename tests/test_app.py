@@ -128,11 +128,14 @@ for host, reached in ("127.0.0.1", "127.0.0.1"), ("::", "127.0.0.1 ::1"), ("::1"
     assert run.stdout.split() == ["127.0.0.1", "::", "::1"], run.stderr
 
 
+WORDS = frozenset("abcdefghij")
+
+
 @pytest.fixture
 def studio():
     settings = {"model": "m", "vae": None, "text_encoder": None, "ema": True, "dtype": None}
     settings["made_with"] = "a tiny model"
-    studio = Studio({"tiny": PageModel(pipeline(), settings)}, limits=LIMITS, batch_size=2)
+    studio = Studio({"tiny": PageModel(pipeline(), settings, WORDS)}, limits=LIMITS, batch_size=2)
     yield studio
     studio.close()
 
@@ -198,6 +201,15 @@ def test_a_prompt_that_is_cut_is_warned_of(studio):
     warnings = [event["message"] for event in long.events if event["event"] == "warning"]
     assert warnings == ["the last 5 tokens of this prompt are cut: the model reads no more"]
     assert not [event for event in short.events if event["event"] == "warning"]
+
+
+def test_a_word_that_the_model_cannot_know_is_warned_of(studio):
+    studio.start()
+    _, listener = ask(studio, prompt="A b, oboe b zither")
+    assert listener.end()["event"] == "done"
+    (warning,) = [e["message"] for e in listener.events if e["event"] == "warning"]
+    assert warning.startswith("the last 3 tokens")  # beside the other warning
+    assert warning.endswith("; this model has seen no image of these words: oboe, zither")
 
 
 def test_a_job_that_runs_stops_when_it_is_cancelled(studio):

@@ -41,7 +41,9 @@ def test_as_many_heldout_images_as_there_are(count):
 def test_words_that_a_random_table_cannot_know():
     model = load.load_model("instant", with_params=False)
     prompts = ["Hot pepper!", "two guitars and a xylophone", "a guitar"]
-    assert create.unknown_words(model, prompts) == ["guitars", "xylophone"]
+    words = create.known_words(model)
+    assert create.unknown_words(words, prompts) == ["guitars", "xylophone"]
+    assert create.unknown_words(None, prompts) == []
     # A pretrained encoder may know them; other data may have them.
-    assert create.unknown_words(model._replace(text_encoder="minilm:tokens=16"), prompts) == []
-    assert create.unknown_words(model._replace(folder=None), prompts) == []
+    assert create.known_words(model._replace(text_encoder="minilm:tokens=16")) is None
+    assert create.known_words(model._replace(folder=None)) is None

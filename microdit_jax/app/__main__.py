@@ -175,11 +175,12 @@ def listen(host: str, port: int) -> socket.socket:
 
 def _load() -> "dict[str, PageModel]":
     """Loads the models, by the names that the page shows: never their whole paths."""
+    from microdit_jax import create
     from microdit_jax.app.studio import PageModel
 
     models = {}
     for given in MODEL.value:
-        pipe, _ = model_flags.load(given)
+        pipe, model = model_flags.load(given)
         name = short = _short_name(given)
         if name in models:
             name = f"{name} ({len(models) + 1})"
@@ -192,7 +193,7 @@ def _load() -> "dict[str, PageModel]":
         for path in (visible(given), visible(Path(given))):
             made_with = made_with.replace(path, short)
         settings |= {"model": short, "made_with": made_with}
-        models[name] = PageModel(pipe, settings)
+        models[name] = PageModel(pipe, settings, create.known_words(model))
     return models
 
 

@@ -16,9 +16,9 @@ import numpy as np
 from jaxtyping import Float
 from PIL import Image
 
-from microdit_jax import images
+from microdit_jax import create, images
 from microdit_jax.app.limits import Limits, SampleRequest
-from microdit_jax.errors import UserError
+from microdit_jax.errors import UserError, visible
 from microdit_jax.prepare.given_image import decoded_image
 from microdit_jax.sampling.editing import Edit
 from microdit_jax.sampling.pipeline import LatentDiffusion
@@ -40,10 +40,12 @@ class PageModel(NamedTuple):
       pipe: its pipeline.
       settings: the fields of `images.ImageSettings` that say which model it is: "model", the flags
         of its towers, "made_with". They travel to whoever asks for an image.
+      words: that it can know; None: any (`create.known_words`).
     """
 
     pipe: LatentDiffusion
     settings: dict[str, Any]
+    words: frozenset[str] | None = None
 
 
 class PngFile(NamedTuple):
@@ -108,7 +110,7 @@ class Studio:
           The side of each model's images, in pixels.
         """
         sides = {}
-        for name, (pipe, _) in self.models.items():
+        for name, (pipe, *_) in self.models.items():
             for size in {1, self._batch_size}:
                 for scale in (2.0, 1.0):
                     options = self._options(pipe, {"guidance_scale": scale})
@@ -193,7 +195,7 @@ class Studio:
     def _sample(self, job: Job) -> Event:
         """Samples the images of one request, with events on the way; returns the last one."""
         request, start = job.request, time.perf_counter()
-        pipe, model_settings = self.models[request.model]
+        pipe, model_settings, words = self.models[request.model]
         shared = {"prompt": request.prompt, "of": request.count}
         options = self._options(pipe, self._asked(request))
         edit, about_edit = self._edit(pipe, request)
@@ -203,9 +205,16 @@ class Studio:
         shared |= about_edit
         job.listener({"event": "started", "of": request.count})
         (dropped,) = pipe.dropped([request.prompt])
+        messages = []
         if dropped:
-            message = f"the last {dropped} tokens of this prompt are cut: the model reads no more"
-            job.listener({"event": "warning", "message": message})
+            messages.append(
+                f"the last {dropped} tokens of this prompt are cut: the model reads no more"
+            )
+        if unknown := create.unknown_words(words, [request.prompt]):
+            shown = visible(", ".join(unknown), most=300)
+            messages.append(f"this model has seen no image of these words: {shown}")
+        if messages:
+            job.listener({"event": "warning", "message": "; ".join(messages)})
         watch = _Watch(job, pipe, start)
         files = []
         for batch in pipe.sample(
