@@ -28,7 +28,15 @@ MODULE = "micro_diffusion.models.dit"
 SIGMA_DATA = 0.9
 # Fields of how ours is computed and initialised; the constructor of the reference lacks them.
 OURS_ONLY = (
-    *("dtype", "param_dtype", "attention", "moe_dispatch", "remat", "residual_gradient"),
+    *(
+        "dtype",
+        "param_dtype",
+        "attention",
+        "moe_dispatch",
+        "remat",
+        "residual",
+        "residual_gradient",
+    ),
     "init_std",
 )
 
