@@ -4,7 +4,7 @@ BIN := .venv/bin
 DEMO := out/demo
 PYTHONS := python3.11 python3.12 python3.13 python3.14
 
-.PHONY: demo test bench test-ui test-docs test-commands device-check test-buckets test-ray test-matrix test-oldest $(PYTHONS:%=test-%) test-newest nightly wheel-test docs mutants fuzz lint setup clean
+.PHONY: demo test bench test-ui test-docs test-commands device-check test-buckets test-ray test-matrix test-oldest $(PYTHONS:%=test-%) test-newest nightly wheel-test release docs mutants fuzz lint setup clean
 setup: .venv/.ready
 
 .venv/.ready: pyproject.toml constraints.txt
@@ -105,6 +105,9 @@ nightly: test-oldest test-newest wheel-test  ## the oldest and the newest versio
 
 wheel-test:  ## sdist and wheel; the wheel alone in an empty environment, all commands outside of here
 	PYTHON=$(PYTHON) bash tools/wheel_test.sh
+
+release: wheel-test setup  ## wheel and sdist, tested, with checksums and an SBOM beside them in dist/
+	$(BIN)/python -m tools.release_files --dist=dist
 
 docs: setup  ## the docs site in site/, open site/index.html; a warning is an error
 	$(BIN)/pip install -qq --constraint constraints.txt --editable '.[dev,docs]'
