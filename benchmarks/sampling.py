@@ -196,7 +196,10 @@ def plot(rows: list[Row]) -> bytes:
             x, y, below, above = zip(*sorted(points), strict=True)
             panel.errorbar(x, y, (below, above), marker="o", markersize=3, capsize=2, label=name)
         panel.set(title=f"guidance {scale:g}", xlabel="network passes of an image", xscale="log")
-        panel.set(yscale="log" if MEASURE.value == "error" else "linear")
+        if MEASURE.value == "error":
+            panel.set(yscale="log")
+        else:
+            panel.set_ylim(bottom=0)
         panel.set_xticks(ticks := [10, 20, 30, 40, 60, 100], [f"{tick}" for tick in ticks])
         panel.minorticks_off()
         panel.grid(alpha=0.3)

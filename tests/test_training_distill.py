@@ -191,6 +191,7 @@ def student(runs, name, *flags, process="", **options):
 def teacher_config(folder):
     config = tiny_config(folder, steps=1, mask_ratio=0.0)
     config.model.options.update(depth=1, patch_mixer_depth=1)
+    config.eval.evaluators = ()
     return config
 
 
