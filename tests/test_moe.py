@@ -89,6 +89,24 @@ def test_the_gate_is_float32_whatever_the_type():
     assert out.dtype == jnp.bfloat16
 
 
+def test_the_gate_of_rounded_tokens_rounds_neither_its_weights_nor_its_logits():
+    keys = jax.random.split(jax.random.key(2), 3)
+    x = jax.random.normal(keys[0], (2, 6, 32)).astype(jnp.bfloat16)
+    w, g = jax.random.normal(keys[1], (32, 4)), jax.random.normal(keys[2], (2, 6, 4))
+    found, pull = jax.vjp(jax.jit(moe.gate_logits), x, w)
+    expected, pull_wide = jax.vjp(jnp.matmul, x.astype(jnp.float32), w)
+    assert found.dtype == jnp.float32 and relative_l2(found, expected) < 2e-5
+    for a, b, dtype in zip(pull(g), pull_wide(g), (jnp.bfloat16, jnp.float32), strict=True):
+        assert a.dtype == dtype and relative_l2(a, b) < 5e-3
+
+
+def test_a_tokens_slots():
+    index = jnp.array([[[2, 0], [2, 3]]])  # (n, e, k): expert 0 takes tokens 2 and 0
+    np.testing.assert_array_equal(
+        moe.token_slots(index, 5), [[[1, -1, 0, -1, -1], [-1, -1, 0, 1, -1]]]
+    )
+
+
 @pytest.mark.parametrize("dispatch", list(moe.DISPATCHES.values()))
 def test_the_gate_learns_by_the_weights_of_the_chosen(dispatch):
     """The gradient by a choice's weight is the sum of its expert's output."""

@@ -50,6 +50,15 @@ def test_outputs_and_gradients_agree(plain, option):
         assert np.linalg.norm(b) > 0 and relative_l2(a, b) < TOLERANCE, path
 
 
+def test_padded_captions_agree(plain, monkeypatch):
+    """A kernel that takes keys in multiples gets zero rows that no query attends to."""
+    params, data, expected = plain
+    monkeypatch.setitem(attention.KEY_MULTIPLES, CONFIG.attention, 2 + data["y"].shape[1])
+    found = loss_and_gradients(CONFIG, params, data)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert relative_l2(a, b) < TOLERANCE
+
+
 def test_looped_attention_in_parts(monkeypatch):
     """Heads are computed in several chunks when few scores may be computed at a time."""
     monkeypatch.setattr(attention, "LOOPED_SCORES", 100)

@@ -8,15 +8,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from microdit_jax.errors import UserError
-from microdit_jax.models.layers import Initializer, Precision, linear, small_normal
+from microdit_jax.models.layers import Initializer, Precision, SplitLinear, linear, small_normal
 from microdit_jax.models.matmuls import fusion_barrier
 from microdit_jax.models.norms import normalise
 
 LOOPED_SCORES = 2**20  # float32 scores that `looped` computes at a time: 4 MiB
 SPLASH_BLOCK = 128  # splash attention works on blocks of 128 queries by 128 keys
+
+# Kernels that take keys in multiples of a number: cuDNN's backward pass refuses odd lengths, such
+# as 77 caption tokens.
+KEY_MULTIPLES = {"cudnn": 2}
 
 KeysValues = tuple[Float[Array, "n l h c"], Float[Array, "n l h c"]]
 
@@ -26,20 +30,45 @@ def _pad_length(x: Float[Array, "n s h c"], multiple: int) -> Float[Array, "n s_
     return jnp.pad(x, ((0, 0), (0, -x.shape[1] % multiple), (0, 0), (0, 0)))
 
 
+def padded_caption(
+    y: Float[Array, "n l d"], implementation: str
+) -> tuple[Float[Array, "n l_padded d"], Int[Array, " n"] | None]:
+    """Appends the zero rows that an attention kernel asks for: once, not in each block.
+
+    Returns:
+      The rows, and the number of an image's that are a caption's; None where nothing was appended.
+    """
+    extra = -y.shape[1] % KEY_MULTIPLES.get(implementation, 1)
+    if not extra:
+        return y, None
+    lengths = jnp.full(y.shape[0], y.shape[1], jnp.int32)
+    return jnp.pad(y, ((0, 0), (0, extra), (0, 0))), lengths
+
+
 def plain(
-    q: Float[Array, "n t h c"], k: Float[Array, "n l h c"], v: Float[Array, "n l h c"]
+    q: Float[Array, "n t h c"],
+    k: Float[Array, "n l h c"],
+    v: Float[Array, "n l h c"],
+    lengths: Int[Array, " n"] | None = None,
 ) -> Float[Array, "n t h c"]:
     """JAX's own attention, on any platform."""
     # JAX's code mixes bfloat16 with float32, which strict promotion forbids.
     with jax.numpy_dtype_promotion("standard"):
-        return jax.nn.dot_product_attention(q, k, v, implementation="xla")
+        return jax.nn.dot_product_attention(
+            q, k, v, key_value_seq_lengths=lengths, implementation="xla"
+        )
 
 
 def cudnn(
-    q: Float[Array, "n t h c"], k: Float[Array, "n l h c"], v: Float[Array, "n l h c"]
+    q: Float[Array, "n t h c"],
+    k: Float[Array, "n l h c"],
+    v: Float[Array, "n l h c"],
+    lengths: Int[Array, " n"] | None = None,
 ) -> Float[Array, "n t h c"]:
     """The fused kernel of NVIDIA GPUs, for 16-bit types.
 
+    Args:
+      lengths: the keys that count of each image's; None: all.
     Raises:
       UserError: another type.
     """
@@ -48,9 +77,8 @@ def cudnn(
             f"attention 'cudnn' takes bfloat16 or float16, found {q.dtype}; set "
             "dtype='bfloat16' or attention='xla'"
         )
-    t, lengths = q.shape[1], None
-    # cuDNN's backward pass refuses odd lengths, such as 77 caption tokens.
-    if k.shape[1] % 2:
+    t = q.shape[1]
+    if k.shape[1] % 2:  # as where tokens attend to each other
         lengths = jnp.full((k.shape[0],), k.shape[1], jnp.int32)  # (n,)
         k, v = _pad_length(k, 2), _pad_length(v, 2)  # (n, l + 1, h, c)
     out = jax.nn.dot_product_attention(
@@ -168,7 +196,8 @@ def _chunked_backward(residuals, g):
 
 _chunked_attention.defvjp(_chunked_forward, _chunked_backward)
 
-# Each computes softmax attention with scale 1/sqrt(c), the softmax in float32, and no mask.
+# Each computes softmax attention with scale 1/sqrt(c), the softmax in float32, and no mask; those
+# of KEY_MULTIPLES leave out keys beyond given lengths.
 IMPLEMENTATIONS = {"xla": plain, "looped": looped, "cudnn": cudnn, "splash": splash}
 
 
@@ -216,6 +245,10 @@ class _Attention(nn.Module):
             kernel_init=init,
         )
 
+    def split_projection(self, parts: int, init: Initializer) -> SplitLinear:
+        options = self.options
+        return SplitLinear(parts, self.hidden, options.precision, options.use_bias, init)
+
     def split_heads(self, x: Float[Array, "n s f"]) -> Float[Array, "n s h c"]:
         return rearrange(x, "n s (h c) -> n s h c", c=self.options.head_dim)
 
@@ -223,8 +256,15 @@ class _Attention(nn.Module):
         """Non-affine layer norm over the full hidden width, then the split into heads."""
         return self.split_heads(normalise(x, self.options.eps))
 
-    def attend(self, q: Float[Array, "n t h c"], keys_values: KeysValues) -> Float[Array, "n t f"]:
-        out = IMPLEMENTATIONS[self.options.implementation](q, *keys_values)
+    def attend(
+        self,
+        q: Float[Array, "n t h c"],
+        keys_values: KeysValues,
+        lengths: Int[Array, " n"] | None = None,
+    ) -> Float[Array, "n t f"]:
+        kernel = IMPLEMENTATIONS[self.options.implementation]
+        given = () if lengths is None else (lengths,)
+        out = kernel(q, *keys_values, *given)
         return rearrange(out, "n t h c -> n t (h c)")
 
 
@@ -232,11 +272,11 @@ class SelfAttention(_Attention):
     """Attention among all tokens of a sequence; q, k, v from one projection, in that order."""
 
     def setup(self):
-        self.qkv = self.projection(3 * self.hidden, small_normal(self.options.init_std))
+        self.qkv = self.split_projection(3, small_normal(self.options.init_std))
         self.proj = self.projection(self.dim, self.out_init)
 
     def __call__(self, x: Float[Array, "n t d"]) -> Float[Array, "n t d"]:
-        q, k, v = jnp.split(self.qkv(x), 3, axis=-1)  # each (n, t, h * c)
+        q, k, v = self.qkv(x)  # each (n, t, h * c)
         q, k, v = self.normed_heads(q), self.normed_heads(k), self.split_heads(v)
         return self.proj(self.attend(q, (k, v)))
 
@@ -247,13 +287,18 @@ class CrossAttention(_Attention):
     def setup(self):
         init = small_normal(self.options.init_std)
         self.q_linear = self.projection(self.hidden, init)
-        self.kv_linear = self.projection(2 * self.hidden, init)
+        self.kv_linear = self.split_projection(2, init)
         self.proj = self.projection(self.dim, self.out_init)
 
     def keys_values(self, y: Float[Array, "n l d"]) -> KeysValues:
         """The caption's normed keys and its values, each (n, l, h, c)."""
-        k, v = jnp.split(self.kv_linear(y), 2, axis=-1)  # each (n, l, h * c)
+        k, v = self.kv_linear(y)  # each (n, l, h * c)
         return self.normed_heads(k), self.split_heads(v)
 
-    def __call__(self, x: Float[Array, "n t d"], keys_values: KeysValues) -> Float[Array, "n t d"]:
-        return self.proj(self.attend(self.normed_heads(self.q_linear(x)), keys_values))
+    def __call__(
+        self,
+        x: Float[Array, "n t d"],
+        keys_values: KeysValues,
+        lengths: Int[Array, " n"] | None = None,
+    ) -> Float[Array, "n t d"]:
+        return self.proj(self.attend(self.normed_heads(self.q_linear(x)), keys_values, lengths))

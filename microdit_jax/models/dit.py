@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from microdit_jax.errors import UserError
-from microdit_jax.models import masking, moe
+from microdit_jax.models import attention, masking, moe
 from microdit_jax.models.attention import CrossAttention, KeysValues, SelfAttention
 from microdit_jax.models.config import (
     CAPTION_MLP_RATIO,
@@ -32,6 +32,7 @@ from microdit_jax.models.layers import (
     TimestepEmbedder,
     gelu_tanh,
     linear,
+    residual_sum,
     sincos_pos_embed,
     small_normal,
     unpatchify,
@@ -84,15 +85,6 @@ def cast_matrices(params: Any, config: DiTConfig) -> Any:
     return jax.tree_util.tree_map_with_path(cast, params)
 
 
-def residual_sum(
-    x: Float[Array, "n t d"], branch: Float[Array, "n t d"], gate: Float[Array, "n d"] | None = None
-) -> Float[Array, "n t d"]:
-    """Adds a branch, times its gate, to the residual stream, in float32; returns x's type."""
-    branch = branch.astype(jnp.float32)
-    branch = branch if gate is None else gate[:, None, :] * branch
-    return (x.astype(jnp.float32) + branch).astype(x.dtype)
-
-
 class CaptionBlock(nn.Module):
     """A plain pre-norm transformer block over caption tokens; its branches start at zero."""
 
@@ -134,9 +126,7 @@ class DiTBlock(nn.Module):
         cfg, d, shape = self.config, self.dim, self.shape
         self.norm1 = LayerNorm(cfg.norm_eps, cfg.precision)
         self.norm2 = LayerNorm(cfg.norm_eps, cfg.precision)
-        # Experts are chosen by values that are not rounded.
-        norm3_dtype = "float32" if shape.is_moe else None
-        self.norm3 = LayerNorm(cfg.norm_eps, cfg.precision, norm3_dtype)
+        self.norm3 = LayerNorm(cfg.norm_eps, cfg.precision)
         hidden = cfg.attention_width(d, shape.qkv_ratio)
         options = cfg.attention_options
         self.attn = SelfAttention(options, hidden=hidden, dim=d, out_init=self.out_init)
@@ -172,6 +162,7 @@ class DiTBlock(nn.Module):
         y: Float[Array, "n l d_y"],
         c: Float[Array, "n d_c"],
         keys_values: KeysValues | None = None,
+        lengths: Int[Array, " n"] | None = None,
     ) -> Float[Array, "n t d"]:
         modulation = jnp.split(self.adaLN_modulation_1(gelu_tanh(c)), 6, axis=-1)  # each (n, d)
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation
@@ -181,7 +172,7 @@ class DiTBlock(nn.Module):
         x, h = self.norm1.beside_stream(x, shift_msa, scale_msa, gradient_dtype=narrow)
         x = residual_sum(x, self.attn(h), gate_msa)
         x, h = self.norm2.beside_stream(x, gradient_dtype=narrow)
-        x = residual_sum(x, self.cross_attn(h, keys_values))
+        x = residual_sum(x, self.cross_attn(h, keys_values, lengths))
         x, h = self.norm3.beside_stream(x, shift_mlp, scale_mlp, gradient_dtype=narrow)
         return residual_sum(x, self.mlp(h), gate_mlp)
 
@@ -194,12 +185,14 @@ class Caption(NamedTuple):
       mixer_tokens: for the mixer.
       pooled: their processed mean.
       keys_values: for every block in turn, or None where each block computes its own.
+      lengths: the tokens that are no padding of the attention kernel's; None: all.
     """
 
     tokens: Float[Array, "n l d"]
     mixer_tokens: Float[Array, "n l d_mixer"]
     pooled: Float[Array, "n d"]
     keys_values: tuple[KeysValues, ...] | None
+    lengths: Int[Array, " n"] | None
 
 
 class DiT(nn.Module):
@@ -261,6 +254,7 @@ class DiT(nn.Module):
         y = self.y_emb_preprocess(y)
         # Padding tokens count in the mean: the reference has no padding mask anywhere.
         pooled = self.pooled_y_emb_process(y.mean(axis=1))  # (n, d)
+        y, lengths = attention.padded_caption(y, cfg.attention)
         y_mixer = y
         if cfg.mixer_projects:
             y_mixer = self.patch_mixer_map_y_1(self.patch_mixer_map_y_0(y))  # (n, l, d_mixer)
@@ -268,7 +262,9 @@ class DiT(nn.Module):
         if keys_values:
             ahead = tuple(block.keys_values(y_mixer) for block in self.patch_mixer)
             ahead += tuple(block.keys_values(y) for block in self.blocks)
-        return Caption(y, y_mixer, pooled, ahead)
+        # The blocks would round them themselves, each its own.
+        y, y_mixer = y.astype(cfg.dtype), y_mixer.astype(cfg.dtype)
+        return Caption(y, y_mixer, pooled, ahead, lengths)
 
     def predict(
         self,
@@ -297,7 +293,7 @@ class DiT(nn.Module):
             x = self.patch_mixer_map_xin_1(self.patch_mixer_map_xin_0(x))
             x = x.astype(cfg.residual_dtype)
         for block in self.patch_mixer:
-            x = block(x, caption.mixer_tokens, c, next(keys_values, None))
+            x = block(x, caption.mixer_tokens, c, next(keys_values, None), caption.lengths)
 
         mask = None
         if masking.num_kept(cfg.num_tokens, mask_ratio) < cfg.num_tokens:
@@ -314,7 +310,7 @@ class DiT(nn.Module):
             x = self.patch_mixer_map_xout_1(self.patch_mixer_map_xout_0(x))
             x = x.astype(cfg.residual_dtype)
         for block in self.blocks:
-            x = block(x, caption.tokens, c, next(keys_values, None))
+            x = block(x, caption.tokens, c, next(keys_values, None), caption.lengths)
 
         x = self.final_layer(x, c)  # (n, t_kept, p * p * channels)
         if mask is not None:

@@ -84,18 +84,41 @@ def linear(
     )
 
 
+class SplitLinear(nn.Module):
+    """A `linear` layer in equal parts of its result (`matmuls.matmul_parts`).
+
+    Attributes:
+      features: width of a part.
+    """
+
+    parts: int
+    features: int
+    precision: Precision
+    use_bias: bool
+    kernel_init: Initializer
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*b d"]) -> tuple[Float[Array, "*b f"], ...]:
+        dtype, stored = self.precision.dtype, self.precision.param_dtype
+        width = self.parts * self.features
+        kernel = self.param("kernel", self.kernel_init, (x.shape[-1], width), stored)
+        results = matmuls.matmul_parts(x.astype(dtype), kernel.astype(dtype), self.parts)
+        if not self.use_bias:
+            return results
+        bias = self.param("bias", zeros, (width,), stored).astype(dtype)
+        split = jnp.split(bias, self.parts)
+        return tuple(r + b[None, None] for r, b in zip(results, split, strict=True))
+
+
 class LayerNorm(nn.Module):
     """Layer norm over the last axis with a scale and no bias, computed in float32.
 
-    With `shift` and `scale` it is DiT's adaptive layer norm.
-
-    Attributes:
-      dtype: type of the result; None: of the matmuls, which would cast it themselves.
+    With `shift` and `scale` it is DiT's adaptive layer norm. The result has the type of the
+    matmuls, which would cast it themselves.
     """
 
     eps: float
     precision: Precision
-    dtype: str | None = None
 
     @nn.compact
     def beside_stream(
@@ -115,7 +138,7 @@ class LayerNorm(nn.Module):
             "scale", nn.initializers.ones, (x.shape[-1],), self.precision.param_dtype
         )  # (d,)
         weight = weight.astype(jnp.float32)
-        types = self.dtype or self.precision.dtype, self.precision.dtype, gradient_dtype
+        types = self.precision.dtype, gradient_dtype
         if shift is None or scale is None:
             return norms.scaled_norm(x, weight, self.eps, *types)
         return norms.modulated_norm(x, weight, shift, scale, self.eps, *types)
@@ -127,6 +150,15 @@ class LayerNorm(nn.Module):
         scale: Float[Array, "n d"] | None = None,
     ) -> Float[Array, "*b d"]:
         return self.beside_stream(x, shift, scale)[1]
+
+
+def residual_sum(
+    x: Float[Array, "n t d"], branch: Float[Array, "n t d"], gate: Float[Array, "n d"] | None = None
+) -> Float[Array, "n t d"]:
+    """Adds a branch, times its gate, to the residual stream, in float32; returns x's type."""
+    branch = branch.astype(jnp.float32)
+    branch = branch if gate is None else gate[:, None, :] * branch
+    return (x.astype(jnp.float32) + branch).astype(x.dtype)
 
 
 class PatchEmbed(nn.Module):

@@ -9,6 +9,7 @@ optimization barrier on both operands prevents the fusion.
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
 from microdit_jax.models.derivatives import with_backward
@@ -44,6 +45,28 @@ def _matmul_backward(residuals: tuple[Array, Array], g: Array) -> tuple[Array, A
 def matmul(x: Float[Array, "*b d"], w: Float[Array, "d f"]) -> Float[Array, "*b f"]:
     """Returns x w, contracted over the last axis of x."""
     return _matmul_forward(x, w)[0]
+
+
+def _parts_forward(x: Array, w: Array, parts: int) -> tuple[tuple[Array, ...], tuple[Array, Array]]:
+    return tuple(_matmul_forward(x, part)[0] for part in jnp.split(w, parts, axis=1)), (x, w)
+
+
+def _parts_backward(
+    parts: int, residuals: tuple[Array, Array], gradients: tuple[Array, ...]
+) -> tuple[Array, Array]:
+    return _matmul_backward(residuals, jnp.concatenate(gradients, axis=-1))
+
+
+@with_backward(_parts_forward, _parts_backward, static=(2,))
+def matmul_parts(
+    x: Float[Array, "*b d"], w: Float[Array, "d f"], parts: int
+) -> tuple[Float[Array, "*b f_part"], ...]:
+    """Returns x w in equal parts of its columns, by a matmul for each.
+
+    To cut them out of one result would move all of it through memory once more. Their gradients
+    are put together for one matmul, as cutting them apart is free there.
+    """
+    return _parts_forward(x, w, parts)[0]
 
 
 def dot_general(

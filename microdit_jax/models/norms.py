@@ -16,16 +16,16 @@ from jaxtyping import Array, Float, Float32
 from microdit_jax.models.derivatives import as_kept, with_backward
 
 
-def _statistics(x: Array, eps: float, matmul_dtype: Any) -> tuple[Array, Array]:
+def _statistics(x: Array, eps: float, dtype: Any) -> tuple[Array, Array]:
     """Returns the mean and r = (variance + eps)^-1/2 of each token, both (*b, 1) in float32.
 
     Args:
-      matmul_dtype: type of the network's matmuls. Where it rounds far more than a variance computed
-        from sums of x alone, those take one pass over memory; else the mean is subtracted first.
+      dtype: type of the network's matmuls. Where it rounds far more than a variance computed from
+        sums of x alone, those take one pass over memory; else the mean is subtracted first.
     """
     x = x.astype(jnp.float32)
     mean = x.mean(axis=-1, keepdims=True)
-    if jnp.dtype(matmul_dtype) == jnp.float32:  # which is not equal to the name "float32"
+    if jnp.dtype(dtype) == jnp.float32:  # which is not equal to the name "float32"
         variance = jnp.square(x - mean).mean(axis=-1, keepdims=True)
     else:
         variance = jnp.square(x).mean(axis=-1, keepdims=True) - jnp.square(mean)
@@ -78,14 +78,14 @@ def _stream_gradient(x: Array, y: Array, r: Array, dstream: Array, g: Array, dty
     return _in_memory(dx.astype(dtype)).astype(x.dtype)
 
 
-def _scaled_forward(x, scale, eps, dtype, matmul_dtype, gradient_dtype):
-    mean, r = _statistics(x, eps, matmul_dtype)
+def _scaled_forward(x, scale, eps, dtype, gradient_dtype):
+    mean, r = _statistics(x, eps, dtype)
     x = _in_memory(x)
     y = _normalised(x, mean, r)
     return (x, (y * jnp.broadcast_to(scale, y.shape)).astype(dtype)), (x, mean, r, scale)
 
 
-def _scaled_backward(eps, dtype, matmul_dtype, gradient_dtype, residuals, gradients):
+def _scaled_backward(eps, dtype, gradient_dtype, residuals, gradients):
     x, mean, r, scale = residuals
     dstream, g = gradients
     y, g = _normalised(x, mean, r), _in_memory(g).astype(jnp.float32)
@@ -94,27 +94,25 @@ def _scaled_backward(eps, dtype, matmul_dtype, gradient_dtype, residuals, gradie
     return _stream_gradient(x, y, r, dstream, g, gradient_dtype), dscale
 
 
-@with_backward(_scaled_forward, _scaled_backward, static=(2, 3, 4, 5))
+@with_backward(_scaled_forward, _scaled_backward, static=(2, 3, 4))
 def scaled_norm(
     x: Float[Array, "*b d"],
     scale: Float32[Array, " d"],
     eps: float,
     dtype: str,
-    matmul_dtype: str,
     gradient_dtype: str,
 ) -> tuple[Float[Array, "*b d"], Float[Array, "*b d"]]:
     """Returns x, and its layer norm over the last axis with a scale, computed in float32.
 
     Args:
-      dtype: type of the norm.
-      matmul_dtype: type of the network's matmuls.
+      dtype: type of the norm, and of the network's matmuls.
       gradient_dtype: type that the gradient of x is rounded to on its way through memory.
     """
-    return _scaled_forward(x, scale, eps, dtype, matmul_dtype, gradient_dtype)[0]
+    return _scaled_forward(x, scale, eps, dtype, gradient_dtype)[0]
 
 
-def _modulated_forward(x, weight, shift, scale, eps, dtype, matmul_dtype, gradient_dtype):
-    mean, r = _statistics(x, eps, matmul_dtype)
+def _modulated_forward(x, weight, shift, scale, eps, dtype, gradient_dtype):
+    mean, r = _statistics(x, eps, dtype)
     x = _in_memory(x)
     y = _normalised(x, mean, r)
     scaled = y * jnp.broadcast_to(weight, y.shape)
@@ -122,7 +120,7 @@ def _modulated_forward(x, weight, shift, scale, eps, dtype, matmul_dtype, gradie
     return (x, h), (x, mean, r, weight, scale)
 
 
-def _modulated_backward(eps, dtype, matmul_dtype, gradient_dtype, residuals, gradients):
+def _modulated_backward(eps, dtype, gradient_dtype, residuals, gradients):
     x, mean, r, weight, scale = residuals
     dstream, g = gradients
     y, g = _normalised(x, mean, r), _in_memory(g).astype(jnp.float32)
@@ -133,7 +131,7 @@ def _modulated_backward(eps, dtype, matmul_dtype, gradient_dtype, residuals, gra
     return dx, dweight, dshift, weight[None] * projection
 
 
-@with_backward(_modulated_forward, _modulated_backward, static=(4, 5, 6, 7))
+@with_backward(_modulated_forward, _modulated_backward, static=(4, 5, 6))
 def modulated_norm(
     x: Float[Array, "n t d"],
     weight: Float32[Array, " d"],
@@ -141,7 +139,6 @@ def modulated_norm(
     scale: Float32[Array, "n d"],
     eps: float,
     dtype: str,
-    matmul_dtype: str,
     gradient_dtype: str,
 ) -> tuple[Float[Array, "n t d"], Float[Array, "n t d"]]:
     """Returns x, and h = norm(x) weight (1 + scale) + shift, computed in float32.
@@ -149,4 +146,4 @@ def modulated_norm(
     h is adaptive layer norm (DiT, arXiv 2212.09748, section 3.2). Arguments are as for
     `scaled_norm`.
     """
-    return _modulated_forward(x, weight, shift, scale, eps, dtype, matmul_dtype, gradient_dtype)[0]
+    return _modulated_forward(x, weight, shift, scale, eps, dtype, gradient_dtype)[0]
