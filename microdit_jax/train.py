@@ -44,6 +44,7 @@ from microdit_jax.training.metric_writer import MetricWriter
 from microdit_jax.training.profiling import REQUEST, StepTrace
 from microdit_jax.training.progress import Progress
 from microdit_jax.training.replicas import ReplicaCheck
+from microdit_jax.training.saved_step import SavedStep
 from microdit_jax.training.source import filled_in, load_frozen, with_whole_weights
 from microdit_jax.training.start import starting_state
 from microdit_jax.training.step import TrainState
@@ -160,6 +161,7 @@ def train(config: ConfigDict, workdir: str | Path, stop: StopRequest | None = No
 
         # ------------------------------------------------------------ step, evaluation, data
         step_fn = make_step(config, model, optimizer, schedule, mesh, data.tower)
+        step_fn = SavedStep(step_fn, config, mesh, progress.say)
 
         merged = functools.partial(with_whole_weights, frozen=frozen)
 

@@ -139,7 +139,7 @@ def compiled(monkeypatch):
     """Stands in for the compiler: every program is COUNTS; the labels it was asked for."""
     labels = []
 
-    def compile_and_count(program, topology, label, dump):
+    def compile_and_count(program, topology, label, dump, keep=None):
         labels.append(label)
         memory = {"arguments": 1, "outputs": 1, "aliased": 1, "temporaries": 1}
         found = figures.measure(memory, {}, COUNTS, SLICES)

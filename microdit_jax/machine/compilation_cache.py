@@ -23,18 +23,26 @@ from microdit_jax.machine import hosts
 MAX_BYTES = 20 << 30  # of all kept programs; a training step of XL/2 has about 0.1 GB
 NAME = "compiled"  # of the folder in a run's workdir
 _events: collections.Counter[str] = collections.Counter()
+_enabled = False
 _is_ours = False  # the folder was set here, and not by the user's JAX_COMPILATION_CACHE_DIR
 
 
 def enable() -> None:
     """Keeps compiled programs in the user's cache folder, unless JAX was told where already."""
-    global _is_ours
+    global _is_ours, _enabled
+    _enabled = True
     if not jax.config.values["jax_compilation_cache_dir"]:
         _is_ours = True
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
         _use(cache_folder() / "xla")
     jax.monitoring.register_event_listener(_count_event)
+
+
+def is_enabled() -> bool:
+    """Returns True if this process keeps what it compiles, by `enable` and by JAX's setting."""
+    # JAX makes this attribute at run time.
+    return _enabled and bool(jax.config.jax_enable_compilation_cache)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def share(workdir: Path, secret: str | None = None) -> None:

@@ -41,6 +41,9 @@ FIND = flags.DEFINE_boolean("find", False, "Search the largest train.micro_batch
 REDUCED = flags.DEFINE_boolean(
     "reduced_depth", False, "Compile four shallow networks and extrapolate, for slow compilers."
 )
+SAVE = flags.DEFINE_boolean(
+    "save", False, "Keep the compiled step in this user's cache folder, for train_main.py here."
+)
 DUMP = flags.DEFINE_string("dump", None, "Folder for the optimised HLO.")
 
 
@@ -58,6 +61,10 @@ def main():
         )
     if (FIND.value or REDUCED.value) and WHAT.value != "train_step":
         raise UserError("--find and --reduced_depth take --what=train_step, found sampler")
+    if SAVE.value and (FIND.value or REDUCED.value or WHAT.value != "train_step"):
+        raise UserError(
+            "--save keeps one whole training step, found --find, --reduced_depth or --what=sampler"
+        )
     if REPORT.value:
         check_writable(REPORT.value)
     if DUMP.value:
@@ -77,6 +84,7 @@ def main():
         start_step=START.value,
         reduced_depth=REDUCED.value,
         dump=Path(DUMP.value) if DUMP.value else None,
+        save=SAVE.value,
     )
     found = search.find(request) if FIND.value else analysis.analyse(request)
     print(table.render(found))

@@ -1,16 +1,19 @@
 """Analyses a run configuration's program on a topology, whole or extrapolated over its depth."""
 
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Any
 
+import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from microdit_jax import sharding
-from microdit_jax.machine import slices
+from microdit_jax.machine import executables, slices
 from microdit_jax.models.config import DiTConfig
 from microdit_jax.training import config as run_config
+from microdit_jax.training import saved_step
 from microdit_jax.xla import roofline
 from microdit_jax.xla.aot import figures, programs, shallow
 from microdit_jax.xla.aot.compile import Compiled, compile_and_count, say
@@ -30,6 +33,7 @@ class CompileRequest:
       start_step: step of the run at which the stage starts, for its days and dollars.
       reduced_depth: compile shallow networks and extrapolate.
       dump: folder for the optimised HLO, or None.
+      save: keep the training step in the user's cache folder, where training looks for it.
     """
 
     config: ConfigDict
@@ -40,6 +44,7 @@ class CompileRequest:
     start_step: int = 0
     reduced_depth: bool = False
     dump: Path | None = None
+    save: bool = False
 
 
 def analyse(request: CompileRequest) -> dict[str, Any]:
@@ -62,7 +67,8 @@ def analyse(request: CompileRequest) -> dict[str, Any]:
     if request.reduced_depth and training:
         compiled = _extrapolated(request, mesh)
     else:
-        compiled = compile_and_count(program, topology, request.what, request.dump)
+        keep = functools.partial(_keep, request, mesh, program) if request.save else None
+        compiled = compile_and_count(program, topology, request.what, request.dump, keep)
     found = figures.complete(compiled.figures, program, topology, compiled.time, steps=steps)
     options = config.model.options
     network = {key: options[key] for key in NETWORK_OPTIONS if key in options}
@@ -72,6 +78,16 @@ def analyse(request: CompileRequest) -> dict[str, Any]:
         | found
         | {"collectives_by_size": compiled.collectives}
     )
+
+
+def _keep(
+    request: CompileRequest, mesh: Mesh, program: programs.Program, compiled: jax.stages.Compiled
+) -> None:
+    """Keeps a training step for `train_main.py` on such a machine, and says where."""
+    options = request.topology.compiler_options
+    key = saved_step.key_of(request.config, mesh)
+    path = executables.keep(key, saved_step.facts_of(program.arguments, options), compiled)
+    say("this program cannot be saved" if path is None else f"saved: {path}")
 
 
 def _extrapolated(request: CompileRequest, mesh: Mesh) -> Compiled:

@@ -9,7 +9,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -46,13 +46,18 @@ class Compiled:
 
 
 def compile_and_count(
-    program: Program, topology: Topology, label: str, dump: Path | None
+    program: Program,
+    topology: Topology,
+    label: str,
+    dump: Path | None,
+    keep: Callable[[jax.stages.Compiled], None] | None = None,
 ) -> Compiled:
     """Traces, compiles and counts a program.
 
     Args:
       label: name in progress lines and of the dumped file.
       dump: folder for the optimised HLO, or None.
+      keep: is given the compiled program, which then comes from no cache.
     Raises:
       DoesNotFit: the program needs more memory than a device has.
     """
@@ -61,10 +66,10 @@ def compile_and_count(
         lowered = program.lower()
     traced = time.monotonic() - start
     path = _cache_path(lowered, topology)
-    found = _read_cache(path)
+    found = _read_cache(path) if keep is None else None
     if found is None:
         with progress(f"{label}: compiling for {topology.name}"), _memory_refusals(program):
-            found = _compile(lowered, topology)
+            found = _compile(lowered, topology, keep)
         _write_cache(path, found)
     else:
         say(f"{label}: compiled before, in {found['compile_seconds']:.0f} s")
@@ -83,10 +88,17 @@ def compile_and_count(
     return Compiled(measured | seconds, step_time, figures.by_size(counts, program.slices))
 
 
-def _compile(lowered: jax.stages.Lowered, topology: Topology) -> dict[str, Any]:
+def _compile(
+    lowered: jax.stages.Lowered,
+    topology: Topology,
+    keep: Callable[[jax.stages.Compiled], None] | None,
+) -> dict[str, Any]:
     """Compiles a program; returns its optimised HLO, and its memory and cost by the compiler."""
     start = time.monotonic()
     compiled = lowered.compile(compiler_options=topology.compiler_options)
+    seconds = time.monotonic() - start
+    if keep is not None:
+        keep(compiled)
     memory, cost = compiled.memory_analysis(), compiled.cost_analysis() or {}
     assert memory is not None, f"no memory analysis for {topology.platform}"
     return {
@@ -98,7 +110,7 @@ def _compile(lowered: jax.stages.Lowered, topology: Topology) -> dict[str, Any]:
             "temporaries": memory.temp_size_in_bytes,
         },
         "cost": {key: cost[key] for key in ("flops", "optimal_seconds") if key in cost},
-        "compile_seconds": time.monotonic() - start,
+        "compile_seconds": seconds,
     }
 
 

@@ -39,6 +39,7 @@ class Program(NamedTuple):
         receive: each sharded weight once, each of its gradients once for each micro-batch.
       num_params: parameters of the network.
       slices: slice of each device, in the mesh's order.
+      arguments: shapes of what the program takes; empty for the sampler.
     """
 
     lower: Callable[[], jax.stages.Lowered]
@@ -50,6 +51,7 @@ class Program(NamedTuple):
     needed_communication: dict[str, float]
     num_params: int
     slices: tuple[int, ...]
+    arguments: tuple[Any, ...] = ()
 
 
 def training(config: ConfigDict, mesh: Mesh, *, caption_length: int = CLIP_TOKENS) -> Program:
@@ -96,6 +98,7 @@ def training(config: ConfigDict, mesh: Mesh, *, caption_length: int = CLIP_TOKEN
         needed_communication(weights, model, mesh, parts),
         _count(weights),
         slices_of(mesh),
+        (state, batch, *frozen),
     )
 
 
