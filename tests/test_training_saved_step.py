@@ -120,6 +120,31 @@ def test_damage_and_files_that_others_may_write(start):
     assert start.traced == 1 and "others may have written it" in start.said[0]
 
 
+def test_a_program_that_fails_is_not_met_again(start, monkeypatch):
+    first = start()
+
+    def fails(*_):
+        raise jax.errors.JaxRuntimeError("NOT_FOUND: Function x not found")
+
+    with monkeypatch.context() as patch:
+        load = "jax.experimental.serialize_executable.deserialize_and_load"
+        patch.setattr(load, lambda *_, **__: fails)
+        with pytest.raises(jax.errors.JaxRuntimeError):
+            start()
+    assert start()[1] == first[1] and start.traced == 1 and not start.said
+    start()
+    start()
+    assert start.traced == 0
+
+
+def test_a_program_from_the_cache_is_not_kept(start, monkeypatch):
+    """Its second copy would lack functions."""
+    counts = iter(range(9))
+    monkeypatch.setattr(compilation_cache, "hits", lambda: next(counts))
+    start()
+    assert not kept(start).exists() and start.traced == 1
+
+
 def test_steps_that_are_not_kept(start, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(saved_step, "WORTH_SECONDS", 100.0)  # quick ones

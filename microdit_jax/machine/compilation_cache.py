@@ -12,6 +12,7 @@ import collections
 import contextlib
 import hmac
 import secrets
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -99,8 +100,26 @@ def _count_event(event: str, **_) -> None:
     _events[event] += 1
 
 
+def hits() -> int:
+    """Returns how many programs came from the cache in this process."""
+    return _events["/jax/compilation_cache/cache_hits"]
+
+
+@contextlib.contextmanager
+def unused() -> Iterator[None]:
+    """Compiles what is inside without the cache."""
+    # JAX makes this attribute at run time.
+    kept = jax.config.jax_enable_compilation_cache  # pyright: ignore[reportAttributeAccessIssue]
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()  # or JAX does not look at the setting again
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", kept)
+        compilation_cache.reset_cache()
+
+
 def compiled_programs() -> str:
     """Returns how many programs XLA compiled in this process, to end a line of a report."""
     compiled = _events["/jax/compilation_cache/cache_misses"]
-    found = _events["/jax/compilation_cache/cache_hits"]
-    return f"; {compiled} programs compiled, {found} from the cache"
+    return f"; {compiled} programs compiled, {hits()} from the cache"

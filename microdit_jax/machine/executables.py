@@ -7,6 +7,7 @@ A kept program is machine code, and reading it runs code: so it is only read fro
 cache folder, and only if nobody else can have written it.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -48,6 +49,9 @@ def keep(
 ) -> Path | None:
     """Writes a program into the user's cache folder; returns its path, None if it cannot be kept.
 
+    XLA for CPUs loses functions of a program that itself came from JAX's cache, so `compiled` must
+    be compiled by this process (jaxlib 0.10.2: "Function ... not found" at its first run).
+
     Args:
       key: names the program.
       facts: what else it depends on, by a name that a person understands; `load` compares them.
@@ -76,7 +80,7 @@ def load(
     """Looks for a program and loads it, if it depends on the same facts and is the user's own.
 
     Args:
-      key, facts: as `keep` was given them.
+      key, facts: as `keep` was given them. Call `proven` with the key when the program has run.
       arguments: of the program. Its first result has the structure of the first of them.
       devices: of the program's mesh, in its order.
     """
@@ -108,7 +112,18 @@ def load(
         )
     except Exception as error:  # whatever the runtime says: it is compiled instead
         return Kept(None, f"this machine cannot load it ({str(error).splitlines()[0][:160]})")
+    path.rename(_tried(path))
     return Kept(compiled, "")
+
+
+def proven(key: Mapping[str, Any]) -> None:
+    """Puts a program back that `load` returned, once it has run: none fails at two starts."""
+    with contextlib.suppress(FileNotFoundError):  # another process has put it back
+        _tried(path_of(key)).rename(path_of(key))
+
+
+def _tried(path: Path) -> Path:
+    return path.with_suffix(".tried")
 
 
 def _stranger(path: Path) -> str:

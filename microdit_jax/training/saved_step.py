@@ -67,7 +67,8 @@ class SavedStep:
         run, reason = executables.load(key, facts, arguments, self._mesh.devices.flatten().tolist())
         if run is not None:
             try:
-                results = run(*arguments)
+                results = jax.block_until_ready(run(*arguments))
+                executables.proven(key)
                 took = time.perf_counter() - began
                 self._say(f"took the training step that an earlier start kept, {took:.0f} s")
                 return run, results
@@ -75,10 +76,11 @@ class SavedStep:
                 reason = f"it takes other arguments ({str(error).splitlines()[0][:160]})"
         if reason:
             self._say(f"the training step is compiled, though one is kept: {reason}")
-        began = time.perf_counter()
+        began, hits = time.perf_counter(), compilation_cache.hits()
         assert isinstance(self._step, jax.stages.Wrapped)
         compiled = self._step.lower(*arguments).compile()
-        if time.perf_counter() - began >= WORTH_SECONDS:
+        new = compilation_cache.hits() == hits
+        if new and time.perf_counter() - began >= WORTH_SECONDS:
             executables.keep(key, facts, compiled)
         return compiled, compiled(*arguments)
 

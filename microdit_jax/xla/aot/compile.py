@@ -17,6 +17,7 @@ import jax
 
 from microdit_jax.errors import UserError
 from microdit_jax.files import cache_folder, disk_errors, parse_json
+from microdit_jax.machine import compilation_cache
 from microdit_jax.xla import roofline
 from microdit_jax.xla.aot import figures
 from microdit_jax.xla.aot.programs import Program
@@ -95,7 +96,8 @@ def _compile(
 ) -> dict[str, Any]:
     """Compiles a program; returns its optimised HLO, and its memory and cost by the compiler."""
     start = time.monotonic()
-    compiled = lowered.compile(compiler_options=topology.compiler_options)
+    with contextlib.nullcontext() if keep is None else compilation_cache.unused():
+        compiled = lowered.compile(compiler_options=topology.compiler_options)
     seconds = time.monotonic() - start
     if keep is not None:
         keep(compiled)

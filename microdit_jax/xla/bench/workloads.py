@@ -9,11 +9,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental.compilation_cache import compilation_cache
 
 from microdit_jax import diffusion, sharding
 from microdit_jax.errors import UserError
-from microdit_jax.machine import memory
+from microdit_jax.machine import compilation_cache, memory
 from microdit_jax.models import attention, dit, flops, moe
 from microdit_jax.models.dit import DiT, DiTConfig
 from microdit_jax.models.layers import small_normal
@@ -150,17 +149,10 @@ def inputs(config: DiTConfig, n: int) -> dict[str, np.ndarray]:
 
 def _compile(function: Callable, *args, **kwargs) -> tuple[jax.stages.Compiled, float]:
     """Compiles a function without the compilation cache; returns the seconds that took."""
-    # JAX makes this attribute at run time.
-    kept = jax.config.jax_enable_compilation_cache  # pyright: ignore[reportAttributeAccessIssue]
-    jax.config.update("jax_enable_compilation_cache", False)
-    compilation_cache.reset_cache()  # or JAX does not look at the setting again
-    try:
+    with compilation_cache.unused():
         lowered = function.lower(*args, **kwargs)
         start = time.perf_counter()
         return lowered.compile(), time.perf_counter() - start
-    finally:
-        jax.config.update("jax_enable_compilation_cache", kept)
-        compilation_cache.reset_cache()
 
 
 def _mesh(variant: Variant) -> jax.sharding.Mesh | None:
