@@ -68,6 +68,7 @@ def make_optimizer(config: ConfigDict) -> tuple[optax.GradientTransformation, op
         weight_decay=part.weight_decay,
         clip_norm=part.clip_norm,
         expert_multiplier=part.expert_multiplier,
+        muon_dtype=config.model.options.dtype if part.name == "muon" else None,
     )
     return optimizer, schedule
 

@@ -118,6 +118,8 @@ def base() -> ConfigDict:
                 "threads": 2,
             },
             "optim": {
+                # "adamw", or "muon": hidden matrices by Muon, the rest by AdamW (training/muon.py).
+                "name": "adamw",
                 "learning_rate": 2.4e-4,
                 "warmup_steps": 0,
                 # Cosine to final_ratio of the peak at this step; 0 keeps the rate constant.

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from microdit_jax.errors import UserError
 from microdit_jax.sharding import EXPERT_WEIGHTS
+from microdit_jax.training.muon import muon
 
 
 def lenient_promotion() -> AbstractContextManager[None]:
@@ -56,6 +57,7 @@ def adamw(
     b2: float = 0.999,
     eps: float = 1e-8,
     expert_multiplier: float = 1.0,
+    muon_dtype: Any = None,
 ) -> optax.GradientTransformation:
     """Clips by the global norm, then AdamW; the decay acts on norms and biases too.
 
@@ -64,8 +66,11 @@ def adamw(
       clip_norm: largest L2 norm of all gradients together.
       expert_multiplier: learning rate of the experts' weights over that of all others; it scales
         their decay too, as a part of the update. The state is the same for every value.
+      muon_dtype: type in which Muon orthogonalises hidden matrices; None for AdamW of all weights.
     """
     update = optax.adamw(schedule, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)
+    if muon_dtype is not None:
+        update = muon(schedule, update, weight_decay=weight_decay, compute_dtype=muon_dtype)
     if expert_multiplier != 1:
         update = _scale_experts(update, expert_multiplier)
     return optax.chain(_clip_by_norm(clip_norm), update)
@@ -90,16 +95,18 @@ def _clip_by_norm(limit: float) -> optax.GradientTransformationExtraArgs:
 
 def _scale_experts(
     inner: optax.GradientTransformation, multiplier: float
-) -> optax.GradientTransformation:
+) -> optax.GradientTransformationExtraArgs:
+    inner = optax.with_extra_args_support(inner)
+
     def scale(path, update):
         is_expert = getattr(path[-1], "key", None) in EXPERT_WEIGHTS
         return update * multiplier if is_expert else update
 
-    def update_fn(updates, state, params=None):
-        updates, state = inner.update(updates, state, params)
+    def update_fn(updates, state, params=None, **extra):
+        updates, state = inner.update(updates, state, params, **extra)
         return jax.tree_util.tree_map_with_path(scale, updates), state
 
-    return optax.GradientTransformation(inner.init, update_fn)
+    return optax.GradientTransformationExtraArgs(inner.init, update_fn)
 
 
 def apply_gradients(
@@ -109,15 +116,17 @@ def apply_gradients(
     params: Any,
     *,
     norm: Float[Array, ""] | None = None,
+    **layout: Any,
 ) -> tuple[Any, optax.OptState]:
     """Applies one update; returns the new parameters and the new optimiser state.
 
     Args:
       norm: L2 norm of all gradients together, for clipping; None to compute it here.
+      layout: `mesh` and `replicate_below`, for an optimiser that needs whole matrices.
     """
     with lenient_promotion():
         update = optax.with_extra_args_support(optimizer).update
-        updates, opt_state = update(grads, opt_state, params, norm=norm)
+        updates, opt_state = update(grads, opt_state, params, norm=norm, **layout)
     return optax.apply_updates(params, updates), opt_state
 
 

@@ -20,6 +20,7 @@ EMOJI = {
     "twemoji_things_untoned": ("things", True),
 }
 SOURCES = ("latents", *EMOJI)
+OPTIMIZERS = ("adamw", "muon")
 DATASET_KEYS = {"source", "folder", "weight"}
 PATCH_PCA = r"patch_pca:patch=(\d+),channels=(\d+),resolution=(\d+)"
 
@@ -145,13 +146,17 @@ def _type_of(default: Any) -> tuple[str, Any]:
 
 # ------------------------------------------------------------------ values
 def check_ranges(config: ConfigDict) -> None:
-    """Raises UserError for a number out of its range, NaN and infinities among them."""
+    """Raises UserError for a number out of its range, NaN and infinities among them, or a name."""
     for name, allowed in RANGES.items():
         part, _, key = name.rpartition(".")
         value = config[part][key] if part else config[key]
         if not allowed.holds(value):
             finite = "" if math.isfinite(value) or allowed == FINITE else "finite and "
             raise UserError(f"{name} must be {finite}{allowed}, found {value}")
+    if config.optim.name not in OPTIMIZERS:
+        raise UserError(
+            f"optim.name must be one of {', '.join(OPTIMIZERS)}, found {config.optim.name!r}"
+        )
     # Infinity is no limit at all, which may be wanted.
     if not config.optim.clip_norm > 0:
         raise UserError(f"optim.clip_norm must be above 0, found {config.optim.clip_norm}")

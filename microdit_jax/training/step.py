@@ -272,17 +272,18 @@ def make_train_step(
         frozen_loss=frozen_loss,
     )
 
+    layout = {"mesh": mesh, "replicate_below": replicate_below}
+
     def train_step(state: TrainState, batch: Batch, *frozen: Any) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         grads, grad_norm, image_loss, image_sigma = gradients(state.params, batch, key, *frozen)
         loss = image_loss.mean()
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-
         step = state.step + 1
 
         def update(params, opt_state, ema):
             params, opt_state = optim.apply_gradients(
-                optimizer, grads, opt_state, params, norm=grad_norm
+                optimizer, grads, opt_state, params, norm=grad_norm, **layout
             )
             if ema is not None:
                 ema = optim.update_ema(

@@ -1,6 +1,7 @@
 """Faults in the loss, the train step and the optimiser."""
 
 LOSS, STEP = "microdit_jax/training/loss.py", "microdit_jax/training/step.py"
+MUON, MUON_TESTS = "microdit_jax/training/muon.py", "tests/test_training_muon.py"
 OPTIM, DIFFUSION = "microdit_jax/training/optim.py", "microdit_jax/diffusion.py"
 
 ORACLE = "tests/test_training_loss.py::test_loss_equals_the_equations"
@@ -219,5 +220,41 @@ MUTANTS = [
         "old": "return update * multiplier if is_expert else update",
         "new": "return update if is_expert else update * multiplier",
         "tests": ["tests/test_training_optim.py"],
+    },
+    # ------------------------------------------------------------------ Muon
+    {
+        "name": "Muon's updates are scaled by the shorter side",
+        "file": MUON,
+        "old": "RMS * max(",
+        "new": "RMS * min(",
+        "tests": [MUON_TESTS],
+    },
+    {
+        "name": "Muon leaves out Nesterov's step",
+        "file": MUON,
+        "old": "nesterov=True",
+        "new": "nesterov=False",
+        "tests": [MUON_TESTS],
+    },
+    {
+        "name": "each device orthogonalises its own shard",
+        "file": MUON,
+        "old": "_each(stack) if alone else",
+        "new": "_each(stack) if True else",
+        "tests": [MUON_TESTS],
+    },
+    {
+        "name": "Muon takes the layer that reads images",
+        "file": MUON,
+        "old": '("x_embedder", "final_layer")',
+        "new": '("final_layer",)',
+        "tests": [MUON_TESTS],
+    },
+    {
+        "name": "copies return another one's matrices",
+        "file": MUON,
+        "old": "jax.lax.axis_index(copies) * size",
+        "new": "0 * size",
+        "tests": [MUON_TESTS],
     },
 ]
