@@ -48,7 +48,7 @@ RULES = (
     Rule("accelerator", r"configs/recipe\.py --workdir"),
     Rule("cluster", r"sbatch|xpk |gcloud |coordinator_address"),
     Rule("hours", r"configs/instant\.py|configs/distill\.py|out/instant/|out/student"),
-    Rule("hours", r"benchmarks\.(sampling|slow_store|loop_overhead|against_reference)\b"),
+    Rule("hours", r"benchmarks\.(sampling|slow_store|loop_overhead|against_reference|race)\b"),
     Rule("hours", r"microdit_jax\.xla\.bench --what"),
     Rule("own target", r"^make (?!demo)|^eval .*make"),
     Rule("own target", r"tools\.damage|tests/test_|fuzz\.replay|pre-commit"),

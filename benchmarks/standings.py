@@ -1,0 +1,152 @@
+"""Tables and plots of a race: intervals over the seeds, and operations until a loss is reached."""
+
+import dataclasses
+import io
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+from matplotlib.figure import Figure
+
+# A run's result, as benchmarks.race.measure writes it
+Result = Mapping[str, Any]
+# Student's t, two-sided 95 %, by number of seeds
+T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}
+
+
+@dataclasses.dataclass(frozen=True)
+class Interval:
+    """A mean over seeds and half its 95 % confidence interval."""
+
+    mean: float
+    half: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> "Interval":
+        """The interval of Student's t; infinitely wide for one value."""
+        mean, n = float(np.mean(values)), len(values)
+        if n < 2:
+            return cls(mean, math.inf)
+        t = T_95.get(n, 2.3)
+        return cls(mean, float(t * np.std(values, ddof=1) / n**0.5))
+
+    def __str__(self) -> str:
+        return (
+            f"{self.mean:.4g} ± {self.half:.2g}" if math.isfinite(self.half) else f"{self.mean:.4g}"
+        )
+
+    def against(self, other: "Interval") -> str:
+        """Says whether this is lower than another, "no difference" where the two overlap."""
+        if abs(self.mean - other.mean) <= self.half + other.half:
+            return "no difference"
+        return "lower" if self.mean < other.mean else "higher"
+
+
+def reached(results: Sequence[Result], loss: float) -> float | None:
+    """Returns the operations, the optimiser's included, after which the seeds' mean loss is `loss`.
+
+    Between two evaluations on a straight line; None if it is not reached.
+    """
+    flops_at, losses = mean_curve(results)
+    below = np.flatnonzero(losses <= loss)
+    if not len(below):
+        return None
+    i = int(below[0])
+    if i == 0:
+        return float(flops_at[0])
+    part = (losses[i - 1] - loss) / (losses[i - 1] - losses[i])
+    return float(flops_at[i - 1] + part * (flops_at[i] - flops_at[i - 1]))
+
+
+def mean_curve(
+    results: Sequence[Result],
+) -> tuple[Float[np.ndarray, " p"], Float[np.ndarray, " p"]]:
+    """Returns the operations at each evaluation and the seeds' mean loss there, each (points,)."""
+    flops_at, losses = curves(results)
+    return flops_at, losses.mean(0)
+
+
+def curves(
+    results: Sequence[Result],
+) -> tuple[Float[np.ndarray, " p"], Float[np.ndarray, "seeds p"]]:
+    """Returns the operations and the losses at each evaluation."""
+    first = results[0]
+    per_step = first["network_flops_per_step"] + first["optimizer_flops_per_step"]
+    steps = np.array([point["step"] for point in first["curve"]], float)
+    losses = [[point["right"] for point in result["curve"]] for result in results]
+    return per_step * steps, np.array(losses, float)
+
+
+def table(found: Mapping[str, Sequence[Result]]) -> str:
+    """Returns the results as Markdown; the first candidate is what the others are compared with."""
+
+    def of(results, *path):
+        values = []
+        for result in results:
+            value: Any = result
+            for key in path:
+                value = value[key]
+            values.append(value)
+        return Interval.of(values)
+
+    yardstick = next(iter(found))
+    first = found[yardstick]
+    figures: dict[str, tuple[str | int, ...]] = {
+        "loss, right": ("curve", -1, "right"),
+        "loss, shuffled": ("curve", -1, "shuffled"),
+        "ratio": ("curve", -1, "ratio"),
+    }
+    if all("frechet_small" in result["scores"] for each in found.values() for result in each):
+        figures["frechet_small"] = ("scores", "frechet_small")
+    head = ["candidate", "seeds", "steps", "rate", *figures, f"loss against {yardstick}"]
+    head += ["optimiser's operations", f"operations to {yardstick}'s loss", "the network's alone"]
+    head.append("s a step")
+    rows = [head, ["---"] * len(head)]
+    target = of(first, "curve", -1, "right").mean
+    whole = curves(first)[0][-1]
+    network = first[0]["network_flops_per_step"] * first[0]["curve"][-1]["step"]
+    for name, results in found.items():
+        one = results[0]
+        row = [name, str(len(results)), str(one["steps"]), f"{one['rate']:.3g}"]
+        row += [str(of(results, *path)) for path in figures.values()]
+        loss = of(results, "curve", -1, "right")
+        row.append("" if name == yardstick else loss.against(of(first, "curve", -1, "right")))
+        row.append(f"{one['optimizer_flops_per_step'] / one['network_flops_per_step']:+.0%}")
+        needed = reached(results, target)
+        own = one["optimizer_flops_per_step"] / one["network_flops_per_step"]
+        row += ["not reached"] * 2
+        if needed is not None:
+            row[-2:] = [f"{needed / whole:.2f}x", f"{needed / (1 + own) / network:.2f}x"]
+        row.append(f"{np.median([result['seconds_per_step'] for result in results]):.2f}")
+        rows.append(row)
+    levels = list(first[0]["curve"][-1]["by_sigma"])
+    by_level = [["candidate", *(f"sigma {level}" for level in levels)]]
+    by_level.append(["---"] * len(by_level[0]))
+    for name, results in found.items():
+        cells = []
+        for level in levels:
+            values = [result["curve"][-1]["by_sigma"][level] for result in results]
+            cells.append("" if None in values else str(Interval.of(values)))
+        by_level.append([name, *cells])
+    parts = ["\n".join(f"| {' | '.join(row)} |" for row in part) for part in (rows, by_level)]
+    return "\n\n".join(parts) + "\n"
+
+
+def plot(found: Mapping[str, Sequence[Result]]) -> bytes:
+    """Returns a PNG: held-out loss against operations, with the seeds' lowest and highest."""
+    figure = Figure(figsize=(6.4, 4.2), layout="constrained", dpi=110)
+    panel = figure.subplots()
+    for i, (name, results) in enumerate(found.items()):
+        flops_at, losses = curves(results)
+        panel.plot(flops_at / 1e12, losses.mean(0), marker="o", ms=3, color=f"C{i}", label=name)
+        panel.fill_between(flops_at / 1e12, losses.min(0), losses.max(0), color=f"C{i}", alpha=0.2)
+    panel.set_xlabel("TFLOP, the optimiser's included")
+    panel.set_ylabel("held-out loss, right captions")
+    panel.grid(alpha=0.3)
+    panel.spines[["top", "right"]].set_visible(False)
+    panel.legend(frameon=False)
+    image = io.BytesIO()
+    figure.savefig(image, format="png")
+    return image.getvalue()

@@ -1,0 +1,112 @@
+"""The race: its search, its figures by hand, what is measured twice, and one small run of it."""
+
+import numpy as np
+import pytest
+from test_train import tiny_config
+
+from benchmarks import race, standings
+from configs import demo
+from microdit_jax.models import flops
+from microdit_jax.training.config import model_config
+
+
+def fake_result(entrant, losses, *, own=0, score=0.5):
+    """A result as `race.measure` writes it; a step costs 100 + own operations."""
+    levels = {"0.5": 0.1, "1": None}
+    curve = [
+        {"step": step, "right": loss, "shuffled": 1.0, "ratio": loss, "by_sigma": levels}
+        for step, loss in zip((0, 10, 20), losses, strict=True)
+    ]
+    return {
+        "candidate": entrant.candidate, "rate": entrant.rate, "seed": entrant.seed,
+        "steps": entrant.steps, "network_flops_per_step": 100, "optimizer_flops_per_step": own,
+        "seconds_per_step": 0.3, "seconds": 9.0, "curve": curve,
+        "scores": {"frechet_small": score},
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(("best", "found"), [(1.0, 1.0), (4.1, 4.0), (0.24, 0.25), (1e6, 8.0)])
+def test_the_search_doubles_or_halves_while_that_helps(best, found):
+    tried = []
+
+    def loss_of(rate):
+        tried.append(rate)
+        return abs(np.log(rate / best))
+
+    assert race.tuned(loss_of, 1.0) == found
+    assert len(tried) == len(set(tried)) <= 2 + race.SEARCH_MOVES
+
+
+def test_an_interval_by_hand():
+    found = standings.Interval.of([1.0, 2.0, 3.0])
+    assert found.mean == 2 and found.half == pytest.approx(4.303 / 3**0.5, rel=1e-3)
+    low, close = standings.Interval(0.5, 0.1), standings.Interval(0.65, 0.1)
+    high = standings.Interval(0.8, 0.1)
+    assert (low.against(close), low.against(high), high.against(low)) == (
+        "no difference", "lower", "higher",
+    )  # fmt: skip
+
+
+def test_operations_until_a_loss_is_reached():
+    entrant = race.Entrant("muon", 1e-3, 0, 20)
+    results = [fake_result(entrant, losses, own=50) for losses in ((1.0, 0.6, 0.2), (1.0, 0.4, 0))]
+    assert standings.reached(results, 0.75) == pytest.approx(150 * 5)  # means are 1, 0.5 and 0.1
+    assert standings.reached(results, 0.3) == pytest.approx(150 * 15)
+    assert standings.reached(results, 0.05) is None
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_operations_of_a_step(name):
+    config = race.run_config(race.Entrant(name, 1e-3, 0, 20), demo.get_config("finetune"), "d",
+                             score_images=0)  # fmt: skip
+    network, own = race.operations(config)
+    assert network == 64 * flops.train_flops(model_config(config), 0.0, 16)
+    assert (own > 0) == (name == "muon")
+    assert config.optim.name == name and config.init_from == "" and config.optim.decay_steps == 20
+
+
+def test_a_race_from_search_to_table(monkeypatch, tmp_path):
+    """With a made-up loss: each rate is searched apart, all seeds run, the table says who won."""
+    seen = []
+
+    def measure(entrant, config, out):
+        seen.append(entrant)
+        best = {"adamw": 4e-3, "muon": 2e-3}[entrant.candidate]
+        loss = {"adamw": 0.6, "muon": 0.3}[entrant.candidate]
+        loss += abs(np.log(entrant.rate / best)) + 0.001 * (entrant.seed % 3)
+        return fake_result(entrant, (1.0, 0.9, loss), own=50 * (entrant.candidate == "muon"))
+
+    monkeypatch.setattr(race, "measure", measure)
+    base = demo.get_config("finetune")
+    settings = {"steps": 20, "seeds": 3, "rate": 2e-3, "search_share": 0.5, "score_images": 4}
+    found = race.race(["adamw", "muon"], base, "data", tmp_path, **settings)
+    finals = [entrant for entrant in seen if entrant.seed != race.SEARCH_SEED]
+    assert {(e.candidate, e.rate, e.steps) for e in finals} == {
+        ("adamw", 4e-3, 20), ("muon", 2e-3, 20)
+    }  # fmt: skip
+    assert all(e.steps == 10 for e in seen if e.seed == race.SEARCH_SEED)
+    assert {e.seed for e in finals} == {18, 19, 20} and len(found["muon"]) == 3
+    table = (tmp_path / "table.md").read_text()
+    row = next(line for line in table.splitlines() if line.startswith("| muon | 3 |"))
+    assert "| lower | +50% |" in row and "0.301 ± 0.0025" in row
+    assert (
+        "| 1.12x | 0.75x |" in row
+    )  # 15 of 20 steps, of 150 operations each where others take 100
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_a_run_is_measured_once(monkeypatch, tmp_path):
+    base = tiny_config(tmp_path, "finetune")
+    base.model.options.update(depth=1, patch_mixer_depth=1)
+    entrant = race.Entrant("muon", 1e-2, 1, 1)
+    config = race.run_config(entrant, base, str(tmp_path / "data"), score_images=0)
+    result = race.measure(entrant, config, tmp_path)
+    assert [point["step"] for point in result["curve"]] == [0, 1]
+    assert 0 < race.final_loss(result) < 3 and result["optimizer_flops_per_step"] > 0
+
+    def train(*_):
+        raise AssertionError("trained again")
+
+    monkeypatch.setattr(race, "train", train)
+    assert race.measure(entrant, config, tmp_path) == result
