@@ -44,6 +44,7 @@ RULES = (
     Rule("input", r"^sed -i|^cd \.\./\.\."),
     Rule("input", r"=dit\.pt --output|--input=models/dit|runs/stage4"),
     Rule("input", r"stable-diffusion-xl-base|DFN5B-CLIP|t5-v1_1-xxl|pt_inception|CLIP-ViT-H"),
+    Rule("input", r"--input=all-MiniLM"),
     Rule("accelerator", r"configs/recipe\.py:mesh=-1x8x1|configs/res_256_pretrain\.py --workdir"),
     Rule("accelerator", r"configs/recipe\.py --workdir"),
     Rule("cluster", r"sbatch|xpk |gcloud |coordinator_address"),
