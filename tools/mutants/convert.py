@@ -153,6 +153,27 @@ MUTANTS = [
         "tests": ("tests/test_vae.py",),
     },
     {
+        "name": "a BERT's padding keeps its vectors",
+        "file": "microdit_jax/encoders/bert.py",
+        "old": "jnp.where(jnp.broadcast_to(mask[:, :, None], x.shape), x, jnp.float32(0))",
+        "new": "x",
+        "tests": ("tests/test_bert.py",),
+    },
+    {
+        "name": "a text that BERT's tokenizer cuts loses its end marker",
+        "file": "microdit_jax/encoders/bert.py",
+        "old": "[*t[: length - 1], t[-1]]",
+        "new": "t[:length]",
+        "tests": ("tests/test_bert.py",),
+    },
+    {
+        "name": "other weights are taken for MiniLM's",
+        "file": "microdit_jax/assets/minilm.py",
+        "old": "if sha256 != SHA256:",
+        "new": "if not sha256:",
+        "tests": ("tests/test_bert.py",),
+    },
+    {
         "name": "a text encoder copied to another device stays where it was",
         "file": "microdit_jax/encoders/clip_text.py",
         "old": "jax.device_put(self.params, sharding)",
