@@ -99,10 +99,10 @@ def test_a_race_from_search_to_table(monkeypatch, tmp_path):
 def test_a_run_is_measured_once(monkeypatch, tmp_path):
     base = tiny_config(tmp_path, "finetune")
     base.model.options.update(depth=1, patch_mixer_depth=1)
-    entrant = race.Entrant("muon", 1e-2, 1, 1)
+    entrant = race.Entrant("muon", 1e-2, 1, 2)
     config = race.run_config(entrant, base, str(tmp_path / "data"), score_images=0)
     result = race.measure(entrant, config, tmp_path)
-    assert [point["step"] for point in result["curve"]] == [0, 1]
+    assert [point["step"] for point in result["curve"]] == [0, 1, 2]
     assert 0 < race.final_loss(result) < 3 and result["optimizer_flops_per_step"] > 0
 
     def train(*_):
