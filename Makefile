@@ -127,6 +127,7 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/codespell
+	$(BIN)/proselint check --config=proselint.json README.md docs/*.md
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 clean:

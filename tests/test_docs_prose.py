@@ -1,6 +1,6 @@
 """The docs as prose: short sentences, and none of those that readers stumbled over.
 
-Spelling is codespell's, in `make lint`.
+Spelling is codespell's and style proselint's, in `make lint`.
 """
 
 import pathlib
