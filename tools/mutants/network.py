@@ -14,8 +14,8 @@ MUTANTS = [
     {
         "name": "norms in float32 take their variance from sums of squares",
         "file": NORMS,
-        "old": "if jnp.dtype(matmul_dtype) == jnp.float32:",
-        "new": "if matmul_dtype == jnp.float32:",
+        "old": "if jnp.dtype(dtype) == jnp.float32:",
+        "new": "if dtype == jnp.float32:",
         "tests": ["tests/test_norms.py::test_float32_subtracts_the_mean_before_it_squares"],
     },
     # ------------------------------------------------------------------ the sampler
