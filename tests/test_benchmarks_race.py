@@ -4,14 +4,14 @@ import numpy as np
 import pytest
 from test_train import tiny_config
 
-from benchmarks import race, standings
+from benchmarks import race_runs, standings
 from configs import demo
 from microdit_jax.models import flops
 from microdit_jax.training.config import model_config
 
 
 def fake_result(entrant, losses, *, own=0, score=0.5):
-    """A result as `race.measure` writes it; a step costs 100 + own operations."""
+    """A result as `race_runs.measure` writes it; a step costs 100 + own operations."""
     levels = {"0.5": 0.1, "1": None}
     curve = [
         {"step": step, "right": loss, "shuffled": 1.0, "ratio": loss, "by_sigma": levels}
@@ -33,8 +33,8 @@ def test_the_search_doubles_or_halves_while_that_helps(best, found):
         tried.append(rate)
         return abs(np.log(rate / best))
 
-    assert race.tuned(loss_of, 1.0) == found
-    assert len(tried) == len(set(tried)) <= 2 + race.SEARCH_MOVES
+    assert race_runs.tuned(loss_of, 1.0) == found
+    assert len(tried) == len(set(tried)) <= 2 + race_runs.SEARCH_MOVES
 
 
 def test_an_interval_by_hand():
@@ -48,7 +48,7 @@ def test_an_interval_by_hand():
 
 
 def test_operations_until_a_loss_is_reached():
-    entrant = race.Entrant("muon", 1e-3, 0, 20)
+    entrant = race_runs.Entrant("muon", 1e-3, 0, 20)
     results = [fake_result(entrant, losses, own=50) for losses in ((1.0, 0.6, 0.2), (1.0, 0.4, 0))]
     assert standings.reached(results, 0.75) == pytest.approx(150 * 5)  # means are 1, 0.5 and 0.1
     assert standings.reached(results, 0.3) == pytest.approx(150 * 15)
@@ -57,9 +57,9 @@ def test_operations_until_a_loss_is_reached():
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_operations_of_a_step(name):
-    config = race.run_config(race.Entrant(name, 1e-3, 0, 20), demo.get_config("finetune"), "d",
-                             score_images=0)  # fmt: skip
-    network, own = race.operations(config)
+    entrant = race_runs.Entrant(name, 1e-3, 0, 20)
+    config = race_runs.run_config(entrant, demo.get_config("finetune"), "d", score_images=0)
+    network, own = race_runs.operations(config)
     assert network == 64 * flops.train_flops(model_config(config), 0.0, 16)
     assert (own > 0) == (name == "muon")
     assert config.optim.name == name and config.init_from == "" and config.optim.decay_steps == 20
@@ -76,15 +76,15 @@ def test_a_race_from_search_to_table(monkeypatch, tmp_path):
         loss += abs(np.log(entrant.rate / best)) + 0.001 * (entrant.seed % 3)
         return fake_result(entrant, (1.0, 0.9, loss), own=50 * (entrant.candidate == "muon"))
 
-    monkeypatch.setattr(race, "measure", measure)
+    monkeypatch.setattr(race_runs, "measure", measure)
     base = demo.get_config("finetune")
     settings = {"steps": 20, "seeds": 3, "rate": 2e-3, "search_share": 0.5, "score_images": 4}
-    found = race.race(["adamw", "muon"], base, "data", tmp_path, **settings)
-    finals = [entrant for entrant in seen if entrant.seed != race.SEARCH_SEED]
+    found = race_runs.race(["adamw", "muon"], base, "data", tmp_path, **settings)
+    finals = [entrant for entrant in seen if entrant.seed != race_runs.SEARCH_SEED]
     assert {(e.candidate, e.rate, e.steps) for e in finals} == {
         ("adamw", 4e-3, 20), ("muon", 2e-3, 20)
     }  # fmt: skip
-    assert all(e.steps == 10 for e in seen if e.seed == race.SEARCH_SEED)
+    assert all(e.steps == 10 for e in seen if e.seed == race_runs.SEARCH_SEED)
     assert {e.seed for e in finals} == {18, 19, 20} and len(found["muon"]) == 3
     table = (tmp_path / "table.md").read_text()
     row = next(line for line in table.splitlines() if line.startswith("| muon | 3 |"))
@@ -99,14 +99,14 @@ def test_a_race_from_search_to_table(monkeypatch, tmp_path):
 def test_a_run_is_measured_once(monkeypatch, tmp_path):
     base = tiny_config(tmp_path, "finetune")
     base.model.options.update(depth=1, patch_mixer_depth=1)
-    entrant = race.Entrant("muon", 1e-2, 1, 2)
-    config = race.run_config(entrant, base, str(tmp_path / "data"), score_images=0)
-    result = race.measure(entrant, config, tmp_path)
+    entrant = race_runs.Entrant("muon", 1e-2, 1, 2)
+    config = race_runs.run_config(entrant, base, str(tmp_path / "data"), score_images=0)
+    result = race_runs.measure(entrant, config, tmp_path)
     assert [point["step"] for point in result["curve"]] == [0, 1, 2]
-    assert 0 < race.final_loss(result) < 3 and result["optimizer_flops_per_step"] > 0
+    assert 0 < race_runs.final_loss(result) < 3 and result["optimizer_flops_per_step"] > 0
 
     def train(*_):
         raise AssertionError("trained again")
 
-    monkeypatch.setattr(race, "train", train)
-    assert race.measure(entrant, config, tmp_path) == result
+    monkeypatch.setattr(race_runs, "train", train)
+    assert race_runs.measure(entrant, config, tmp_path) == result

@@ -28,7 +28,7 @@ NAMES = {
     *("library_python", "metrics", "micro_batches", "moe", "platform", "remat", "resolutions"),
     *("schedule", "seeds", "solver", "split", "threads", "topology", "weights", "what"),
     *("config.data.captions", "config.data.datasets.source", "config.data.heldout.source"),
-    *("config.eval.evaluators", "config.model.arch"),
+    *("config.eval.evaluators", "config.model.arch", "config.optim.name"),
 }
 # Of the config's own subtree, checked when a network is made.
 OPTIONS = re.compile(r"config\.model\.options\..*")
