@@ -37,7 +37,7 @@ RULES = (
     Rule("placeholder", r"FOLDER_OF_A_CHECKOUT|path/to/micro_diffusion_checkout"),
     Rule("download", r"dit_(4|16)_channel"),
     Rule("download", r"^(curl|hf|img2dataset)\b|curl -[oO]|docker (build|run)"),
-    Rule("download", r"^pip install|pip install "),
+    Rule("download", r"^pip install|pip install |text_encoder=minilm|source=openmoji"),
     Rule("download", r"--input=photos .*--resolutions=256,512"),  # a VAE
     Rule("download", r"microdit_jax\.xla\.aot|microdit_jax\.xla\.plot.*--reports=out"),
     Rule("input", r"(data|latents)/(cc12m|sa1b|journeydb|diffusiondb|textcaps|coco2014)"),
@@ -49,7 +49,8 @@ RULES = (
     Rule("accelerator", r"configs/recipe\.py --workdir"),
     Rule("cluster", r"sbatch|xpk |gcloud |coordinator_address"),
     Rule("hours", r"configs/instant\.py|configs/distill\.py|out/instant/|out/student"),
-    Rule("hours", r"benchmarks\.(sampling|slow_store|loop_overhead|against_reference|race)\b"),
+    Rule("hours", r"benchmarks\.(captions|sampling|slow_store|race)\b"),
+    Rule("hours", r"benchmarks\.(loop_overhead|against_reference)\b"),
     Rule("hours", r"microdit_jax\.xla\.bench --what"),
     Rule("own target", r"^make (?!demo)|^eval .*make"),
     Rule("own target", r"tools\.damage|tests/test_|fuzz\.replay|pre-commit"),
