@@ -11,7 +11,7 @@ from conftest import relative_l2
 
 from microdit_jax import sharding
 from microdit_jax.errors import UserError
-from microdit_jax.models import moe
+from microdit_jax.models import matmuls, moe
 from microdit_jax.models.layers import Precision
 
 
@@ -129,3 +129,41 @@ def test_tables_of_names_and_functions():
     weights = {p for p in jax.eval_shape(layer("float32", 1.0).init, jax.random.key(0),
                                          jnp.zeros((1, 4, 2)))["params"]}  # fmt: skip
     assert weights == {*sharding.EXPERT_WEIGHTS, "gate"}
+
+
+def test_16_bits_gather_what_float32_scatters():
+    """Two ways to the same sums and gradients: by each token's slots, and by adding rows."""
+    keys = jax.random.split(jax.random.key(3), 3)
+    weight, index = moe.choose_tokens(jax.random.normal(keys[0], (3, 12, 4)), 5)
+    out = jax.random.normal(keys[1], (4, 3, 5, 8), jnp.bfloat16)
+    x = jax.random.normal(keys[2], (3, 12, 8), jnp.bfloat16)
+
+    def ways(dtype):
+        there, back = jax.vjp(lambda x: moe.to_experts(x, index, 12), x.astype(dtype))
+        total, gradient = jax.vjp(
+            lambda out, weight: moe.to_tokens(out, weight, index, 12), out.astype(dtype), weight
+        )
+        return there, back(out.astype(dtype))[0], total, *gradient(x.astype(dtype))
+
+    for found, expected in zip(ways(jnp.bfloat16), ways(jnp.float32), strict=True):
+        assert relative_l2(np.float32(found), np.float32(expected)) < 4e-3
+
+
+def test_float32_keeps_its_bits():
+    """Products are rounded before they are added, and one matmul has all columns."""
+    keys = jax.random.split(jax.random.key(4), 3)
+    weight, index = moe.choose_tokens(jax.random.normal(keys[0], (2, 64, 4)), 32)
+    out = jax.random.normal(keys[1], (4, 2, 32, 128))
+    expected = np.zeros((2, 64, 128), np.float32)
+    for image in range(2):
+        for expert in range(4):
+            rows = np.asarray(out[expert, image]) * np.asarray(weight[image, expert])[:, None]
+            expected[image, np.asarray(index[image, expert])] += rows
+    # As commands compile it: the tests' own level fuses no product with a sum.
+    lowered = jax.jit(moe.to_tokens, static_argnums=3).lower(out, weight, index, 64)
+    found = lowered.compile({"xla_backend_optimization_level": "3"})(out, weight, index)
+    np.testing.assert_array_equal(found, expected)
+    x, w = jax.random.normal(keys[0], (2, 8, 128)), jax.random.normal(keys[2], (128, 384))
+    parts = jax.jit(matmuls.matmul_parts, static_argnums=2)(x, w, 3)
+    whole = jax.jit(matmuls.matmul)(x, w)
+    np.testing.assert_array_equal(np.concatenate(parts, axis=-1), whole)

@@ -79,8 +79,8 @@ def sharded_experts(
 
 # ------------------------------------------------------------------ tokens to experts and back
 # The two ways are each other's transposes, so each is the other's backward pass. A token finds its
-# slots by their inverse index: no row is scattered, in no order but the experts', and nothing is
-# summed in memory.
+# slots by their inverse index: in 16 bits no row is scattered, in no order but the experts', and
+# nothing is summed in memory.
 def token_slots(index: Int[Array, "n e k"], t: int) -> Int[Array, "n e t"]:
     """Each token's slot at each expert, or -1 where that expert does not take it."""
     slots = jnp.broadcast_to(jnp.arange(index.shape[2], dtype=jnp.int32), index.shape)
@@ -99,7 +99,19 @@ def _to_experts(x: Array, index: Array) -> Array:
     return rows.transpose(1, 0, 2, 3)  # (n, e, k, d) -> (e, n, k, d)
 
 
+def _scattered(out: Array, weight: Array | None, index: Array, t: int) -> Array:
+    """Computes `_to_tokens` by a scatter, which rounds each product before it is added."""
+    n, e, k = index.shape
+    rows = out.transpose(1, 0, 2, 3)  # (e, n, k, d) -> (n, e, k, d)
+    rows = rows if weight is None else rows * weight[..., None]
+    flat, rows = index.reshape(n, e * k), rows.reshape(n, e * k, out.shape[3])
+    add = jax.vmap(lambda i, one: jnp.zeros((t, one.shape[1]), one.dtype).at[i].add(one))
+    return add(flat, rows)  # (n, t, d)
+
+
 def _to_tokens(out: Array, weight: Array | None, index: Array, t: int) -> Array:
+    if out.dtype == jnp.float32:  # whose samples stay what they were to the bit
+        return _scattered(out, weight, index, t)
     total = jnp.zeros((out.shape[1], t, out.shape[3]), jnp.float32)
     for expert, slot in enumerate(token_slots(index, t).swapaxes(0, 1)):  # (n, t)
         taken, at = slot >= 0, jnp.maximum(slot, 0)
