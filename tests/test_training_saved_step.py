@@ -68,7 +68,10 @@ def test_the_second_start_traces_nothing(start):
 @pytest.mark.parametrize(
     "change, reason",
     [
-        (lambda m: m.setattr(saved_step, "_code", lambda: "other"), "code of microdit_jax: .* the"),
+        (
+            lambda m: m.setattr(saved_step, "source_hash", lambda: "other"),
+            "code of microdit_jax: .* the",
+        ),
         (lambda m: m.setattr(jax, "__version__", "0.8.0"), "jax: .* there, 0.8.0 here"),
         (lambda m: m.setenv("XLA_FLAGS", "--none"), "flags: "),
         (lambda m: m.setattr(saved_step, "processor", lambda: ("x", "AVX2")), "processor: "),

@@ -7,7 +7,7 @@ import json
 import re
 import sys
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -19,6 +19,7 @@ from microdit_jax.errors import UserError, visible
 __all__ = [
     "config_from_fields",
     "count_blocks",
+    "fields_by_our_names",
     "is_number",
     "matrix_shapes",
     "open_folder",
@@ -37,6 +38,23 @@ MAX_SIZES = {
 POSITIVE = ("norm_eps",)
 # The fix where tensors are those of another kind of model.
 OTHER_KIND = "give such a file, or name its kind: python -m convert --kind=..."
+
+
+def fields_by_our_names(
+    cls: type, given: dict[str, Any], names: Mapping[str, str],
+    read: Callable[[dict[str, Any]], dict[str, Any]],
+) -> tuple[dict[str, Any], Mapping[str, str]]:  # fmt: skip
+    """Returns the fields of `cls` in a JSON file that has them under our names or a library's.
+
+    Args:
+      names: the library's, of our fields.
+      read: gives ours from the library's, and refuses what `cls` cannot be.
+    Returns:
+      The fields, and the names that they were read from; {} where those were ours.
+    """
+    if set(given) <= {field.name for field in dataclasses.fields(cls)}:
+        return given, {}
+    return read(given), names
 
 
 def config_from_fields(

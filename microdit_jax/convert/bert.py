@@ -14,6 +14,7 @@ import numpy as np
 from microdit_jax.convert.arguments import (
     config_from_fields,
     count_blocks,
+    fields_by_our_names,
     matrix_shapes,
     open_folder,
     refuse_other_config,
@@ -113,9 +114,7 @@ def infer_config(
             "expected a BERT's config.json beside its weights, which alone tells its heads, found "
             "none; fetch it"
         )
-    ours = {field.name for field in dataclasses.fields(BertConfig)}
-    names = {} if set(given) <= ours else BERT_NAMES
-    fields = bert_fields(given) if names else given
+    fields, names = fields_by_our_names(BertConfig, given, BERT_NAMES, bert_fields)
     refuse_other_config(size_faults(fields, sizes, names))
     if max_tokens is not None:
         fields["max_tokens"] = max_tokens

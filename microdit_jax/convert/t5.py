@@ -14,6 +14,7 @@ import numpy as np
 from microdit_jax.convert.arguments import (
     config_from_fields,
     count_blocks,
+    fields_by_our_names,
     matrix_shapes,
     open_folder,
     refuse_other_config,
@@ -85,9 +86,7 @@ def infer_config(
     """
     sizes = _sizes(select(state_dict).tensors)
     given = dict(config_json or {})
-    ours = {field.name for field in dataclasses.fields(T5Config)}
-    names = {} if set(given) <= ours else T5_NAMES
-    fields = t5_fields(given) if names else given
+    fields, names = fields_by_our_names(T5Config, given, T5_NAMES, t5_fields)
     refuse_other_config(size_faults(fields, sizes, names))
     if max_tokens is not None:
         fields["max_tokens"] = max_tokens

@@ -3,7 +3,6 @@
 Alphabet as in microdit_jax.models: n batch, l tokens, d width.
 """
 
-import copy
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
@@ -12,7 +11,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Sharding
 from jaxtyping import Array, Float32, Int, Int32, Shaped
 
 from microdit_jax.encoders.clip_block import Block, TowerConfig, norm
@@ -87,12 +85,6 @@ class ClipTextEncoder(PretrainedTextEncoder):
     def max_tokens(self) -> int:
         """Length to which `encode_text` pads and cuts."""
         return self.config.context_length
-
-    def with_sharding(self, sharding: Sharding) -> "ClipTextEncoder":
-        """Returns the encoder with its weights laid out by `sharding`."""
-        copied = copy.copy(self)  # the compiled program comes along
-        copied.params = jax.device_put(self.params, sharding)
-        return copied
 
     def encode(
         self,

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,8 @@ BATCH = 2  # texts that a tower embeds at once by default: a prompt and the empt
 # Added to a score; finite, so that a row of nothing but padding gives a mean and not NaN.
 MASKED = np.finfo(np.float32).min
 PADDING = 0  # T5's and BERT's, after a text's end
+
+Encoder = TypeVar("Encoder", bound="PretrainedTextEncoder")
 
 
 class PretrainedTextEncoder:
@@ -48,6 +50,12 @@ class PretrainedTextEncoder:
     def network(self) -> TextNetwork:
         """The encoder as a pure function of its weights and token ids."""
         return TextNetwork(self.forward, self.params, self.config.vocab_size)
+
+    def with_sharding(self: Encoder, sharding: Sharding) -> Encoder:
+        """Returns the encoder with its weights laid out by `sharding`."""
+        copied = copy.copy(self)  # the compiled program comes along
+        copied.params = jax.device_put(self.params, sharding)
+        return copied
 
 
 @runtime_checkable  # so that tests check each argument that is annotated as one
@@ -107,12 +115,6 @@ class MaskedTextEncoder(PretrainedTextEncoder):
     def max_tokens(self) -> int:
         """Length to which `encode_text` pads and cuts."""
         return self.config.max_tokens
-
-    def with_sharding(self, sharding: Sharding) -> "MaskedTextEncoder":
-        """Returns the encoder with its weights laid out by `sharding`."""
-        copied = copy.copy(self)  # the compiled program comes along
-        copied.params = jax.device_put(self.params, sharding)
-        return copied
 
     def encode(
         self,

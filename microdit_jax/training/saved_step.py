@@ -1,12 +1,9 @@
 """The training step as a program that an earlier start has kept, or compiled and kept now."""
 
-import functools
-import hashlib
 import os
 import sys
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import flax
@@ -18,6 +15,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from microdit_jax.machine import compilation_cache, executables
+from microdit_jax.machine.agreement import source_hash
 from microdit_jax.machine.compile_options import compiler_options
 from microdit_jax.machine.processor import processor
 
@@ -128,7 +126,7 @@ def facts_of(arguments: Sequence[Any], options: dict[str, Any]) -> dict[str, Any
     packages = {"jax": jax, "jaxlib": jaxlib, "flax": flax, "optax": optax}
     return {
         **{name: module.__version__ for name, module in packages.items()},
-        "code of microdit_jax": _code(),
+        "code of microdit_jax": source_hash(),
         "processor": list(processor()),
         "options of XLA": {k: str(v) for k, v in sorted(options.items())},
         "flags": {name: os.environ.get(name, "") for name in _FLAGS},
@@ -136,14 +134,3 @@ def facts_of(arguments: Sequence[Any], options: dict[str, Any]) -> dict[str, Any
         "arguments": executables.digest(shapes),
         "Python": list(sys.version_info[:2]),
     }
-
-
-@functools.cache
-def _code() -> str:
-    """Hashes the package's code."""
-    root = Path(__file__).parents[1]
-    total = hashlib.sha256()
-    for path in sorted(root.rglob("*.py")):
-        total.update(str(path.relative_to(root)).encode() + b"\0")
-        total.update(hashlib.sha256(path.read_bytes()).digest())
-    return total.hexdigest()[:32]

@@ -175,7 +175,7 @@ MUTANTS = [
     },
     {
         "name": "a text encoder copied to another device stays where it was",
-        "file": "microdit_jax/encoders/clip_text.py",
+        "file": "microdit_jax/encoders/transformer.py",
         "old": "jax.device_put(self.params, sharding)",
         "new": "self.params",
         "tests": ("tests/test_clip_text.py",),
