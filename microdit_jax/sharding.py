@@ -1,7 +1,8 @@
 """Shardings of every array: the mesh, path rules for weights, collectives between devices.
 
 The mesh has three axes. `data` copies the weights, `fsdp` splits them, `expert` splits the experts;
-the batch is split over all three. One rule, `param_spec`, shards weights, optimiser moments and
+the batch is split over all three. Where fsdp is wider than a slice, a fourth axis, `slices`, is the
+part of it that goes across slices. One rule, `param_spec`, shards weights, optimiser moments and
 moving average alike, since the path of each ends with the weight's own.
 
 Training, evaluation and sampling run the network through `on_each_device`, inside `jax.shard_map`:
@@ -9,7 +10,7 @@ each device sees its own images and its own shards, and the collectives are writ
 `gather` before the network, `scatter_sum` after it, and two all-to-alls in each expert layer
 (models/moe.py). Left to the partitioner, weights split over their columns pull activations along,
 and each `split` of a fused projection costs an all-to-all that no sharding rule asked for (19 in a
-step of six small blocks on a 2x4x1 mesh); it cannot partition Pallas kernels at all.
+step of six small blocks on a 2x4x1 mesh); nor can it partition Pallas kernels.
 """
 
 import functools
@@ -23,12 +24,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Float, Int
+from jaxtyping import Array, Float, Int
 
 from microdit_jax.errors import UserError
 from microdit_jax.machine import slices
 
 AXES = ("data", "fsdp", "expert")
+AXES_ACROSS = ("data", "slices", "fsdp", "expert")  # where fsdp crosses slices
+SPLIT_AXES = ("fsdp", "slices")  # that weights are split over, the major one first
 EXPERT_WEIGHTS = ("w1", "w2")  # (e, d, f) and (e, f, d); dense layers call theirs "kernel"
 
 # Weights of fewer elements, and vectors, are copied to every device: 0.04 % of XL/2, and each would
@@ -41,14 +44,18 @@ def make_mesh(
     fsdp: int = 1,
     expert: int = 1,
     devices: Sequence[Any] | None = None,
+    *,
+    across: int | None = None,
 ) -> Mesh:
     """The mesh (data, fsdp, expert) over `devices`, by default all of every process.
 
-    `data` goes across slices, which on GPUs are nodes, fsdp and expert inside one (`slices`).
+    `data` goes across slices, which on GPUs are nodes, fsdp and expert inside one (`slices`). Where
+    they do not fit into one, fsdp is made of two axes, `slices` across them and `fsdp` inside.
 
     Args:
       data, fsdp, expert: sizes of the axes; one of them may be -1, the devices left over.
       devices: real ones, or those of a topology to compile for.
+      across: size of the axis `slices`; None: by the devices' slices.
     Raises:
       UserError: sizes that do not multiply to the number of devices.
     """
@@ -68,9 +75,15 @@ def make_mesh(
             f"the mesh {found} takes {'a multiple of ' * bool(free)}{given} devices, found {count};"
             f" choose sizes whose product is {count}, such as mesh=-1x1x1 (-1: the rest)"
         )
+    data, fsdp, expert = sizes.values()
+    if across is None:
+        across = slices.crossed(devices, fsdp, expert)
     # Auto: sharding stays out of the arrays' types, and Flax and Optax need not know of it.
-    arranged = slices.arrange(devices, tuple(sizes.values()))
-    return Mesh(arranged, AXES, axis_types=(AxisType.Auto,) * 3)
+    arranged = slices.arrange(devices, (data * across, fsdp // across, expert))
+    if across == 1:
+        return Mesh(arranged, AXES, axis_types=(AxisType.Auto,) * 3)
+    arranged = arranged.reshape(data, across, fsdp // across, expert)
+    return Mesh(arranged, AXES_ACROSS, axis_types=(AxisType.Auto,) * 4)
 
 
 def param_spec(
@@ -84,14 +97,15 @@ def param_spec(
 
     Expert weights are split over `expert` by expert. Each weight is also split over `fsdp`, along
     its largest axis that divides (the last of equal ones), except for vectors and weights of fewer
-    than `replicate_below` elements.
+    than `replicate_below` elements. Where the mesh has an axis `slices`, it is split over that
+    too, along the same axis, if one divides by both.
 
     Args:
       path: names from the tree's root to the weight; only the last one counts.
     Raises:
       UserError: the expert axis does not divide the experts.
     """
-    spec: list[str | None] = [None] * len(shape)
+    spec: list[str | tuple[str, ...] | None] = [None] * len(shape)
     is_expert = len(shape) == 3 and path[-1] in EXPERT_WEIGHTS
     if is_expert and mesh.shape["expert"] > 1:
         if shape[0] % mesh.shape["expert"]:
@@ -100,14 +114,33 @@ def param_spec(
                 f"expert={mesh.shape['expert']}; choose another, or 1"
             )
         spec[0] = "expert"
-    fsdp = mesh.shape["fsdp"]
-    if fsdp > 1 and len(shape) > 1 and math.prod(shape) >= replicate_below:
-        divisible = [i for i in range(is_expert, len(shape)) if shape[i] % fsdp == 0]
+    axes = [axis for axis in SPLIT_AXES if mesh.shape.get(axis, 1) > 1]
+    while axes and len(shape) > 1 and math.prod(shape) >= replicate_below:
+        parts = math.prod(mesh.shape[axis] for axis in axes)
+        divisible = [i for i in range(is_expert, len(shape)) if shape[i] % parts == 0]
         if divisible:
-            spec[max(divisible, key=lambda i: (shape[i], i))] = "fsdp"
+            longest = max(divisible, key=lambda i: (shape[i], i))
+            spec[longest] = tuple(axes) if len(axes) > 1 else axes[0]
+            break
+        axes.pop()  # split inside each slice alone
     while spec and spec[-1] is None:
         spec.pop()
     return P(*spec)
+
+
+def split_axes(spec: P) -> tuple[int, tuple[str, ...]]:
+    """Returns which axis of a weight is split over SPLIT_AXES, and over which; (0, ()) for none."""
+    for position, entry in enumerate(spec):
+        axes = (entry,) if isinstance(entry, str) else entry or ()
+        if axes and axes[0] in SPLIT_AXES:
+            return position, tuple(axes)
+    return 0, ()
+
+
+def copied_axes(spec: P, mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
+    """Returns the axes of a mesh, of more than one device, over which a weight is copied."""
+    used = {*split_axes(spec)[1], *(entry for entry in spec if isinstance(entry, str))}
+    return tuple(a for a in mesh.axis_names if a not in used and mesh.shape[a] > 1)
 
 
 def names(path: Sequence[Any]) -> tuple[str, ...]:
@@ -152,15 +185,17 @@ def with_shardings(
 
 
 # ------------------------------------------------------------------------------ batches
-BATCH = P(AXES)  # the batch axis over all three
+def batch_spec(mesh: Mesh | AbstractMesh) -> P:
+    """Returns the spec of arrays whose first axis is the batch: split over all of the mesh."""
+    return P(mesh.axis_names)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Returns the sharding of arrays whose first axis is the batch."""
-    return NamedSharding(mesh, BATCH)
+    return NamedSharding(mesh, batch_spec(mesh))
 
 
-def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, Array]:
     """Makes global arrays of a batch, to which each process contributes its share.
 
     Args:
@@ -188,7 +223,7 @@ def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
 
 
 @functools.lru_cache(maxsize=8)
-def _positions(local: int, mesh: Mesh) -> Int[jax.Array, " n"]:
+def _positions(local: int, mesh: Mesh) -> Int[Array, " n"]:
     """Makes the array of positions once for each size of batch."""
     here = jax.process_index() * local + np.arange(local, dtype=np.int32)
     return jax.make_array_from_process_local_data(batch_sharding(mesh), here)
@@ -208,8 +243,8 @@ def on_each_device(
 ) -> Any:
     """Calls function(params, *rows, *whole) on each device, with its own rows and all weights.
 
-    Weights split over `fsdp` are all-gathered; experts split over `expert` stay where they are, and
-    tokens travel. Each device computes as if it were alone, so Pallas and cuDNN kernels work.
+    Weights split over SPLIT_AXES are all-gathered; experts split over `expert` stay where they are,
+    and tokens travel. Each device computes as if it were alone, so Pallas and cuDNN kernels work.
 
     Args:
       mesh: None to call the function on one device, with the parameters as they are.
@@ -229,48 +264,69 @@ def on_each_device(
     return jax.shard_map(
         on_this_device,
         mesh=mesh,
-        in_specs=(param_specs, BATCH, P()),
-        out_specs=BATCH if out_specs is None else out_specs,
+        in_specs=(param_specs, batch_spec(mesh), P()),
+        out_specs=batch_spec(mesh) if out_specs is None else out_specs,
         # Sums over mesh axes are written out; checking them would refuse Pallas kernels.
         check_vma=False,
     )(params, rows, whole)
 
 
 def gather(shards: Any, specs: Any) -> Any:
-    """All-gathers weights over `fsdp`; their expert axis stays split."""
+    """All-gathers weights over SPLIT_AXES; their expert axis stays split.
+
+    First over `slices`, where a device receives its shard of `fsdp` alone over the network.
+    """
 
     def whole(shard, spec):
-        if "fsdp" not in spec:
-            return shard
-        return jax.lax.all_gather(shard, "fsdp", axis=spec.index("fsdp"), tiled=True)
+        position, axes = split_axes(spec)
+        for axis in reversed(axes):
+            shard = jax.lax.all_gather(shard, axis, axis=position, tiled=True)
+        return shard
 
     return jax.tree.map(whole, shards, specs)
 
 
-def scatter_sum(grads: Any, specs: Any) -> Any:
-    """Reduce-scatters the gathered weights' gradients over `fsdp`, in float32, into shards."""
+def scatter_sum(grads: Any, specs: Any, *, dtype: Any = jnp.float32) -> Any:
+    """Sums the gathered weights' gradients over `fsdp`, each device its shards, in float32.
+
+    Args:
+      dtype: type that they travel in. float32 is a reduce-scatter. A 16-bit type is an all-to-all
+        of half of its bytes, since a reduce-scatter would also add in 16 bits.
+    """
 
     def shard(grad, spec):
-        grad = grad.astype(jnp.float32)
-        if "fsdp" not in spec:
-            return grad
-        axis = spec.index("fsdp")
-        return jax.lax.psum_scatter(grad, "fsdp", scatter_dimension=axis, tiled=True)
+        position, axes = split_axes(spec)
+        return _scattered(grad, "fsdp", position, dtype) if "fsdp" in axes else jnp.float32(grad)
 
     return jax.tree.map(shard, grads, specs)
 
 
-def sum_rest(grads: Any, specs: Any) -> Any:
-    """All-reduces shards over the axes that their weights are not split over, once each step.
+def _scattered(grad: Array, axis: str, position: int, dtype: Any) -> Array:
+    """Sums over a mesh axis; a device keeps its part of the array's axis `position`."""
+    if jnp.dtype(dtype) == jnp.float32:
+        return jax.lax.psum_scatter(jnp.float32(grad), axis, scatter_dimension=position, tiled=True)
+    parts, shape = jax.lax.axis_size(axis), grad.shape
+    # (..., f, ...) -> (..., parts, f / parts, ...), and each device's own part of all devices
+    grad = grad.reshape(*shape[:position], parts, -1, *shape[position + 1 :]).astype(dtype)
+    grad = jax.lax.all_to_all(grad, axis, position, position, tiled=True)
+    return grad.astype(jnp.float32).sum(axis=position)
 
-    Each large shard has an all-reduce of its own, which can start while the backward pass still
-    runs; the small ones share one for each set of axes.
+
+def sum_rest(grads: Any, specs: Any, *, dtype: Any = jnp.float32) -> Any:
+    """Sums shards over the axes that `scatter_sum` leaves, once each step.
+
+    Over `slices` they are scattered as there, over `copied_axes` all-reduced in float32. Each large
+    shard has an all-reduce of its own, which can start while the backward pass still runs; the
+    small ones share one for each set of axes.
     """
     leaves, tree = jax.tree.flatten(grads)
     groups = defaultdict(list)
+    mesh = jax.sharding.get_abstract_mesh()
     for i, spec in enumerate(tree.flatten_up_to(specs)):
-        axes = tuple(a for a in AXES if a not in spec and jax.lax.axis_size(a) > 1)
-        if axes:
+        position, axes = split_axes(spec)
+        if "slices" in axes:
+            leaves[i] = _scattered(leaves[i], "slices", position, dtype)
+        if axes := copied_axes(spec, mesh):
             groups[axes, i if leaves[i].size >= REPLICATE_BELOW else "small"].append(i)
     for (axes, _), members in groups.items():
         summed = jax.lax.psum([leaves[i] for i in members], axes)
@@ -279,68 +335,16 @@ def sum_rest(grads: Any, specs: Any) -> Any:
     return tree.unflatten(leaves)
 
 
-def norm(shards: Any, specs: Any) -> Float[jax.Array, ""]:
+def norm(shards: Any, specs: Any) -> Float[Array, ""]:
     """L2 norm of all weights together, float32 (), with one all-reduce of one number.
 
     Left to the partitioner, each weight's share would be an all-reduce of its own.
     """
+    mesh = jax.sharding.get_abstract_mesh()
 
     def square(shard, spec):
-        copies = math.prod(jax.lax.axis_size(axis) for axis in AXES if axis not in spec)
+        copies = math.prod(mesh.shape[axis] for axis in copied_axes(spec, mesh))
         return jnp.square(shard.astype(jnp.float32)).sum() / copies
 
-    return jnp.sqrt(jax.lax.psum(sum(jax.tree.leaves(jax.tree.map(square, shards, specs))), AXES))
-
-
-# ------------------------------------------------------------------------------ table
-def _group(path: Sequence[str]) -> str:
-    experts = ", experts" if path[-1] in EXPERT_WEIGHTS else ""
-    for part, prefixes in (
-        ("patch mixer", ("patch_mixer",)),
-        ("backbone", ("blocks_",)),
-        ("text path", ("y_emb", "pooled_y_emb")),
-        ("patches and noise level in, patches out", ("x_embedder", "t_embedder", "final_layer")),
-    ):
-        if any(name.startswith(prefixes) for name in path):
-            return part + experts
-    return "counters"
-
-
-def table(
-    state_shapes: Any, mesh: Mesh | AbstractMesh, *, replicate_below: int = REPLICATE_BELOW
-) -> str:
-    """Text table of a TrainState's parameters and MiB on each device, by part of the network.
-
-    Args:
-      state_shapes: a TrainState of arrays or their shapes, with "params", "opt_state" and "ema".
-    """
-    columns = ("params", "opt_state", "ema")
-    count, tensors, size, split = (defaultdict(int) for _ in range(4))
-    for path, leaf in jax.tree_util.tree_flatten_with_path(state_shapes)[0]:
-        path = names(path)
-        spec = param_spec(path, leaf.shape, mesh, replicate_below=replicate_below)
-        held = math.prod(NamedSharding(mesh, spec).shard_shape(leaf.shape))
-        for group in (_group(path), "total"):
-            size[group, path[0]] += held * leaf.dtype.itemsize
-            if path[0] == "params":
-                tensors[group] += 1
-                count[group] += math.prod(leaf.shape)
-                split[group] += held
-    header = ("group", "tensors", "parameters", "per device", *(f"{c}, MiB" for c in columns))
-    rows = [
-        (
-            group,
-            f"{tensors[group]:,}",
-            f"{count[group]:,}",
-            f"{split[group]:,}",
-            *(f"{size[group, column] / 2**20:,.1f}" for column in columns),
-        )
-        for group in sorted(tensors, key=lambda g: (g == "total", -count[g]))
-    ]
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    lines = [
-        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])])
-        for row in (header, *rows)
-    ]
-    mesh_text = " x ".join(f"{axis} {mesh.shape[axis]}" for axis in AXES)
-    return "\n".join([f"mesh: {mesh_text}; MiB on each device", *lines])
+    squares = jax.tree.leaves(jax.tree.map(square, shards, specs))
+    return jnp.sqrt(jax.lax.psum(sum(squares), mesh.axis_names))

@@ -25,7 +25,7 @@ from microdit_jax.machine.claim import claimed
 from microdit_jax.machine.signals import Phase, StopRequest
 from microdit_jax.models import flops
 from microdit_jax.models.dit import DiT, for_this_machine
-from microdit_jax.training import report
+from microdit_jax.training import report, state_table
 from microdit_jax.training.config import (
     check,
     make_optimizer,
@@ -111,7 +111,7 @@ def train(config: ConfigDict, workdir: str | Path, stop: StopRequest | None = No
         watch.at_step(start, saved=checkpoints.newest)
         due = [] if resumed is None else evaluations_due(workdir, start)
         if first_process:
-            print(sharding.table(state, mesh))
+            print(state_table.table(state, mesh))
             size = sum(leaf.nbytes for leaf in jax.tree.leaves(state.params))
             if warning := slices.crossing_warning(mesh, size):
                 print(f"warning: {warning}", file=sys.stderr, flush=True)

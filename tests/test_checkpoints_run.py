@@ -19,7 +19,9 @@ from support.checkpoints import (
     save_steps,
     split,
 )
+from support.one_of_each import mesh_of
 
+from microdit_jax import sharding
 from microdit_jax.checkpoints.restore import steps_on_disk
 from microdit_jax.checkpoints.run import (
     RunCheckpoints,
@@ -93,6 +95,25 @@ def test_another_mesh(tmp_path, before, after):
         found, _ = checkpoints.restore(target)
     assert_same(found, expected)
     jax.tree.map(lambda leaf, want: leaf.sharding == want.sharding or pytest.fail(), found, target)
+
+
+def test_weights_split_over_slices_too(tmp_path):
+    """Bit-equal from a mesh whose fsdp crosses slices to one where it does not, and back."""
+    expected, meshes = make_state(4), [mesh_of((1, 2, 2, 2)), mesh_of((2, 2, 2))]
+    for folder, (before, after) in {"there": meshes, "back": meshes[::-1]}.items():
+        state, target = (
+            jax.tree.map(place, expected, sharding.shardings(expected, where, replicate_below=0))
+            for place, where in (
+                (jax.device_put, before),
+                (lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), after),
+            )
+        )
+        with RunCheckpoints(tmp_path / folder) as checkpoints:
+            checkpoints.save(4, state, {})
+            found, _ = checkpoints.restore(target)
+        assert_same(found, expected)
+        split_over = found.params["blocks_0"]["kernel"].sharding.spec
+        assert split_over == jax.P(None, "fsdp" if folder == "there" else ("fsdp", "slices"))
 
 
 def test_a_damaged_step_is_written_again(tmp_path, capfd):

@@ -37,8 +37,19 @@ def test_data_goes_across_nodes_and_the_rest_stays_inside(nodes, sizes):
 
 
 @pytest.mark.parametrize(
-    "sizes, crossing", [((1, 16, 1), "fsdp=16"), ((1, 1, 16), "expert=16"), ((1, 2, 8), "fsdp=2")]
+    "sizes, expected",
+    [((1, 16, 1), (1, 2, 8, 1)), ((1, 2, 8), (1, 2, 1, 8)), ((2, 16, 1), (2, 2, 8, 1))],
 )
+def test_fsdp_crosses_slices_by_an_axis_of_its_own(sizes, expected):
+    nodes = 2 * sizes[0]
+    mesh = sharding.make_mesh(*sizes, devices=shuffled(gpus(nodes, 8)))
+    assert tuple(mesh.shape.values()) == expected
+    assert mesh.axis_names == ("data", "slices", "fsdp", "expert")
+    np.testing.assert_array_equal(ids(mesh).ravel(), np.arange(nodes * 8))
+    assert slices.crossing(mesh) == [] and slices.crossing_warning(mesh, 10**9) == ""
+
+
+@pytest.mark.parametrize("sizes, crossing", [((1, 1, 16), "expert=16")])
 def test_axes_that_must_cross_are_built_and_their_price_is_told(sizes, crossing):
     mesh = sharding.make_mesh(*sizes, devices=shuffled(gpus(2, 8)))
     np.testing.assert_array_equal(ids(mesh).ravel(), np.arange(16))
@@ -57,15 +68,17 @@ def test_all_of_one_node_is_as_before():
 
 
 def test_nodes_of_different_sizes():
-    """A node with four GPUs beside one with eight: fsdp=4 fits both, fsdp=8 must cross."""
+    """A node with four GPUs beside one with eight: fsdp=4 fits both, fsdp=6 crosses by twos."""
     devices = gpus(1, 8) + [
         d.__class__(d.id, 1, 1, d.platform, d.device_kind) for d in gpus(1, 4, first_id=8)
     ]
     mesh = sharding.make_mesh(-1, 4, 1, devices=devices)
     assert mesh.shape["data"] == 3 and slices.crossing(mesh) == []
     crossing = sharding.make_mesh(-1, 6, 1, devices=devices)
-    assert slices.crossing(crossing) == ["fsdp"]
-    assert "divides 4" in slices.crossing_warning(crossing, 0)
+    assert crossing.shape == {"data": 2, "slices": 3, "fsdp": 2, "expert": 1}
+    assert slices.crossing(crossing) == []
+    expert = sharding.make_mesh(-1, 1, 6, devices=devices)
+    assert "divides 4" in slices.crossing_warning(expert, 0)
 
 
 def test_tpu_slices_keep_the_order_of_their_links():

@@ -14,12 +14,13 @@ import pytest
 from conftest import GOLDEN
 from jax.sharding import AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
+from support.one_of_each import mesh_of
 
 from microdit_jax import sharding
 from microdit_jax.errors import UserError
 from microdit_jax.models import moe
 from microdit_jax.models.dit import DiT, MicroDiT_XL_2
-from microdit_jax.training import optim
+from microdit_jax.training import optim, state_table
 from microdit_jax.training import step as train_step
 
 SPECS = GOLDEN / "xl2_partition_specs.json"
@@ -72,6 +73,25 @@ def test_axes_of_size_one_are_not_named():
         (abstract_mesh(1, 8, 1), P(None, None, "fsdp")),
     ]:
         assert sharding.param_spec(path, (8, 512, 1024), mesh) == spec
+
+
+def test_fsdp_wider_than_a_slice_is_two_axes():
+    """A device's part of one axis of the weight: slices split what fsdp has split."""
+    mesh = mesh_of((1, 4, 2, 1))
+    assert mesh.shape == {"data": 1, "slices": 4, "fsdp": 2, "expert": 1}
+    both = ("fsdp", "slices")
+    for shape, spec in [
+        ((64, 128), P(None, both)),
+        ((64, 60), P(both)),
+        ((60, 30), P("fsdp")),  # nothing divides by eight
+        ((63, 33), P()),
+    ]:
+        assert sharding.param_spec(["kernel"], shape, mesh, replicate_below=0) == spec
+    assert sharding.copied_axes(P(None, both), mesh) == ()
+    assert sharding.copied_axes(P("fsdp"), mesh) == ("slices",)
+    only_across = mesh_of((1, 8, 1, 1))
+    assert sharding.param_spec(["kernel"], (64, 128), only_across) == P()
+    assert sharding.param_spec(["kernel"], (256, 128), only_across) == P("slices")
 
 
 def test_experts_must_divide():
@@ -127,7 +147,7 @@ def test_put_batch():
 
 def test_table_counts_what_a_device_holds():
     state = xl2_state(abstract_mesh())
-    lines = sharding.table(state, abstract_mesh()).splitlines()
+    lines = state_table.table(state, abstract_mesh()).splitlines()
     assert lines[0].startswith("mesh: data 2 x fsdp 2 x expert 2")
     rows = {line[:44].strip(): line[44:].replace(",", "").split() for line in lines[2:]}
     assert rows["total"][1] == "1165442320"
@@ -141,51 +161,69 @@ def test_table_counts_what_a_device_holds():
         assert sum(int(r[column]) for r in groups) == int(rows["total"][column])
 
 
-def test_gathered_and_summed_inside_shard_map():
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "sizes, split", [((2, 2, 2), "fsdp"), ((1, 2, 2, 2), ("fsdp", "slices"))], ids=str
+)
+def test_gathered_and_summed_inside_shard_map(sizes, split, dtype):
     """Whole weights and true sums, against the same on whole arrays."""
-    mesh = sharding.make_mesh(2, 2, 2)
-    shapes = {"w": (4, 6), "v": (3,), "w1": (2, 4, 2)}
+    mesh = mesh_of(sizes)
+    shapes = {"w": (4, 8), "v": (3,), "w1": (2, 4, 2)}
     weights = {k: jnp.asarray(np.random.default_rng(1).normal(size=s)) for k, s in shapes.items()}
     specs = sharding.specs(weights, mesh, replicate_below=0)
-    assert specs == {"w": P(None, "fsdp"), "v": P(), "w1": P("expert", "fsdp")}
+    assert specs == {"w": P(None, split), "v": P(), "w1": P("expert", split)}
+    rtol = 1e-6 if dtype == "float32" else 2**-8  # rounded once for each of the two axes
 
     def gather_and_sum(shards, row):
         whole = sharding.gather(shards, specs)
         grads = jax.tree.map(lambda w: w * row[0], whole)
-        return sharding.sum_rest(sharding.scatter_sum(grads, specs), specs)
+        return sharding.sum_rest(
+            sharding.scatter_sum(grads, specs, dtype=dtype), specs, dtype=dtype
+        )
 
     rows = jnp.arange(8.0)
     out = jax.jit(
         jax.shard_map(
             gather_and_sum,
             mesh=mesh,
-            in_specs=(specs, sharding.BATCH),
+            in_specs=(specs, sharding.batch_spec(mesh)),
             out_specs=specs,
             check_vma=False,
         )
     )(weights, rows)
     for name in ("w", "v"):
-        np.testing.assert_allclose(out[name], weights[name] * 28, rtol=1e-6)
+        np.testing.assert_allclose(out[name], weights[name] * 28, rtol=rtol)
     # An expert's gradient is the sum over the devices that hold the expert: tokens have travelled
     # there already.
-    np.testing.assert_allclose(out["w1"][0], weights["w1"][0] * (0 + 2 + 4 + 6), rtol=1e-6)
-    np.testing.assert_allclose(out["w1"][1], weights["w1"][1] * (1 + 3 + 5 + 7), rtol=1e-6)
+    np.testing.assert_allclose(out["w1"][0], weights["w1"][0] * (0 + 2 + 4 + 6), rtol=rtol)
+    np.testing.assert_allclose(out["w1"][1], weights["w1"][1] * (1 + 3 + 5 + 7), rtol=rtol)
 
 
-def test_gradients_are_summed_in_float32():
-    """256 and seven ones are 263; in bfloat16, whose numbers are 2 apart there, they stay 256."""
+@pytest.mark.parametrize("dtype, collective", [("float32", "reduce"), ("bfloat16", "all_to_all")])
+def test_gradients_are_summed_in_float32(dtype, collective):
+    """256 and seven ones are 263; in bfloat16, whose numbers are 2 apart there, they stay 256.
+
+    They are so too where they travel in bfloat16.
+    """
     mesh, specs = sharding.make_mesh(1, 8, 1), {"w": P("fsdp")}
     grads = jnp.ones((8, 8, 2), jnp.bfloat16).at[0].set(256)  # (device, 8, 2)
 
     def add(grads):
-        summed = sharding.scatter_sum({"w": grads[0]}, specs)
+        summed = sharding.scatter_sum({"w": grads[0]}, specs, dtype=dtype)
         return sharding.sum_rest(summed, specs), sharding.norm(summed, specs)
 
-    found, norm = jax.jit(
+    program = jax.jit(
         jax.shard_map(
-            add, mesh=mesh, in_specs=sharding.BATCH, out_specs=(specs, P()), check_vma=False
+            add,
+            mesh=mesh,
+            in_specs=sharding.batch_spec(mesh),
+            out_specs=(specs, P()),
+            check_vma=False,
         )
-    )(grads)
+    )
+    sent = [line for line in program.lower(grads).as_text().splitlines() if collective in line]
+    assert any("bf16" in line for line in sent) == (dtype == "bfloat16")
+    found, norm = program(grads)
     assert found["w"].dtype == jnp.float32
     np.testing.assert_array_equal(found["w"], np.full((8, 2), 263, np.float32))
     np.testing.assert_allclose(norm, 263 * 4, rtol=1e-6)

@@ -213,6 +213,7 @@ NOT_A_NUMBER, INFINITY = math.nan, math.inf
         ({"model.options.dtype": "float8"}, "dtype must be one of float32, bfloat16, float16"),
         ({"model.options.attention": "flash"}, "attention must be one of xla,.*found 'flash'"),
         ({"model.options.moe_dispatch": "sort"}, "moe_dispatch must be one of gather, onehot"),
+        ({"train.gradient_dtype": "float16"}, "gradient_dtype must be one of float32, bfloat16"),
         ({"model.options.remat": "all"}, "remat must be one of none, block, dots, found 'all'"),
         ({"model.options.dim": "wide"}, "model.options cannot be used: .*'wide'"),
         ({"data.captions": "words"}, "data.captions must be one of embeddings, tokens"),

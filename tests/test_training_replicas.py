@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 import pytest
+from support.one_of_each import mesh_of
 
 from microdit_jax import sharding
 from microdit_jax.errors import UserError
@@ -36,15 +37,15 @@ def make_state(mesh, flip=None) -> TrainState:
     return jax.tree_util.tree_map_with_path(put, shapes, sharding.shardings(shapes, mesh))
 
 
-@pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 4, 1), (2, 2, 2)])
+@pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 4, 1), (2, 2, 2), (2, 2, 2, 1)])
 def test_a_flipped_bit_is_found_and_named(sizes):
-    mesh = sharding.make_mesh(*sizes)
+    mesh = mesh_of(sizes)
     good = make_state(mesh)
     check = ReplicaCheck(mesh, good, every=10)
     check.push(10, good)
     check.push(12, good)
     check.push(13, good, now=True)
-    device = mesh.devices[1, 0, 0]
+    device = mesh.devices[(1, *[0] * (len(sizes) - 1))]
     bad = make_state(mesh, flip=device)
     check.push(19, bad)  # not asked for
     check.push(20, bad)
@@ -55,7 +56,7 @@ def test_a_flipped_bit_is_found_and_named(sizes):
     assert "found other bits after step 20 on " in str(caught.value)
     assert named in str(caught.value)
     # With three copies or more the one that differs is known, with two both are named.
-    assert (" or device " in str(caught.value)) == (sizes == (2, 4, 1))
+    assert (" or device " in str(caught.value)) == (sizes == (2, 4, 1) or len(sizes) == 4)
     with pytest.raises(UserError, match=named):
         ReplicaCheck(mesh, good, every=1000).push(30, bad, now=True)
 

@@ -71,7 +71,7 @@ def shaken(state: train_step.TrainState) -> train_step.TrainState:
 
 
 @functools.cache
-def train(sizes: tuple[int, int, int] | None, *options):
+def train(sizes: tuple[int, ...] | None, *options):
     """The state after 20 steps, and each step's metrics."""
     if sizes is None:
         init = functools.partial(train_step.init_state, DiT(CONFIG), OPTIMIZER, with_ema=True)
@@ -94,6 +94,7 @@ MESHES = [
     ((1, 1, 1), 4),
     ((8, 1, 1), 1),
     ((1, 8, 1), 2),
+    ((1, 2, 2, 2), 2),  # weights split over slices too
     ((1, 1, 8), 1),
     ((2, 2, 2), 1),
     ((2, 2, 2), 2, "onehot"),

@@ -9,10 +9,10 @@ import numpy as np
 import optax
 import pytest
 from conftest import tiny_model
+from support.one_of_each import mesh_of
 
-from microdit_jax import sharding
 from microdit_jax.diffusion import EdmConfig
-from microdit_jax.training import optim
+from microdit_jax.training import gradients, optim
 from microdit_jax.training import step as train_step
 from microdit_jax.training.step import Gradients, TrainState
 
@@ -109,22 +109,32 @@ def linear_loss(model, params, batch, key, *, edm, mask_ratio):
     return loss, batch["position"].astype(jnp.float32)
 
 
-@pytest.mark.parametrize("mesh_sizes", [None, (8, 1, 1), (2, 4, 1)])
+@pytest.mark.parametrize(
+    "mesh_sizes, dtype",
+    [
+        (None, "float32"),
+        ((8, 1, 1), "float32"),
+        ((2, 4, 1), "float32"),
+        ((2, 2, 2, 1), "float32"),
+        ((2, 2, 2, 1), "bfloat16"),
+    ],
+)
 @pytest.mark.parametrize("micro_batches", [1, 2])
-def test_gradients_are_of_the_mean_over_all_images(monkeypatch, mesh_sizes, micro_batches):
-    monkeypatch.setattr(train_step, "batch_loss", linear_loss)
-    mesh = None if mesh_sizes is None else sharding.make_mesh(*mesh_sizes)
-    gradients = train_step.make_gradients(
+def test_gradients_are_of_the_mean_over_all_images(monkeypatch, mesh_sizes, dtype, micro_batches):
+    monkeypatch.setattr(gradients, "batch_loss", linear_loss)
+    mesh = None if mesh_sizes is None else mesh_of(mesh_sizes)
+    make = gradients.make_gradients(
         tiny_model(),
         edm=EdmConfig(),
         mask_ratio=0.5,
         mesh=mesh,
         micro_batches=micro_batches,
+        gradient_dtype=dtype,
         replicate_below=1,
     )
     params = {"w": jnp.ones((4, 8)), "mlp": {"w1": jnp.ones((2, 4, 8))}}
     latents = jnp.zeros((16, 8, 8, 4)).at[:, 0, 0, 0].set(jnp.arange(16.0))
-    found = jax.jit(gradients)(params, {"latents": latents}, jax.random.key(0))
+    found = jax.jit(make)(params, {"latents": latents}, jax.random.key(0))
     for leaf in jax.tree.leaves(found.grads):
         np.testing.assert_allclose(leaf, 7.5, rtol=1e-6)
     np.testing.assert_allclose(found.norm, 7.5 * np.sqrt(32 + 64), rtol=1e-6)

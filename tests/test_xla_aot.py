@@ -111,16 +111,20 @@ def test_what_follows_from_the_counts():
     assert found["images_at_once"] == 2048 / 16 / 2
     assert found["forward_passes_expected"] == 3.5
     assert found["weight_communication"]["ratio"] == pytest.approx(1.125)
-    assert found["images_per_second"] == pytest.approx(2048 / 5e-3)
+    # Kernels, and the communication that they wait for
+    assert found["seconds"]["lower_bound"] == pytest.approx(7e-3)
+    assert found["images_per_second"] == pytest.approx(2048 / 7e-3)
     # Recomputation is no useful work: 3 passes count, not 3.5.
-    assert found["mfu_bound"] == pytest.approx(3 * 10**11 * 128 / 5e-3 / 989e12)
+    assert found["mfu_bound"] == pytest.approx(3 * 10**11 * 128 / 7e-3 / 989e12)
     assert found["seconds"]["kernels"] == pytest.approx(5e-3)
     assert found["seconds"]["exposed"] == pytest.approx(2e-3)
     assert found["seconds"]["inside"] == found["seconds"]["across"] == pytest.approx(1e-3)
+    assert found["seconds"]["exposed_across"] == pytest.approx(1e-3)
+    assert "1.0 ms across slices, where 0.0 are hidden" in table.render(found)
     assert found["slices"] == 2
     assert found["bytes_moved"] == pytest.approx(2 * 335e6 + 3 * 3.35e9)
-    assert found["days"] == pytest.approx(5e-3)
-    assert found["dollars"] == pytest.approx(5e-3 * 24 * 16 * 3.79)
+    assert found["days"] == pytest.approx(7e-3)
+    assert found["dollars"] == pytest.approx(7e-3 * 24 * 16 * 3.79)
 
 
 @pytest.mark.parametrize("peak, fits", [(78.1e9, True), (78.2e9, False)])
@@ -157,7 +161,7 @@ def test_a_stage_is_charged_with_its_own_steps(compiled):
     found = analysis.analyse(request)
     assert compiled == ["train_step"]
     assert found["steps"] == 150_000
-    assert found["days"] == pytest.approx(150_000 * 5e-3 / 86_400)
+    assert found["days"] == pytest.approx(150_000 * 7e-3 / 86_400)
 
 
 def test_extrapolated_reports_say_what_was_spent(compiled):

@@ -14,9 +14,10 @@ def test_step_time():
     time = roofline.step_time(COUNTS, CHIP, SLICES)
     assert time.matmuls == pytest.approx(2e-3) and time.memory == pytest.approx(3.2e-3)
     assert time.kernels == pytest.approx(5e-3) and time.communication == pytest.approx(5e-3)
-    assert time.lower_bound == pytest.approx(5e-3)
-    assert time.without_overlap == pytest.approx(10e-3)
     assert time.exposed == pytest.approx(5e-3)  # the program waits for each at once
+    assert time.exposed_inside == pytest.approx(2e-3)
+    assert time.exposed_across == pytest.approx(3e-3)
+    assert time.lower_bound == time.without_overlap == pytest.approx(10e-3)
 
 
 def test_float32_matmuls_take_twice_the_time():
@@ -57,5 +58,35 @@ def collective(started: int, finished: int) -> Collective:
     ],
 )
 def test_what_a_schedule_does_not_hide(kernels, seconds, spans, expected):
-    found = roofline.exposed(kernels, seconds, [collective(*span) for span in spans])
-    assert found == pytest.approx(expected)
+    across = [False] * len(spans)
+    found = roofline.waits(kernels, seconds, across, [collective(*span) for span in spans])
+    assert sum(found) == pytest.approx(expected)
+
+
+def test_the_network_carries_beside_the_links():
+    """One collective over each, both beside the first kernel: the longer of the two waits."""
+    collectives = [collective(0, 1), collective(0, 1)]
+    found = roofline.waits([4.0, 1.0], [3.0, 5.0], [False, True], collectives)
+    assert found == [0.0, pytest.approx(1.0)]
+    # One that is awaited before the other starts, without a kernel between them
+    turns = [dataclasses.replace(collective(0, 0), order=(n, n)) for n in (0, 1)]
+    assert roofline.waits([4.0], [3.0, 5.0], [False, True], turns) == [3.0, 5.0]
+    found = roofline.waits([4.0, 1.0], [3.0, 5.0], [True, True], collectives)
+    assert found == [0.0, pytest.approx(4.0)]
+
+
+def test_each_collective_against_the_kernels_beside_it():
+    """The first starts before the first kernel and ends after it, the second waits at once."""
+    spans = (0, 1), (2, 2)
+    collectives = tuple(
+        dataclasses.replace(c, started=started, finished=finished)
+        for c, (started, finished) in zip(COUNTS.collectives, spans, strict=True)
+    )
+    counts = dataclasses.replace(COUNTS, collectives=collectives)
+    first, second = roofline.collective_times(counts, CHIP, SLICES)
+    assert (first.across, second.across) == (False, True)
+    assert first.seconds == first.beside == pytest.approx(2e-3)
+    assert first.exposed == pytest.approx(0) and second.beside == 0
+    assert second.seconds == second.exposed == pytest.approx(3e-3)
+    time = roofline.step_time(counts, CHIP, SLICES)
+    assert time.exposed == pytest.approx(3e-3) and time.lower_bound == pytest.approx(8e-3)

@@ -16,6 +16,8 @@ from jax.experimental import mesh_utils
 from jax.sharding import Mesh
 from jaxtyping import Shaped
 
+ACROSS = ("data", "slices")  # axes of a mesh that are meant to go across slices
+
 
 def slice_of(device: Any) -> int:
     """Returns the slice that a device is in; 0 where the platform knows of none, as CPUs."""
@@ -59,23 +61,35 @@ def _within_a_slice(devices: Sequence[Any], sizes: Sequence[int]) -> np.ndarray:
     return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=split)
 
 
+def crossed(devices: Sequence[Any], fsdp: int, expert: int) -> int:
+    """Returns over how many slices fsdp must go, the fewest that divide it; 1 where it needs not.
+
+    It is 1 as well where even so the other devices of the two axes would not fit into a slice.
+    """
+    sizes = collections.Counter(map(slice_of, devices)).values()
+    for across in range(1, fsdp + 1):
+        if fsdp % across == 0 and not any(size % (fsdp // across * expert) for size in sizes):
+            return across
+    return 1
+
+
 def slices_of(mesh: Mesh) -> tuple[int, ...]:
     """Returns the slice of each of the mesh's devices, in the order that collectives count them."""
     return tuple(slice_of(device) for device in mesh.devices.flat)
 
 
 def crossing(mesh: Mesh) -> list[str]:
-    """Names the mesh's axes other than its first whose neighbours lie in different slices."""
+    """Names the axes meant for the inside of a slice whose neighbours lie in different ones."""
     slices = np.reshape(slices_of(mesh), mesh.devices.shape)
     return [
         name
         for axis, name in enumerate(mesh.axis_names)
-        if axis > 0 and (slices != slices.take([0], axis)).any()
+        if name not in ACROSS and (slices != slices.take([0], axis)).any()
     ]
 
 
 def crossing_warning(mesh: Mesh, num_bytes: int) -> str:
-    """Returns a line about the price of `crossing`; "" where only the first axis crosses slices.
+    """Returns a line about the price of `crossing`; "" where no axis does.
 
     Args:
       num_bytes: size of the weights, of one copy.

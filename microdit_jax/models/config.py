@@ -9,7 +9,7 @@ import numpy as np
 
 from microdit_jax.errors import UserError
 from microdit_jax.machine.placement import round_up
-from microdit_jax.models import attention, moe
+from microdit_jax.models import attention, matmuls, moe
 from microdit_jax.models.attention import AttentionOptions
 from microdit_jax.models.layers import Precision
 
@@ -18,7 +18,7 @@ from microdit_jax.models.layers import Precision
 REMAT_POLICIES = {
     "none": None,
     "block": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": matmuls.keeps_results,
 }
 CAPTION_MLP_RATIO = 4.0  # of the caption block's feed-forward: fixed in the reference's code
 POSITIVE = (
@@ -66,7 +66,8 @@ class DiTConfig:
       param_dtype: type the parameters are stored in.
       attention: kernel, one of "xla", "looped" (CPUs), "cudnn" (NVIDIA, 16-bit) and "splash" (TPU).
       moe_dispatch: "gather" moves rows, "onehot" multiplies by one-hot matrices; equal results.
-      remat: what the backward pass recomputes: "none", each whole "block", or all but "dots".
+      remat: what the backward pass recomputes: "none", each whole "block", or all but "dots", which
+        are the results of weight matrices and of fused attention kernels.
       residual: type of the residual stream between branches: "float32", "bfloat16", or "auto",
         which is bfloat16 where the matmuls are. It saves memory traffic. Sums are computed in
         float32, and the caption's own stream, which every block reads, stays float32.

@@ -43,8 +43,8 @@ def train_flops(cfg: DiTConfig, mask_ratio: float, caption_length: int) -> int:
 def recomputed_share(cfg: DiTConfig, mask_ratio: float, caption_length: int) -> float:
     """Operations that the config's remat repeats in the backward pass, over one forward pass's.
 
-    "block" repeats all of every block; "dots" the matmuls of attention and experts, which have
-    batch dimensions.
+    "block" repeats all of every block; "dots" attention's scores and weighted sums alone, and not
+    even those where one kernel computes them.
     """
     if cfg.remat == "none":
         return 0.0
@@ -56,12 +56,9 @@ def recomputed_share(cfg: DiTConfig, mask_ratio: float, caption_length: int) -> 
             if cfg.remat == "block":
                 again += block_flops(cfg, shape, tokens, l, d)
                 continue
-            again += attention_flops(tokens, tokens, cfg.attention_width(d, shape.qkv_ratio))
-            again += attention_flops(tokens, l, d)
-            if shape.is_moe:
-                again += expert_flops(cfg, tokens, d, shape.mlp_ratio) - _linear(
-                    tokens, d, cfg.num_experts
-                )
+            if cfg.attention != "cudnn":
+                again += attention_flops(tokens, tokens, cfg.attention_width(d, shape.qkv_ratio))
+                again += attention_flops(tokens, l, d)
     return again / forward_flops(cfg, mask_ratio, caption_length)
 
 

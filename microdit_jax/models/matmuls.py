@@ -10,9 +10,27 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Shaped
 
 from microdit_jax.models.derivatives import with_backward
+
+RESULT = "matmul"  # name of results, for `keeps_results`
+
+
+def keeps_results(primitive: Any, *args: Any, **params: Any) -> bool:
+    """Rematerialization policy: keeps results of weight matrices and of fused attention kernels.
+
+    The backward pass computes the rest again, which is cheap elementwise work, and the scores of
+    attention in JAX's own operations.
+    """
+    named = jax.checkpoint_policies.save_only_these_names(RESULT)
+    return "attention_fwd" in primitive.name or named(primitive, *args, **params)
+
+
+def named(result: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
+    """Names a matmul's result, which `keeps_results` keeps."""
+    return checkpoint_name(result, RESULT)
 
 
 def _identity(*operands: Array) -> tuple[Array, ...]:
@@ -29,7 +47,7 @@ def fusion_barrier(*operands: Shaped[Array, "..."]) -> tuple[Shaped[Array, "..."
 
 
 def _matmul_forward(x: Array, w: Array) -> tuple[Array, tuple[Array, Array]]:
-    return jax.lax.dot_general(x, w, (((x.ndim - 1,), (0,)), ((), ()))), (x, w)
+    return named(jax.lax.dot_general(x, w, (((x.ndim - 1,), (0,)), ((), ())))), (x, w)
 
 
 def _matmul_backward(residuals: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
@@ -91,7 +109,7 @@ def _batched(x: Array, w: Array, x_axis: int, w_axis: int) -> Array:
 
 
 def _batched_forward(x: Array, w: Array) -> tuple[Array, tuple[Array, Array]]:
-    return _batched(x, w, 2, 1), (x, w)
+    return named(_batched(x, w, 2, 1)), (x, w)
 
 
 def _batched_backward(residuals: tuple[Array, Array], g: Array) -> tuple[Array, Array]:

@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Float32, Int
 from microdit_jax.errors import UserError
 from microdit_jax.models.derivatives import with_backward
 from microdit_jax.models.layers import Initializer, Precision, gelu_erf, small_normal
-from microdit_jax.models.matmuls import batched_matmul, fusion_barrier
+from microdit_jax.models.matmuls import batched_matmul, fusion_barrier, named
 
 EXPERT_AXIS = "expert"  # the mesh axis over which experts are split (sharding.py)
 
@@ -204,7 +204,8 @@ def _logits_forward(x: Array, w: Array) -> tuple[Array, tuple[Array, Array]]:
     parts = jax.lax.dot_general(
         x, _in_parts(x, w), (((2,), (0,)), ((), ())), preferred_element_type=jnp.float32
     )  # (n, t, e) or (n, t, 2 e)
-    return parts.reshape(*x.shape[:2], -1, w.shape[1]).sum(axis=2), (x, w)
+    # Kept, they choose the same tokens in a backward pass that chooses again.
+    return named(parts.reshape(*x.shape[:2], -1, w.shape[1]).sum(axis=2)), (x, w)
 
 
 def _logits_backward(residuals: tuple[Array, Array], g: Array) -> tuple[Array, Array]:

@@ -120,6 +120,7 @@ def make_step(
         ema_start_step=config.ema.start_step,
         mesh=mesh,
         micro_batches=num_micro_batches(config, mesh),
+        gradient_dtype=config.train.gradient_dtype,
         module_grad_norms=config.train.module_grad_norms,
         frozen_loss=student_loss(config) or lora_loss(config),
     )

@@ -137,6 +137,9 @@ def base() -> ConfigDict:
                 "batch_size": 2048,
                 # Images that a device computes at a time, gradients being summed; 0 for all.
                 "micro_batch_size": 0,
+                # Type that gradients travel in between devices, where they are summed in float32:
+                # float32, or bfloat16, which halves the bytes (docs/scaling.md, "Which mesh").
+                "gradient_dtype": "float32",
                 "mask_ratio": 0.75,
                 "log_every": 50,
                 "eval_every": 2500,

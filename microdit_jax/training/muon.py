@@ -133,17 +133,18 @@ def _each_once(stack: Float[Array, "k m n"], spec: P, *, axes_before: int) -> Ar
     """Orthogonalises the matrices of shards, each on one device of those that have parts of it.
 
     Args:
-      stack: this device's shards; m or n is split over `fsdp` if the spec says so.
+      stack: this device's shards; m or n is split over `sharding.SPLIT_AXES` as the spec says.
       axes_before: axes of a weight before its matrices'.
     """
-    copies = tuple(a for a in sharding.AXES if a not in spec and jax.lax.axis_size(a) > 1)
+    copies = sharding.copied_axes(spec, jax.sharding.get_abstract_mesh())
     shares = math.prod(jax.lax.axis_size(axis) for axis in copies)
-    split = spec.index("fsdp") - axes_before + 1 if "fsdp" in spec else None
-    parts = jax.lax.axis_size("fsdp") if split else 1
+    position, axes = sharding.split_axes(spec)
+    split = position - axes_before + 1 if axes else None
+    parts = math.prod(jax.lax.axis_size(axis) for axis in axes)
     count = len(stack)
     stack = jnp.pad(stack, ((0, -count % (shares * parts)), (0, 0), (0, 0)))
     if split:  # (k, m, n / parts) -> (k / parts, m, n)
-        stack = jax.lax.all_to_all(stack, "fsdp", 0, split, tiled=True)
+        stack = jax.lax.all_to_all(stack, axes, 0, split, tiled=True)
     if copies:  # -> (k / parts / shares, m, n)
         size = len(stack) // shares
         stack = jax.lax.dynamic_slice_in_dim(stack, jax.lax.axis_index(copies) * size, size)
@@ -151,7 +152,7 @@ def _each_once(stack: Float[Array, "k m n"], spec: P, *, axes_before: int) -> Ar
     if copies:
         stack = jax.lax.all_gather(stack, copies, tiled=True)
     if split:
-        stack = jax.lax.all_to_all(stack, "fsdp", split, 0, tiled=True)
+        stack = jax.lax.all_to_all(stack, axes, split, 0, tiled=True)
     return stack[:count]
 
 

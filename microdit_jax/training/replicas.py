@@ -58,7 +58,8 @@ class ReplicaCheck:
     def _compare(self, step: int, sums: Array) -> None:
         found = fetch(sums).reshape(*self._mesh.devices.shape, len(self._groups))
         for number, axes in enumerate(self._groups):
-            bad = _different(found[..., number], axes)
+            along = [self._mesh.axis_names.index(axis) for axis in axes]
+            bad = _different(found[..., number], along)
             if bad is None:
                 continue
             names = [_named(self._mesh.devices[index]) for index in bad]
@@ -91,7 +92,11 @@ def bit_sums(
         return jnp.stack(sums)[None]
 
     return jax.shard_map(
-        of_device, mesh=mesh, in_specs=(specs,), out_specs=P(sharding.AXES), check_vma=False
+        of_device,
+        mesh=mesh,
+        in_specs=(specs,),
+        out_specs=sharding.batch_spec(mesh),
+        check_vma=False,
     )(state)
 
 
@@ -105,21 +110,19 @@ def _bits(leaf: Shaped[Array, "..."]) -> UInt32[Array, "..."]:
 
 def _copied_axes(state: Any, mesh: Mesh) -> list[tuple[str, ...]]:
     """Lists for each leaf the mesh's axes over which it is copied, () for none."""
-    copied = []
-    for spec in jax.tree.leaves(sharding.specs(state, mesh), is_leaf=lambda s: isinstance(s, P)):
-        used = {axis for entry in spec if entry for axis in np.atleast_1d(entry)}
-        copied.append(tuple(a for a in sharding.AXES if a not in used and mesh.shape[a] > 1))
-    return copied
+    specs = jax.tree.leaves(sharding.specs(state, mesh), is_leaf=lambda s: isinstance(s, P))
+    return [sharding.copied_axes(spec, mesh) for spec in specs]
 
 
-def _different(
-    sums: UInt32[np.ndarray, "data fsdp expert"], axes: tuple[str, ...]
-) -> list[tuple[int, ...]] | None:
-    """Returns the devices whose sum is not that of most copies; all of them without a majority."""
-    along = [sharding.AXES.index(axis) for axis in axes]
-    rest = [i for i in range(3) if i not in along]
+def _different(sums: UInt32[np.ndarray, "*mesh"], along: list[int]) -> list[tuple[int, ...]] | None:
+    """Returns the devices whose sum is not that of most copies; all of them without a majority.
+
+    Args:
+      along: the mesh's axes over which there are copies.
+    """
+    rest = [i for i in range(sums.ndim) if i not in along]
     for place in np.ndindex(*(sums.shape[i] for i in rest)):
-        index: list[Any] = [slice(None)] * 3
+        index: list[Any] = [slice(None)] * sums.ndim
         for axis, at in zip(rest, place, strict=True):
             index[axis] = slice(at, at + 1)
         part = sums[tuple(index)]

@@ -21,6 +21,7 @@ EMOJI = {
 }
 SOURCES = ("latents", *EMOJI)
 OPTIMIZERS = ("adamw", "muon")
+GRADIENT_DTYPES = ("float32", "bfloat16")
 DATASET_KEYS = {"source", "folder", "weight"}
 PATCH_PCA = r"patch_pca:patch=(\d+),channels=(\d+),resolution=(\d+)"
 
@@ -153,6 +154,11 @@ def check_ranges(config: ConfigDict) -> None:
         if not allowed.holds(value):
             finite = "" if math.isfinite(value) or allowed == FINITE else "finite and "
             raise UserError(f"{name} must be {finite}{allowed}, found {value}")
+    if config.train.gradient_dtype not in GRADIENT_DTYPES:
+        raise UserError(
+            f"train.gradient_dtype must be one of {', '.join(GRADIENT_DTYPES)}, found "
+            f"{config.train.gradient_dtype!r}"
+        )
     if config.optim.name not in OPTIMIZERS:
         raise UserError(
             f"optim.name must be one of {', '.join(OPTIMIZERS)}, found {config.optim.name!r}"

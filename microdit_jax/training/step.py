@@ -6,33 +6,34 @@
   state, metrics = step(state, sharding.put_batch(batch, mesh))
 
 Without a mesh the same functions run on one device. All randomness of an image is a function of
-(seed, step, its position in the batch), so neither the mesh nor the number of micro-batches changes
-it.
+(seed, step, its position in the batch), whatever the mesh and the number of micro-batches.
 """
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import AbstractMesh, Mesh
-from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from microdit_jax import sharding
 from microdit_jax.diffusion import EdmConfig
-from microdit_jax.errors import UserError
 from microdit_jax.models import dit
 from microdit_jax.models.dit import DiT
 from microdit_jax.training import optim
+from microdit_jax.training.gradients import FrozenLoss, Gradients, make_gradients
 from microdit_jax.training.loss import Batch, batch_loss, with_position
 
+__all__ = [
+    "Gradients", "Metrics", "TrainState", "abstract_state", "init_state", "make_eval_step",
+    "make_gradients", "make_train_step", "sharded_init",
+]  # fmt: skip
+
 Metrics = dict[str, Any]
-# Like `loss.batch_loss`, with frozen weights behind the trained ones
-FrozenLoss = Callable[..., tuple[Float[Array, " n"], Float[Array, " n"]]]
 
 
 class TrainState(flax.struct.PyTreeNode):
@@ -104,130 +105,6 @@ def sharded_init(
     return jax.jit(init, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, target))(key)
 
 
-# ------------------------------------------------------------------------------ gradients
-class Gradients(NamedTuple):
-    """Gradients of the batch's mean loss, float32, sharded like the parameters.
-
-    Trees of PartitionSpecs take the same form, hence Any.
-
-    Attributes:
-      grads: the tree of gradients.
-      norm: of all gradients together, ().
-      loss, sigma: of each image, (n,).
-    """
-
-    grads: Any
-    norm: Any
-    loss: Any
-    sigma: Any
-
-
-class PartGradients(NamedTuple):
-    """Gradients of one micro-batch, or the sum of several, before the sum over all devices."""
-
-    grads: Any
-    loss: Float[Array, " n"]
-    sigma: Float[Array, " n"]
-
-
-def make_gradients(
-    model: DiT,
-    *,
-    edm: EdmConfig,
-    mask_ratio: float,
-    mesh: Mesh | AbstractMesh | None = None,
-    micro_batches: int = 1,
-    replicate_below: int = sharding.REPLICATE_BELOW,
-    frozen_loss: FrozenLoss | None = None,
-) -> Callable[..., Gradients]:
-    """Makes the function (params, batch, key) -> Gradients, over the mesh and micro-batches.
-
-    With a loss of frozen weights, the function takes one more argument, those weights, sharded like
-    all weights.
-
-    Weights are all-gathered once a step, matrices in the type that the network computes in (XL/2 in
-    bfloat16: 2.7 GB), and stay for all micro-batches. Each micro-batch's gradients are summed into
-    float32 shards at once, so that only one backward pass's gradients are ever whole. Sums over
-    axes that a weight is not split over wait for the last micro-batch.
-
-    Raises:
-      UserError: at the first call, a batch that does not divide.
-    """
-    devices = 1 if mesh is None else mesh.size
-
-    def device_gradients(specs, weights, batch, key):
-        """Gradients on one device, of its own images; specs is None without a mesh."""
-        num_images = batch["latents"].shape[0] * devices
-        params = weights if frozen_loss is None else weights["trained"]
-
-        def scaled_loss(params, part):
-            if frozen_loss is None:
-                loss, sigma = batch_loss(model, params, part, key, edm=edm, mask_ratio=mask_ratio)
-            else:
-                loss, sigma = frozen_loss(model, params, weights["frozen"], part, key)
-            return loss.sum() / num_images, (loss, sigma)
-
-        def part_gradients(part):
-            grads, (loss, sigma) = jax.grad(scaled_loss, has_aux=True)(params, part)
-            if specs is not None:
-                grads = sharding.scatter_sum(grads, specs)
-            return PartGradients(grads, loss, sigma)
-
-        if micro_batches == 1:
-            total = part_gradients(batch)
-        else:
-            # (n, ...) -> (micro_batches, n / micro_batches, ...)
-            parts = jax.tree.map(lambda a: a.reshape(micro_batches, -1, *a.shape[1:]), batch)
-            total = _accumulate(part_gradients, parts)
-        grads = total.grads
-        if specs is None:
-            return Gradients(grads, optax.tree.norm(grads), total.loss, total.sigma)
-        grads = sharding.sum_rest(grads, specs)
-        return Gradients(grads, sharding.norm(grads, specs), total.loss, total.sigma)
-
-    def gradients(params: Any, batch: Batch, key: PRNGKeyArray, *frozen: Any) -> Gradients:
-        n = batch["latents"].shape[0]
-        if n % (devices * micro_batches):
-            raise UserError(
-                f"the batch must be a multiple of {devices} devices x {micro_batches} "
-                f"micro-batches, found {n} images; change train.batch_size or micro_batches"
-            )
-        specs = None
-        if mesh is not None:
-            specs = sharding.specs(params, mesh, replicate_below=replicate_below)
-        weights = params
-        if frozen_loss is not None:
-            weights = {"trained": params, "frozen": frozen[0]}
-        return sharding.on_each_device(
-            functools.partial(device_gradients, specs),
-            mesh,
-            weights,
-            (with_position(batch),),
-            (key,),
-            cast=lambda shards: dit.cast_matrices(shards, model.config),
-            out_specs=Gradients(specs, P(), sharding.BATCH, sharding.BATCH),
-            replicate_below=replicate_below,
-        )
-
-    return gradients
-
-
-def _accumulate(part_gradients: Callable[[Batch], PartGradients], parts: Batch) -> PartGradients:
-    """Sums gradients over the first axis of `parts`; loss and sigma one after the other."""
-    first = jax.tree.map(lambda a: a[0], parts)
-    shapes = jax.eval_shape(part_gradients, first).grads
-    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, jnp.float32), shapes)
-
-    def add(total, part):
-        found = part_gradients(part)
-        total = jax.tree.map(lambda a, g: a + g.astype(jnp.float32), total, found.grads)
-        return total, (found.loss, found.sigma)
-
-    # loss and sigma (micro_batches, n / micro_batches)
-    grads, (loss, sigma) = jax.lax.scan(add, zeros, parts)
-    return PartGradients(grads, loss.reshape(-1), sigma.reshape(-1))
-
-
 # ------------------------------------------------------------------------------ steps
 def make_train_step(
     model: DiT,
@@ -241,6 +118,7 @@ def make_train_step(
     ema_start_step: int,
     mesh: Mesh | AbstractMesh | None = None,
     micro_batches: int = 1,
+    gradient_dtype: str = "float32",
     module_grad_norms: bool = False,
     replicate_below: int = sharding.REPLICATE_BELOW,
     frozen_loss: FrozenLoss | None = None,
@@ -254,13 +132,14 @@ def make_train_step(
     Args:
       mesh: devices of state and batch; None for one device.
       micro_batches: parts into which a device's batch is split; the result does not depend on it.
+      gradient_dtype: type that gradients travel in between devices; they are summed in float32.
       module_grad_norms: also report the gradient's norm of each part of the network.
       frozen_loss: with weights, a teacher's or a base's, that are the function's third argument.
     Returns:
       A function to jit, with the state donated. Its metrics: "loss", "grad_norm" (before clipping),
       "learning_rate", float32 (); "skipped", 1 if the update was, and "skipped_in_a_row", int32 ();
-      "image_loss", "image_sigma" (n,) in the batch's order, sharded like it; if asked for,
-      "module_grad_norm", {module: float32 ()}.
+      "image_loss", "image_sigma" (n,) in the batch's order; if asked for, "module_grad_norm",
+      {module: float32 ()}.
     """
     gradients = make_gradients(
         model,
@@ -268,6 +147,7 @@ def make_train_step(
         mask_ratio=mask_ratio,
         mesh=mesh,
         micro_batches=micro_batches,
+        gradient_dtype=gradient_dtype,
         replicate_below=replicate_below,
         frozen_loss=frozen_loss,
     )

@@ -16,6 +16,13 @@ CONFIG = DiTConfig(
 EDM = EdmConfig()
 
 
-def mesh_of(sizes: tuple[int, int, int]) -> Mesh:
-    """A mesh over as many of the simulated devices as it takes."""
-    return sharding.make_mesh(*sizes, devices=jax.devices()[: int(np.prod(sizes))])
+def mesh_of(sizes: tuple[int, ...]) -> Mesh:
+    """A mesh over as many of the simulated devices as it takes.
+
+    Args:
+      sizes: of data, fsdp and expert; or of data, slices, fsdp and expert.
+    """
+    devices = jax.devices()[: int(np.prod(sizes))]
+    data, *across, fsdp, expert = sizes
+    slices = across[0] if across else 1
+    return sharding.make_mesh(data, slices * fsdp, expert, devices, across=slices)

@@ -1,6 +1,7 @@
 """Faults in the loss, the train step and the optimiser."""
 
 LOSS, STEP = "microdit_jax/training/loss.py", "microdit_jax/training/step.py"
+GRADIENTS = "microdit_jax/training/gradients.py"
 MUON, MUON_TESTS = "microdit_jax/training/muon.py", "tests/test_training_muon.py"
 OPTIM, DIFFUSION = "microdit_jax/training/optim.py", "microdit_jax/diffusion.py"
 
@@ -145,21 +146,21 @@ MUTANTS = [
     },
     {
         "name": "the loss of a micro-batch is its own mean",
-        "file": STEP,
+        "file": GRADIENTS,
         "old": "loss.sum() / num_images",
         "new": "loss.mean()",
         "tests": [UPDATE],
     },
     {
         "name": "the loss is the mean over one device",
-        "file": STEP,
+        "file": GRADIENTS,
         "old": '["latents"].shape[0] * devices',
         "new": '["latents"].shape[0]',
         "tests": [UPDATE],
     },
     {
         "name": "the gradient counts for the last micro-batch alone",
-        "file": STEP,
+        "file": GRADIENTS,
         "old": "lambda a, g: a + g.astype",
         "new": "lambda a, g: g.astype",
         "tests": [UPDATE],

@@ -122,15 +122,22 @@ MUTANTS = [
     {
         "name": "gradients are summed in bfloat16",
         "file": SHARDING,
-        "old": "        grad = grad.astype(jnp.float32)\n",
-        "new": "",
+        "old": "psum_scatter(jnp.float32(grad), axis",
+        "new": "psum_scatter(grad, axis",
         "tests": ["tests/test_sharding.py::test_gradients_are_summed_in_float32"],
     },
     {
         "name": "gradients of experts are summed over the expert axis too",
         "file": SHARDING,
-        "old": "a for a in AXES if a not in spec and",
-        "new": 'a for a in AXES if a != "fsdp" and',
+        "old": "a for a in mesh.axis_names if a not in used and",
+        "new": 'a for a in mesh.axis_names if a != "fsdp" and',
+        "tests": ["tests/test_sharding.py::test_gathered_and_summed_inside_shard_map"],
+    },
+    {
+        "name": "weights are gathered inside a slice before they are across",
+        "file": SHARDING,
+        "old": "for axis in reversed(axes):",
+        "new": "for axis in axes:",
         "tests": ["tests/test_sharding.py::test_gathered_and_summed_inside_shard_map"],
     },
     {

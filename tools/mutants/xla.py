@@ -29,8 +29,8 @@ MUTANTS = [
     {
         "name": "a collective that ends late is taken to be awaited at once",
         "file": _HLO + "count.py",
-        "old": "self.collectives[i], finished=len(self.kernels)",
-        "new": "self.collectives[i], finished=self.collectives[i].started",
+        "old": "found, finished=len(self.kernels), order=order",
+        "new": "found, finished=found.started, order=order",
         "tests": ["tests/test_xla_hlo.py"],
     },
     {
@@ -78,15 +78,22 @@ MUTANTS = [
     {
         "name": "two collectives in flight have the whole bandwidth each",
         "file": "microdit_jax/xla/roofline.py",
-        "old": "max(now, links_free) + communication[i]",
+        "old": "max(now, free[across[i]]) + communication[i]",
         "new": "now + communication[i]",
         "tests": ["tests/test_xla_roofline.py"],
     },
     {
         "name": "waiting for one collective does not delay the next",
         "file": "microdit_jax/xla/roofline.py",
-        "old": "            now = max(now, finish[i])",
-        "new": "            pass",
+        "old": "            total += waited[i]\n",
+        "new": "",
+        "tests": ["tests/test_xla_roofline.py"],
+    },
+    {
+        "name": "the network and the links inside a slice take turns",
+        "file": "microdit_jax/xla/roofline.py",
+        "old": "free[across[i]] = finish[i] = max(now, free[across[i]])",
+        "new": "free[False] = finish[i] = max(now, free[False])",
         "tests": ["tests/test_xla_roofline.py"],
     },
     {
@@ -120,8 +127,8 @@ MUTANTS = [
     {
         "name": "gradients of the micro-batches are needed once",
         "file": _AOT + "programs.py",
-        "old": "elements * 4 * micro_batches",
-        "new": "elements * 4",
+        "old": '("fsdp", inside, micro_batches)',
+        "new": '("fsdp", inside, min(micro_batches, 1))',
         "tests": ["tests/test_xla_aot.py"],
     },
     {

@@ -111,7 +111,8 @@ def _extrapolated(request: CompileRequest, mesh: Mesh) -> Compiled:
     found = shallow.extrapolate(parts, measure)
     time = found.pop("time", None)
     if time is not None:
-        time["exposed"] = max(0.0, time["exposed"])  # no sum over blocks, other than the rest
+        for name in ("exposed_inside", "exposed_across"):  # no sums over blocks, unlike the rest
+            time[name] = max(0.0, time[name])
     # These seconds were spent, all of them; nothing is extrapolated.
     for name in ("trace_seconds", "compile_seconds"):
         found[name] = sum(one.figures[name] for one in compiled.values())

@@ -84,9 +84,10 @@ def compile_and_count(
         chip, slices = topology.chip, program.slices
         known = roofline.is_known(chip, slices)
         step_time = roofline.step_time(counts, chip, slices) if known else None
+        times = roofline.collective_times(counts, chip, slices) if known else None
     seconds = {"trace_seconds": traced, "compile_seconds": found["compile_seconds"]}
     measured = figures.measure(found["memory"], found["cost"], counts, program.slices)
-    return Compiled(measured | seconds, step_time, figures.by_size(counts, program.slices))
+    return Compiled(measured | seconds, step_time, figures.by_size(counts, slices, times))
 
 
 def _compile(

@@ -10,7 +10,7 @@ from jax.sharding import AbstractMesh, Mesh
 from microdit_jax.machine.slices import slice_of
 from microdit_jax.xla.aot.programs import Program
 from microdit_jax.xla.hlo.count import Counts
-from microdit_jax.xla.roofline import StepTime, is_across
+from microdit_jax.xla.roofline import CollectiveTime, StepTime, is_across
 from microdit_jax.xla.topologies import Topology
 
 # Share of a chip's memory that a program may take; the runtime needs the rest. For GPUs it is
@@ -82,11 +82,12 @@ def complete(
         }
     forward = program.forward_flops * program.images / devices
     expected = program.passes + program.recomputed
-    collectives = found["collectives"]
-    # libtpu turns every reduce-scatter into an all-reduce.
-    summed = "reduce-scatter" if "reduce-scatter" in collectives else "all-reduce"
-    moved = sum(collectives.get(kind, {}).get("bytes", 0.0) for kind in ("all-gather", summed))
-    needed = sum(program.needed_communication.values())
+    collectives, needs = found["collectives"], program.needed_communication
+    kinds = set(needs) - {"reduce-scatter"}
+    if "reduce-scatter" in needs:  # libtpu turns every one into an all-reduce
+        kinds.add("reduce-scatter" if "reduce-scatter" in collectives else "all-reduce")
+    moved = sum(collectives.get(kind, {}).get("bytes", 0.0) for kind in kinds)
+    needed = sum(needs.values())
     found |= {
         "parameters": program.num_params,
         "images": program.images,
@@ -112,6 +113,8 @@ def complete(
             "inside": time.inside,
             "across": time.across,
             "exposed": time.exposed,
+            "exposed_inside": time.exposed_inside,
+            "exposed_across": time.exposed_across,
             "lower_bound": time.lower_bound,
             "without_overlap": time.without_overlap,
         }
@@ -154,13 +157,16 @@ def header(
     }
 
 
-def by_size(counts: Counts, slices: Sequence[int]) -> list[dict[str, Any]]:
+def by_size(
+    counts: Counts, slices: Sequence[int], times: Sequence[CollectiveTime] | None
+) -> list[dict[str, Any]]:
     """Lists every collective with what it carries, the one that moves most bytes first.
 
     Args:
       slices: slice of each device, in the mesh's order.
+      times: of each collective; None where the chip's peaks are not known.
     """
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "kind": c.kind,
             "times": c.times,
@@ -172,4 +178,6 @@ def by_size(counts: Counts, slices: Sequence[int]) -> list[dict[str, Any]]:
         }
         for c in counts.collectives
     ]
+    for row, time in zip(rows, times or (), strict=times is not None):
+        row["seconds"] = {"own": time.seconds, "beside": time.beside, "exposed": time.exposed}
     return sorted(rows, key=lambda row: -row["times"] * row["bytes"])

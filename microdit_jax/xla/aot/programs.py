@@ -36,7 +36,8 @@ class Program(NamedTuple):
       passes: operations for each image in forward passes, without recomputation.
       recomputed: operations that remat adds, in forward passes.
       needed_communication: {"all-gather": bytes, "reduce-scatter": bytes} that one device must
-        receive: each sharded weight once, each of its gradients once for each micro-batch.
+        receive: each sharded weight once, each of its gradients once for each micro-batch, and
+        between slices once. Gradients that travel in 16 bits are all-to-alls.
       num_params: parameters of the network.
       slices: slice of each device, in the mesh's order.
       arguments: shapes of what the program takes; empty for the sampler.
@@ -95,7 +96,7 @@ def training(config: ConfigDict, mesh: Mesh, *, caption_length: int = CLIP_TOKEN
         flops.forward_flops(cfg, mask_ratio, caption_length),
         run_config.over_forward(config),
         flops.recomputed_share(cfg, mask_ratio, caption_length),
-        needed_communication(weights, model, mesh, parts),
+        needed_communication(weights, model, mesh, parts, config.train.gradient_dtype),
         _count(weights),
         slices_of(mesh),
         (state, batch, *frozen),
@@ -168,7 +169,11 @@ def sampling(
 
 
 def needed_communication(
-    params: Any, model: DiT | None, mesh: Mesh, micro_batches: int
+    params: Any,
+    model: DiT | None,
+    mesh: Mesh,
+    micro_batches: int,
+    gradient_dtype: str = "float32",
 ) -> dict[str, float]:
     """Computes the bytes that one device must receive in a step, as `Program` has them.
 
@@ -181,18 +186,22 @@ def needed_communication(
     gathered = params
     if model is not None:
         gathered = jax.eval_shape(lambda p: dit.cast_matrices(p, model.config), params)
-    others = (mesh.shape["fsdp"] - 1) / mesh.shape["fsdp"]
-    total = {"all-gather": 0.0, "reduce-scatter": 0.0}
+    inside, across = (mesh.shape.get(axis, 1) for axis in sharding.SPLIT_AXES)
+    width = jnp.dtype(gradient_dtype).itemsize
+    summed = "reduce-scatter" if width == 4 else "all-to-all"
+    total = {"all-gather": 0.0, summed: 0.0}
     for spec, weight in zip(
         jax.tree.leaves(specs, is_leaf=lambda s: isinstance(s, jax.sharding.PartitionSpec)),
         jax.tree.leaves(gathered),
         strict=True,
     ):
-        if "fsdp" in spec:
-            expert_shards = mesh.shape["expert"] if "expert" in spec else 1
-            elements = math.prod(weight.shape) / expert_shards * others
-            total["all-gather"] += elements * weight.dtype.itemsize
-            total["reduce-scatter"] += elements * 4 * micro_batches  # gradients are float32
+        _, axes = sharding.split_axes(spec)
+        elements = math.prod(weight.shape) / (mesh.shape["expert"] if "expert" in spec else 1)
+        for axis, size, times in (("fsdp", inside, micro_batches), ("slices", across, 1)):
+            if axis in axes:
+                received = elements * (size - 1) / size / (inside if axis == "slices" else 1)
+                total["all-gather"] += received * weight.dtype.itemsize
+                total[summed] += received * width * (times if micro_batches else 0)
     return total
 
 

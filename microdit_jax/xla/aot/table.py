@@ -6,6 +6,8 @@ from typing import Any
 
 from microdit_jax.files import write_text
 
+LINKS = ("inside", "across")  # slices
+
 
 def render(found: dict[str, Any]) -> str:
     """Formats a report, as `analysis.analyse` returns it."""
@@ -50,7 +52,7 @@ def render(found: dict[str, Any]) -> str:
             f"{entry['bytes'] / 1e9:.3f} GB received",
         )
     if found.get("slices", 1) > 1:
-        add("received", ", ".join(_link(found, name) for name in ("inside", "across")))
+        add("received", ", ".join(_link(found, name) for name in LINKS))
     ratio = found["weight_communication"]["ratio"]
     if ratio is not None:
         add("weights, gradients", f"{ratio:.3f} x the bytes that sharding needs")
@@ -75,6 +77,14 @@ def _link(found: dict[str, Any], name: str) -> str:
     return f"{text} ({1e3 * found['seconds'][name]:.1f} ms at {bandwidth / 1e9:g} GB/s)"
 
 
+def _hidden(found: dict[str, Any], link: str) -> str:
+    """Formats how much of the communication inside or across slices is exposed; "" if none is."""
+    whole, exposed = found["seconds"][link], found["seconds"][f"exposed_{link}"]
+    if not whole:
+        return ""
+    return f"{1e3 * exposed:.1f} ms {link} slices, where {1e3 * (whole - exposed):.1f} are hidden"
+
+
 def _times(found: dict[str, Any]) -> list[tuple[str, str]]:
     ms = {name: f"{1e3 * seconds:.1f} ms" for name, seconds in found["seconds"].items()}
     rows = [
@@ -90,9 +100,10 @@ def _times(found: dict[str, Any]) -> list[tuple[str, str]]:
         ),
     ]
     if "exposed" in ms:  # older reports have none
-        rows.append(
-            ("exposed", f"{ms['exposed']} of communication that the schedule does not hide")
-        )
+        text = f"{ms['exposed']} of communication that the schedule does not hide"
+        if "exposed_inside" in ms:
+            text += f": {', '.join(filter(None, (_hidden(found, link) for link in LINKS)))}"
+        rows.append(("exposed", text))
     if "days" in found:
         price = f", {found['dollars']:,.0f} dollars" if "dollars" in found else ""
         rows.append(

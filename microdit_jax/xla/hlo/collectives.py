@@ -37,6 +37,7 @@ class Collective:
       carries: names of the parameters in it, or of the modules that computed its operands.
       started, finished: number of kernels scheduled before its start, and before its result is
         waited for. Equal for one that the program waits for at once.
+      order: number of its start and of its end among those of all collectives.
     """
 
     kind: str
@@ -47,6 +48,7 @@ class Collective:
     carries: tuple[str, ...]
     started: int = 0
     finished: int = 0
+    order: tuple[int, int] = (0, 0)
 
 
 def collective(

@@ -185,6 +185,7 @@ class _Counter:
         self.collectives: list[Collective] = []
         self.uncounted: Counter[str] = Counter()
         self._started: dict[_Key, list[int]] = {}  # indices of the collectives not awaited yet
+        self._events = 0  # starts and ends of collectives until now
 
     def add(self, step: Step) -> None:
         computation, instruction, times, done = step
@@ -201,8 +202,11 @@ class _Counter:
             if done:
                 self._started.setdefault(done, []).append(len(self.collectives))
             found = collective(self.module, kind, computation, instruction, times)
-            now = len(self.kernels)
-            self.collectives.append(dataclasses.replace(found, started=now, finished=now))
+            now, number = len(self.kernels), self._events
+            self._events += 1
+            self.collectives.append(
+                dataclasses.replace(found, started=now, finished=now, order=(number, number))
+            )
             return
         flops: defaultdict[str, float] = defaultdict(float)
         for parent, part in self._parts(computation, instruction):
@@ -225,8 +229,11 @@ class _Counter:
 
     def _finish(self, done: _Key) -> None:
         for i in self._started.pop(done, []):
+            found = self.collectives[i]
+            order = (found.order[0], self._events)
+            self._events += 1
             self.collectives[i] = dataclasses.replace(
-                self.collectives[i], finished=len(self.kernels)
+                found, finished=len(self.kernels), order=order
             )
 
     def _parts(
