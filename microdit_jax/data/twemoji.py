@@ -87,19 +87,32 @@ def heldout_things_mask(captions: Sequence[str], fraction: float = 0.08) -> Bool
       captions: all of them, each once.
       fraction: share of the things.
     """
+    proposed = [_hash_below(caption, fraction, _THINGS_SALT) for caption in captions]
+    return things_mask(captions) & np.array(proposed, bool)
+
+
+def things_mask(captions: Sequence[str]) -> Bool[np.ndarray, " n"]:
+    """Marks the captions of no person and of nothing that comes in several skin tones.
+
+    Args:
+      captions: all of them, so that those with a skin tone tell what comes in several.
+    """
     before = (caption.partition(_TONE)[0].split() for caption in captions if _TONE in caption)
     bodies = {" ".join(words[:-1]) for words in before}  # without "medium-dark"
     things = [
         _TONE not in caption and caption not in bodies and not _PEOPLE & set(caption.split())
         for caption in captions
     ]
-    proposed = [_hash_below(caption, fraction, _THINGS_SALT) for caption in captions]
-    return np.array(things, bool) & np.array(proposed, bool)
+    return np.array(things, bool)
 
 
 def heldout_by(rule: str, captions: Sequence[str]) -> Bool[np.ndarray, " n"]:
-    """Marks the captions kept out of training by a rule: "words" or "things"."""
-    return {"words": heldout_mask, "things": heldout_things_mask}[rule](captions)
+    """Marks the captions kept out of training by a rule: "words", "things" or "scenes".
+
+    "scenes" keeps out the same captions as "things": it says what the training images are.
+    """
+    masks = {"words": heldout_mask, "things": heldout_things_mask, "scenes": heldout_things_mask}
+    return masks[rule](captions)
 
 
 def images_of(split: str, rule: str = "words") -> list[EmojiImage]:

@@ -12,7 +12,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from microdit_jax.data import twemoji
+from microdit_jax.data import emoji_scenes, twemoji
 from microdit_jax.data.latents import FORMAT, FORMAT_VERSION, read_meta
 from microdit_jax.errors import UserError
 from microdit_jax.files import atomic_folder
@@ -52,7 +52,8 @@ def prepare_emoji_set(
       text_encoder: embeds the captions; its output is stored as float16.
       codec_resolution: pixels at which the codec is fitted, so that sets of several resolutions
         share one, as real datasets share a VAE; by default `resolution`.
-      heldout: rule by which captions are held out, "words" or "things" (twemoji.heldout_by).
+      heldout: rule by which captions are held out, "words" or "things" (twemoji.heldout_by); or
+        "scenes": as "things", with scenes of the training images in their place.
       progress: show a bar.
     Returns:
       `folder`.
@@ -104,9 +105,16 @@ def _write(
     captions = {}
     for split, chosen in (("train", ~heldout), ("heldout", heldout)):
         indices = np.flatnonzero(chosen)
-        captions[split] = [listed[i].caption for i in indices]
+        captions[split], chosen_latents = [listed[i].caption for i in indices], latents[indices]
+        if rule == "scenes" and split == "train":
+            scenes = emoji_scenes.list_scenes(captions[split], images[indices])
+            painted = [emoji_scenes.paint(scene, images[indices]) for scene in scenes]
+            captions[split] = [scene.caption for scene in scenes]
+            chosen_latents = codec.encode(np.stack(painted)) * np.float32(codec.scaling_factor)
         embeddings = text_encoder.encode_text(captions[split]).astype(np.float16)
-        np.savez(folder / f"{split}.npz", latents=latents[indices], caption_latents=embeddings)
+        np.savez(
+            folder / f"{split}.npz", latents=chosen_latents, caption_latents=embeddings
+        )
     (folder / "captions.json").write_text(json.dumps(captions, ensure_ascii=False, indent=0))
     codec.save(folder / "codec")
     meta = {

@@ -93,7 +93,8 @@ def base() -> ConfigDict:
                 # Each {"source", "folder", "weight"}. Sources: "latents", precomputed, in MDS or
                 # ArrayRecord files; "twemoji", the embedded emoji images; "twemoji_untoned", those
                 # of no skin tone; "twemoji_things" and "twemoji_things_untoned", the same with
-                # things alone held out, new words among them. A record of a set with weight 2 is
+                # things alone held out, new words among them; "twemoji_scenes", things of those in
+                # other colours, several times or side by side. A record of a set with weight 2 is
                 # seen twice as often as one of a set with weight 1.
                 "datasets": (),
                 # One folder of latents in their place; every so many of its records are held out.

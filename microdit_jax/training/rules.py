@@ -18,6 +18,7 @@ EMOJI = {
     "twemoji_untoned": ("words", True),
     "twemoji_things": ("things", False),
     "twemoji_things_untoned": ("things", True),
+    "twemoji_scenes": ("scenes", False),
 }
 SOURCES = ("latents", *EMOJI)
 OPTIMIZERS = ("adamw", "muon")
