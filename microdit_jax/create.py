@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import Any
 
 import jax
@@ -24,6 +24,7 @@ from microdit_jax.checkpoints.run import is_run, read_run_metadata
 from microdit_jax.checkpoints.weights import load_earlier_params
 from microdit_jax.data import twemoji
 from microdit_jax.encoders import registry
+from microdit_jax.encoders.word_vectors import NearWords
 from microdit_jax.errors import UserError, visible
 from microdit_jax.machine import memory
 from microdit_jax.machine.placement import mesh_of
@@ -301,25 +302,28 @@ def heldout_images(model: Model, count: int) -> tuple[list[str], Float[np.ndarra
     return [image.caption for image in chosen], latents * np.float32(codec.scaling_factor)
 
 
-def known_words(model: Model) -> frozenset[str] | None:
-    """Returns the words of the captions that a network on the embedded images was trained on.
+def known_words(model: Model) -> Container[str] | None:
+    """Returns the words that a network on the embedded images can know: those of its captions.
 
-    Others have vectors of a random table, which say nothing, not even what a word like them would.
+    Others have vectors of a random table, which say nothing, not even what a word like them would;
+    or vectors of words, which say as much as a word of a caption is similar.
 
     Returns:
       None if all words may mean something: by a pretrained text encoder, or in other data.
     """
-    if model.folder is None or not (model.text_encoder or "").startswith("table:"):
+    if model.folder is None or not registry.is_text_encoder(model.text_encoder or ""):
         return None
     needed = "config.data.heldout.source"
     source = read_run_metadata(model.folder, needed)["config"]["data"]["heldout"]["source"]
     if source not in _HELDOUT_RULES:
         return None
     seen = twemoji.images_of("train", _HELDOUT_RULES[source])
-    return frozenset(word for image in seen for word in image.caption.split())
+    words = frozenset(word for image in seen for word in image.caption.split())
+    table = (model.text_encoder or "").startswith("table:")
+    return words if table else NearWords(words)
 
 
-def unknown_words(known: frozenset[str] | None, prompts: Sequence[str]) -> list[str]:
+def unknown_words(known: Container[str] | None, prompts: Sequence[str]) -> list[str]:
     """Lists the words of prompts that are not among `known_words`, each once."""
     words = (word for prompt in prompts for word in twemoji.caption_of(prompt).split())
     return [] if known is None else [word for word in dict.fromkeys(words) if word not in known]

@@ -47,3 +47,10 @@ def test_words_that_a_random_table_cannot_know():
     # A pretrained encoder may know them; other data may have them.
     assert create.known_words(model._replace(text_encoder="minilm:tokens=16")) is None
     assert create.known_words(model._replace(folder=None)) is None
+
+
+def test_words_that_word_vectors_make_known():
+    model = load.load_model("instant", with_params=False)
+    words = create.known_words(model._replace(text_encoder="words:tokens=12"))
+    prompts = ["two guitars", "an aeroplane", "parliament of zyxwvutsrq"]
+    assert create.unknown_words(words, prompts) == ["parliament", "zyxwvutsrq"]

@@ -113,6 +113,20 @@ def test_held_out_by_another_rule(counted, tmp_path, monkeypatch):
     assert 0 < len(found.heldout) == len(SIGNS) - len(found.train)
 
 
+def test_scenes_of_the_training_images(counted, tmp_path, monkeypatch):
+    listed = [dataclasses.replace(image, caption=f"thing {i}") for i, image in enumerate(SIGNS)]
+    monkeypatch.setattr(twemoji, "list_images", lambda: listed)
+    things = data.load_prepared(prepare(tmp_path / "things", heldout="things"), PatchPCA.load)
+    found = data.load_prepared(prepare(tmp_path / "scenes", heldout="scenes"), PatchPCA.load)
+    assert found.heldout.captions == things.heldout.captions and found.codec.name
+    np.testing.assert_array_equal(found.heldout.latents, things.heldout.latents)
+    np.testing.assert_array_equal(found.codec.basis, things.codec.basis)
+    pairs = [caption.split(" and ") for caption in found.train.captions if " and " in caption]
+    assert len(pairs) == len(things.train)
+    assert {name for pair in pairs for name in pair} <= set(things.train.captions)
+    assert found.train.latents.shape[1:] == things.train.latents.shape[1:]
+
+
 def test_same_settings_are_reused_and_others_made_anew(counted, tmp_path):
     folder = tmp_path / "data"
     for settings, reads in (

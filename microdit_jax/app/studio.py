@@ -9,7 +9,7 @@ import secrets
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -45,7 +45,7 @@ class PageModel(NamedTuple):
 
     pipe: LatentDiffusion
     settings: dict[str, Any]
-    words: frozenset[str] | None = None
+    words: Container[str] | None = None
 
 
 class PngFile(NamedTuple):

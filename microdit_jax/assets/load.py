@@ -234,13 +234,13 @@ def load_text_encoder(
     """Loads a frozen text encoder.
 
     Args:
-      name: "table:width=W,tokens=L,seed=S"; or "minilm:tokens=L"; or the path of a CLIP, T5 or BERT
-        as a file, as a folder of its library, or converted; or as hub.text_encoder takes it. A T5's
-        and a BERT's folder has its tokenizer.
+      name: "table:width=W,tokens=L,seed=S" or "words:tokens=L"; or "minilm:tokens=L"; or the path
+        of a CLIP, T5 or BERT as a file, as a folder of its library, or converted; or as
+        hub.text_encoder takes it. A T5's and a BERT's folder has its tokenizer.
       dtype: type of the computation; None keeps the model's own.
       mesh: the devices that share the work, each with all weights; None: the first local device.
     """
-    if name.startswith("table:"):
+    if registry.is_text_encoder(name):
         return registry.text_encoder(name)
     options: dict[str, Any] = {}
     path, given_name = Path(name), None

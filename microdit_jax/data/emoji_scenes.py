@@ -39,7 +39,9 @@ _MEANT = {
     "heart": "heart hearts",
 }
 # Degrees of hue, as Twemoji has them
-COLOURS = {"red": 352, "orange": 30, "yellow": 45, "green": 98, "blue": 206, "purple": 264}
+COLOURS = {
+    **{"red": 352.0, "orange": 30.0, "yellow": 45.0, "green": 98.0, "blue": 206.0, "purple": 264.0}
+}
 NUMBERS = {"two": 2, "three": 3, "four": 4}
 # Captions with one of these are signs and writing, and no things.
 _SIGNS = frozenset(
@@ -78,11 +80,12 @@ def is_kept_out(first: str, second: str) -> bool:
     """
     return any(
         (_asks(a, first) and _asks(b, second)) or (_asks(b, first) and _asks(a, second))
-        for a, b in map(_parts, PROMPTS)
+        for a, b in map(parts, PROMPTS)
     )
 
 
-def _parts(prompt: str) -> tuple[str, str]:
+def parts(prompt: str) -> tuple[str, str]:
+    """Splits a prompt of PROMPTS: a colour, a number or a noun, and a noun in the singular."""
     first, _, second = prompt.replace(" and ", " ").partition(" ")
     return first, second.removesuffix("s") if first in NUMBERS else second
 
@@ -141,10 +144,11 @@ def _counted(captions: Sequence[str], i: int) -> Iterator[Scene]:
 
 
 def _beside(captions: Sequence[str], i: int, things: Sequence[int]) -> Iterator[Scene]:
-    for j in _rng(f"beside:{captions[i]}").choice(things, 8):
+    for n in _rng(f"beside:{captions[i]}").choice(len(things), 8).tolist():
+        j = things[n]
         pair = captions[i], captions[j]
         if i != j and not is_kept_out(*pair) and all("and" not in c.split() for c in pair):
-            yield Scene(" and ".join(pair), (i, int(j)))
+            yield Scene(" and ".join(pair), (i, j))
             return
 
 

@@ -4,10 +4,16 @@ from pathlib import Path
 
 from microdit_jax.encoders.patch_pca import PatchPCA
 from microdit_jax.encoders.token_table import TokenTable
+from microdit_jax.encoders.word_vectors import WordVectors
 from microdit_jax.errors import UserError
 
 
-def text_encoder(name: str) -> TokenTable:
+def is_text_encoder(name: str) -> bool:
+    """Returns True for a name that `text_encoder` takes, as its beginning tells."""
+    return name.startswith(("table:", "words:"))
+
+
+def text_encoder(name: str) -> TokenTable | WordVectors:
     """Returns the frozen text encoder of that name.
 
     Raises:
@@ -15,8 +21,10 @@ def text_encoder(name: str) -> TokenTable:
     """
     if name.startswith("table:"):
         return TokenTable.from_name(name)
+    if name.startswith("words:"):
+        return WordVectors.from_name(name)
     raise UserError(
-        f"text encoder must be table:width=W,tokens=L,seed=S, found {name!r}; "
+        f"text encoder must be table:width=W,tokens=L,seed=S or words:tokens=L, found {name!r}; "
         "pretrained towers are loaded by microdit_jax.assets.load.load_text_encoder"
     )
 

@@ -112,9 +112,7 @@ def _write(
             captions[split] = [scene.caption for scene in scenes]
             chosen_latents = codec.encode(np.stack(painted)) * np.float32(codec.scaling_factor)
         embeddings = text_encoder.encode_text(captions[split]).astype(np.float16)
-        np.savez(
-            folder / f"{split}.npz", latents=chosen_latents, caption_latents=embeddings
-        )
+        np.savez(folder / f"{split}.npz", latents=chosen_latents, caption_latents=embeddings)
     (folder / "captions.json").write_text(json.dumps(captions, ensure_ascii=False, indent=0))
     codec.save(folder / "codec")
     meta = {

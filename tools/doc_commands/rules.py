@@ -48,12 +48,12 @@ RULES = (
     Rule("accelerator", r"configs/recipe\.py:mesh=-1x8x1|configs/res_256_pretrain\.py --workdir"),
     Rule("accelerator", r"configs/recipe\.py --workdir"),
     Rule("cluster", r"sbatch|xpk |gcloud |coordinator_address"),
-    Rule("hours", r"configs/instant\.py|configs/distill\.py|out/instant/|out/student"),
-    Rule("hours", r"benchmarks\.(captions|sampling|slow_store|race)\b"),
+    Rule("hours", r"configs/instant2?\.py|configs/distill\.py|out/instant2?/|out/student"),
+    Rule("hours", r"benchmarks\.(captions|instant2|sampling|slow_store|race)\b"),
     Rule("hours", r"benchmarks\.(loop_overhead|against_reference)\b"),
     Rule("hours", r"microdit_jax\.xla\.bench --what"),
     Rule("own target", r"^make (?!demo)|^eval .*make"),
-    Rule("own target", r"tools\.damage|tests/test_|fuzz\.replay|pre-commit"),
+    Rule("own target", r"tools\.(damage|word_vectors)|tests/test_|fuzz\.replay|pre-commit"),
     Rule("root", r"tools\.faults"),
 )  # fmt: skip
 
