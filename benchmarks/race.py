@@ -2,12 +2,13 @@
 
   python -m benchmarks.race --steps=1400 --out=out/race                        # hours on two cores
   python -m benchmarks.race --candidates=adamw,muon --steps=300 --out=out/short
+  python -m benchmarks.race --count                        # operations, by models/flops.py and XLA
 
 Each candidate is `train` itself on the demo's network and emoji images, all patches from the first
-step. Its learning rate is found by the same small search, on a seed and with a part of the steps
-that the race does not use. Then it trains from several seeds, as many steps as cost the first
-candidate's operations (models/flops.py, forward and backward). What the optimiser computes itself
-is told apart, and counts in the plot.
+step unless it masks them. Its learning rate is found by the same small search, on a seed and with a
+part of the steps that the race does not use. Then it trains from several seeds, as many steps as
+cost the first candidate's operations (models/flops.py, forward and backward). What the optimiser
+computes itself is told apart, and counts in the plot.
 
 A result is written as soon as it is there, and the same command again goes on from there: --out has
 results/*.json, one for each run, table.md and loss.png.
@@ -22,7 +23,8 @@ from pathlib import Path
 
 from absl import flags
 
-from benchmarks.race_runs import CANDIDATES, race
+from benchmarks.race_count import table
+from benchmarks.race_runs import CANDIDATES, Settings, race
 from configs import demo
 from microdit_jax.commands.cli import absl_command
 from microdit_jax.errors import UserError
@@ -36,6 +38,11 @@ SHARE = flags.DEFINE_float(
     "search_share", 0.5, "Steps of the search's runs, over --steps; 0: none."
 )
 IMAGES = flags.DEFINE_integer("score_images", 2000, "Samples scored at each run's end; 0: none.")
+POINTS = flags.DEFINE_integer("evaluations", 4, "Points of a run's curve.", lower_bound=1)
+DRAWS = flags.DEFINE_integer(
+    "noise_samples", 8, "Noise samples of a held-out image.", lower_bound=1
+)
+COUNT = flags.DEFINE_bool("count", False, "Count operations of single steps, and train nothing.")
 BATCH = flags.DEFINE_integer("batch_size", 64, "Images of a step.", lower_bound=1)
 DATA = flags.DEFINE_string("data", "out/data/twemoji", "The prepared images, made if missing.")
 OUT = flags.DEFINE_string("out", "out/race", "Folder for everything.")
@@ -46,11 +53,14 @@ def main():
     names, out = NAMES.value, Path(OUT.value)
     if unknown := [name for name in names if name not in CANDIDATES]:
         raise UserError(f"--candidates takes {', '.join(CANDIDATES)}, found {', '.join(unknown)}")
-    check_writable(out, folder=True)
     base = demo.get_config("finetune")
     base.train.batch_size = BATCH.value
+    if COUNT.value:
+        return print(table(names, base))
+    check_writable(out, folder=True)
+    settings = Settings(DATA.value, POINTS.value, DRAWS.value, IMAGES.value)
     race(
-        names, base, DATA.value, out, steps=STEPS.value, seeds=SEEDS.value,
-        rate=RATE.value, search_share=SHARE.value, score_images=IMAGES.value,
+        names, base, settings, out, steps=STEPS.value, seeds=SEEDS.value, rate=RATE.value,
+        search_share=SHARE.value,
     )  # fmt: skip
     print((out / "table.md").read_text())

@@ -11,28 +11,107 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from benchmarks import standings
+from benchmarks.trials import TRIALS
 from microdit_jax.encoders.registry import text_encoder
 from microdit_jax.errors import UserError
 from microdit_jax.files import read_json, write_bytes, write_json, write_text
-from microdit_jax.models import flops
 from microdit_jax.models.dit import abstract_params
 from microdit_jax.train import train
 from microdit_jax.training import muon
 from microdit_jax.training.config import model_config, over_forward
 from microdit_jax.training.evaluation import EVALUATORS, Entry
+from microdit_jax.training.evaluators.heldout_loss import HeldoutLossEvaluator
 from microdit_jax.training.evaluators.samples import SampleScores
 from microdit_jax.training.metric_writer import read_metrics
 from microdit_jax.training.step import TrainState
 
-# Values of a candidate's configuration; the first one's steps set how many operations all have.
-CANDIDATES: dict[str, dict[str, Any]] = {
-    "adamw": {},
-    "muon": {"optim.name": "muon"},
-}
-
 SEARCH_SEED, FIRST_SEED = 1000, 18
 SEARCH_MOVES = 3  # in one direction
-EVALUATIONS = 4  # of a run: points of its curve
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """A part of a candidate's training; the state goes from one stage to the next.
+
+    Attributes:
+      share: of the operations that a run has.
+      batch: images of a step, over the race's.
+      values: of the configuration, by path.
+    """
+
+    share: float = 1.0
+    batch: float = 1.0
+    values: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """What a candidate changes of the race's configuration.
+
+    Attributes:
+      values: of the configuration, by path.
+      stages: its training's parts, whose shares sum to 1.
+      rate: learning rate over the one that searches begin at, or that stands in for a search.
+      against: the candidate that it is compared with, where that one runs too.
+      trial: the name of what `benchmarks.trials` has for it; "" for the package's own code.
+    """
+
+    values: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    stages: Sequence[Stage] = (Stage(),)
+    rate: float = 1.0
+    against: str = ""
+    trial: str = ""
+
+
+def _masked(trial: str = "", *, unmasked: float = 0.0) -> Candidate:
+    """A candidate that drops 75 % of the patches, and none for a last share of its operations."""
+    first = Stage(1 - unmasked, values={"train.mask_ratio": 0.75})
+    stages = (first, Stage(unmasked)) if unmasked else (first,)
+    against = ("masked_tuned" if unmasked else "masked") if trial else ""
+    return Candidate(stages=stages, against=against, trial=trial)
+
+
+# The first one's steps set how many operations all have.
+CANDIDATES: dict[str, Candidate] = {
+    "adamw": Candidate(),
+    "masked": _masked(),
+    "fused": _masked("fused"),
+    "routed": _masked("routed"),
+    "value_residual": Candidate(trial="value_residual"),
+    "wsd": Candidate(trial="wsd"),
+    "growing": Candidate(stages=(Stage(0.5, batch=0.5), Stage(0.5))),
+    "uncertainty": Candidate(trial="uncertainty"),
+    "masked_tuned": _masked(unmasked=0.25),
+    "fused_tuned": _masked("fused", unmasked=0.25),
+    "routed_tuned": _masked("routed", unmasked=0.25),
+    "drop_0": Candidate({"data.caption_drop": 0.0}),
+    "drop_0.2": Candidate({"data.caption_drop": 0.2}),
+    # Its search ended at twice AdamW's rate.
+    "muon": Candidate({"optim.name": "muon"}, rate=2.0),
+}
+
+
+class Curve(HeldoutLossEvaluator):
+    """The held-out loss, but not before the first step, where all are alike."""
+
+    at_start = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What all runs of a race share, beside their configuration.
+
+    Attributes:
+      data: folder of the prepared images.
+      evaluations: points of a run's curve.
+      noise_samples: for each held-out image.
+      score_images: samples scored at a run's end; 0 for none.
+    """
+
+    data: str
+    evaluations: int = 4
+    noise_samples: int = 8
+    score_images: int = 0
 
 
 class FinalScores(SampleScores):
@@ -46,77 +125,109 @@ class FinalScores(SampleScores):
 
 @dataclasses.dataclass(frozen=True)
 class Entrant:
-    """One run: a candidate with a learning rate, a seed and a number of steps."""
+    """One run: a candidate with a learning rate, a seed and the steps of each of its stages."""
 
     candidate: str
     rate: float
     seed: int
-    steps: int
+    parts: tuple[int, ...]
+
+    @property
+    def steps(self) -> int:
+        """Steps of all stages."""
+        return sum(self.parts)
 
     @property
     def name(self) -> str:
-        return f"{self.candidate}_{self.rate:.3g}_{self.steps}_{self.seed}"
+        parts = "+".join(map(str, self.parts))
+        return f"{self.candidate}_{self.rate:.3g}_{parts}_{self.seed}"
 
 
 # ------------------------------------------------------------------ one run
-def run_config(entrant: Entrant, base: ConfigDict, data: str, *, score_images: int) -> ConfigDict:
-    """Returns the configuration of a run: `base` with the candidate's values and its own steps."""
-    config = base.copy_and_resolve_references()
-    for name, value in CANDIDATES[entrant.candidate].items():
-        config.update_from_flattened_dict({name: value})
-    config.init_from, config.seed = "", entrant.seed
-    config.data.datasets = ({"source": "twemoji", "folder": data, "weight": 1.0},)
-    config.data.heldout.folder = data
-    warmup = max(1, entrant.steps // 14)  # the demo's share
-    config.optim.update(learning_rate=entrant.rate, warmup_steps=warmup, decay_steps=entrant.steps)
-    config.ema.enabled = False  # its length would be a choice of its own; the rate ends near 0
-    every = max(1, entrant.steps // EVALUATIONS)
-    config.train.update(
-        steps=entrant.steps, mask_ratio=0.0, log_every=max(1, every // 2), eval_every=every,
-        checkpoint_every=every,
-    )  # fmt: skip
-    config.eval.update(
-        evaluators=("heldout_loss", "final_scores"), score_images=score_images,
-        num_inference_steps=10,
-    )  # fmt: skip
-    config.log.tensorboard = False
-    return config
+def run_configs(entrant: Entrant, base: ConfigDict, settings: Settings) -> list[ConfigDict]:
+    """Returns the configuration of each stage of a run: `base` with the candidate's values."""
+    candidate, configs, done = CANDIDATES[entrant.candidate], [], 0
+    every = max(1, entrant.steps // settings.evaluations)
+    for stage, steps in zip(candidate.stages, entrant.parts, strict=True):
+        done += steps
+        config = base.copy_and_resolve_references()
+        config.init_from, config.seed = "", entrant.seed
+        data = settings.data
+        config.data.datasets = ({"source": "twemoji", "folder": data, "weight": 1.0},)
+        config.data.heldout.folder = data
+        warmup = max(1, entrant.steps // 14)  # the demo's share
+        config.optim.update(
+            learning_rate=entrant.rate, warmup_steps=warmup, decay_steps=entrant.steps
+        )
+        # An average's length would be a choice of its own; the rate ends near 0.
+        config.ema.enabled = False
+        config.train.update(
+            steps=done, mask_ratio=0.0, log_every=max(1, every // 2), eval_every=every,
+            checkpoint_every=every, batch_size=round(stage.batch * config.train.batch_size),
+        )  # fmt: skip
+        config.eval.update(
+            evaluators=("race_loss", "final_scores"), draws=settings.noise_samples,
+            score_images=settings.score_images if done == entrant.steps else 0,
+            num_inference_steps=10,
+        )  # fmt: skip
+        config.log.tensorboard = False
+        for values in (candidate.values, stage.values):
+            for name, value in values.items():
+                config.update_from_flattened_dict({name: value})
+        configs.append(config)
+    return configs
 
 
-def operations(config: ConfigDict) -> tuple[int, int]:
+def operations(config: ConfigDict, trial: str = "") -> tuple[int, int]:
     """Returns the operations of a step: the network's, forward and backward, and the optimiser's.
 
     Sums over elements, such as AdamW's, are not counted, as nowhere in models/flops.py.
     """
     cfg, run = model_config(config), config.train
     tokens = text_encoder(config.data.text_encoder).max_tokens
-    network = over_forward(config) * flops.forward_flops(cfg, run.mask_ratio, tokens)
+    forward = TRIALS[trial].forward_flops(cfg, run.mask_ratio, tokens)
     own = muon.update_flops(abstract_params(cfg)) if config.optim.name == "muon" else 0
-    return network * run.batch_size, own
+    return over_forward(config) * forward * run.batch_size, own
 
 
-def measure(entrant: Entrant, config: ConfigDict, out: Path) -> dict[str, Any]:
-    """Trains, unless its result is there already, and writes the result."""
+def measure(entrant: Entrant, configs: Sequence[ConfigDict], out: Path) -> dict[str, Any]:
+    """Trains all stages, unless the result is there already, and writes the result."""
     path = out / "results" / f"{entrant.name}.json"
     if path.is_file():
         return read_json(path)
     EVALUATORS["final_scores"] = Entry(FinalScores, switch="score_images")
-    workdir, begin = out / "runs" / entrant.name, time.monotonic()
-    if int(train(config, workdir).step) < entrant.steps:
-        raise UserError(f"{workdir} was stopped; the same command goes on")
-    lines = read_metrics(workdir)
-    network, own = operations(config)
-    curve = [{"step": x["step"], **x["heldout"]["raw"]} for x in lines if "heldout" in x]
-    scores = [line["samples"] for line in lines if "samples" in line]
-    seconds = [line["speed"]["seconds_per_step"] for line in lines if "speed" in line]
+    EVALUATORS["race_loss"] = Entry(Curve)
+    trial, begin = CANDIDATES[entrant.candidate].trial, time.monotonic()
+    curve, scores, seconds, network, own, done = [], {}, [], 0, 0, 0
+    workdir = None
+    for i, config in enumerate(configs):
+        if workdir is not None:
+            config.init_from = str(workdir)
+        workdir = out / "runs" / entrant.name / str(i)
+        with TRIALS[trial].installed():
+            if int(train(config, workdir).step) < config.train.steps:
+                raise UserError(f"{workdir} was stopped; the same command goes on")
+        of_network, of_optimizer = operations(config, trial)
+        for line in read_metrics(workdir):
+            if "heldout" in line:
+                steps = line["step"] - done
+                point = {
+                    "network_flops": network + steps * of_network,
+                    "optimizer_flops": own + steps * of_optimizer,
+                }
+                curve.append({"step": line["step"], **point, **line["heldout"]["raw"]})
+            scores = line.get("samples", scores)
+            if "speed" in line:
+                seconds.append(line["speed"]["seconds_per_step"])
+        network += (config.train.steps - done) * of_network
+        own += (config.train.steps - done) * of_optimizer
+        done = config.train.steps
     result = {
         **dataclasses.asdict(entrant),
-        "network_flops_per_step": network,
-        "optimizer_flops_per_step": own,
         "seconds_per_step": float(np.median(seconds)),
         "seconds": time.monotonic() - begin,
         "curve": curve,
-        "scores": scores[-1] if scores else {},
+        "scores": scores,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, result)
@@ -145,39 +256,48 @@ def tuned(loss_of: Callable[[float], float], begin: float) -> float:
 
 # ------------------------------------------------------------------ all of them
 def race(
-    names: Sequence[str], base: ConfigDict, data: str, out: Path, *, steps: int, seeds: int,
-    rate: float, search_share: float, score_images: int,
+    names: Sequence[str], base: ConfigDict, settings: Settings, out: Path, *, steps: int,
+    seeds: int, rate: float, search_share: float,
 ) -> dict[str, list[dict[str, Any]]]:  # fmt: skip
     """Runs what has no result yet, and returns all results of each candidate's seeds.
 
     After each run of a seed, the table and the plot are written anew.
     """
 
-    def result(entrant: Entrant, images: int) -> dict[str, Any]:
-        config = run_config(entrant, base, data, score_images=images)
-        return measure(entrant, config, out)
+    def result(entrant: Entrant, settings: Settings) -> dict[str, Any]:
+        return measure(entrant, run_configs(entrant, base, settings), out)
 
-    def step_flops(name: str) -> int:
-        return operations(run_config(Entrant(name, rate, 0, steps), base, data, score_images=0))[0]
+    def step_flops(name: str) -> list[int]:
+        candidate = CANDIDATES[name]
+        entrant = Entrant(name, rate, 0, (2,) * len(candidate.stages))
+        configs = run_configs(entrant, base, settings)
+        return [operations(config, candidate.trial)[0] for config in configs]
 
-    count = {name: round(steps * step_flops(names[0]) / step_flops(name)) for name in names}
+    whole = steps * step_flops(names[0])[0]
+
+    def entrant(name: str, rate: float, seed: int, share: float = 1.0) -> Entrant:
+        """Returns the run that has this share of the first candidate's operations."""
+        stages = zip(CANDIDATES[name].stages, step_flops(name), strict=True)
+        parts = [max(1, round(share * stage.share * whole / flops)) for stage, flops in stages]
+        return Entrant(name, rate, seed, tuple(parts))
 
     def search(name: str) -> float:
-        """Finds a candidate's learning rate; without a search it is the one that all begin at."""
-        part = round(search_share * count[name])
+        """Finds a candidate's learning rate; without a search it is the one that it begins at."""
 
         def loss(rate: float) -> float:
-            return final_loss(result(Entrant(name, rate, SEARCH_SEED, part), 0))
+            run = entrant(name, rate, SEARCH_SEED, search_share)
+            return final_loss(result(run, dataclasses.replace(settings, score_images=0)))
 
-        return tuned(loss, rate) if part else rate
+        begin = rate * CANDIDATES[name].rate
+        return tuned(loss, begin) if search_share else begin
 
     rates = {name: search(name) for name in names}
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+    rivals = {name: CANDIDATES[name].against or names[0] for name in names}
     for seed in range(FIRST_SEED, FIRST_SEED + seeds):
         for name in names:
-            entrant = Entrant(name, rates[name], seed, count[name])
-            found[name].append(result(entrant, score_images))
+            found[name].append(result(entrant(name, rates[name], seed), settings))
             done = {name: results for name, results in found.items() if results}
-            write_text(out / "table.md", standings.table(done))
+            write_text(out / "table.md", standings.table(done, rivals))
             write_bytes(out / "loss.png", standings.plot(done))
     return found

@@ -44,12 +44,16 @@ class Interval:
         return "lower" if self.mean < other.mean else "higher"
 
 
-def reached(results: Sequence[Result], loss: float) -> float | None:
-    """Returns the operations, the optimiser's included, after which the seeds' mean loss is `loss`.
+def reached(results: Sequence[Result], loss: float, *, own: bool = True) -> float | None:
+    """Returns the operations after which the seeds' mean loss is `loss`; None if it never is.
 
-    Between two evaluations on a straight line; None if it is not reached.
+    Between two evaluations on a straight line.
+
+    Args:
+      own: also count the optimiser's own operations.
     """
-    flops_at, losses = mean_curve(results)
+    flops_at, by_seed = curves(results, own=own)
+    losses = by_seed.mean(0)
     below = np.flatnonzero(losses <= loss)
     if not len(below):
         return None
@@ -60,27 +64,30 @@ def reached(results: Sequence[Result], loss: float) -> float | None:
     return float(flops_at[i - 1] + part * (flops_at[i] - flops_at[i - 1]))
 
 
-def mean_curve(
-    results: Sequence[Result],
-) -> tuple[Float[np.ndarray, " p"], Float[np.ndarray, " p"]]:
-    """Returns the operations at each evaluation and the seeds' mean loss there, each (points,)."""
-    flops_at, losses = curves(results)
-    return flops_at, losses.mean(0)
-
-
 def curves(
-    results: Sequence[Result],
+    results: Sequence[Result], *, own: bool = True
 ) -> tuple[Float[np.ndarray, " p"], Float[np.ndarray, "seeds p"]]:
     """Returns the operations and the losses at each evaluation."""
-    first = results[0]
-    per_step = first["network_flops_per_step"] + first["optimizer_flops_per_step"]
-    steps = np.array([point["step"] for point in first["curve"]], float)
+    flops_at = [
+        point["network_flops"] + own * point["optimizer_flops"] for point in results[0]["curve"]
+    ]
     losses = [[point["right"] for point in result["curve"]] for result in results]
-    return per_step * steps, np.array(losses, float)
+    return np.array(flops_at, float), np.array(losses, float)
 
 
-def table(found: Mapping[str, Sequence[Result]]) -> str:
-    """Returns the results as Markdown; the first candidate is what the others are compared with."""
+def paired(results: Sequence[Result], others: Sequence[Result]) -> Interval:
+    """The interval of the differences in final loss between runs of the same seed."""
+    finals = [{each["seed"]: each["curve"][-1]["right"] for each in of} for of in (results, others)]
+    seeds = finals[0].keys() & finals[1].keys()
+    return Interval.of([finals[0][seed] - finals[1][seed] for seed in sorted(seeds)])
+
+
+def table(found: Mapping[str, Sequence[Result]], rivals: Mapping[str, str]) -> str:
+    """Returns the results as Markdown.
+
+    Args:
+      rivals: the candidate that each one is compared with; the first if that one is not there.
+    """
 
     def of(results, *path):
         values = []
@@ -100,25 +107,26 @@ def table(found: Mapping[str, Sequence[Result]]) -> str:
     }
     if all("frechet_small" in result["scores"] for each in found.values() for result in each):
         figures["frechet_small"] = ("scores", "frechet_small")
-    head = ["candidate", "seeds", "steps", "rate", *figures, f"loss against {yardstick}"]
-    head += ["optimiser's operations", f"operations to {yardstick}'s loss", "the network's alone"]
+    head = ["candidate", "seeds", "steps", "rate", *figures, "loss against", "of the same seed"]
+    head += ["optimiser's operations", "operations to that loss", "the network's alone"]
     head.append("s a step")
     rows = [head, ["---"] * len(head)]
-    target = of(first, "curve", -1, "right").mean
-    whole = curves(first)[0][-1]
-    network = first[0]["network_flops_per_step"] * first[0]["curve"][-1]["step"]
     for name, results in found.items():
-        one = results[0]
-        row = [name, str(len(results)), str(one["steps"]), f"{one['rate']:.3g}"]
+        last = results[0]["curve"][-1]
+        row = [name, str(len(results)), "+".join(map(str, results[0]["parts"]))]
+        row.append(f"{results[0]['rate']:.3g}")
         row += [str(of(results, *path)) for path in figures.values()]
-        loss = of(results, "curve", -1, "right")
-        row.append("" if name == yardstick else loss.against(of(first, "curve", -1, "right")))
-        row.append(f"{one['optimizer_flops_per_step'] / one['network_flops_per_step']:+.0%}")
-        needed = reached(results, target)
-        own = one["optimizer_flops_per_step"] / one["network_flops_per_step"]
-        row += ["not reached"] * 2
-        if needed is not None:
-            row[-2:] = [f"{needed / whole:.2f}x", f"{needed / (1 + own) / network:.2f}x"]
+        rival = rivals[name] if rivals[name] in found else yardstick
+        other = found[rival]
+        loss, target = (of(each, "curve", -1, "right") for each in (results, other))
+        same = name == rival
+        row += (
+            ["", ""] if same else [f"{loss.against(target)}: {rival}", str(paired(results, other))]
+        )
+        row.append(f"{last['optimizer_flops'] / last['network_flops']:+.0%}")
+        for own in (True, False):
+            needed, whole = reached(results, target.mean, own=own), curves(other, own=own)[0][-1]
+            row.append("not reached" if needed is None else f"{needed / whole:.2f}x")
         row.append(f"{np.median([result['seconds_per_step'] for result in results]):.2f}")
         rows.append(row)
     levels = list(first[0]["curve"][-1]["by_sigma"])
@@ -140,8 +148,10 @@ def plot(found: Mapping[str, Sequence[Result]]) -> bytes:
     panel = figure.subplots()
     for i, (name, results) in enumerate(found.items()):
         flops_at, losses = curves(results)
-        panel.plot(flops_at / 1e12, losses.mean(0), marker="o", ms=3, color=f"C{i}", label=name)
-        panel.fill_between(flops_at / 1e12, losses.min(0), losses.max(0), color=f"C{i}", alpha=0.2)
+        line = {"color": f"C{i % 10}", "ls": "-" if i < 10 else "--"}
+        panel.plot(flops_at / 1e12, losses.mean(0), marker="o", ms=3, label=name, **line)
+        band = losses.min(0), losses.max(0)
+        panel.fill_between(flops_at / 1e12, *band, color=line["color"], alpha=0.2)
     panel.set_xlabel("TFLOP, the optimiser's included")
     panel.set_ylabel("held-out loss, right captions")
     panel.grid(alpha=0.3)

@@ -1,26 +1,32 @@
 """The race: its search, its figures by hand, what is measured twice, and one small run of it."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from test_train import tiny_config
 
 from benchmarks import race_runs, standings
+from benchmarks.race_runs import Candidate, Stage
 from configs import demo
 from microdit_jax.models import flops
 from microdit_jax.training.config import model_config
+
+SETTINGS = race_runs.Settings("data", score_images=4)
 
 
 def fake_result(entrant, losses, *, own=0, score=0.5):
     """A result as `race_runs.measure` writes it; a step costs 100 + own operations."""
     levels = {"0.5": 0.1, "1": None}
     curve = [
-        {"step": step, "right": loss, "shuffled": 1.0, "ratio": loss, "by_sigma": levels}
+        {
+            "step": step, "network_flops": 100 * step, "optimizer_flops": own * step,
+            "right": loss, "shuffled": 1.0, "ratio": loss, "by_sigma": levels,
+        }
         for step, loss in zip((0, 10, 20), losses, strict=True)
-    ]
+    ]  # fmt: skip
     return {
-        "candidate": entrant.candidate, "rate": entrant.rate, "seed": entrant.seed,
-        "steps": entrant.steps, "network_flops_per_step": 100, "optimizer_flops_per_step": own,
-        "seconds_per_step": 0.3, "seconds": 9.0, "curve": curve,
+        **dataclasses.asdict(entrant), "seconds_per_step": 0.3, "seconds": 9.0, "curve": curve,
         "scores": {"frechet_small": score},
     }  # fmt: skip
 
@@ -48,28 +54,50 @@ def test_an_interval_by_hand():
 
 
 def test_operations_until_a_loss_is_reached():
-    entrant = race_runs.Entrant("muon", 1e-3, 0, 20)
+    entrant = race_runs.Entrant("muon", 1e-3, 0, (20,))
     results = [fake_result(entrant, losses, own=50) for losses in ((1.0, 0.6, 0.2), (1.0, 0.4, 0))]
     assert standings.reached(results, 0.75) == pytest.approx(150 * 5)  # means are 1, 0.5 and 0.1
     assert standings.reached(results, 0.3) == pytest.approx(150 * 15)
+    assert standings.reached(results, 0.3, own=False) == pytest.approx(100 * 15)
     assert standings.reached(results, 0.05) is None
+
+
+def test_differences_are_those_of_one_seed():
+    runs = [
+        [
+            fake_result(race_runs.Entrant("adamw", 1e-3, seed, (20,)), (1.0, 0.9, loss + more))
+            for seed, loss in enumerate((0.5, 0.9, 0.1))
+        ]
+        for more in (0.01, 0.0)
+    ]
+    found = standings.paired(runs[0], runs[1][::-1])
+    assert found.mean == pytest.approx(0.01) and found.half < 1e-6
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_operations_of_a_step(name):
-    entrant = race_runs.Entrant(name, 1e-3, 0, 20)
-    config = race_runs.run_config(entrant, demo.get_config("finetune"), "d", score_images=0)
+    entrant = race_runs.Entrant(name, 1e-3, 0, (20,))
+    (config,) = race_runs.run_configs(entrant, demo.get_config("finetune"), SETTINGS)
     network, own = race_runs.operations(config)
     assert network == 64 * flops.train_flops(model_config(config), 0.0, 16)
     assert (own > 0) == (name == "muon")
     assert config.optim.name == name and config.init_from == "" and config.optim.decay_steps == 20
 
 
+def test_stages_go_on_with_one_schedule():
+    entrant = race_runs.Entrant("growing", 1e-3, 7, (20, 10))
+    configs = race_runs.run_configs(entrant, demo.get_config("finetune"), SETTINGS)
+    assert [config.train.steps for config in configs] == [20, 30]
+    assert [config.train.batch_size for config in configs] == [32, 64]
+    assert {config.optim.decay_steps for config in configs} == {30}
+    assert entrant.name == "growing_0.001_20+10_7"
+
+
 def test_a_race_from_search_to_table(monkeypatch, tmp_path):
     """With a made-up loss: each rate is searched apart, all seeds run, the table says who won."""
     seen = []
 
-    def measure(entrant, config, out):
+    def measure(entrant, configs, out):
         seen.append(entrant)
         best = {"adamw": 4e-3, "muon": 2e-3}[entrant.candidate]
         loss = {"adamw": 0.6, "muon": 0.3}[entrant.candidate]
@@ -78,8 +106,10 @@ def test_a_race_from_search_to_table(monkeypatch, tmp_path):
 
     monkeypatch.setattr(race_runs, "measure", measure)
     base = demo.get_config("finetune")
-    settings = {"steps": 20, "seeds": 3, "rate": 2e-3, "search_share": 0.5, "score_images": 4}
-    found = race_runs.race(["adamw", "muon"], base, "data", tmp_path, **settings)
+    candidates = {"adamw": Candidate(), "muon": Candidate({"optim.name": "muon"})}
+    monkeypatch.setattr(race_runs, "CANDIDATES", candidates)
+    lengths = {"steps": 20, "seeds": 3, "rate": 2e-3, "search_share": 0.5}
+    found = race_runs.race(["adamw", "muon"], base, SETTINGS, tmp_path, **lengths)
     finals = [entrant for entrant in seen if entrant.seed != race_runs.SEARCH_SEED]
     assert {(e.candidate, e.rate, e.steps) for e in finals} == {
         ("adamw", 4e-3, 20), ("muon", 2e-3, 20)
@@ -88,7 +118,7 @@ def test_a_race_from_search_to_table(monkeypatch, tmp_path):
     assert {e.seed for e in finals} == {18, 19, 20} and len(found["muon"]) == 3
     table = (tmp_path / "table.md").read_text()
     row = next(line for line in table.splitlines() if line.startswith("| muon | 3 |"))
-    assert "| lower | +50% |" in row and "0.301 ± 0.0025" in row
+    assert "| lower: adamw | -0.3 ± " in row and "| +50% |" in row and "0.301 ± 0.0025" in row
     assert (
         "| 1.12x | 0.75x |" in row
     )  # 15 of 20 steps, of 150 operations each where others take 100
@@ -99,14 +129,21 @@ def test_a_race_from_search_to_table(monkeypatch, tmp_path):
 def test_a_run_is_measured_once(monkeypatch, tmp_path):
     base = tiny_config(tmp_path, "finetune")
     base.model.options.update(depth=1, patch_mixer_depth=1)
-    entrant = race_runs.Entrant("muon", 1e-2, 1, 2)
-    config = race_runs.run_config(entrant, base, str(tmp_path / "data"), score_images=0)
-    result = race_runs.measure(entrant, config, tmp_path)
-    assert [point["step"] for point in result["curve"]] == [0, 1, 2]
-    assert 0 < race_runs.final_loss(result) < 3 and result["optimizer_flops_per_step"] > 0
+    entrant = race_runs.Entrant("muon", 1e-2, 1, (1, 1))
+    stages = (Stage(0.5, batch=0.5), Stage(0.5))
+    candidate = Candidate({"optim.name": "muon"}, stages)
+    monkeypatch.setitem(race_runs.CANDIDATES, "muon", candidate)
+    settings = race_runs.Settings(str(tmp_path / "data"), evaluations=2, noise_samples=1)
+    configs = race_runs.run_configs(entrant, base, settings)
+    result = race_runs.measure(entrant, configs, tmp_path)
+    assert [point["step"] for point in result["curve"]] == [1, 2]
+    first, last = (point["network_flops"] for point in result["curve"])
+    assert last == 3 * first  # the second step has twice the images
+    assert 0 < race_runs.final_loss(result) < 3 and result["curve"][-1]["optimizer_flops"] > 0
 
     def train(*_):
         raise AssertionError("trained again")
 
     monkeypatch.setattr(race_runs, "train", train)
-    assert race_runs.measure(entrant, config, tmp_path) == result
+    again = race_runs.measure(entrant, configs, tmp_path)
+    assert again == result | {"parts": [1, 1]}
