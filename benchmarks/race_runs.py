@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -18,7 +19,7 @@ from microdit_jax.files import read_json, write_bytes, write_json, write_text
 from microdit_jax.models.dit import abstract_params
 from microdit_jax.train import train
 from microdit_jax.training import muon
-from microdit_jax.training.config import model_config, over_forward
+from microdit_jax.training.config import make_step, model_config, over_forward
 from microdit_jax.training.evaluation import EVALUATORS, Entry
 from microdit_jax.training.evaluators.heldout_loss import HeldoutLossEvaluator
 from microdit_jax.training.evaluators.samples import SampleScores
@@ -190,6 +191,16 @@ def operations(config: ConfigDict, trial: str = "") -> tuple[int, int]:
     return over_forward(config) * forward * run.batch_size, own
 
 
+def one_noise(config: ConfigDict, *arguments: Any) -> Any:
+    """Returns the training step with the noise of one seed, so that all compile to one program.
+
+    Seeds still differ in the first weights and in the images of each step.
+    """
+    config = config.copy_and_resolve_references()
+    config.seed = FIRST_SEED
+    return make_step(config, *arguments)
+
+
 def measure(entrant: Entrant, configs: Sequence[ConfigDict], out: Path) -> dict[str, Any]:
     """Trains all stages, unless the result is there already, and writes the result."""
     path = out / "results" / f"{entrant.name}.json"
@@ -204,7 +215,7 @@ def measure(entrant: Entrant, configs: Sequence[ConfigDict], out: Path) -> dict[
         if workdir is not None:
             config.init_from = str(workdir)
         workdir = out / "runs" / entrant.name / str(i)
-        with TRIALS[trial].installed():
+        with TRIALS[trial].installed(), mock.patch("microdit_jax.train.make_step", one_noise):
             if int(train(config, workdir).step) < config.train.steps:
                 raise UserError(f"{workdir} was stopped; the same command goes on")
         of_network, of_optimizer = operations(config, trial)

@@ -124,7 +124,7 @@ class Rejoined(DiT):
         for block in self.blocks[:-1]:
             x = block(x, caption.tokens, c, next(keys_values, None), caption.lengths)
         if mask is not None:
-            stand_in = self.mask_token.astype(x.dtype) if self.fuses else before
+            stand_in = self.mask_token.astype(x.dtype)[None, None] if self.fuses else before
             dropped = mask.dropped[:, :, None].astype(x.dtype)  # (n, t, 1)
             x = masking.restore_tokens(x, mask) + dropped * stand_in  # (n, t, d)
         if self.fuses:

@@ -17,24 +17,31 @@ from microdit_jax.models import dit
 from microdit_jax.training import loss as training_loss
 
 BATCH = {
-    "latents": np.random.default_rng(0).normal(size=(3, 8, 8, 4)).astype(np.float32),
-    "caption_latents": np.random.default_rng(1).normal(size=(3, 5, 24)).astype(np.float32),
-    "position": np.arange(3, dtype=np.int32),
+    "latents": jnp.asarray(np.random.default_rng(0).normal(size=(3, 8, 8, 4)), jnp.float32),
+    "caption_latents": jnp.asarray(np.random.default_rng(1).normal(size=(3, 5, 24)), jnp.float32),
+    "position": jnp.arange(3, dtype=jnp.int32),
 }
 
 
 def randomised(network) -> Any:
     """Weights of a network, none of them zero."""
     x, y = jnp.zeros((1, 8, 8, 4)), jnp.zeros((1, 1, 24))
-    params = network(CONFIG).init(jax.random.key(0), x, jnp.zeros(1), y)["params"]
+    init = jax.eval_shape(network(CONFIG).init, jax.random.key(0), x, jnp.zeros(1), y)
+    random = np.random.default_rng(0)
     return jax.tree.map(
-        lambda leaf: leaf + 0.1 * np.random.default_rng(leaf.size).normal(size=leaf.shape), params
+        lambda leaf: jnp.asarray(0.2 * random.normal(size=leaf.shape), jnp.float32), init["params"]
     )
 
 
 def loss_of(network, params, mask_ratio=0.0, loss=training_loss.batch_loss, **more):
     key = jax.random.key(3)
-    return loss(network(CONFIG), params, BATCH | more, key, edm=EDM, mask_ratio=mask_ratio)[0]
+
+    @jax.jit
+    def run(params):
+        batch = BATCH | more
+        return loss(network(CONFIG), params, batch, key, edm=EDM, mask_ratio=mask_ratio)[0]
+
+    return run(params)
 
 
 def test_values_that_are_not_mixed_change_nothing():
@@ -59,7 +66,7 @@ def test_routed_patches_have_a_loss():
 
 def test_uncertainty_divides_the_loss():
     params = randomised(trials.Uncertain)
-    kept = {"keep_caption": np.ones(3, np.float32)}
+    kept = {"keep_caption": jnp.ones(3, jnp.float32)}
     plain = loss_of(trials.Uncertain, params, loss=trials.uncertain_loss)
     np.testing.assert_array_equal(plain, loss_of(dit.DiT, params))
     head = {"uncertainty": {"kernel": jnp.zeros((32, 1)), "bias": jnp.full((1,), np.log(2.0))}}
