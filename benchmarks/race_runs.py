@@ -47,7 +47,7 @@ class Stage:
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """What a candidate changes of the race's configuration.
+    """Changes to the race's configuration, and the stages of its training.
 
     Attributes:
       values: of the configuration, by path.
@@ -100,7 +100,7 @@ class Curve(HeldoutLossEvaluator):
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What all runs of a race share, beside their configuration.
+    """Settings that all runs of a race share, beside their configuration.
 
     Attributes:
       data: folder of the prepared images.

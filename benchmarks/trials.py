@@ -211,7 +211,7 @@ def stable_then_linear(
 # ------------------------------------------------------------------ all
 @dataclasses.dataclass(frozen=True)
 class Trial:
-    """What takes the place of the recipe's own.
+    """Replacements of the recipe's network, loss and schedule.
 
     Attributes:
       forward_flops: of one image, as models.flops.forward_flops.

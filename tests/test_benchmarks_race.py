@@ -129,6 +129,7 @@ def test_a_race_from_search_to_table(monkeypatch, tmp_path):
 def test_a_run_is_measured_once(monkeypatch, tmp_path):
     base = tiny_config(tmp_path, "finetune")
     base.model.options.update(depth=1, patch_mixer_depth=1)
+    base.train.batch_size = 16
     entrant = race_runs.Entrant("muon", 1e-2, 1, (1, 1))
     stages = (Stage(0.5, batch=0.5), Stage(0.5))
     candidate = Candidate({"optim.name": "muon"}, stages)
