@@ -58,7 +58,7 @@ STEPS = flags.DEFINE_integer(
 )  # fmt: skip
 GUIDANCE = flags.DEFINE_float(
     "guidance_scale", None, "Strength of guidance; 1 means none, 0 the unconditional model; "
-    "default: 5, for a network that was trained on the embedded emoji images 3."
+    "default: that of a run's own evaluations, else 5."
 )  # fmt: skip
 SEED = flags.DEFINE_list(
     "seed", ["2024"], "Seed of the initial noise, or several: all images for each of them."
@@ -126,7 +126,8 @@ def main():
     pipe, model = model_flags.load(MODEL.value)
     edit = pipe.edit(given.image, given.mask)
     if GUIDANCE.value is None and pipe.student is None:
-        chosen[GUIDANCE.name] = guidance.default_scale(pipe.text_encoder, kind)
+        scale = guidance.default_scale(pipe.text_encoder, kind, model.guidance_scale)
+        chosen[GUIDANCE.name] = scale
     sampler = pipe.settings(chosen, edit)
     plan = sampler.plan(pipe.edm)
 

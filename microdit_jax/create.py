@@ -49,6 +49,7 @@ def create_latent_diffusion(
     checkpoint: str | None = None,
     *,
     ema: bool = True,
+    ema_length: float | None = None,
     mesh: MeshChoice = None,
 ) -> LatentDiffusion:
     """Puts a pipeline together, with the reference's arguments and defaults.
@@ -68,6 +69,7 @@ def create_latent_diffusion(
         are neither its own nor released: these are loaded only if they are named here too. Any
         other must be of the sizes asked for.
       ema: of a training run, the moving average of the weights, if it keeps one.
+      ema_length: of a training run, the average of this length from its snapshots.
       mesh: devices to run on: from `sharding.make_mesh`, or `fitting_mesh`; None: the first.
     Raises:
       UserError: something is not there, is damaged, or does not fit the rest.
@@ -75,7 +77,7 @@ def create_latent_diffusion(
     if dit_arch not in ARCHES:
         raise UserError(f"dit_arch must be one of {', '.join(ARCHES)}, found {dit_arch}")
     if checkpoint is not None:
-        model = load_model(checkpoint, ema=ema, dtype=dtype, mesh=mesh)
+        model = load_model(checkpoint, ema=ema, dtype=dtype, mesh=mesh, ema_length=ema_length)
         if model.folder is None:
             asked = {
                 "latent_res": (latent_res, model.config.input_size),
@@ -123,6 +125,7 @@ def load(
     fsdp: int = 0,
     weights: str | None = None,
     base: str | None = None,
+    ema_length: float | None = None,
 ) -> tuple[LatentDiffusion, Model]:
     """Loads a network by name or path with its towers, on all local devices, for the commands.
 
@@ -133,14 +136,16 @@ def load(
       ema: of a training run, the moving average of the weights, if it keeps one.
       dtype: type of the computation; None: a training run's own, else bfloat16, on a CPU float32.
       fsdp: devices over which each weight is split; 0: as few as `fitting_mesh` finds.
-      weights, base: as `assets.load_model` takes them.
+      weights, base, ema_length: as `assets.load_model` takes them.
     Returns:
       The pipeline and the network.
     Raises:
       UserError: something is not there, is damaged, or does not fit the rest.
     """
     mesh = functools.partial(fitting_mesh, fsdp=fsdp)
-    model = load_model(name, ema=ema, dtype=dtype, mesh=mesh, weights=weights, base=base)
+    model = load_model(
+        name, ema=ema, dtype=dtype, mesh=mesh, weights=weights, base=base, ema_length=ema_length
+    )
     if dtype is None and model.folder is None:
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
         model = model.with_dtype(dtype)
@@ -265,8 +270,14 @@ def fitting_mesh(num_bytes: int, *, fsdp: int = 0) -> Mesh | None:
     return sharding.make_mesh(fsdp=fsdp, devices=devices)
 
 
-# Source of a run's held-out images -> rule by which they were chosen
-_HELDOUT_RULES = {"twemoji": "words", "twemoji_things": "things"}
+def emoji_sets(model: Model) -> dict[str, tuple[str, ...]]:
+    """Returns which sets of the embedded images a run trains on and holds out, by split.
+
+    They are those of `data.twemoji.sets_of`; DEFAULT_SETS for a network of another origin.
+    """
+    if model.folder is None:
+        return twemoji.DEFAULT_SETS
+    return twemoji.sets_of(read_run_metadata(model.folder, "config.data")["config"]["data"])
 
 
 def heldout_images(model: Model, count: int) -> tuple[list[str], Float[np.ndarray, "n h w c"]]:
@@ -283,7 +294,7 @@ def heldout_images(model: Model, count: int) -> tuple[list[str], Float[np.ndarra
         )
     needed = ("config.data.heldout.source", "config.data.resolution")
     data = read_run_metadata(model.folder, *needed)["config"]["data"]
-    if data["heldout"]["source"] not in _HELDOUT_RULES:
+    if data["heldout"]["source"] not in twemoji.SETS:
         raise UserError(
             f"held-out captions are those of the embedded images, found a run with held-out data "
             f"from {visible(data['heldout']['source']) or 'nowhere'}; give prompts"
@@ -293,7 +304,7 @@ def heldout_images(model: Model, count: int) -> tuple[list[str], Float[np.ndarra
             f"expected a run on images of up to {MAX_RESOLUTION} pixels, found "
             f"{data['resolution']}; give prompts"
         )
-    images = twemoji.images_of("heldout", _HELDOUT_RULES[data["heldout"]["source"]])
+    images = twemoji.images_of_sets("heldout", emoji_sets(model))
     if not 1 <= count <= len(images):
         raise UserError(f"expected 1 to {len(images)} held-out captions, found {count} asked for")
     chosen = [images[int(i)] for i in np.linspace(0, len(images) - 1, count)]
@@ -315,9 +326,9 @@ def known_words(model: Model) -> Container[str] | None:
         return None
     needed = "config.data.heldout.source"
     source = read_run_metadata(model.folder, needed)["config"]["data"]["heldout"]["source"]
-    if source not in _HELDOUT_RULES:
+    if source not in twemoji.SETS:
         return None
-    seen = twemoji.images_of("train", _HELDOUT_RULES[source])
+    seen = twemoji.images_of_sets("train", emoji_sets(model))
     words = frozenset(word for image in seen for word in image.caption.split())
     table = (model.text_encoder or "").startswith("table:")
     return words if table else NearWords(words)

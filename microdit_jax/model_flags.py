@@ -25,6 +25,10 @@ BASE = flags.DEFINE_string(
     "that is known by its name."
 )  # fmt: skip
 EMA = flags.DEFINE_boolean("ema", True, "Use the moving average of the weights where there is one.")
+EMA_LENGTH = flags.DEFINE_float(
+    "ema_length", None, "Of a run with ema.snapshot_every: the average of this length (sigma_rel, "
+    "such as 0.1), made from its snapshots."
+)  # fmt: skip
 DTYPE = flags.DEFINE_enum(
     "dtype", None, ["float32", "bfloat16"], "Type of the computation; default: a training run's "
     "own, else bfloat16, on a CPU float32."
@@ -73,7 +77,7 @@ WEAKER = flags.DEFINE_string(
 
 # The flags among an image's settings, by the names of images.ImageSettings
 SAMPLER_FLAGS = (SOLVER, SCHEDULE, GUIDANCE, INTERVAL, RESCALE, APG, NEGATIVE_PROMPT, CHURN)
-IMAGE_FLAGS = (VAE, TEXT_ENCODER, EMA, DTYPE)
+IMAGE_FLAGS = (VAE, TEXT_ENCODER, EMA, EMA_LENGTH, DTYPE)
 
 
 def load(name: str, weights: str | None = None) -> "tuple[LatentDiffusion, Model]":

@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 
 from microdit_jax import sharding
 from microdit_jax.checkpoints.run import RunCheckpoints, is_run
+from microdit_jax.checkpoints.snapshots import Snapshots
 from microdit_jax.data.pipeline import Record
 from microdit_jax.data.prefetch import Prefetch
 from microdit_jax.diffusion import EdmConfig
@@ -171,20 +172,15 @@ def train(config: ConfigDict, workdir: str | Path, stop: StopRequest | None = No
 
         evaluations = Evaluations(
             EvaluationContext(
-                config,
-                workdir,
-                model,
-                edm,
-                mesh,
-                data,
-                writer,
-                progress.say,
-                between_parts,
+                config, workdir, model, edm, mesh, data, writer, progress.say, between_parts,
                 None if teacher is None else teacher.record,
-            ),  # fmt: skip
+            ),
             stop,
-        )
+        )  # fmt: skip
         replicas = ReplicaCheck(mesh, state, every=run.replica_check_every)
+        every = config.ema.snapshot_every
+        snapshots = Snapshots(output.name, checkpoints, state.averages, every, start, run.steps)
+        stack.enter_context(snapshots)
         trace = StepTrace(
             workdir / "profile",
             start + config.profile.start,
@@ -252,10 +248,15 @@ def train(config: ConfigDict, workdir: str | Path, stop: StopRequest | None = No
                 evaluations.postpone(step)
             # Saved last: all records of a step are on disk before its checkpoint, so a resume from
             # the checkpoint misses none of them.
-            if last or stopping or step % run.checkpoint_every == 0:
+            saving = last or stopping or step % run.checkpoint_every == 0
+            if saving or snapshots.due(step):
                 replicas.push(step, state, now=True)
                 if claim is not None:
                     claim.check(now=True)
+            if snapshots.due(step):
+                with goodput.spent_on("save"):
+                    snapshots.save(step, state.averages)
+            if saving:
                 saved = {"step": step, "config": config.to_dict(), **progress.metadata()}
                 for kind, part in (("teacher", teacher), ("adapted", frozen)):
                     saved |= {} if part is None else {kind: part.record.weights}

@@ -25,6 +25,7 @@ from microdit_jax import sharding
 from microdit_jax.checkpoints.restore import steps_on_disk
 from microdit_jax.checkpoints.run import (
     RunCheckpoints,
+    guidance_scale_of,
     is_run,
     read_run_metadata,
     write_run_metadata,
@@ -249,3 +250,9 @@ def test_a_part_that_is_missing_is_noticed_before_the_commit(tmp_path, monkeypat
         with RunCheckpoints(tmp_path) as checkpoints:
             checkpoints.save(1, make_state(1), {"step": 1})
     assert steps_on_disk(tmp_path) == []
+
+
+def test_the_scale_that_a_run_samples_with():
+    assert guidance_scale_of({"config": {"eval": {"guidance_scale": 3}}}) == 3.0
+    for other in (None, [], {"guidance_scale": True}, {"guidance_scale": -1.0}, {"x": 1}):
+        assert guidance_scale_of({"config": {"eval": other}}) is None

@@ -6,8 +6,10 @@ import pytest
 import microdit_jax
 from microdit_jax import create
 from microdit_jax.assets import load
+from microdit_jax.checkpoints.run import write_run_metadata
 from microdit_jax.data import twemoji
 from microdit_jax.errors import UserError
+from microdit_jax.evaluate.prompts import read_prompts
 
 
 def test_ema_arrives():
@@ -29,6 +31,27 @@ def test_latents_of_heldout_images_decode_to_them():
     np.testing.assert_allclose(decoded, expected, atol=1e-5)
     # The codec keeps most of each image, not all.
     assert np.mean(np.square(expected - (real / 2 + 0.5))) ** 0.5 < 0.06
+
+
+def test_a_run_s_own_split_is_evaluated(tmp_path):
+    """Of a run with things held out; the instant model keeps the rule that it was trained by."""
+    model = load.load_model("instant", with_params=False)
+    assert create.emoji_sets(model)["heldout"] == ("twemoji",)
+    assert create.emoji_sets(model._replace(folder=None)) == twemoji.DEFAULT_SETS
+    things = {"source": "twemoji_things", "folder": "x", "weight": 1.0}
+    data = {
+        "datasets": [things],
+        "heldout": things,
+        "resolution": 32,
+        "vae": "",
+        "text_encoder": "",
+    }
+    write_run_metadata(tmp_path, {"config": {"data": data}})
+    sets = create.emoji_sets(model._replace(folder=tmp_path))
+    heldout = read_prompts("heldout", emoji=sets).texts
+    assert heldout == [image.caption for image in twemoji.images_of("heldout", "things")]
+    assert not set(heldout) & set(read_prompts("train", emoji=sets).texts)
+    assert set(heldout) & set(read_prompts("train").texts)
 
 
 @pytest.mark.parametrize("count", [0, -1, 1000])

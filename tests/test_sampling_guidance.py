@@ -15,6 +15,8 @@ def test_default_scale():
 
     assert guidance.default_scale(TokenTable(24, 7, 0)) == 3.0  # emoji
     assert guidance.default_scale(Tower(24, 7, 0)) == 5.0  # the reference's
+    assert guidance.default_scale(Tower(24, 7, 0), recorded=2.5) == 2.5  # a run's own
+    assert guidance.default_scale(Tower(24, 7, 0), "cfgpp", recorded=2.5) == guidance.CFGPP_SCALE
 
 
 def test_guidance_by_hand():

@@ -37,7 +37,7 @@ def tiny_config(folder, stage="pretrain", **changes):
     )  # fmt: skip
     config.train.update(steps=4, batch_size=8, log_every=3, checkpoint_every=2, eval_every=100)
     config.eval.update(num_images=16, batch_size=16, draws=1, num_samples=0)
-    config.ema.start_step = 1
+    config.ema.update(start_step=1, snapshot_every=2)
     config.log.tensorboard = False
     config.train.update(changes)
     return config
@@ -306,6 +306,19 @@ def test_the_average_is_what_is_sampled(trained):
     same(model.params, state.ema)
     same(load.load_model(str(folder / "whole"), ema=False).params, state.params)
     assert "moving average" in model.description
+
+
+def test_an_average_of_any_length_is_sampled_after_training(trained):
+    folder, state = trained
+    run = str(folder / "whole")
+    for name, tree in state.averages.trees.items():
+        model = load.load_model(run, ema_length=float(name))
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4), model.params, tree)
+    model = load.load_model(run, ema_length=0.08)
+    assert model.ema_length == 0.08 and "step 4, average of length 0.08" in model.description
+    for name, options in ((run, {"ema": False}), ("instant", {}), ("nowhere", {})):
+        with pytest.raises(UserError, match="--ema_length is for a training run that keeps"):
+            load.load_model(name, ema_length=0.08, **options)
 
 
 def test_another_network_in_the_same_workdir_is_refused(trained):

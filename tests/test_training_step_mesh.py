@@ -24,7 +24,7 @@ from support.one_of_each import CONFIG, EDM, mesh_of
 from microdit_jax import sharding
 from microdit_jax.errors import UserError
 from microdit_jax.models.dit import DiT
-from microdit_jax.training import optim
+from microdit_jax.training import averages, optim
 from microdit_jax.training import step as train_step
 
 SCHEDULE = optim.learning_rate(2e-3, warmup_steps=5)
@@ -67,7 +67,7 @@ def shaken(state: train_step.TrainState) -> train_step.TrainState:
         return jax.device_put(np.asarray(weight) + noise.astype(np.float32), weight.sharding)
 
     params = jax.tree.map(shake, state.params)
-    return state.replace(params=params, ema=jax.tree.map(jnp.copy, params))
+    return averages.begun(state.replace(params=params, ema=jax.tree.map(jnp.copy, params)))
 
 
 @functools.cache
@@ -104,7 +104,7 @@ MESHES = [
 @pytest.mark.slow
 @pytest.mark.parametrize("options", MESHES, ids=str)
 def test_twenty_steps_equal_one_device(options):
-    """Losses, gradient norms, and the whole state: weights, gradients' moments, average."""
+    """Losses, gradient norms, and the whole state: weights, gradients' moments, averages."""
     expected_state, expected = train(None)
     state, metrics = train(*options)
     for name in ("loss", "grad_norm", "image_loss", "image_sigma", "learning_rate"):

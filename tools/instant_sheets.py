@@ -37,7 +37,10 @@ def main(arguments: Sequence[str]) -> None:
     Parser("tools.instant_sheets", __doc__).parse_args(arguments)
     pipe, model = create.load(os.environ.get("MODEL", "instant"))
     before, _ = create.load(BEFORE)
-    options = {"guidance_scale": guidance.default_scale(pipe.text_encoder), "seed": 2024}
+    options = {
+        "guidance_scale": guidance.default_scale(pipe.text_encoder, recorded=model.guidance_scale),
+        "seed": 2024,
+    }
 
     captions, real = create.heldout_images(model, HELDOUT)
     rows = [pipe.decode(real), pipe.generate(captions, **options)]

@@ -32,7 +32,6 @@ from microdit_jax.machine import memory
 if TYPE_CHECKING:  # loading these takes a second, and --help should not
     from microdit_jax.app.limits import Limits
     from microdit_jax.app.studio import PageModel
-    from microdit_jax.sampling.pipeline import LatentDiffusion
 
 MODEL = flags.DEFINE_multi_string(
     "model", [hub.INSTANT], "A network, as for sample_main.py; may be given several times."
@@ -116,7 +115,7 @@ def _serve(listening: socket.socket, limits: "Limits") -> None:
     print(f"compiled in {time.perf_counter() - start:.1f} s{compiled_programs()}")
     choices = {
         "models": [
-            {"name": name, "side": sides[name]} | _suggested(model.pipe)
+            {"name": name, "side": sides[name]} | _suggested(model)
             for name, model in studio.models.items()
         ],
         "limits": dataclasses.asdict(limits),
@@ -193,7 +192,8 @@ def _load() -> "dict[str, PageModel]":
         for path in (visible(given), visible(Path(given))):
             made_with = made_with.replace(path, short)
         settings |= {"model": short, "made_with": made_with}
-        models[name] = PageModel(pipe, settings, create.known_words(model))
+        words = create.known_words(model)
+        models[name] = PageModel(pipe, settings, words, model.guidance_scale)
     return models
 
 
@@ -204,11 +204,12 @@ def _short_name(given: str) -> str:
     return "/".join(Path(given).absolute().parts[-2:]).strip("/") or "model"
 
 
-def _suggested(pipe: "LatentDiffusion") -> dict[str, Any]:
+def _suggested(model: "PageModel") -> dict[str, Any]:
     """Returns prompts and a guidance scale to begin with."""
     from microdit_jax.sampling import guidance
 
-    student, scale = pipe.student, guidance.default_scale(pipe.text_encoder)
+    pipe, student = model.pipe, model.pipe.student
+    scale = guidance.default_scale(pipe.text_encoder, recorded=model.guidance_scale)
     return {
         "examples": PHOTOS if pipe.text_encoder.pretrained else EMOJI,
         "guidance_scale": scale if student is None else student.guidance_scale,

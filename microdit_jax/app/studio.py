@@ -41,11 +41,13 @@ class PageModel(NamedTuple):
       settings: the fields of `images.ImageSettings` that say which model it is: "model", the flags
         of its towers, "made_with". They travel to whoever asks for an image.
       words: that it can know; None: any (`create.known_words`).
+      guidance_scale: that its own run samples with; None: it does not say.
     """
 
     pipe: LatentDiffusion
     settings: dict[str, Any]
     words: Container[str] | None = None
+    guidance_scale: float | None = None
 
 
 class PngFile(NamedTuple):
@@ -195,7 +197,7 @@ class Studio:
     def _sample(self, job: Job) -> Event:
         """Samples the images of one request, with events on the way; returns the last one."""
         request, start = job.request, time.perf_counter()
-        pipe, model_settings, words = self.models[request.model]
+        pipe, model_settings, words, _ = self.models[request.model]
         shared = {"prompt": request.prompt, "of": request.count}
         options = self._options(pipe, self._asked(request))
         edit, about_edit = self._edit(pipe, request)

@@ -21,7 +21,7 @@ from microdit_jax.assets import hub, instant, minilm
 from microdit_jax.assets.conversion import converted
 from microdit_jax.checkpoints import model_folder
 from microdit_jax.checkpoints.fetch import local_model
-from microdit_jax.checkpoints.run import is_run, read_run_metadata
+from microdit_jax.checkpoints.run import guidance_scale_of, is_run, read_run_metadata
 from microdit_jax.checkpoints.weights import describe_weights, load_merged, load_run_params
 from microdit_jax.convert import bert, clip_text, t5, vae
 from microdit_jax.convert.arguments import config_from_fields, tower_name
@@ -50,6 +50,8 @@ class Model(NamedTuple):
       folder: of the training run or the shipped model, whose config.json names its data.
       description: tells a person what was loaded.
       student: of a few-step student, what its teacher was.
+      ema_length: of an average that was made from a run's snapshots.
+      guidance_scale: that a run evaluates itself with; None if unknown.
     """
 
     config: DiTConfig
@@ -60,6 +62,8 @@ class Model(NamedTuple):
     folder: Path | None
     description: str
     student: Student | None = None
+    ema_length: float | None = None
+    guidance_scale: float | None = None
 
     def with_dtype(self, dtype: str) -> "Model":
         """Returns the model with another dtype of the computation."""
@@ -75,6 +79,7 @@ def load_model(
     weights: str | None = None,
     with_params: bool = True,
     base: str | None = None,
+    ema_length: float | None = None,
 ) -> Model:
     """Loads a network by name or path.
 
@@ -88,11 +93,13 @@ def load_model(
       weights: "model", "ema" or keys joined by dots, of a PyTorch file that holds several.
       base: of a run that trained adapters, the network that they belong to; None: the one that it
         names.
+      ema_length: of a training run, make the average of this length (sigma_rel) from its snapshots.
       with_params: load the weights; else `params` is None, and the rest is there in a moment.
     Raises:
       UserError: nothing usable there, or damaged.
     """
-    path, released = local_model(name), hub.RELEASED.get(name.removesuffix(".pt"))
+    wanted = ema_length is not None
+    path, released = local_model(name, snapshots=wanted), hub.RELEASED.get(name.removesuffix(".pt"))
     if released and not path.exists():
         path = hub.released_checkpoint(name)
     path = instant.find_shipped(path)
@@ -102,10 +109,15 @@ def load_model(
             f"expected a PyTorch file to take the weights {visible(weights, 100)} of, found "
             f"{visible(name)}; leave them out (--noema takes a training run's raw weights)"
         )
+    if wanted and (not ema or instant.is_shipped(path) or not (path.is_dir() and is_run(path))):
+        raise UserError(
+            "--ema_length is for a training run that keeps snapshots, without --noema, found "
+            f"{visible(name)}{'' if ema else ' and --noema'}; leave it out"
+        )
     if instant.is_shipped(path):
         model = _from_shipped(path, ema, mesh, with_params)
     elif is_run(path):
-        model = _from_run(path, ema, mesh, with_params, base)
+        model = _from_run(path, mesh, with_params, base, ema=ema, ema_length=ema_length)
     elif foreign:
         model = _from_folder(converted("dit", path, weights=weights), mesh, with_params)
         model = model._replace(description=path.name)
@@ -185,28 +197,30 @@ def _from_shipped(path: Path, ema: bool, mesh: MeshChoice, with_params: bool) ->
 
 
 def _from_run(
-    path: Path, ema: bool, mesh: MeshChoice, with_params: bool, base: str | None
+    path: Path, mesh: MeshChoice, with_params: bool, base: str | None, **which: Any
 ) -> Model:
+    """Loads a run; `which` are `ema` and `ema_length`, as `load_run_params` takes them."""
     metadata = read_run_metadata(path, *_NEEDED)
-    config, ema = config_from_dict(metadata["dit"]), ema and metadata["has_ema"]
+    config, which["ema"] = config_from_dict(metadata["dit"]), which["ema"] and metadata["has_ema"]
     if not with_params:
         return _of_run(metadata, config, None, path, f"{path}")
     adapted = Adapted.from_dict(metadata.get("adapted"), f"{path}/config.json")
     if adapted is not None:
-        params, step = _merged(path, adapted, mesh, ema=ema, base=base)
+        params, step = _merged(path, adapted, mesh, base, **which)
     else:
-        params, step = load_run_params(path, abstract_params(config, mesh), ema=ema)
-    return _of_run(metadata, config, params, path, describe_weights(path, step, ema=ema))
+        params, step = load_run_params(path, abstract_params(config, mesh), **which)
+    model = _of_run(metadata, config, params, path, describe_weights(path, step, **which))
+    return model._replace(ema_length=which["ema_length"])
 
 
 def _merged(
-    path: Path, adapted: Adapted, mesh: MeshChoice, *, ema: bool, base: str | None
+    path: Path, adapted: Adapted, mesh: MeshChoice, base: str | None, **which: Any
 ) -> tuple[Any, int]:
     """Loads a run's adapters and the network that they belong to, and merges them."""
     if base is None:
         hub.check_known({"base": adapted.base}, path)
     name = base or adapted.base
-    return load_merged(path, adapted, load_model(name, mesh=mesh).params, name, ema=ema)
+    return load_merged(path, adapted, load_model(name, mesh=mesh).params, name, **which)
 
 
 def _of_run(metadata: dict, config: DiTConfig, params: Any, path: Path, description: str) -> Model:
@@ -222,6 +236,7 @@ def _of_run(metadata: dict, config: DiTConfig, params: Any, path: Path, descript
         path,
         description,
         Student.from_dict(metadata.get("student"), f"{path}/config.json"),
+        guidance_scale=guidance_scale_of(metadata),
     )
 
 

@@ -4,22 +4,23 @@ import os
 from collections.abc import Collection, Iterable
 from pathlib import Path
 
-from microdit_jax.checkpoints.step_folders import COMMITTED, MANIFEST, STEP
+from microdit_jax.checkpoints.step_folders import CHECKPOINTS, COMMITTED, MANIFEST, SNAPSHOTS, STEP
 from microdit_jax.files import fetched
 
 # Of a run, what its checkpoints and what a report of it do not need.
 _LEFT_OUT = ("damaged", "tensorboard", "profile", "nonfinite", "wandb", "compiled")
+_STEPS = (CHECKPOINTS, SNAPSHOTS)
 
 
-def local_model(path: str | os.PathLike) -> Path:
+def local_model(path: str | os.PathLike, *, snapshots: bool = False) -> Path:
     """Returns a model file, a model folder or a run as a local path; fetches it from a bucket.
 
-    Of a run the newest checkpoint alone is fetched, beside its small files.
+    Of a run the newest checkpoint alone is fetched, beside its small files; or its snapshots alone.
 
     Raises:
       UserError: nothing there, or no right to it.
     """
-    return fetched(path, choose=_needed)
+    return fetched(path, choose=_with_snapshots if snapshots else _needed)
 
 
 def local_records(path: str | os.PathLike) -> Path:
@@ -38,9 +39,13 @@ def _needed(names: Collection[str]) -> Iterable[str]:
     return [*_without_steps(names), *(n for n in names if n.startswith(newest))]
 
 
+def _with_snapshots(names: Collection[str]) -> Iterable[str]:
+    return [*_without_steps(names), *(n for n in names if n.startswith(f"{SNAPSHOTS}/"))]
+
+
 def _without_steps(names: Collection[str]) -> list[str]:
     return [
         name
         for name in names
-        if not name.startswith((*(f"{top}/" for top in _LEFT_OUT), "checkpoints/", "compiled-"))
+        if not name.startswith((*(f"{top}/" for top in (*_LEFT_OUT, *_STEPS)), "compiled-"))
     ]

@@ -14,7 +14,7 @@ gs:// bucket: each writes its shards, and process 0 alone hashes files and choos
 import concurrent.futures
 import contextlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from microdit_jax.checkpoints.library_logs import drop_tracebacks_of_orbax
 from microdit_jax.checkpoints.manager import Manager, make_manager, writers_of
 from microdit_jax.checkpoints.model_folder import VERSION
 from microdit_jax.checkpoints.restore import good_step, restore_state
-from microdit_jax.checkpoints.step_folders import steps_of
+from microdit_jax.checkpoints.step_folders import CHECKPOINTS, steps_of
 from microdit_jax.errors import UserError, visible
 from microdit_jax.files import read_json, write_json
 from microdit_jax.files.attempts import fault_of
@@ -52,6 +52,10 @@ class RunCheckpoints:
       keep_last: how many of the newest steps stay on disk, which needs room for one more.
       keep_every: steps that are multiples of it are never deleted; 0 for none.
       timeout_seconds: how long a save may take.
+      folder: of the steps, in the workdir.
+
+    Attributes:
+      before_save: called before a save begins: what else is written must be done by then.
     """
 
     def __init__(
@@ -61,6 +65,7 @@ class RunCheckpoints:
         keep_last: int = 2,
         keep_every: int = 0,
         timeout_seconds: float = SAVE_SECONDS,
+        folder: str = CHECKPOINTS,
     ):
         if keep_last < 1 or keep_every < 0:
             raise UserError(
@@ -68,7 +73,8 @@ class RunCheckpoints:
                 f"{keep_last} and {keep_every}"
             )
         drop_tracebacks_of_orbax()
-        self._workdir, self._folders = workdir, steps_of(workdir)
+        self.before_save: Callable[[], None] = lambda: None
+        self._workdir, self._folders = workdir, steps_of(workdir, folder)
         self.folder = self._folders.path
         self._keep, self._timeout = (keep_last, keep_every), timeout_seconds
         self._manager: Manager | None = None
@@ -107,6 +113,7 @@ class RunCheckpoints:
         self.wait()
         if step == self._newest:
             return
+        self.before_save()
         num_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
         hosts.from_first(f"prepare checkpoint {step}", lambda: self._prepare(step, num_bytes))
         if self._manager is None:
@@ -153,6 +160,16 @@ class RunCheckpoints:
                     f"unfinished; look at the file system of {self.folder}"
                 ) from error
         self._newest = step
+
+    def go_on_from(self, step: int) -> None:
+        """Removes the steps after this one, for a run that takes them again from it."""
+
+        def remove() -> int | None:
+            there = self._folders.steps()
+            self._folders.remove([number for number in there if number > step])
+            return max((number for number in there if number <= step), default=None)
+
+        self._newest = hosts.from_first(f"go on in {self._folders.name}", remove)
 
     def restore(self, abstract_state: Any, step: int | None = None) -> tuple[Any, dict]:
         """Restores a state onto any mesh and number of processes, and the metadata saved with it.
@@ -280,6 +297,15 @@ def read_run_metadata(workdir: str | os.PathLike, *needed: str) -> dict:
                 f"{visible(repr(part), 60)}; copy the run again"
             )
     return metadata
+
+
+def guidance_scale_of(metadata: dict) -> float | None:
+    """Returns the guidance scale that a run's own evaluations sample with, None if it has none."""
+    settings = metadata["config"].get("eval")
+    scale = settings.get("guidance_scale") if isinstance(settings, dict) else None
+    if not isinstance(scale, int | float) or isinstance(scale, bool) or not 0 <= scale < 1e30:
+        return None
+    return float(scale)
 
 
 def stages_of(workdir: str | os.PathLike) -> list[str | os.PathLike]:

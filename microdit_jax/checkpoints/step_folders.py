@@ -22,6 +22,7 @@ from microdit_jax.files.integrity import is_checksum
 from microdit_jax.files.urls import as_given, scheme_of
 
 STEP = re.compile("[0-9]{1,18}")  # name of a step's folder
+CHECKPOINTS, SNAPSHOTS = "checkpoints", "snapshots"  # folders of steps in a workdir
 MANIFEST, COMMITTED = "manifest.json", "commit_success.txt"
 _NOTE = "_CHECKPOINT_METADATA"  # Orbax adds the commit's time to it, and restoring does not read it
 
@@ -75,18 +76,22 @@ class StepFolders(Protocol):
         """Moves steps out of the way, to the folder damaged/ of the run."""
         ...
 
+    def remove(self, steps: list[int]) -> None:
+        """Removes steps for good."""
+        ...
 
-def steps_of(workdir: str | os.PathLike) -> StepFolders:
-    """Returns the steps of a run by its workdir; on a bucket only gs:// can be written by Orbax."""
-    return BucketSteps(workdir) if scheme_of(workdir) else DiskSteps(workdir)
+
+def steps_of(workdir: str | os.PathLike, folder: str = CHECKPOINTS) -> StepFolders:
+    """Returns the steps in a folder of a run; on a bucket only gs:// can be written by Orbax."""
+    return BucketSteps(workdir, folder) if scheme_of(workdir) else DiskSteps(workdir, folder)
 
 
 class DiskSteps:
     """Steps on a disk."""
 
-    def __init__(self, workdir: str | os.PathLike):
+    def __init__(self, workdir: str | os.PathLike, folder: str):
         self._workdir = Path(workdir).absolute()
-        self._folder = self._workdir / "checkpoints"
+        self._folder = self._workdir / folder
         self.name = str(self._folder)
 
     @property
@@ -141,6 +146,13 @@ class DiskSteps:
                 (self.path / str(number)).rename(aside / str(number))
                 say(f"moved checkpoint {number} to {aside / str(number)}; it may be deleted")
 
+    def remove(self, steps: list[int]) -> None:
+        """Removes steps for good."""
+        with disk_errors(self.path):
+            for number in steps:
+                (self.path / str(number) / MANIFEST).unlink(missing_ok=True)  # none is half there
+                shutil.rmtree(self.path / str(number))
+
     def _partials(self) -> list[Path]:
         return list(self.path.glob("*.orbax-checkpoint-tmp*"))
 
@@ -148,9 +160,9 @@ class DiskSteps:
 class BucketSteps:
     """Steps in a bucket: one is whole when commit_success.txt is there, which comes last."""
 
-    def __init__(self, workdir: str | os.PathLike):
+    def __init__(self, workdir: str | os.PathLike, folder: str):
         bucket_calls.try_again()
-        self._bucket = Bucket(f"{as_given(workdir).rstrip('/')}/checkpoints")
+        self._bucket = Bucket(f"{as_given(workdir).rstrip('/')}/{folder}")
         self.name = self._bucket.url
 
     @property
@@ -217,9 +229,14 @@ class BucketSteps:
 
     def set_aside(self, steps: list[int]) -> None:
         """Removes steps, so that they are written anew: a bucket has no rename."""
+        self.remove(steps)
+        for number in steps:
+            say(f"checkpoint {number} in {self.name} is damaged; removed")
+
+    def remove(self, steps: list[int]) -> None:
+        """Removes steps for good."""
         for number in steps:
             (self._bucket / str(number)).remove([COMMITTED])
-            say(f"checkpoint {number} in {self.name} is damaged; removed")
         self.remove_partials()
 
     def _all(self) -> dict[int, bool]:

@@ -1,5 +1,6 @@
 """Loads parameters without optimiser state, to sample with or to start another run from."""
 
+import functools
 import hashlib
 import os
 from pathlib import Path
@@ -14,6 +15,7 @@ from microdit_jax.checkpoints import model_folder
 from microdit_jax.checkpoints.model_folder import Params
 from microdit_jax.checkpoints.restore import good_step, restore_state, steps_on_disk
 from microdit_jax.checkpoints.run import is_run, read_run_metadata
+from microdit_jax.checkpoints.snapshots import load_average
 from microdit_jax.errors import UserError, visible
 from microdit_jax.machine import hosts
 from microdit_jax.machine.placement import fetch
@@ -22,7 +24,12 @@ from microdit_jax.models.lora import Adapted
 
 
 def load_run_params(
-    workdir: str | os.PathLike, abstract_params: Any, *, ema: bool, step: int | None = None
+    workdir: str | os.PathLike,
+    abstract_params: Any,
+    *,
+    ema: bool,
+    step: int | None = None,
+    ema_length: float | None = None,
 ) -> tuple[Params, int]:
     """Loads the newest undamaged parameters of a training run, without its optimiser state.
 
@@ -30,11 +37,15 @@ def load_run_params(
       step: of another checkpoint than the newest.
       abstract_params: shapes, types and shardings to restore to.
       ema: load the moving average instead of the raw parameters.
+      ema_length: make the average of this length from the run's snapshots instead.
     Returns:
       The parameters and the step.
     Raises:
-      UserError: no good checkpoint, or of another network, or without an average.
+      UserError: no good checkpoint, or of another network, or without an average; as
+        `snapshots.load_average` does.
     """
+    if ema_length is not None:
+        return load_average(workdir, abstract_params, ema_length)
     step, _ = good_step(workdir, step)
     folder, name = Path(workdir).absolute() / "checkpoints" / str(step), "ema" if ema else "params"
     if ema and not read_run_metadata(workdir, "has_ema")["has_ema"]:
@@ -72,9 +83,14 @@ def load_earlier_params(
     return found, describe_weights(workdir, step, ema=ema)
 
 
-def describe_weights(workdir: str | os.PathLike, step: int, *, ema: bool) -> str:
+def describe_weights(
+    workdir: str | os.PathLike, step: int, *, ema: bool, ema_length: float | None = None
+) -> str:
     """Says in words which weights of a training run were loaded."""
-    return f"{workdir}, step {step}, {'moving average' if ema else 'raw weights'}"
+    which = "moving average" if ema else "raw weights"
+    if ema_length is not None:
+        which = f"average of length {ema_length:g}"
+    return f"{workdir}, step {step}, {which}"
 
 
 def load_weights(
@@ -121,30 +137,44 @@ def weights_digest(params: Any) -> str:
 
 
 def load_adapters(
-    workdir: str | os.PathLike, adapted: Adapted, params: Params, *, ema: bool
+    workdir: str | os.PathLike,
+    adapted: Adapted,
+    params: Params,
+    *,
+    ema: bool,
+    ema_length: float | None = None,
 ) -> tuple[Params, int]:
     """Loads the adapters of a run, to where the network's weights are; returns the step too.
 
     Args:
       params: weights of the network that they belong to, or their shapes, types and shardings.
+      ema, ema_length: as `load_run_params` takes them.
     """
+    load = functools.partial(load_run_params, workdir, ema=ema, ema_length=ema_length)
     shapes = jax.eval_shape(adapted.lora.init, params, jax.random.key(0))
     here = jax.tree.leaves(params)[0].sharding
     if isinstance(here, NamedSharding):
-        return load_run_params(workdir, sharding.with_shardings(shapes, here.mesh), ema=ema)
+        return load(sharding.with_shardings(shapes, here.mesh))
     abstract = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), shapes
     )
-    return load_run_params(workdir, abstract, ema=ema)
+    return load(abstract)
 
 
 def load_merged(
-    workdir: str | os.PathLike, adapted: Adapted, params: Params, name: str, *, ema: bool
+    workdir: str | os.PathLike,
+    adapted: Adapted,
+    params: Params,
+    name: str,
+    *,
+    ema: bool,
+    ema_length: float | None = None,
 ) -> tuple[Params, int]:
     """Loads the adapters of a run and merges them into a network's weights; returns the step too.
 
     Args:
       params: weights of the network; `name` tells a person which.
+      ema, ema_length: as `load_run_params` takes them.
     Raises:
       UserError: they are not those that the adapters were trained for.
     """
@@ -154,5 +184,5 @@ def load_merged(
             f"{visible(adapted.base)}, found other weights at {visible(name)}; give the network "
             "that it was trained from as its base"
         )
-    adapters, step = load_adapters(workdir, adapted, params, ema=ema)
+    adapters, step = load_adapters(workdir, adapted, params, ema=ema, ema_length=ema_length)
     return lora.merged(adapted.lora, params, adapters), step

@@ -7,8 +7,9 @@ Unicode names as the `emoji` distribution carries them, turned into words. Nothi
 import dataclasses
 import hashlib
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import emoji
 import numpy as np
@@ -25,6 +26,16 @@ ATTRIBUTION = (
     "(https://creativecommons.org/licenses/by/4.0/)"
 )
 SPLITS = ("train", "heldout")
+# Sets of these images, as a run's configuration names them: the rule by which captions are held
+# out, and True without those that name a skin tone
+SETS = {
+    "twemoji": ("words", False),
+    "twemoji_untoned": ("words", True),
+    "twemoji_things": ("things", False),
+    "twemoji_things_untoned": ("things", True),
+    "twemoji_scenes": ("scenes", False),
+}
+DEFAULT_SETS = {split: ("twemoji",) for split in SPLITS}
 
 # Changes which captions are held out; chosen so that "woman mechanic dark skin tone" is.
 _SPLIT_SALT = "1:"
@@ -120,6 +131,40 @@ def images_of(split: str, rule: str = "words") -> list[EmojiImage]:
     images = list_images()
     mask = heldout_by(rule, [image.caption for image in images])
     return [image for image, out in zip(images, mask, strict=True) if out == (split == "heldout")]
+
+
+def images_of_sets(
+    split: str, sets: Mapping[str, Sequence[str]] = DEFAULT_SETS
+) -> list[EmojiImage]:
+    """Lists the images of "train" or "heldout" that are in any of some SETS.
+
+    Args:
+      sets: names of SETS by split.
+    """
+    found: set[EmojiImage] = set()
+    for rule, untoned in (SETS[name] for name in sets[split]):
+        images = images_of(split, rule)
+        found |= {image for image in images if not (untoned and _TONE in image.caption)}
+    return sorted(found)
+
+
+def sets_of(data: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
+    """Returns the names of SETS, by split, that a run trains on and holds out.
+
+    Args:
+      data: config.data of the run, which may be a stranger's.
+    Returns:
+      For `images_of_sets`; DEFAULT_SETS for a split with none of these images.
+    """
+    entries = data.get("datasets")
+    entries = entries if isinstance(entries, list | tuple) else ()
+    by_split = {"train": entries, "heldout": (data.get("heldout"),)}
+
+    def names(split: str) -> tuple[str, ...]:
+        sources = (entry.get("source") for entry in by_split[split] if hasattr(entry, "get"))
+        return tuple(name for name in sources if isinstance(name, str) and name in SETS)
+
+    return {split: names(split) or DEFAULT_SETS[split] for split in SPLITS}
 
 
 def _hash_below(caption: str, fraction: float, salt: str = _SPLIT_SALT) -> bool:

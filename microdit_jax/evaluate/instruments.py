@@ -11,6 +11,7 @@ from microdit_jax.assets import load
 from microdit_jax.checkpoints import model_folder
 from microdit_jax.convert import clip as convert_clip
 from microdit_jax.convert import inception as convert_inception
+from microdit_jax.create import emoji_sets
 from microdit_jax.errors import UserError
 from microdit_jax.evaluate.prompts import RUN_SPLITS
 from microdit_jax.evaluate.reference import crop_to, get_reference
@@ -148,7 +149,12 @@ def _reference(
 
     def get() -> Reference:
         return get_reference(
-            source, network, out / "references", resolution=resolution, side=request.side
+            source,
+            network,
+            out / "references",
+            resolution=resolution,
+            side=request.side,
+            emoji=emoji_sets(subject.model),
         )
 
     # One process computes and writes the file, then all read it.

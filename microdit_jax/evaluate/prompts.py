@@ -3,6 +3,7 @@
 import csv
 import hashlib
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,7 +34,9 @@ class PromptSet(NamedTuple):
         return hashlib.sha256(json.dumps(self.texts).encode()).hexdigest()
 
 
-def read_prompts(source: str, count: int = 0) -> PromptSet:
+def read_prompts(
+    source: str, count: int = 0, *, emoji: Mapping[str, Sequence[str]] = twemoji.DEFAULT_SETS
+) -> PromptSet:
     """Reads prompts by name or path.
 
     Args:
@@ -42,12 +45,13 @@ def read_prompts(source: str, count: int = 0) -> PromptSet:
         GenEval's evaluation_metadata.jsonl; any other file has a prompt on each line.
       count: take this many, spread evenly over all; 0 takes all, and more than there are starts
         over (for train and heldout only: a benchmark samples each of its prompts once).
+      emoji: the sets that "train" and "heldout" mean, as `twemoji.sets_of` gives them.
     Raises:
       UserError: no such file, no prompts in it, or fewer than asked for.
     """
     metadata: list[dict[str, Any]] = []
     if source in RUN_SPLITS:
-        texts = [image.caption for image in twemoji.images_of(source)]
+        texts = [image.caption for image in twemoji.images_of_sets(source, emoji)]
         if count > len(texts):
             texts = list(np.resize(np.array(texts), count))
     else:

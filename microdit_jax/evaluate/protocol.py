@@ -9,6 +9,7 @@ import jax
 
 from microdit_jax.checkpoints.run import read_run_metadata
 from microdit_jax.checkpoints.weights import weights_digest
+from microdit_jax.create import emoji_sets
 from microdit_jax.errors import UserError
 from microdit_jax.evaluate import results
 from microdit_jax.evaluate.instruments import Instruments, make_instruments
@@ -75,7 +76,8 @@ def _plan(subject: Subject, request: EvaluationRequest, out: Path) -> _Plan:
     instruments = make_instruments(subject, request, out)
     prompts, geneval_prompts = None, _geneval_prompts(request)
     if instruments.measurements:
-        prompts = read_prompts(request.prompts, request.num_images)
+        sets = emoji_sets(subject.model)
+        prompts = read_prompts(request.prompts, request.num_images, emoji=sets)
     read = {
         "prompts": _about_prompts(prompts),
         "GenEval's prompts": _about_prompts(geneval_prompts),
@@ -187,6 +189,7 @@ def _result(
     subject, request, pipe = plan.subject, plan.request, plan.subject.pipe
     parameters = sum(leaf.size for leaf in jax.tree.leaves(pipe.params))
     about = {"name": subject.name, "description": pipe.description, "parameters": parameters}
+    about["ema_length"] = subject.model.ema_length
     return {
         "model": about | plan.made_by,
         "prompts": _about_prompts(plan.prompts),

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +33,13 @@ def crop_to(image: UInt8[np.ndarray, "_ _ 3"], side: int) -> UInt8[np.ndarray, "
 
 
 def get_reference(
-    source: str, network: FeatureNetwork, folder: Path, *, resolution: int, side: int = 0
+    source: str,
+    network: FeatureNetwork,
+    folder: Path,
+    *,
+    resolution: int,
+    side: int = 0,
+    emoji: Mapping[str, Sequence[str]] = twemoji.DEFAULT_SETS,
 ) -> Reference:
     """Returns the statistics of real images in the network's features.
 
@@ -43,6 +49,7 @@ def get_reference(
       folder: where computed statistics are kept; they are found again by a hash of the images.
       resolution: pixels of a side of the model's images; the embedded ones are read in this size.
       side: images of a folder are cropped and resized to this many pixels first; 0: as they are.
+      emoji: the sets that "train" and "heldout" mean, as `twemoji.sets_of` gives them.
     Raises:
       UserError: no statistics or images there, or statistics of other features.
     """
@@ -51,8 +58,8 @@ def get_reference(
         reference.check_features(network.name, network.width)
         return reference
     if source in RUN_SPLITS:
-        emoji = twemoji.images_of(source)
-        inputs = _digest([image.path for image in emoji], {"resolution": resolution})
+        chosen = twemoji.images_of_sets(source, emoji)
+        inputs = _digest([image.path for image in chosen], {"resolution": resolution})
     else:
         files = _images_in(Path(source))
         inputs = _digest(files, {"side": side})
@@ -61,7 +68,7 @@ def get_reference(
     if path.exists():
         return load_reference(path)
     if source in RUN_SPLITS:
-        images = to_uint8(twemoji.read_images(emoji, resolution) / 2 + 0.5)
+        images = to_uint8(twemoji.read_images(chosen, resolution) / 2 + 0.5)
         features = network(list(images))
     else:
         features = np.concatenate([network(part) for part in _read(files, side)])

@@ -13,9 +13,9 @@ MAX_STEPS = 100_000  # of the sampler, in an image's settings
 MAX_IMAGES = 2**32  # of a set: each has its own initial noise by its index
 # Files that an image may be made from, and their checksums
 FILES = ("weaker", "image", "image_sha256", "mask", "mask_sha256")
-# Settings of the sampler that came after the first PNGs, and what an image cost
+# Settings that came after the first PNGs, and what an image cost
 SAMPLER = (
-    "solver", "schedule", "guidance", "guidance_interval", "guidance_rescale", "apg",
+    "ema_length", "solver", "schedule", "guidance", "guidance_interval", "guidance_rescale", "apg",
     "negative_prompt", "churn", "strength", *FILES,
 )  # fmt: skip
 COSTS = ("evaluations", "network_passes")
@@ -32,6 +32,7 @@ class ImageSettings:
       model, vae, text_encoder: the network and its towers, as the flags of sample_main.py take
         them; None: the tower that the network is known for.
       ema: the moving average of the weights, where there is one.
+      ema_length: sigma_rel of an average from a run's snapshots; None: another average, or none.
       dtype: type of the computation; None: chosen by model and machine.
       num_inference_steps: steps of the solver, up to MAX_STEPS.
       guidance_scale: classifier-free guidance; 1 means none.
@@ -54,6 +55,7 @@ class ImageSettings:
     vae: str | None = None
     text_encoder: str | None = None
     ema: bool = True
+    ema_length: float | None = None
     dtype: str | None = None
     num_inference_steps: int
     guidance_scale: float
@@ -131,8 +133,9 @@ def _check_sampler(values: dict[str, Any]) -> None:
         _check(values, "negative_prompt", "a text", _is_encodable)
     if "guidance_rescale" in values:
         _check(values, "guidance_rescale", "a finite number", _is_finite)
-    if values.get("strength") is not None:
-        _check(values, "strength", "a finite number", _is_finite)
+    for name in ("strength", "ema_length"):
+        if values.get(name) is not None:
+            _check(values, name, "a finite number", _is_finite)
     for name in FILES:
         if values.get(name) is not None:
             _check_text(values, name)

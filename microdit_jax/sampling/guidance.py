@@ -61,14 +61,21 @@ class Strength(NamedTuple):
         return Strength(*numbers)
 
 
-def default_scale(text_encoder: TextEncoder, kind: str = "cfg") -> float:
+def default_scale(
+    text_encoder: TextEncoder, kind: str = "cfg", recorded: float | None = None
+) -> float:
     """Returns the guidance scale to begin with.
 
     It goes by the network's text encoder: a random token table is only used by networks that were
     trained on the embedded emoji images.
+
+    Args:
+      recorded: the scale that the network's own run samples with; None: it does not say.
     """
     if kind == "cfgpp":
         return CFGPP_SCALE
+    if recorded is not None:
+        return recorded
     return REFERENCE_SCALE if text_encoder.pretrained else EMOJI_SCALE
 
 

@@ -12,12 +12,11 @@ from jaxtyping import Int
 from ml_collections import ConfigDict
 
 from microdit_jax.assets import load
-from microdit_jax.data import pipeline
+from microdit_jax.data import pipeline, twemoji
 from microdit_jax.data.latents import LatentSource, load_prepared
 from microdit_jax.data.pipeline import Record, Source
 from microdit_jax.data.records import StoredLatents
 from microdit_jax.data.stores import open_latents
-from microdit_jax.data.twemoji import ATTRIBUTION
 from microdit_jax.encoders.patch_pca import PatchPCA
 from microdit_jax.errors import LONGEST, UserError, visible
 from microdit_jax.machine import hosts, memory
@@ -148,9 +147,9 @@ def load_data(config: ConfigDict, mesh: Mesh) -> RunData:
     for source in opened:
         source.check_made_by(**made_by)
     notes = [source.info.attribution for source in opened if isinstance(source, StoredLatents)]
-    has_codec = heldout_entry["source"] in rules.EMOJI
+    has_codec = heldout_entry["source"] in twemoji.SETS
     if has_codec:
-        notes.append(ATTRIBUTION)
+        notes.append(twemoji.ATTRIBUTION)
     return RunData(
         [_Numbered(source, i, batch_key(tower)) for i, source in enumerate(opened)],
         [entry["weight"] * len(source) for entry, source in zip(entries, opened, strict=True)],
@@ -186,8 +185,8 @@ def _split(whole: Opened, name: str, share: float) -> tuple[list[Opened], Opened
 def _open(
     config: ConfigDict, entry: dict[str, Any], split: str, tower: CaptionTower | None
 ) -> Opened:
-    if entry["source"] in rules.EMOJI:
-        return _open_emoji(config, entry["folder"], split, *rules.EMOJI[entry["source"]])
+    if entry["source"] in twemoji.SETS:
+        return _open_emoji(config, entry["folder"], split, *twemoji.SETS[entry["source"]])
     return _open_latents(config, entry["folder"], tower)
 
 

@@ -131,7 +131,14 @@ def base() -> ConfigDict:
                 # Learning rate of the experts' weights over that of all others.
                 "expert_multiplier": 1.0,
             },
-            "ema": {"enabled": False, "smoothing": 0.99975, "start_step": 0},
+            "ema": {
+                "enabled": False,
+                "smoothing": 0.99975,
+                "start_step": 0,
+                # Steps between two snapshots of two more averages, out of which --ema_length makes
+                # an average of any length after training (docs/beyond.md); 0 for none.
+                "snapshot_every": 0,
+            },
             "train": {
                 # The run ends at this step, counted from where its weights began to train.
                 "steps": 250_000,
@@ -326,6 +333,7 @@ def _runlocal(config: ConfigDict) -> None:
     # Small networks need a larger learning rate, and are stable with it.
     optim.update(learning_rate=12.5 * optim.learning_rate, clip_norm=4 * optim.clip_norm)
     ema.smoothing = 0.95 if ema.enabled else ema.smoothing
+    ema.snapshot_every = 25 if ema.snapshot_every else 0
     run.update(batch_size=64, micro_batch_size=run.micro_batch_size // 4)
     run.update(log_every=10, eval_every=50, checkpoint_every=100)
     config.eval.update(

@@ -8,19 +8,12 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
+from microdit_jax.data import twemoji
 from microdit_jax.errors import UserError
 from microdit_jax.training import defaults
 
 # Where a dataset's records come from, as `training.data` opens them
-# The embedded emoji images: rule by which captions are held out, and True without skin tones
-EMOJI = {
-    "twemoji": ("words", False),
-    "twemoji_untoned": ("words", True),
-    "twemoji_things": ("things", False),
-    "twemoji_things_untoned": ("things", True),
-    "twemoji_scenes": ("scenes", False),
-}
-SOURCES = ("latents", *EMOJI)
+SOURCES = ("latents", *twemoji.SETS)
 OPTIMIZERS = ("adamw", "muon")
 GRADIENT_DTYPES = ("float32", "bfloat16")
 DATASET_KEYS = {"source", "folder", "weight"}
@@ -75,6 +68,7 @@ RANGES = {
     "optim.expert_multiplier": NOT_NEGATIVE,
     "ema.smoothing": Range(0, 1, below=True),
     "ema.start_step": COUNT_OR_NONE,
+    "ema.snapshot_every": COUNT_OR_NONE,
     "train.steps": COUNT,
     "train.batch_size": COUNT,
     "train.micro_batch_size": COUNT_OR_NONE,

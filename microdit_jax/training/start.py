@@ -20,6 +20,7 @@ from microdit_jax.errors import UserError
 from microdit_jax.files.urls import as_given, scheme_of
 from microdit_jax.machine import hosts
 from microdit_jax.models.dit import DiT
+from microdit_jax.training import averages
 from microdit_jax.training import step as train_step
 from microdit_jax.training.source import (
     Frozen,
@@ -70,7 +71,8 @@ def starting_state(
     4. the teacher's weights, of a student;
     5. scratch: the initialisation.
 
-    With `frozen` weights the state is that of their adapters, from 1 or new.
+    With `frozen` weights the state is that of their adapters, from 1 or new. Averages for snapshots
+    begin where the run does not resume.
 
     Args:
       made_by: names of the VAE and the text encoder of this run's data; another run's must be the
@@ -78,14 +80,34 @@ def starting_state(
     Raises:
       UserError: nothing usable there, or of another network or data.
     """
-    with_ema = config.ema.enabled
     if frozen is not None:
-        return _adapters(config, workdir, checkpoints, optimizer, mesh, made_by, frozen)
+        start = _adapters(config, workdir, checkpoints, optimizer, mesh, made_by, frozen)
+    else:
+        start = _whole_weights(
+            config, workdir, checkpoints, model, optimizer, mesh, made_by, teacher
+        )
+    if start.resumed is None and config.ema.snapshot_every:
+        return start._replace(state=averages.begun(start.state))
+    return start
+
+
+def _whole_weights(
+    config: ConfigDict,
+    workdir: str | Path,
+    checkpoints: RunCheckpoints,
+    model: DiT,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    made_by: dict[str, str],
+    teacher: Teacher | None,
+) -> Start:
+    """Returns the state of a network that is trained whole, by the list of `starting_state`."""
+    with_ema = config.ema.enabled
     abstract = train_step.abstract_state(model, optimizer, mesh, with_ema=with_ema)
     full, alone = (source_path(config[key], workdir) for key in ("init_from", "init_weights_from"))
     # ---------------------------------------------------------------- 1. resume
     if checkpoints.latest_step() is not None:
-        state, saved = checkpoints.restore(abstract)
+        state, saved = checkpoints.restore(_as_saved(config, abstract))
         record = None if teacher is None else teacher.record
         check_same(workdir, saved, "teacher", record and record.weights, record and record.teacher)
         check_same(workdir, saved, "adapted", None, None)
@@ -139,7 +161,7 @@ def _adapters(
     lora, with_ema = frozen.record.lora, config.ema.enabled
     abstract = abstract_adapters(lora, shapes, optimizer, mesh, with_ema=with_ema)
     if checkpoints.latest_step() is not None:
-        state, saved = checkpoints.restore(abstract)
+        state, saved = checkpoints.restore(_as_saved(config, abstract))
         check_same(workdir, saved, "adapted", frozen.record.weights, frozen.record.base)
         return Start(state, saved, "resumed")
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
@@ -147,6 +169,11 @@ def _adapters(
     create = functools.partial(new_adapters, lora, shapes, optimizer, with_ema=with_ema)
     state = jax.jit(create, out_shardings=shardings)(key)
     return Start(state, None, f"adapters of rank {lora.rank} of {frozen.description}")
+
+
+def _as_saved(config: ConfigDict, abstract: TrainState) -> TrainState:
+    """Returns the state as this run's own checkpoints hold it."""
+    return averages.abstract(abstract) if config.ema.snapshot_every else abstract
 
 
 def source_path(name: str, workdir: str | Path) -> str:
@@ -168,9 +195,14 @@ def _weights(source: str, abstract_params: Any, mesh: Mesh) -> tuple[Any, str]:
 
 def _full_state(source: str, abstract: TrainState) -> TrainState:
     """Restores another run's newest state; adds or drops the average, as this run's config says."""
-    has_ema = read_run_metadata(source, "has_ema")["has_ema"]
+    about = read_run_metadata(source, "has_ema")
+    has_ema = about["has_ema"]
+    stored = abstract.replace(ema=abstract.params if has_ema else None)
+    if about.get("config", {}).get("ema", {}).get("snapshot_every"):
+        stored = averages.abstract(stored)
     with RunCheckpoints(source) as earlier:
-        state, _ = earlier.restore(abstract.replace(ema=abstract.params if has_ema else None))
+        state, _ = earlier.restore(stored)
+    state = state.replace(averages=None)  # this run's own begin with it
     if abstract.ema is None:
         return state.replace(ema=None)
     if has_ema:

@@ -32,7 +32,6 @@ def table(
     Args:
       state_shapes: a TrainState of arrays or their shapes, with "params", "opt_state" and "ema".
     """
-    columns = ("params", "opt_state", "ema")
     count, tensors, size, split = (defaultdict(int) for _ in range(4))
     for path, leaf in jax.tree_util.tree_flatten_with_path(state_shapes)[0]:
         path = names(path)
@@ -44,6 +43,7 @@ def table(
                 tensors[group] += 1
                 count[group] += math.prod(leaf.shape)
                 split[group] += held
+    columns = ("params", "opt_state", "ema", *["averages"] * (size["total", "averages"] > 0))
     header = ("group", "tensors", "parameters", "per device", *(f"{c}, MiB" for c in columns))
     rows = [
         (

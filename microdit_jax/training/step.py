@@ -24,7 +24,7 @@ from microdit_jax import sharding
 from microdit_jax.diffusion import EdmConfig
 from microdit_jax.models import dit
 from microdit_jax.models.dit import DiT
-from microdit_jax.training import optim
+from microdit_jax.training import averages, optim
 from microdit_jax.training.gradients import FrozenLoss, Gradients, make_gradients
 from microdit_jax.training.loss import Batch, batch_loss, with_position
 
@@ -47,6 +47,7 @@ class TrainState(flax.struct.PyTreeNode):
       opt_state: the optimiser's state.
       ema: moving average of the weights, or None where none is kept.
       skipped: updates skipped in a row because loss or gradient was not finite, int32 ().
+      averages: averages by a power function (training.averages), or None where none are tracked.
     """
 
     step: Any
@@ -54,6 +55,7 @@ class TrainState(flax.struct.PyTreeNode):
     opt_state: optax.OptState
     ema: Any | None
     skipped: Any
+    averages: Any | None = None
 
     @classmethod
     def create(
@@ -178,7 +180,8 @@ def make_train_step(
             finite, update, keep, state.params, state.opt_state, state.ema
         )
         skipped = jnp.where(finite, 0, state.skipped + 1)
-        state = TrainState(step, params, opt_state, ema, skipped)
+        tracked = averages.advance(state.averages, params, step)
+        state = TrainState(step, params, opt_state, ema, skipped, tracked)
         if mesh is not None:
             shardings = sharding.shardings(state, mesh, replicate_below=replicate_below)
             state = jax.lax.with_sharding_constraint(state, shardings)

@@ -11,6 +11,7 @@ import jax
 from ml_collections import ConfigDict
 
 from microdit_jax.checkpoints.run import write_run_metadata
+from microdit_jax.checkpoints.step_folders import CHECKPOINTS, SNAPSHOTS
 from microdit_jax.errors import UserError, visible
 from microdit_jax.files import OutputFolder, disk_errors, output_folder
 from microdit_jax.files.urls import scheme_of
@@ -19,7 +20,9 @@ from microdit_jax.training.evaluation import DUE_FILE, evaluations_due
 
 # What a run on a bucket goes on without: checkpoints, which Orbax reads itself, and what only
 # people look at.
-_NOT_FETCHED = ("checkpoints", "damaged", "tensorboard", "profile", "nonfinite", "wandb")
+_NOT_FETCHED = (
+    CHECKPOINTS, SNAPSHOTS, "damaged", "tensorboard", "profile", "nonfinite", "wandb",
+)  # fmt: skip
 
 
 def opened(workdir: str | os.PathLike, stack: contextlib.ExitStack) -> OutputFolder:

@@ -14,6 +14,6 @@ def get_config(folder: str):
     )  # fmt: skip
     config.train.update(batch_size=8, log_every=1, eval_every=1000, keep_last=3)
     config.eval.update(num_images=16, batch_size=16, draws=1, num_samples=0)
-    config.ema.start_step = 5
+    config.ema.update(start_step=5, snapshot_every=20)
     config.log.tensorboard = False
     return config

@@ -106,9 +106,9 @@ def last_step(workdir) -> int:
     return max((line["step"] for line in lines(workdir)), default=0)
 
 
-def state_of(workdir, step: int) -> dict[str, np.ndarray]:
-    """Every array of a checkpoint by its path, whatever devices wrote it."""
-    handler, folder = ocp.PyTreeCheckpointHandler(), workdir / "checkpoints" / str(step) / "state"
+def state_of(workdir, step: int, kind: str = "checkpoints") -> dict[str, np.ndarray]:
+    """Every array of a checkpoint by its path, whatever devices wrote it; or of a snapshot."""
+    handler, folder = ocp.PyTreeCheckpointHandler(), workdir / kind / str(step) / "state"
     stored = handler.metadata(folder)
     target = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), stored.tree)
     args = ocp.args.PyTreeRestore(

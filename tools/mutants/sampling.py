@@ -178,8 +178,8 @@ MUTANTS = [
     {
         "name": "create_latent_diffusion ignores ema",
         "file": "microdit_jax/create.py",
-        "old": "model = load_model(checkpoint, ema=ema, dtype=dtype, mesh=mesh)",
-        "new": "model = load_model(checkpoint, dtype=dtype, mesh=mesh)",
+        "old": "load_model(checkpoint, ema=ema, dtype=dtype, mesh=mesh, ema_length=ema_length)",
+        "new": "load_model(checkpoint, dtype=dtype, mesh=mesh, ema_length=ema_length)",
         "tests": ["tests/test_create.py"],
     },
     {

@@ -82,7 +82,7 @@ MUTANTS = [
           "evaluating = last or step %", "evaluating = step %",
           f"{TEST_TRAIN}::test_a_run_leaves_what_it_promises"),
     fault("no checkpoint after the last step", TRAIN,
-          "if last or stopping or step", "if stopping or step",
+          "saving = last or stopping or step", "saving = stopping or step",
           f"{TEST_TRAIN}::test_two_stages_as_one_run"),
     fault("a checkpoint before the step's records", TRAIN,
           "                progress.catch_up()\n            if evaluating and not stopping:",

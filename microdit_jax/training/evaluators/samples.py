@@ -7,13 +7,14 @@ restart at the same place.
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Float32
 
+from microdit_jax.data import twemoji
 from microdit_jax.encoders.known_texts import KnownTexts
 from microdit_jax.errors import UserError
 from microdit_jax.evaluate.prompts import read_prompts
@@ -94,7 +95,8 @@ class SampleScores:
 
     def __init__(self, context: EvaluationContext):
         self._context, settings = context, context.config.eval
-        prompts = read_prompts(settings.score_prompts, settings.score_images).texts
+        emoji = twemoji.sets_of(context.config.data)
+        prompts = read_prompts(settings.score_prompts, settings.score_images, emoji=emoji).texts
         self._pipe = with_texts(context.pipe, prompts)
         self._scorer = None
         if (codec := context.pipe.codec) is not None:
@@ -102,6 +104,7 @@ class SampleScores:
                 settings.score_reference,
                 context.workdir / "references",
                 resolution=context.model.config.input_size * codec.pixels_per_latent,
+                emoji=emoji,
             )
         self._prompts = prompts
 
@@ -134,6 +137,7 @@ class Scorer:
       reference: real images, as evaluate.reference.get_reference takes them.
       folder: where computed statistics are kept.
       resolution: pixels of a side of the model's images.
+      emoji: the sets that "train" and "heldout" mean, as `twemoji.sets_of` gives them.
       network: the features; None takes the small ones, which need no download.
     """
 
@@ -144,10 +148,13 @@ class Scorer:
         *,
         resolution: int,
         network: FeatureNetwork | None = None,
+        emoji: Mapping[str, Sequence[str]] = twemoji.DEFAULT_SETS,
     ):
         self._metric = "frechet_small" if network is None else "fid"
         self._network = small_features() if network is None else network
-        self._reference = get_reference(reference, self._network, folder, resolution=resolution)
+        self._reference = get_reference(
+            reference, self._network, folder, resolution=resolution, emoji=emoji
+        )
 
     def __call__(
         self, pipe: LatentDiffusion, latents: Float[np.ndarray, "n h w c"]

@@ -17,8 +17,8 @@ from microdit_jax.models import dit, flops
 from microdit_jax.models.dit import DiT, DiTConfig
 from microdit_jax.sampling import programs as sampler
 from microdit_jax.sampling.guidance import Form
+from microdit_jax.training import averages, source
 from microdit_jax.training import config as run_config
-from microdit_jax.training import source
 from microdit_jax.training import step as train_step
 
 CLIP_TOKENS = 77
@@ -89,6 +89,8 @@ def training(config: ConfigDict, mesh: Mesh, *, caption_length: int = CLIP_TOKEN
         state = source.abstract_adapters(
             lora, weights, optimizer, mesh, with_ema=config.ema.enabled
         )
+    if config.ema.snapshot_every:
+        state = averages.abstract(state)
     return Program(
         functools.partial(step.lower, state, batch, *frozen),
         n,
