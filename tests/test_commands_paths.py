@@ -29,6 +29,7 @@ NAMES = {
     *("schedule", "seeds", "solver", "split", "threads", "topology", "weights", "what"),
     *("config.data.captions", "config.data.datasets.source", "config.data.heldout.source"),
     *("config.eval.evaluators", "config.model.arch", "config.optim.name"),
+    *("config.train.gradient_dtype",),
 }
 # Of the config's own subtree, checked when a network is made.
 OPTIONS = re.compile(r"config\.model\.options\..*")
