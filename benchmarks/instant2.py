@@ -18,12 +18,12 @@ import numpy as np
 
 from benchmarks import captions, nearest
 from microdit_jax import create
-from microdit_jax.checkpoints.run import is_run
 from microdit_jax.data import emoji_scenes, twemoji
 from microdit_jax.data.emoji_scenes import COLOURS, NUMBERS, Scene
 from microdit_jax.files import write_json
 from microdit_jax.images import captioned_grid
 from microdit_jax.sampling.pipeline import LatentDiffusion
+from microdit_jax.training.metric_writer import METRICS_FILE
 from tools.instant_sheets import save
 from tools.ship_instant import last_heldout
 
@@ -73,7 +73,7 @@ def main() -> None:
         "their words": {word: [images[word]] for word in synonyms.values()},
     }
     found: dict[str, Any] = {"model": model.description}
-    if model.folder is not None and is_run(model.folder):
+    if model.folder is not None and (model.folder / METRICS_FILE).is_file():
         found["heldout"] = last_heldout(model.folder)
     for kind, prompts in real.items():
         found[kind] = judge(pipe, prompts, flags.samples, flags.out / f"{kind}.png")
@@ -114,7 +114,7 @@ def judge(
 ) -> dict[str, Any]:
     """Samples prompts, counts those that are right, and writes a sheet of the first sample."""
     prompts: Sequence[str] = list(real)
-    options = {"num_inference_steps": 30, "guidance_scale": 3.0, "seed": 2024}
+    options = {"solver": "ab3", "num_inference_steps": 20, "guidance_scale": 3.0, "seed": 2024}
     images = pipe.generate(list(prompts) * samples, **options)
     owners = [i for i, prompt in enumerate(prompts) for _ in real[prompt]]
     references = np.stack([image for prompt in prompts for image in real[prompt]])

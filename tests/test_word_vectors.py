@@ -53,6 +53,7 @@ def test_words_pieces_and_what_is_left_out():
     pieces = words_of("zyxwvutsrq")
     assert len(pieces) > 1 and all(piece.startswith("##") for piece in pieces[1:])
     assert "".join(piece.removeprefix("##") for piece in pieces) == "zyxwvutsrq"
+    assert words_of("helicopterzz")[0] == "helicopter"
     assert words_of("") == words_of("日本 ! #") == []
 
 

@@ -39,14 +39,14 @@ ALLOWED = {"README.md", "config.json", "manifest.json", "vae", "weights.safetens
 CARD = """# {title}
 
 A MicroDiT of {parameters:,} parameters that samples emoji of {side} px from a few words. It knows the words of its {captions:,} captions
-and nothing else: try "red apple" or "woman mechanic dark skin tone", not a sentence.{notes}
+{known}: try "red apple" or "woman mechanic dark skin tone", not a sentence.{notes}
 
 | | |
 |---|---|
 | weights | moving average at step {step} of the last stage, bfloat16, {megabytes:.1f} MB with all files; sha256 of each in `manifest.json` |
 | data | {captions:,} emoji images and their English names; {heldout} more were held out |
 | held-out EDM loss | {right:.3f} with the right captions, {shuffled:.3f} with shuffled ones: {ratio:.2f} of it |
-| text | `{text_encoder}`: a fixed random vector for each of CLIP's tokens, no pretrained tower |
+| text | `{text_encoder}`: {vectors} |
 | images | `{vae}`: principal components of 4 x 4 pixels, no pretrained VAE |
 | seed | {seed} |
 | made by | `{command}` |
@@ -58,6 +58,18 @@ and nothing else: try "red apple" or "woman mechanic dark skin tone", not a sent
 Images and names it was trained on: {attribution}. What it samples is made from them: give the same credit where you show it. The skin tones,
 genders and trades in its images are those of the emoji standard.
 """  # noqa: E501  (rows of a table)
+
+# By the beginning of a text encoder's name: what the network knows, and what its vectors are
+TEXTS = {
+    "table": (
+        "and nothing else",
+        "a fixed random vector for each of CLIP's tokens, no pretrained tower",
+    ),
+    "words": (
+        "and words that mean much the same",
+        "a fixed vector for each word, distilled from all-MiniLM-L6-v2 (Apache-2.0)",
+    ),
+}
 
 
 class Stage(NamedTuple):
@@ -138,6 +150,7 @@ def card(
     """Returns the model card, from the run's records."""
     losses = last_heldout(run)["ema"]
     data = metadata["config"]["data"]
+    known, vectors = TEXTS[metadata["text_encoder"].partition(":")[0]]
     codec = json.loads((run / "vae" / "codec.json").read_text())
     rows = [
         f"| {stage.folder.name} | {stage.resolution} | {stage.mask_ratio:.0%} "
@@ -149,7 +162,9 @@ def card(
         parameters=sum(array.size for array in arrays.values()),
         side=data["resolution"],
         captions=int(codec["name"].split("images=")[1].split("x")[0]),
-        heldout=len(twemoji.images_of("heldout")),
+        heldout=len(twemoji.images_of_sets("heldout", twemoji.sets_of(data))),
+        known=known,
+        vectors=vectors,
         step=step,
         megabytes=size / 1e6,
         text_encoder=metadata["text_encoder"],

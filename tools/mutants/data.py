@@ -287,4 +287,25 @@ MUTANTS = [
         "new": "if False:",
         "tests": ["tests/test_prepare_ray_engine.py"],
     },
+    {
+        "name": "scenes show what the compositional prompts ask for",
+        "file": "microdit_jax/data/emoji_scenes.py",
+        "old": "free = {name for name in COLOURS if not is_kept_out(name, caption)}",
+        "new": "free = set(COLOURS)",
+        "tests": ["tests/test_data_emoji_scenes.py"],
+    },
+    {
+        "name": "words are taken for padding by a number of their vectors",
+        "file": "microdit_jax/encoders/word_vectors.py",
+        "old": "np.where((ids != PADDING)[:, :, None], vectors, np.float32(0))",
+        "new": "np.where(meaning[:, :, :1] > 0, vectors, np.float32(0))",
+        "tests": ["tests/test_word_vectors.py"],
+    },
+    {
+        "name": "the shortest piece of an unknown word is taken",
+        "file": "microdit_jax/encoders/word_vectors.py",
+        "old": "for end in range(min(len(word), start + _LONGEST_WORD), start, -1):",
+        "new": "for end in range(start + 1, min(len(word), start + _LONGEST_WORD) + 1):",
+        "tests": ["tests/test_word_vectors.py"],
+    },
 ]
