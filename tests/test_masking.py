@@ -31,6 +31,15 @@ def test_restore_undoes_drop():
     np.testing.assert_array_equal(restored[..., 0], [[0, 2, 0, 4], [5, 0, 7, 0]])
 
 
+def test_gradients_of_kept_tokens_go_back_to_them():
+    mask = masking.make_mask(NOISE, 0.5)
+    drop = lambda x: masking.drop_tokens(x, mask)  # noqa: E731
+    g = jnp.arange(4, dtype=jnp.bfloat16).reshape(2, 2, 1) + 1
+    (found,) = jax.vjp(drop, jnp.zeros((2, 4, 1), jnp.bfloat16))[1](g)
+    np.testing.assert_array_equal(found[..., 0], [[0, 1, 0, 2], [4, 0, 3, 0]])
+    assert found.dtype == jnp.bfloat16
+
+
 @pytest.mark.parametrize(
     "t, ratio, kept", [(256, 0.75, 64), (16, 0.0, 16), (10, 0.75, 2), (7, 0.5, 3)]
 )

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from conftest import relative_l2
 
-from microdit_jax.models import layers, norms
+from microdit_jax.models import activations, layers, matmuls, norms
 
 EPS = 1e-6
 RNG = np.random.default_rng(0)
@@ -33,7 +33,12 @@ CASES = {
         lambda x, w, b, s: (x, plain(x) * w[None, None] * (1 + s[:, None]) + b[:, None]),
         [(2, 3, 16), (16,), (2, 16), (2, 16)],
     ),
-    "gelu": (layers.gelu_erf, lambda x: jax.nn.gelu(x, approximate=False), [(4, 16)]),
+    "gelu": (activations.gelu_erf, lambda x: jax.nn.gelu(x, approximate=False), [(4, 16)]),
+    "swiglu": (
+        activations.swiglu,
+        lambda x: x[:, :8] * jax.nn.sigmoid(x[:, :8]) * x[:, 8:],
+        [(4, 16)],
+    ),
 }
 
 
@@ -72,6 +77,55 @@ def test_16_bit_types_stay_near_and_are_kept():
     # A large mean would cancel in sums of squares; the network's matmuls round by far more.
     shifted = (3 + x.astype(jnp.float32)).astype(jnp.bfloat16)
     assert relative_l2(norms.normalise(shifted, EPS), plain(shifted.astype(jnp.float32))) < 5e-3
+
+
+def test_a_scale_that_the_matrix_takes():
+    """Equals the norm with its scale, in outputs and gradients."""
+    x, w, scale, *g = arrays((2, 5, 32), (32, 24), (32,), (2, 5, 32), (2, 5, 24))
+
+    def found(dtype, method):
+        precision = layers.Precision(dtype, "float32")
+        norm = layers.LayerNorm(EPS, precision)
+        linear = layers.SplitLinear(1, 24, precision, False, layers.xavier)
+
+        def apply(x, w, scale):
+            variables = {"params": {"scale": scale}}
+            x, *rest = norm.apply(variables, x, gradient_dtype=dtype, method=method)
+            return x, *linear.apply({"params": {"kernel": w}}, *rest)
+
+        out, pull = jax.vjp(apply, x.astype(dtype), w, scale)
+        return out, pull(tuple(a.astype(dtype) for a in g))
+
+    wide, rounded = found("float32", "beside_stream"), found("bfloat16", "before_matrix")
+    for a, b in zip(*map(jax.tree.leaves, (rounded, wide)), strict=True):
+        assert relative_l2(np.float32(a), np.float32(b)) < 8e-3
+
+
+def test_weights_in_float32_get_gradients_in_float32():
+    """Sums of many products are not rounded to the type of the matmul's inputs."""
+    x, w, g = arrays((3, 64, 16), (16, 8), (3, 64, 8))
+    x, g = x.astype(jnp.bfloat16), g.astype(jnp.bfloat16)
+    wide_x, wide_g = x.astype(jnp.float32), g.astype(jnp.float32)
+    cases = {
+        "matmul": (matmuls.matmul, w, g, jnp.einsum("btd,btf->df", wide_x, wide_g)),
+        "batched": (
+            matmuls.batched_matmul,
+            jnp.stack([w] * 3),
+            g,
+            jnp.einsum("btd,btf->bdf", wide_x, wide_g),
+        ),
+        "parts": (
+            lambda x, w: jnp.concatenate(matmuls.matmul_parts(x, w, 2), axis=-1),
+            w,
+            g,
+            jnp.einsum("btd,btf->df", wide_x, wide_g),
+        ),
+    }
+    for name, (function, weight, g, expected) in cases.items():
+        out, pull = jax.vjp(function, x, weight)
+        dx, dw = pull(g)
+        assert out.dtype == dx.dtype == jnp.bfloat16 and dw.dtype == jnp.float32, name
+        assert relative_l2(dw, expected) < 1e-6, name
 
 
 def test_a_rounded_stream_is_what_its_norm_and_its_gradient_see():

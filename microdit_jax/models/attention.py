@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Float32, Int
 
 from microdit_jax.errors import UserError
 from microdit_jax.models.layers import Initializer, Precision, SplitLinear, linear, small_normal
@@ -286,7 +286,7 @@ class CrossAttention(_Attention):
 
     def setup(self):
         init = small_normal(self.options.init_std)
-        self.q_linear = self.projection(self.hidden, init)
+        self.q_linear = self.split_projection(1, init)
         self.kv_linear = self.split_projection(2, init)
         self.proj = self.projection(self.dim, self.out_init)
 
@@ -300,5 +300,8 @@ class CrossAttention(_Attention):
         x: Float[Array, "n t d"],
         keys_values: KeysValues,
         lengths: Int[Array, " n"] | None = None,
+        scale: Float32[Array, " d"] | None = None,
     ) -> Float[Array, "n t d"]:
-        return self.proj(self.attend(self.normed_heads(self.q_linear(x)), keys_values, lengths))
+        """Attention of x, or of x times `scale`, to the caption."""
+        (q,) = self.q_linear(x, scale)
+        return self.proj(self.attend(self.normed_heads(q), keys_values, lengths))

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from microdit_jax.errors import UserError
 from microdit_jax.models import attention, masking, moe
+from microdit_jax.models.activations import gelu_tanh
 from microdit_jax.models.attention import CrossAttention, KeysValues, SelfAttention
 from microdit_jax.models.config import (
     CAPTION_MLP_RATIO,
@@ -30,7 +31,6 @@ from microdit_jax.models.layers import (
     Mlp,
     PatchEmbed,
     TimestepEmbedder,
-    gelu_tanh,
     linear,
     residual_sum,
     sincos_pos_embed,
@@ -166,13 +166,18 @@ class DiTBlock(nn.Module):
     ) -> Float[Array, "n t d"]:
         modulation = jnp.split(self.adaLN_modulation_1(gelu_tanh(c)), 6, axis=-1)  # each (n, d)
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation
-        if keys_values is None:
-            keys_values = self.keys_values(y)
+        keys_values = self.keys_values(y) if keys_values is None else keys_values
         narrow = self.config.residual_gradient_dtype
         x, h = self.norm1.beside_stream(x, shift_msa, scale_msa, gradient_dtype=narrow)
         x = residual_sum(x, self.attn(h), gate_msa)
-        x, h = self.norm2.beside_stream(x, gradient_dtype=narrow)
-        x = residual_sum(x, self.cross_attn(h, keys_values, lengths))
+        if self.config.dtype == "float32":  # samples stay what they were to the bit
+            x, h = self.norm2.beside_stream(x, gradient_dtype=narrow)
+            x = residual_sum(x, self.cross_attn(h, keys_values, lengths))
+        else:  # as rows of a matrix, to which the projection's matmul can add its own
+            rows = x.reshape(-1, self.dim)  # (n * t, d)
+            rows, h, scale = self.norm2.before_matrix(rows, gradient_dtype=narrow)
+            h = self.cross_attn(h.reshape(x.shape), keys_values, lengths, scale)
+            x = residual_sum(rows, h.reshape(rows.shape)).reshape(x.shape)
         x, h = self.norm3.beside_stream(x, shift_mlp, scale_mlp, gradient_dtype=narrow)
         return residual_sum(x, self.mlp(h), gate_mlp)
 

@@ -12,7 +12,7 @@ from einops import rearrange
 from jaxtyping import Array, Float, Float32
 
 from microdit_jax.models import matmuls, norms
-from microdit_jax.models.derivatives import as_kept, with_backward
+from microdit_jax.models.activations import gelu_tanh, swiglu
 
 Initializer = Callable[..., Array]
 
@@ -37,31 +37,6 @@ class Precision:
         return dataclasses.replace(self, dtype="float32")
 
 
-def gelu_tanh(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """The tanh form of GELU: every GELU of the network but the experts'."""
-    return jax.nn.gelu(x, approximate=True)
-
-
-def _gelu_forward(x: Array) -> tuple[Array, Array]:
-    if x.dtype != jnp.float32:  # jax.nn's erfc keeps the small tail that 1 + erf rounds away
-        return jax.nn.gelu(x, approximate=False), x
-    return 0.5 * x * (1 + jax.lax.erf(x * np.float32(math.sqrt(0.5)))), x
-
-
-def _gelu_backward(x: Array, g: Array) -> tuple[Array]:
-    (kept,) = as_kept(x)
-    wide = kept.astype(jnp.float32)
-    below = 0.5 * jax.lax.erfc(-wide * np.float32(math.sqrt(0.5)))  # the normal distribution's
-    density = jnp.exp(-0.5 * jnp.square(wide)) * np.float32(1 / math.sqrt(2 * math.pi))
-    return ((g.astype(jnp.float32) * (below + wide * density)).astype(x.dtype),)
-
-
-@with_backward(_gelu_forward, _gelu_backward)
-def gelu_erf(x: Float[Array, "*b f"]) -> Float[Array, "*b f"]:
-    """The exact GELU, x (1 + erf(x / sqrt 2)) / 2: the experts'. It keeps its input alone."""
-    return _gelu_forward(x)[0]
-
-
 def linear(
     features: int,
     precision: Precision,
@@ -80,8 +55,25 @@ def linear(
         kernel_init=kernel_init,
         bias_init=bias_init,
         dot_general=matmuls.dot_general,
+        promote_dtype=matmuls.narrow_inputs,
         name=name,
     )
+
+
+class Weights(nn.Module):
+    """The matrix (d, f) and the bias (f,), or None, of a `linear` layer."""
+
+    features: int
+    precision: Precision
+    use_bias: bool
+    kernel_init: Initializer
+
+    @nn.compact
+    def __call__(self, d: int) -> tuple[Float[Array, "d f"], Float[Array, " f"] | None]:
+        stored = self.precision.param_dtype
+        kernel = self.param("kernel", self.kernel_init, (d, self.features), stored)
+        bias = self.param("bias", zeros, (self.features,), stored) if self.use_bias else None
+        return kernel, bias
 
 
 class SplitLinear(nn.Module):
@@ -98,11 +90,16 @@ class SplitLinear(nn.Module):
     kernel_init: Initializer
 
     @nn.compact
-    def __call__(self, x: Float[Array, "*b d"]) -> tuple[Float[Array, "*b f"], ...]:
+    def __call__(
+        self, x: Float[Array, "*b d"], scale: Float32[Array, " d"] | None = None
+    ) -> tuple[Float[Array, "*b f"], ...]:
+        """Returns the parts for x, or for x times `scale`, which the smaller matrix takes."""
         dtype, stored = self.precision.dtype, self.precision.param_dtype
         width = self.parts * self.features
         kernel = self.param("kernel", self.kernel_init, (x.shape[-1], width), stored)
-        results = matmuls.matmul_parts(x.astype(dtype), kernel.astype(dtype), self.parts)
+        if scale is not None:
+            kernel = scale[:, None] * kernel.astype(jnp.float32)
+        results = matmuls.matmul_parts(x.astype(dtype), kernel, self.parts)
         if not self.use_bias:
             return results
         bias = self.param("bias", zeros, (width,), stored).astype(dtype)
@@ -121,6 +118,20 @@ class LayerNorm(nn.Module):
     precision: Precision
 
     @nn.compact
+    def _weight(self, d: int) -> Float32[Array, " d"]:
+        init = nn.initializers.ones
+        return self.param("scale", init, (d,), self.precision.param_dtype).astype(jnp.float32)
+
+    def before_matrix(
+        self, x: Float[Array, "*b d"], *, gradient_dtype: str
+    ) -> tuple[Float[Array, "*b d"], Float[Array, "*b d"], Float32[Array, " d"]]:
+        """Returns x, its norm without the scale, and the scale, for the matrix that comes next.
+
+        The scale's gradient is then no sum over tokens.
+        """
+        x, h = norms.scaled_norm(x, None, self.eps, self.precision.dtype, gradient_dtype)
+        return x, h, self._weight(x.shape[-1])
+
     def beside_stream(
         self,
         x: Float[Array, "*b d"],
@@ -134,10 +145,7 @@ class LayerNorm(nn.Module):
         Args:
           gradient_dtype: type that the gradient of x is rounded to on its way through memory.
         """
-        weight = self.param(
-            "scale", nn.initializers.ones, (x.shape[-1],), self.precision.param_dtype
-        )  # (d,)
-        weight = weight.astype(jnp.float32)
+        weight = self._weight(x.shape[-1])
         types = self.precision.dtype, gradient_dtype
         if shift is None or scale is None:
             return norms.scaled_norm(x, weight, self.eps, *types)
@@ -153,9 +161,11 @@ class LayerNorm(nn.Module):
 
 
 def residual_sum(
-    x: Float[Array, "n t d"], branch: Float[Array, "n t d"], gate: Float[Array, "n d"] | None = None
-) -> Float[Array, "n t d"]:
+    x: Float[Array, "*b d"], branch: Float[Array, "*b d"], gate: Float[Array, "n d"] | None = None
+) -> Float[Array, "*b d"]:
     """Adds a branch, times its gate, to the residual stream, in float32; returns x's type."""
+    if gate is None and x.dtype == branch.dtype:  # the same sum, which XLA takes into a matmul
+        return x + branch
     branch = branch.astype(jnp.float32)
     branch = branch if gate is None else gate[:, None, :] * branch
     return (x.astype(jnp.float32) + branch).astype(x.dtype)
@@ -289,9 +299,21 @@ class FeedForward(nn.Module):
                 features, self.precision, use_bias=self.use_bias, kernel_init=init, name=name
             )
 
-        gate = nn.silu(layer("w1", self.hidden, small_normal(self.init_std))(x))  # (n, t, f)
-        value = layer("w2", self.hidden, self.hidden_init)(x)  # (n, t, f)
-        return layer("w3", x.shape[-1], self.out_init)(gate * value)
+        inits = {"w1": small_normal(self.init_std), "w2": self.hidden_init}
+        if self.precision.dtype == "float32":  # to the bit as ever
+            gate, value = (layer(name, self.hidden, init)(x) for name, init in inits.items())
+            hidden = nn.silu(gate) * value  # (n, t, f)
+        else:
+            weights = [
+                Weights(self.hidden, self.precision, self.use_bias, init, name=name)(x.shape[-1])
+                for name, init in inits.items()
+            ]
+            (w1, b1), (w2, b2) = weights
+            both = matmuls.matmul_pair(x.astype(self.precision.dtype), w1, w2)  # (n, t, 2 f)
+            if b1 is not None and b2 is not None:
+                both = both + jnp.concatenate([b1, b2]).astype(both.dtype)[None, None]
+            hidden = swiglu(both)
+        return layer("w3", x.shape[-1], self.out_init)(hidden)
 
 
 class FinalLayer(nn.Module):

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from microdit_jax.errors import UserError
+from microdit_jax.models.derivatives import with_backward
 
 
 class Mask(NamedTuple):
@@ -56,14 +57,31 @@ def make_mask(noise: Float[Array, "n t"], mask_ratio: float) -> Mask:
     return Mask(shuffled[:, :kept], ids_restore, dropped)
 
 
+def _rows(x: Array, index: Array) -> Array:
+    return jnp.take_along_axis(x, index[:, :, None], axis=1, mode="promise_in_bounds")
+
+
+def _restored(x: Array, ids_restore: Array) -> Array:
+    n, kept, d = x.shape
+    t = ids_restore.shape[1]
+    padded = jnp.concatenate([x, jnp.zeros((n, t - kept, d), x.dtype)], axis=1)  # (n, t, d)
+    return _rows(padded, ids_restore)
+
+
+@with_backward(
+    lambda x, ids_keep, ids_restore: (_rows(x, ids_keep), ids_restore),
+    lambda ids_restore, g: (_restored(g, ids_restore), None, None),
+)
+def _kept(x: Array, ids_keep: Array, ids_restore: Array) -> Array:
+    """Gathers rows; the backward pass gathers too, where autodiff's scatters in float32."""
+    return _rows(x, ids_keep)
+
+
 def drop_tokens(x: Float[Array, "n t d"], mask: Mask) -> Float[Array, "n t_kept d"]:
     """Gathers the kept tokens, in shuffled order."""
-    return jnp.take_along_axis(x, mask.ids_keep[:, :, None], axis=1)
+    return _kept(x, mask.ids_keep, mask.ids_restore)
 
 
 def restore_tokens(x: Float[Array, "n t_kept d"], mask: Mask) -> Float[Array, "n t d"]:
     """Undoes `drop_tokens`; dropped tokens become zero (the reference's `mask_token`)."""
-    n, kept, d = x.shape
-    t = mask.ids_restore.shape[1]
-    padded = jnp.concatenate([x, jnp.zeros((n, t - kept, d), x.dtype)], axis=1)  # (n, t, d)
-    return jnp.take_along_axis(padded, mask.ids_restore[:, :, None], axis=1)
+    return _restored(x, mask.ids_restore)

@@ -1,4 +1,7 @@
-"""Matmuls whose backward pass suits XLA on CPUs; on other platforms they equal plain autodiff's.
+"""Matmuls that round a weight to the type of their input, with backward passes of their own.
+
+A weight in float32 gets its gradient in float32: the matmul that computes it adds in float32, and
+to round its result would only move it through memory twice more.
 
 The gradient of a weight is a matmul with the layer's input transposed. XLA's CPU backend fuses that
 transpose with the computation of the input, so that norm, modulation or GELU run a second time, one
@@ -47,21 +50,22 @@ def fusion_barrier(*operands: Shaped[Array, "..."]) -> tuple[Shaped[Array, "..."
 
 
 def _matmul_forward(x: Array, w: Array) -> tuple[Array, tuple[Array, Array]]:
-    return named(jax.lax.dot_general(x, w, (((x.ndim - 1,), (0,)), ((), ())))), (x, w)
+    narrow = w.astype(x.dtype)
+    return named(jax.lax.dot_general(x, narrow, (((x.ndim - 1,), (0,)), ((), ())))), (x, w)
 
 
 def _matmul_backward(residuals: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
     x, w = residuals
     x, g = fusion_barrier(x, g)
     rows = tuple(range(x.ndim - 1))
-    dx = jax.lax.dot_general(g, w, (((g.ndim - 1,), (1,)), ((), ())))  # (*b, d)
-    dw = jax.lax.dot_general(x, g, ((rows, rows), ((), ())))  # (d, f)
-    return dx, dw
+    dx = jax.lax.dot_general(g, w.astype(x.dtype), (((g.ndim - 1,), (1,)), ((), ())))  # (*b, d)
+    dw = jax.lax.dot_general(x, g, ((rows, rows), ((), ())), preferred_element_type=w.dtype)
+    return dx, dw  # the latter (d, f)
 
 
 @with_backward(_matmul_forward, _matmul_backward)
 def matmul(x: Float[Array, "*b d"], w: Float[Array, "d f"]) -> Float[Array, "*b f"]:
-    """Returns x w, contracted over the last axis of x."""
+    """Returns x w, contracted over the last axis of x, in its type."""
     return _matmul_forward(x, w)[0]
 
 
@@ -90,6 +94,27 @@ def matmul_parts(
     return _parts_forward(x, w, parts)[0]
 
 
+def matmul_pair(
+    x: Float[Array, "*b d"], w1: Float[Array, "d f"], w2: Float[Array, "d f"]
+) -> Float[Array, "*b f_both"]:
+    """Returns x w1 and x w2 beside each other, by one matmul: for kernels that read both at once.
+
+    Forward x, and backward its gradient, are then read and written once for both.
+    """
+    return matmul(x, jnp.concatenate([w1, w2], axis=1))
+
+
+def narrow_inputs(
+    inputs: Float[Array, "*b d"],
+    kernel: Float[Array, "d f"],
+    bias: Float[Array, " f"] | None,
+    *,
+    dtype: Any,
+) -> tuple[Float[Array, "*b d"], Float[Array, "d f"], Float[Array, " f"] | None]:
+    """Casts as `flax.linen.Dense` asks for, but leaves its kernel for `matmul` to round."""
+    return inputs.astype(dtype), kernel, None if bias is None else bias.astype(dtype)
+
+
 def dot_general(
     x: Float[Array, "*b d"],
     w: Float[Array, "d f"],
@@ -104,21 +129,23 @@ def dot_general(
     return matmul(x, w)
 
 
-def _batched(x: Array, w: Array, x_axis: int, w_axis: int) -> Array:
-    return jax.lax.dot_general(x, w, (((x_axis,), (w_axis,)), ((0,), (0,))))
+def _batched(x: Array, w: Array, x_axis: int, w_axis: int, dtype: Any = None) -> Array:
+    dims = (((x_axis,), (w_axis,)), ((0,), (0,)))
+    return jax.lax.dot_general(x, w, dims, preferred_element_type=dtype)
 
 
 def _batched_forward(x: Array, w: Array) -> tuple[Array, tuple[Array, Array]]:
-    return named(_batched(x, w, 2, 1)), (x, w)
+    return named(_batched(x, w.astype(x.dtype), 2, 1)), (x, w)
 
 
 def _batched_backward(residuals: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
     x, w = residuals
     x, g = fusion_barrier(x, g)
-    return _batched(g, w, 2, 2), _batched(x, g, 1, 1)  # (e, m, d), (e, d, f)
+    dx = _batched(g, w.astype(x.dtype), 2, 2)  # (e, m, d)
+    return dx, _batched(x, g, 1, 1, w.dtype)  # (e, d, f)
 
 
 @with_backward(_batched_forward, _batched_backward)
 def batched_matmul(x: Float[Array, "e m d"], w: Float[Array, "e d f"]) -> Float[Array, "e m f"]:
-    """Returns x[e] w[e] for each e."""
+    """Returns x[e] w[e] for each e, in the type of x."""
     return _batched_forward(x, w)[0]

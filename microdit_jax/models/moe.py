@@ -6,8 +6,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int
 
 from microdit_jax.errors import UserError
-from microdit_jax.models.derivatives import with_backward
-from microdit_jax.models.layers import Initializer, Precision, gelu_erf, small_normal
+from microdit_jax.models.activations import gelu_erf
+from microdit_jax.models.derivatives import as_kept, with_backward
+from microdit_jax.models.layers import Initializer, Precision, small_normal
 from microdit_jax.models.matmuls import batched_matmul, fusion_barrier, named
 
 EXPERT_AXIS = "expert"  # the mesh axis over which experts are split (sharding.py)
@@ -119,7 +120,7 @@ def _to_tokens(out: Array, weight: Array | None, index: Array, t: int) -> Array:
         if weight is not None:
             rows = rows * jnp.take_along_axis(weight[:, expert], at, axis=1)[:, :, None]
         total = total + jnp.where(taken[:, :, None], rows, 0)
-    return total.astype(out.dtype)  # (n, t, d)
+    return as_kept(total.astype(out.dtype))[0]  # (n, t, d); else XLA would keep it in float32
 
 
 def _to_experts_backward(t: int, index: Array, g: Array) -> tuple[Array, None]:
@@ -267,4 +268,4 @@ class ExpertChoiceFeedForward(nn.Module):
         weight, index = choose_tokens(gate(x), slots_of(self.capacity, t, e))  # each (n, e, k)
         self.sow("intermediates", "routing", index)
         dispatch = DISPATCHES[self.dispatch]
-        return dispatch(x.astype(dtype), weight, index, w1.astype(dtype), w2.astype(dtype))
+        return dispatch(x.astype(dtype), weight, index, w1, w2)

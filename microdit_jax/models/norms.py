@@ -51,16 +51,22 @@ def _in_memory(x: Array) -> Array:
 
 
 # ------------------------------------------------------------------ without parameters
-def _plain_forward(x: Array, eps: float) -> tuple[Array, tuple[Array, Array]]:
-    mean, r = _statistics(x, eps, x.dtype)
+def _plain_forward(x: Array, eps: float) -> tuple[Array, Any]:
+    mean, r = _statistics(x, eps, jnp.float32)
     y = _normalised(x, mean, r).astype(x.dtype)
-    return y, (y, r)
+    # In 16 bits XLA makes one Triton kernel of the statistics, in this form, and the norm, which
+    # reads x once, forward and again backward. To keep the statistics would take one more kernel.
+    return y, (y, r) if x.dtype == jnp.float32 else x
 
 
-def _plain_backward(eps: float, residuals: tuple[Array, Array], g: Array) -> tuple[Array]:
-    y, r = as_kept(*residuals)
-    dx = _input_gradient(y.astype(jnp.float32), r, _in_memory(g).astype(jnp.float32))
-    return (dx.astype(y.dtype),)
+def _plain_backward(eps: float, residuals: Any, g: Array) -> tuple[Array]:
+    if g.dtype == jnp.float32:
+        y, r = as_kept(*residuals)
+    else:
+        (x,) = as_kept(residuals)
+        mean, r = _statistics(x, eps, jnp.float32)
+        y = _normalised(x, mean, r)
+    return (_input_gradient(y, r, _in_memory(g).astype(jnp.float32)).astype(g.dtype),)
 
 
 @with_backward(_plain_forward, _plain_backward, static=(1,))
@@ -82,13 +88,16 @@ def _scaled_forward(x, scale, eps, dtype, gradient_dtype):
     mean, r = _statistics(x, eps, dtype)
     x = _in_memory(x)
     y = _normalised(x, mean, r)
-    return (x, (y * jnp.broadcast_to(scale, y.shape)).astype(dtype)), (x, mean, r, scale)
+    h = y if scale is None else y * jnp.broadcast_to(scale, y.shape)
+    return (x, h.astype(dtype)), (x, mean, r, scale)
 
 
 def _scaled_backward(eps, dtype, gradient_dtype, residuals, gradients):
     x, mean, r, scale = residuals
     dstream, g = gradients
     y, g = _normalised(x, mean, r), _in_memory(g).astype(jnp.float32)
+    if scale is None:
+        return _stream_gradient(x, y, r, dstream, g, gradient_dtype), None
     dscale = (g * y).sum(axis=tuple(range(g.ndim - 1)))  # (d,)
     g = g * jnp.broadcast_to(scale, g.shape)
     return _stream_gradient(x, y, r, dstream, g, gradient_dtype), dscale
@@ -97,7 +106,7 @@ def _scaled_backward(eps, dtype, gradient_dtype, residuals, gradients):
 @with_backward(_scaled_forward, _scaled_backward, static=(2, 3, 4))
 def scaled_norm(
     x: Float[Array, "*b d"],
-    scale: Float32[Array, " d"],
+    scale: Float32[Array, " d"] | None,
     eps: float,
     dtype: str,
     gradient_dtype: str,
@@ -105,6 +114,7 @@ def scaled_norm(
     """Returns x, and its layer norm over the last axis with a scale, computed in float32.
 
     Args:
+      scale: None for a norm without one.
       dtype: type of the norm, and of the network's matmuls.
       gradient_dtype: type that the gradient of x is rounded to on its way through memory.
     """

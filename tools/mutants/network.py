@@ -5,7 +5,8 @@ MOE, DIT = "microdit_jax/models/moe.py", "microdit_jax/models/dit.py"
 SOLVERS = "microdit_jax/sampling/solvers.py"
 SCHEDULES = "microdit_jax/sampling/schedules.py"
 MASKING = "microdit_jax/models/masking.py"
-NORMS = "microdit_jax/models/norms.py"
+NORMS, LAYERS = "microdit_jax/models/norms.py", "microdit_jax/models/layers.py"
+MATMULS = "microdit_jax/models/matmuls.py"
 
 UPDATE = "tests/test_training_update.py"
 
@@ -17,6 +18,20 @@ MUTANTS = [
         "old": "if jnp.dtype(dtype) == jnp.float32:",
         "new": "if dtype == jnp.float32:",
         "tests": ["tests/test_norms.py::test_float32_subtracts_the_mean_before_it_squares"],
+    },
+    {
+        "name": "gradients of weights are rounded to the type of the matmuls",
+        "file": MATMULS,
+        "old": "((rows, rows), ((), ())), preferred_element_type=w.dtype)",
+        "new": "((rows, rows), ((), ()))).astype(w.dtype)",
+        "tests": ["tests/test_norms.py::test_weights_in_float32_get_gradients_in_float32"],
+    },
+    {
+        "name": "the scale that a matrix takes is lost",
+        "file": LAYERS,
+        "old": "kernel = scale[:, None] * kernel.astype(jnp.float32)",
+        "new": "kernel = kernel.astype(jnp.float32)",
+        "tests": ["tests/test_norms.py::test_a_scale_that_the_matrix_takes"],
     },
     # ------------------------------------------------------------------ the sampler
     {
@@ -114,8 +129,8 @@ MUTANTS = [
     {
         "name": "restored tokens stay in shuffled order",
         "file": MASKING,
-        "old": "jnp.take_along_axis(padded, mask.ids_restore[:, :, None], axis=1)",
-        "new": "padded",
+        "old": "return _rows(padded, ids_restore)",
+        "new": "return padded",
         "tests": ["tests/test_masking.py"],
     },
     # ------------------------------------------------------------------ the shardings
