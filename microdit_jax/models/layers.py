@@ -98,7 +98,7 @@ class SplitLinear(nn.Module):
         width = self.parts * self.features
         kernel = self.param("kernel", self.kernel_init, (x.shape[-1], width), stored)
         if scale is not None:
-            kernel = scale[:, None] * kernel.astype(jnp.float32)
+            kernel = matmuls.scaled_matrix(kernel, scale, dtype)
         results = matmuls.matmul_parts(x.astype(dtype), kernel, self.parts)
         if not self.use_bias:
             return results

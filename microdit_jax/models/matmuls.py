@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float, Shaped
+from jaxtyping import Array, Float, Float32, Shaped
 
 from microdit_jax.models.derivatives import with_backward
 
@@ -104,15 +104,36 @@ def matmul_pair(
     return matmul(x, jnp.concatenate([w1, w2], axis=1))
 
 
+def _rounded(w: Array, dtype: Any) -> Array:
+    """Returns w in float32, as `dtype` keeps it; XLA would leave out a cast and its inverse."""
+    form = jnp.finfo(dtype)
+    return jax.lax.reduce_precision(w.astype(jnp.float32), form.nexp, form.nmant)
+
+
+def _scaled_forward(w: Array, scale: Array, dtype: str) -> tuple[Array, tuple[Array, Array]]:
+    return scale[:, None] * _rounded(w, dtype), (w, scale)
+
+
+def _scaled_backward(dtype: str, residuals: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
+    w, scale = residuals
+    return (scale[:, None] * g).astype(w.dtype), (_rounded(w, dtype) * g).sum(axis=1)
+
+
+@with_backward(_scaled_forward, _scaled_backward, static=(2,))
+def scaled_matrix(
+    w: Float[Array, "d f"], scale: Float32[Array, " d"], dtype: str
+) -> Float32[Array, "d f"]:
+    """Returns the rows of w times `scale`, w rounded to `dtype` first, as where it came so."""
+    return _scaled_forward(w, scale, dtype)[0]
+
+
 def narrow_inputs(
-    inputs: Float[Array, "*b d"],
-    kernel: Float[Array, "d f"],
-    bias: Float[Array, " f"] | None,
-    *,
-    dtype: Any,
-) -> tuple[Float[Array, "*b d"], Float[Array, "d f"], Float[Array, " f"] | None]:
-    """Casts as `flax.linen.Dense` asks for, but leaves its kernel for `matmul` to round."""
-    return inputs.astype(dtype), kernel, None if bias is None else bias.astype(dtype)
+    *arrays: Float[Array, "..."] | None, dtype: Any = None, inexact: bool = True
+) -> list[Float[Array, "..."] | None]:
+    """Casts the input and the bias of `flax.linen.Dense`; `matmul` rounds the kernel."""
+    x, kernel, bias = arrays
+    assert x is not None and inexact
+    return [x.astype(dtype), kernel, None if bias is None else bias.astype(dtype)]
 
 
 def dot_general(

@@ -29,8 +29,8 @@ MUTANTS = [
     {
         "name": "the scale that a matrix takes is lost",
         "file": LAYERS,
-        "old": "kernel = scale[:, None] * kernel.astype(jnp.float32)",
-        "new": "kernel = kernel.astype(jnp.float32)",
+        "old": "kernel = matmuls.scaled_matrix(kernel, scale, dtype)",
+        "new": "kernel = matmuls.scaled_matrix(kernel, 0 * scale + 1, dtype)",
         "tests": ["tests/test_norms.py::test_a_scale_that_the_matrix_takes"],
     },
     # ------------------------------------------------------------------ the sampler
