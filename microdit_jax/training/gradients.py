@@ -87,10 +87,7 @@ def make_gradients(
             return loss.sum() / num_images, (loss, sigma)
 
         def part_gradients(part):
-            # Matrices that came in 16 bits are rounded to these again, which XLA leaves out; but
-            # their gradients are written in float32 at once.
-            wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
-            grads, (loss, sigma) = jax.grad(scaled_loss, has_aux=True)(wide, part)
+            grads, (loss, sigma) = jax.grad(scaled_loss, has_aux=True)(params, part)
             if specs is not None:
                 grads = sharding.scatter_sum(grads, specs, dtype=gradient_dtype)
             return PartGradients(grads, loss, sigma)
