@@ -8,56 +8,53 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from benchmarks.race_runs import CANDIDATES, Entrant, Settings, operations, run_configs
-from benchmarks.trials import TRIALS
 from microdit_jax.diffusion import EdmConfig
 from microdit_jax.encoders.registry import text_encoder
+from microdit_jax.models.dit import DiT
 from microdit_jax.training import step as train_step
 from microdit_jax.training.config import make_optimizer, model_config
 from microdit_jax.xla.hlo import count
 
 
-def compiled_flops(config: ConfigDict, trial: str = "") -> float:
+def compiled_flops(config: ConfigDict) -> float:
     """Operations of all matmuls of one training step on one device, from its optimised HLO."""
     cfg, n = model_config(config), config.train.batch_size
-    with TRIALS[trial].installed():
-        model = TRIALS[trial].network(cfg)
-        optimizer, schedule = make_optimizer(config)
-        step = train_step.make_train_step(
-            model,
-            optimizer,
-            schedule,
-            edm=EdmConfig(**config.edm),
-            mask_ratio=config.train.mask_ratio,
-            seed=config.seed,
-            ema_smoothing=config.ema.smoothing,
-            ema_start_step=config.ema.start_step,
-        )
-        state: Any = jax.eval_shape(
-            lambda key: train_step.init_state(model, optimizer, key, with_ema=False),
-            jax.random.key(0),
-        )
-        image = (cfg.input_size, cfg.input_size, cfg.in_channels)
-        caption = (text_encoder(config.data.text_encoder).max_tokens, cfg.caption_channels)
-        batch = {
-            name: jax.ShapeDtypeStruct((n, *shape), jnp.float32)
-            for name, shape in (("latents", image), ("caption_latents", caption))
-        }
-        batch["keep_caption"] = jax.ShapeDtypeStruct((n,), jnp.float32)
-        compiled = jax.jit(step).lower(state, batch).compile()
-    return count.count(compiled.as_text()).flops
+    model, (optimizer, schedule) = DiT(cfg), make_optimizer(config)
+    step = train_step.make_train_step(
+        model,
+        optimizer,
+        schedule,
+        edm=EdmConfig(**config.edm),
+        mask_ratio=config.train.mask_ratio,
+        seed=config.seed,
+        ema_smoothing=config.ema.smoothing,
+        ema_start_step=config.ema.start_step,
+    )
+    state: Any = jax.eval_shape(
+        lambda key: train_step.init_state(model, optimizer, key, with_ema=False), jax.random.key(0)
+    )
+    image = (cfg.input_size, cfg.input_size, cfg.in_channels)
+    caption = (text_encoder(config.data.text_encoder).max_tokens, cfg.caption_channels)
+    shapes = {"latents": image, "caption_latents": caption, "keep_caption": ()}
+    batch = {k: jax.ShapeDtypeStruct((n, *s), jnp.float32) for k, s in shapes.items()}
+    compiled = jax.jit(step).lower(state, batch).compile()
+    return count.count(compiled.as_text() or "").flops
 
 
 def table(names: Sequence[str], base: ConfigDict, images: int = 4) -> str:
-    """Returns the operations of each candidate's stages as Markdown, of batches of `images`."""
+    """Returns the operations of a step in each candidate's first stage, as Markdown.
+
+    Args:
+      images: of a batch.
+    """
     base = base.copy_and_resolve_references()
+    base.train.batch_size = images
     rows = [["candidate", "network", "optimiser", "compiled", "compiled over both"], ["---"] * 5]
     for name in names:
-        candidate = CANDIDATES[name]
-        base.train.batch_size = round(images / candidate.stages[0].batch)
-        entrant = Entrant(name, 1e-3, 0, (2,) * len(candidate.stages))
+        entrant = Entrant(name, 1e-3, 0, (2,) * len(CANDIDATES[name].stages))
         config = run_configs(entrant, base, Settings("data"))[0]
-        network, own = operations(config, candidate.trial)
-        found = compiled_flops(config, candidate.trial)
+        network, own = operations(config)
+        found = compiled_flops(config)
         figures = (f"{x / 1e6:.2f} MFLOP" for x in (network, own, found))
         rows.append([name, *figures, f"{found / (network + own):.4f}"])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)

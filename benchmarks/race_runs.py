@@ -12,10 +12,10 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from benchmarks import standings
-from benchmarks.trials import TRIALS
 from microdit_jax.encoders.registry import text_encoder
 from microdit_jax.errors import UserError
 from microdit_jax.files import read_json, write_bytes, write_json, write_text
+from microdit_jax.models import flops
 from microdit_jax.models.dit import abstract_params
 from microdit_jax.train import train
 from microdit_jax.training import muon
@@ -36,12 +36,10 @@ class Stage:
 
     Attributes:
       share: of the operations that a run has.
-      batch: images of a step, over the race's.
       values: of the configuration, by path.
     """
 
     share: float = 1.0
-    batch: float = 1.0
     values: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
@@ -53,40 +51,30 @@ class Candidate:
       values: of the configuration, by path.
       stages: its training's parts, whose shares sum to 1.
       rate: learning rate over the one that searches begin at, or that stands in for a search.
+      linear: share of the steps in which the rate falls in a straight line; 0 for the cosine.
       against: the candidate that it is compared with, where that one runs too.
-      trial: the name of what `benchmarks.trials` has for it; "" for the package's own code.
     """
 
     values: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     stages: Sequence[Stage] = (Stage(),)
     rate: float = 1.0
+    linear: float = 0.0
     against: str = ""
-    trial: str = ""
 
 
-def _masked(trial: str = "", *, unmasked: float = 0.0) -> Candidate:
-    """A candidate that drops 75 % of the patches, and none for a last share of its operations."""
-    first = Stage(1 - unmasked, values={"train.mask_ratio": 0.75})
-    stages = (first, Stage(unmasked)) if unmasked else (first,)
-    against = ("masked_tuned" if unmasked else "masked") if trial else ""
-    return Candidate(stages=stages, against=against, trial=trial)
-
+MASKED = {"train.mask_ratio": 0.75}
+ROUTED = {"model.options.unmasked_blocks": 1}
 
 # The first one's steps set how many operations all have.
 CANDIDATES: dict[str, Candidate] = {
     "adamw": Candidate(),
-    "masked": _masked(),
-    "fused": _masked("fused"),
-    "routed": _masked("routed"),
-    "value_residual": Candidate(trial="value_residual"),
-    "wsd": Candidate(trial="wsd"),
-    "growing": Candidate(stages=(Stage(0.5, batch=0.5), Stage(0.5))),
-    "uncertainty": Candidate(trial="uncertainty"),
-    "masked_tuned": _masked(unmasked=0.25),
-    "fused_tuned": _masked("fused", unmasked=0.25),
-    "routed_tuned": _masked("routed", unmasked=0.25),
-    "drop_0": Candidate({"data.caption_drop": 0.0}),
-    "drop_0.2": Candidate({"data.caption_drop": 0.2}),
+    "wsd": Candidate(linear=0.2),
+    "masked": Candidate(MASKED),
+    "routed": Candidate(MASKED | ROUTED, against="masked"),
+    "masked_tuned": Candidate(stages=(Stage(0.75, MASKED), Stage(0.25))),
+    "routed_tuned": Candidate(
+        ROUTED, stages=(Stage(0.75, MASKED), Stage(0.25)), against="masked_tuned"
+    ),
     # Its search ended at twice AdamW's rate.
     "muon": Candidate({"optim.name": "muon"}, rate=2.0),
 }
@@ -158,13 +146,14 @@ def run_configs(entrant: Entrant, base: ConfigDict, settings: Settings) -> list[
         config.data.heldout.folder = data
         warmup = max(1, entrant.steps // 14)  # the demo's share
         config.optim.update(
-            learning_rate=entrant.rate, warmup_steps=warmup, decay_steps=entrant.steps
-        )
+            learning_rate=entrant.rate, warmup_steps=warmup, decay_steps=entrant.steps,
+            linear_steps=round(candidate.linear * entrant.steps),
+        )  # fmt: skip
         # An average's length would be a choice of its own; the rate ends near 0.
         config.ema.enabled = False
         config.train.update(
             steps=done, mask_ratio=0.0, log_every=max(1, every // 2), eval_every=every,
-            checkpoint_every=every, batch_size=round(stage.batch * config.train.batch_size),
+            checkpoint_every=every,
         )  # fmt: skip
         config.eval.update(
             evaluators=("race_loss", "final_scores"), draws=settings.noise_samples,
@@ -179,14 +168,14 @@ def run_configs(entrant: Entrant, base: ConfigDict, settings: Settings) -> list[
     return configs
 
 
-def operations(config: ConfigDict, trial: str = "") -> tuple[int, int]:
+def operations(config: ConfigDict) -> tuple[int, int]:
     """Returns the operations of a step: the network's, forward and backward, and the optimiser's.
 
     Sums over elements, such as AdamW's, are not counted, as nowhere in models/flops.py.
     """
     cfg, run = model_config(config), config.train
     tokens = text_encoder(config.data.text_encoder).max_tokens
-    forward = TRIALS[trial].forward_flops(cfg, run.mask_ratio, tokens)
+    forward = flops.forward_flops(cfg, run.mask_ratio, tokens)
     own = muon.update_flops(abstract_params(cfg)) if config.optim.name == "muon" else 0
     return over_forward(config) * forward * run.batch_size, own
 
@@ -208,17 +197,17 @@ def measure(entrant: Entrant, configs: Sequence[ConfigDict], out: Path) -> dict[
         return read_json(path)
     EVALUATORS["final_scores"] = Entry(FinalScores, switch="score_images")
     EVALUATORS["race_loss"] = Entry(Curve)
-    trial, begin = CANDIDATES[entrant.candidate].trial, time.monotonic()
+    begin = time.monotonic()
     curve, scores, seconds, network, own, done = [], {}, [], 0, 0, 0
     workdir = None
     for i, config in enumerate(configs):
         if workdir is not None:
             config.init_from = str(workdir)
         workdir = out / "runs" / entrant.name / str(i)
-        with TRIALS[trial].installed(), mock.patch("microdit_jax.train.make_step", one_noise):
+        with mock.patch("microdit_jax.train.make_step", one_noise):
             if int(train(config, workdir).step) < config.train.steps:
                 raise UserError(f"{workdir} was stopped; the same command goes on")
-        of_network, of_optimizer = operations(config, trial)
+        of_network, of_optimizer = operations(config)
         for line in read_metrics(workdir):
             if "heldout" in line:
                 steps = line["step"] - done
@@ -279,10 +268,9 @@ def race(
         return measure(entrant, run_configs(entrant, base, settings), out)
 
     def step_flops(name: str) -> list[int]:
-        candidate = CANDIDATES[name]
-        entrant = Entrant(name, rate, 0, (2,) * len(candidate.stages))
+        entrant = Entrant(name, rate, 0, (2,) * len(CANDIDATES[name].stages))
         configs = run_configs(entrant, base, settings)
-        return [operations(config, candidate.trial)[0] for config in configs]
+        return [operations(config)[0] for config in configs]
 
     whole = steps * step_flops(names[0])[0]
 

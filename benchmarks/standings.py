@@ -148,10 +148,9 @@ def plot(found: Mapping[str, Sequence[Result]]) -> bytes:
     panel = figure.subplots()
     for i, (name, results) in enumerate(found.items()):
         flops_at, losses = curves(results)
-        line = {"color": f"C{i % 10}", "ls": "-" if i < 10 else "--"}
-        panel.plot(flops_at / 1e12, losses.mean(0), marker="o", ms=3, label=name, **line)
-        band = losses.min(0), losses.max(0)
-        panel.fill_between(flops_at / 1e12, *band, color=line["color"], alpha=0.2)
+        color, style, at = f"C{i % 10}", "-" if i < 10 else "--", flops_at / 1e12
+        panel.plot(at, losses.mean(0), marker="o", ms=3, color=color, ls=style, label=name)
+        panel.fill_between(at, losses.min(0), losses.max(0), color=color, alpha=0.2)
     panel.set_xlabel("TFLOP, the optimiser's included")
     panel.set_ylabel("held-out loss, right captions")
     panel.grid(alpha=0.3)

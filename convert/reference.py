@@ -36,6 +36,7 @@ OURS_ONLY = (
         "remat",
         "residual",
         "residual_gradient",
+        "unmasked_blocks",
     ),
     "init_std",
 )

@@ -85,12 +85,13 @@ def test_operations_of_a_step(name):
 
 
 def test_stages_go_on_with_one_schedule():
-    entrant = race_runs.Entrant("growing", 1e-3, 7, (20, 10))
+    entrant = race_runs.Entrant("routed_tuned", 1e-3, 7, (20, 10))
     configs = race_runs.run_configs(entrant, demo.get_config("finetune"), SETTINGS)
     assert [config.train.steps for config in configs] == [20, 30]
-    assert [config.train.batch_size for config in configs] == [32, 64]
+    assert [config.train.mask_ratio for config in configs] == [0.75, 0.0]
     assert {config.optim.decay_steps for config in configs} == {30}
-    assert entrant.name == "growing_0.001_20+10_7"
+    assert {model_config(config).unmasked_blocks for config in configs} == {1}
+    assert entrant.name == "routed_tuned_0.001_20+10_7"
 
 
 def test_a_race_from_search_to_table(monkeypatch, tmp_path):
@@ -131,7 +132,7 @@ def test_a_run_is_measured_once(monkeypatch, tmp_path):
     base.model.options.update(depth=1, patch_mixer_depth=1)
     base.train.batch_size = 16
     entrant = race_runs.Entrant("muon", 1e-2, 1, (1, 1))
-    stages = (Stage(0.5, batch=0.5), Stage(0.5))
+    stages = (Stage(0.5, {"train.batch_size": 8}), Stage(0.5))
     candidate = Candidate({"optim.name": "muon"}, stages)
     monkeypatch.setitem(race_runs.CANDIDATES, "muon", candidate)
     settings = race_runs.Settings(str(tmp_path / "data"), evaluations=2, noise_samples=1)

@@ -29,6 +29,20 @@ def test_cosine_must_end_after_the_warm_up():
         optim.learning_rate(1.0, warmup_steps=10, decay_steps=10)
 
 
+def test_the_rate_is_constant_and_then_falls_in_a_straight_line():
+    schedule = optim.learning_rate(
+        1.0, warmup_steps=10, decay_steps=100, final_ratio=0.05, linear_steps=20
+    )
+    found = [float(schedule(step)) for step in (0, 5, 10, 80, 90, 100, 120)]
+    np.testing.assert_allclose(found, (0, 0.5, 1, 1, 0.525, 0.05, 0.05), rtol=1e-6)
+
+
+@pytest.mark.parametrize(("decay", "most"), [(100, 90), (0, 0)])
+def test_a_straight_line_fits_between_warm_up_and_end(decay, most):
+    with pytest.raises(UserError, match=f"at most the {most} steps .*, found 91"):
+        optim.learning_rate(1.0, warmup_steps=10, decay_steps=decay, linear_steps=91)
+
+
 def test_decay_acts_on_every_parameter():
     params = {"norm": jnp.ones(3), "kernel": jnp.ones((2, 2))}
     optimizer = optim.adamw(optim.learning_rate(0.1), weight_decay=0.5)

@@ -62,6 +62,9 @@ class DiTConfig:
       num_experts: experts of a mixture-of-experts feed-forward.
       expert_capacity: how many experts take a token, on average.
       experts_every_n: every n-th block has experts, never the backbone's last.
+      unmasked_blocks: so many of the backbone's last blocks see all patches, and all have a loss:
+        those that a mask drops are routed past the other blocks. 0 is the paper's masking. The
+        weights are the same, and so is what they compute of all patches.
       dtype: type of the matmuls and attention; norms, softmax and routing stay float32.
       param_dtype: type the parameters are stored in.
       attention: kernel, one of "xla", "looped" (CPUs), "cudnn" (NVIDIA, 16-bit) and "splash" (TPU).
@@ -99,6 +102,7 @@ class DiTConfig:
     num_experts: int = 8
     expert_capacity: float = 1.0
     experts_every_n: int = 2
+    unmasked_blocks: int = 0
     dtype: str = "float32"
     param_dtype: str = "float32"
     attention: str = "xla"
@@ -136,6 +140,7 @@ class DiTConfig:
             (all(w % self.head_dim == 0 for w in widths), "widths that are multiples of head_dim"),
             (len(self.qkv_multipliers) == splits, "as many qkv_ as ffn_multipliers"),
             (splits and self.depth % splits == 0, "a depth divisible by the count of multipliers"),
+            (0 <= self.unmasked_blocks < self.depth, "unmasked_blocks from 0 to below depth"),
             (self.expert_capacity <= self.num_experts, "expert_capacity of at most num_experts"),
         ):
             if not holds:
@@ -187,6 +192,11 @@ class DiTConfig:
             init_std=self.init_std,
             precision=self.precision,
         )
+
+    def backbone_tokens(self, kept: int) -> list[int]:
+        """Tokens of an image in each of the backbone's blocks, where a mask keeps this many."""
+        whole = self.unmasked_blocks
+        return [kept] * (self.depth - whole) + [self.num_tokens] * whole
 
     def attention_width(self, d: int, qkv_ratio: float) -> int:
         """Hidden width h * c of self-attention in a block of width d."""

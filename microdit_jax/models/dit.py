@@ -300,21 +300,15 @@ class DiT(nn.Module):
         for block in self.patch_mixer:
             x = block(x, caption.mixer_tokens, c, next(keys_values, None), caption.lengths)
 
-        mask = None
-        if masking.num_kept(cfg.num_tokens, mask_ratio) < cfg.num_tokens:
-            if mask_noise is None:
-                raise UserError(
-                    f"mask_ratio {mask_ratio} needs mask_noise (n, {cfg.num_tokens}); make it with "
-                    "microdit_jax.models.masking.uniform_noise(key, n, t)"
-                )
-            mask = masking.make_mask(mask_noise, mask_ratio)
-            x = masking.drop_tokens(x, mask)  # (n, t_kept, d_mixer)
-
-        # (n, t_kept, d_mixer) -> (n, t_kept, d): after masking, where it costs least.
-        if cfg.mixer_projects:
-            x = self.patch_mixer_map_xout_1(self.patch_mixer_map_xout_0(x))
-            x = x.astype(cfg.residual_dtype)
-        for block in self.blocks:
+        # Dropped tokens that end here need no width of the backbone's; those routed past it do.
+        routes = cfg.unmasked_blocks > 0
+        x = routed = self._widened(x) if routes else x  # (n, t, d or d_mixer)
+        mask = masking.mask_if_any(mask_noise, cfg.num_tokens, mask_ratio)
+        x = x if mask is None else masking.drop_tokens(x, mask)  # (n, t_kept, ...)
+        x = x if routes else self._widened(x)  # (n, t_kept, d)
+        for i, block in enumerate(self.blocks):
+            if i == cfg.depth - cfg.unmasked_blocks and mask is not None:
+                x, mask = masking.rejoin_tokens(x, mask, routed), None  # (n, t, d)
             x = block(x, caption.tokens, c, next(keys_values, None), caption.lengths)
 
         x = self.final_layer(x, c)  # (n, t_kept, p * p * channels)
@@ -322,6 +316,12 @@ class DiT(nn.Module):
             x = masking.restore_tokens(x, mask)  # (n, t, p * p * channels)
         sample = unpatchify(x, cfg.patch_size).astype(jnp.float32)
         return sample, None if mask is None else mask.dropped
+
+    def _widened(self, x: Float[Array, "n t d_mixer"]) -> Float[Array, "n t d"]:
+        """The mixer's tokens in the backbone's width."""
+        if self.config.mixer_projects:
+            x = self.patch_mixer_map_xout_1(self.patch_mixer_map_xout_0(x))
+        return x.astype(self.config.residual_dtype)
 
     def __call__(
         self,
@@ -342,7 +342,7 @@ class DiT(nn.Module):
           mask_ratio: share of tokens dropped after the mixer, in [0, 1); static.
         Returns:
           sample (n, height, width, channels) float32, zero at dropped patches, and the mask (n, t)
-          float32, 1 where dropped, or None when nothing is.
+          float32, 1 where dropped, or None when nothing is, or all patches are predicted anyhow.
         Raises:
           UserError: latents or captions of another shape than the config's, or a bad mask ratio.
         """

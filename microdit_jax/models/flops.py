@@ -25,13 +25,15 @@ def forward_flops(cfg: DiTConfig, mask_ratio: float, caption_length: int) -> int
     kept = masking.num_kept(t, mask_ratio)
     patch = cfg.patch_size**2 * cfg.in_channels
 
-    total = _linear(t, patch, d) + _linear(kept, d, patch) + _linear(1, d, 2 * d)  # both ends
+    last = t if cfg.unmasked_blocks else kept  # tokens that are predicted
+    total = _linear(t, patch, d) + _linear(last, d, patch) + _linear(1, d, 2 * d)  # both ends
     total += _linear(1, TIMESTEP_FEATURES, d) + _linear(1, d, d)  # noise level
     total += _caption_tower(cfg, l)
     if cfg.mixer_projects:
-        total += _linear(t + l, d, d_mixer) + _linear(kept, d_mixer, d)
+        total += _linear(t + l, d, d_mixer) + _linear(last, d_mixer, d)
     total += sum(block_flops(cfg, shape, t, l, d_mixer) for shape in cfg.mixer_blocks())
-    total += sum(block_flops(cfg, shape, kept, l, d) for shape in cfg.backbone_blocks())
+    blocks = zip(cfg.backbone_blocks(), cfg.backbone_tokens(kept), strict=True)
+    total += sum(block_flops(cfg, shape, tokens, l, d) for shape, tokens in blocks)
     return total
 
 
@@ -50,9 +52,13 @@ def recomputed_share(cfg: DiTConfig, mask_ratio: float, caption_length: int) -> 
         return 0.0
     t, l = cfg.num_tokens, caption_length  # noqa: E741
     kept, again = masking.num_kept(t, mask_ratio), 0
-    groups = ((cfg.mixer_blocks(), t, cfg.patch_mixer_dim), (cfg.backbone_blocks(), kept, cfg.dim))
-    for blocks, tokens, d in groups:
-        for shape in blocks:
+    mixer, backbone = cfg.mixer_blocks(), cfg.backbone_blocks()
+    groups = (
+        (mixer, [t] * len(mixer), cfg.patch_mixer_dim),
+        (backbone, cfg.backbone_tokens(kept), cfg.dim),
+    )
+    for blocks, counts, d in groups:
+        for shape, tokens in zip(blocks, counts, strict=True):
             if cfg.remat == "block":
                 again += block_flops(cfg, shape, tokens, l, d)
                 continue

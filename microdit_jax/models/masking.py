@@ -77,6 +77,22 @@ def _kept(x: Array, ids_keep: Array, ids_restore: Array) -> Array:
     return _rows(x, ids_keep)
 
 
+def mask_if_any(noise: Float[Array, "n t"] | None, t: int, mask_ratio: float) -> Mask | None:
+    """Returns the mask of t tokens, or None where the ratio drops none.
+
+    Raises:
+      UserError: tokens are to be dropped, and there is no noise to decide which.
+    """
+    if num_kept(t, mask_ratio) == t:
+        return None
+    if noise is None:
+        raise UserError(
+            f"mask_ratio {mask_ratio} needs mask_noise (n, {t}); make it with "
+            "microdit_jax.models.masking.uniform_noise(key, n, t)"
+        )
+    return make_mask(noise, mask_ratio)
+
+
 def drop_tokens(x: Float[Array, "n t d"], mask: Mask) -> Float[Array, "n t_kept d"]:
     """Gathers the kept tokens, in shuffled order."""
     return _kept(x, mask.ids_keep, mask.ids_restore)
@@ -85,3 +101,10 @@ def drop_tokens(x: Float[Array, "n t d"], mask: Mask) -> Float[Array, "n t_kept 
 def restore_tokens(x: Float[Array, "n t_kept d"], mask: Mask) -> Float[Array, "n t d"]:
     """Undoes `drop_tokens`; dropped tokens become zero (the reference's `mask_token`)."""
     return _restored(x, mask.ids_restore)
+
+
+def rejoin_tokens(
+    x: Float[Array, "n t_kept d"], mask: Mask, routed: Float[Array, "n t d"]
+) -> Float[Array, "n t d"]:
+    """Undoes `drop_tokens`, with the dropped tokens out of `routed` (TREAD, arXiv 2501.04765)."""
+    return jnp.where(mask.dropped[:, :, None] > 0, routed, restore_tokens(x, mask))

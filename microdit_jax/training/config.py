@@ -62,6 +62,7 @@ def make_optimizer(config: ConfigDict) -> tuple[optax.GradientTransformation, op
         warmup_steps=part.warmup_steps,
         decay_steps=part.decay_steps,
         final_ratio=part.final_ratio,
+        linear_steps=part.linear_steps,
     )
     optimizer = optim.adamw(
         schedule,

@@ -84,6 +84,7 @@ def base() -> ConfigDict:
                         "attention": "xla",
                         "moe_dispatch": "gather",
                         "remat": "none",
+                        "unmasked_blocks": 0,
                     },
                     type_safe=False,
                 ),
@@ -126,6 +127,9 @@ def base() -> ConfigDict:
                 # Cosine to final_ratio of the peak at this step; 0 keeps the rate constant.
                 "decay_steps": 0,
                 "final_ratio": 1.0,
+                # The last steps before decay_steps, in which the rate falls in a straight line in
+                # place of the cosine, and is constant before them; 0 for the cosine.
+                "linear_steps": 0,
                 "weight_decay": 0.1,
                 "clip_norm": 0.25,
                 # Learning rate of the experts' weights over that of all others.

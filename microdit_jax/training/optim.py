@@ -19,15 +19,22 @@ def lenient_promotion() -> AbstractContextManager[None]:
 
 
 def learning_rate(
-    peak: float, *, warmup_steps: int = 0, decay_steps: int = 0, final_ratio: float = 1.0
+    peak: float,
+    *,
+    warmup_steps: int = 0,
+    decay_steps: int = 0,
+    final_ratio: float = 1.0,
+    linear_steps: int = 0,
 ) -> optax.Schedule:
-    """Linear warm-up from 0 to `peak`, then constant, or a cosine down to `final_ratio * peak`.
+    """Linear warm-up from 0 to `peak`, then constant, or down to `final_ratio * peak`.
 
     Args:
       peak: learning rate after the warm-up.
       warmup_steps: steps of the warm-up; 0 for none.
-      decay_steps: step at which the cosine ends, counted from step 0; 0 keeps `peak`.
-      final_ratio: the cosine's end over its peak.
+      decay_steps: step at which the decay ends, counted from step 0; 0 keeps `peak`.
+      final_ratio: the decay's end over its peak.
+      linear_steps: last steps of the decay in which the rate falls in a straight line, from `peak`
+        before them (MiniCPM, arXiv 2404.06395); 0 for a cosine from the warm-up's end.
     """
     start = 0.0 if warmup_steps else peak
     if decay_steps:
@@ -35,6 +42,16 @@ def learning_rate(
             raise UserError(
                 f"decay_steps must exceed warmup_steps ({warmup_steps}), found {decay_steps}"
             )
+    if linear_steps > (between := max(0, decay_steps - warmup_steps)):
+        raise UserError(
+            f"linear_steps must be at most the {between} steps from the warm-up's end to "
+            f"decay_steps, found {linear_steps}"
+        )
+    if linear_steps:
+        up = optax.linear_schedule(start, peak, max(warmup_steps, 1))
+        down = optax.linear_schedule(peak, final_ratio * peak, linear_steps)
+        schedule = optax.join_schedules([up, down], [decay_steps - linear_steps])
+    elif decay_steps:
         schedule = optax.warmup_cosine_decay_schedule(
             start, peak, warmup_steps, decay_steps, final_ratio * peak
         )

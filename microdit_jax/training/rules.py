@@ -64,6 +64,7 @@ RANGES = {
     "optim.warmup_steps": COUNT_OR_NONE,
     "optim.decay_steps": COUNT_OR_NONE,
     "optim.final_ratio": NOT_NEGATIVE,
+    "optim.linear_steps": COUNT_OR_NONE,
     "optim.weight_decay": NOT_NEGATIVE,
     "optim.expert_multiplier": NOT_NEGATIVE,
     "ema.smoothing": Range(0, 1, below=True),

@@ -36,6 +36,11 @@ def terms(cfg: DiTConfig, mask_ratio: float, caption_length: int) -> list[Term]:
     mixer, backbone = cfg.mixer_blocks(), cfg.backbone_blocks()
     dense = [b for b in backbone if not b.is_moe]
     experts = [b for b in backbone if b.is_moe]
+    if cfg.unmasked_blocks:
+        raise UserError(
+            "reduced depth needs backbone blocks that see equal tokens, found unmasked_blocks="
+            f"{cfg.unmasked_blocks}; leave --reduced_depth out"
+        )
     if cfg.experts_every_n != 2 or len(mixer) % 2 or len(mixer) < 4 or len(backbone) < 5:
         raise UserError(
             "reduced depth needs experts in every second block, a mixer of 4, 6, ... blocks and a "
