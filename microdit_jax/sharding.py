@@ -76,14 +76,13 @@ def make_mesh(
             f" choose sizes whose product is {count}, such as mesh=-1x1x1 (-1: the rest)"
         )
     data, fsdp, expert = sizes.values()
-    if across is None:
-        across = slices.crossed(devices, fsdp, expert)
+    across = across or slices.crossed(devices, fsdp, expert)
     # Auto: sharding stays out of the arrays' types, and Flax and Optax need not know of it.
     arranged = slices.arrange(devices, (data * across, fsdp // across, expert))
-    if across == 1:
-        return Mesh(arranged, AXES, axis_types=(AxisType.Auto,) * 3)
-    arranged = arranged.reshape(data, across, fsdp // across, expert)
-    return Mesh(arranged, AXES_ACROSS, axis_types=(AxisType.Auto,) * 4)
+    if across > 1:
+        arranged = arranged.reshape(data, across, fsdp // across, expert)
+    axes = AXES_ACROSS if across > 1 else AXES
+    return Mesh(arranged, axes, axis_types=(AxisType.Auto,) * len(axes))
 
 
 def param_spec(
@@ -95,10 +94,9 @@ def param_spec(
 ) -> P:
     """Returns the sharding of one weight, or of an optimiser's copy of it.
 
-    Expert weights are split over `expert` by expert. Each weight is also split over `fsdp`, along
-    its largest axis that divides (the last of equal ones), except for vectors and weights of fewer
-    than `replicate_below` elements. Where the mesh has an axis `slices`, it is split over that
-    too, along the same axis, if one divides by both.
+    Expert weights are split over `expert` by expert. Each weight is also split over `fsdp` (and
+    `slices`, if an axis divides by both), along its largest axis that divides (the last of equal
+    ones), except for vectors and weights of fewer than `replicate_below` elements.
 
     Args:
       path: names from the tree's root to the weight; only the last one counts.
@@ -172,11 +170,7 @@ def shardings(
 def with_shardings(
     shapes: Any, mesh: Mesh | AbstractMesh, *, replicate_below: int = REPLICATE_BELOW
 ) -> Any:
-    """Returns a tree of `jax.ShapeDtypeStruct`, sharded by `param_spec`, to restore or lower with.
-
-    Args:
-      shapes: arrays or their shapes: parameters, or a whole TrainState.
-    """
+    """Returns the shapes of a tree, sharded by `param_spec`, to restore or lower with."""
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         shapes,
@@ -238,6 +232,7 @@ def on_each_device(
     whole: tuple[Any, ...] = (),
     *,
     cast: Callable[[Any], Any] | None = None,
+    gathered: bool = True,
     out_specs: Any = None,
     replicate_below: int = REPLICATE_BELOW,
 ) -> Any:
@@ -247,10 +242,11 @@ def on_each_device(
     and tokens travel. Each device computes as if it were alone, so Pallas and cuDNN kernels work.
 
     Args:
-      mesh: None to call the function on one device, with the parameters as they are.
+      mesh: None: one device, and the parameters as they are.
       rows: trees of arrays whose first axis is the batch.
       whole: trees of arrays that every device needs.
       cast: applied to the shards before they travel, to send fewer bytes.
+      gathered: False to call the function with the shards as they are.
       out_specs: shardings of the function's results; None if their first axis is the batch.
     """
     if mesh is None:
@@ -258,6 +254,8 @@ def on_each_device(
     param_specs = specs(params, mesh, replicate_below=replicate_below)
 
     def on_this_device(shards, rows, whole):
+        if not gathered:
+            return function(shards, *rows, *whole)
         shards = shards if cast is None else cast(shards)
         return function(gather(shards, param_specs), *rows, *whole)
 
@@ -271,23 +269,25 @@ def on_each_device(
     )(params, rows, whole)
 
 
-def gather(shards: Any, specs: Any) -> Any:
-    """All-gathers weights over SPLIT_AXES; their expert axis stays split.
+def gather(shards: Any, specs: Any, *, axes: Sequence[str] = SPLIT_AXES) -> Any:
+    """All-gathers weights over some of SPLIT_AXES; their expert axis stays split.
 
     First over `slices`, where a device receives its shard of `fsdp` alone over the network.
     """
 
     def whole(shard, spec):
-        position, axes = split_axes(spec)
-        for axis in reversed(axes):
+        position, split = split_axes(spec)
+        for axis in (axis for axis in reversed(split) if axis in axes):
             shard = jax.lax.all_gather(shard, axis, axis=position, tiled=True)
         return shard
 
     return jax.tree.map(whole, shards, specs)
 
 
-def scatter_sum(grads: Any, specs: Any, *, dtype: Any = jnp.float32) -> Any:
-    """Sums the gathered weights' gradients over `fsdp`, each device its shards, in float32.
+def scatter_sum(
+    grads: Any, specs: Any, *, axes: Sequence[str] = ("fsdp",), dtype: Any = jnp.float32
+) -> Any:
+    """Sums the gathered weights' gradients over some of SPLIT_AXES, in float32, into shards.
 
     Args:
       dtype: type that they travel in. float32 is a reduce-scatter. A 16-bit type is an all-to-all
@@ -295,8 +295,10 @@ def scatter_sum(grads: Any, specs: Any, *, dtype: Any = jnp.float32) -> Any:
     """
 
     def shard(grad, spec):
-        position, axes = split_axes(spec)
-        return _scattered(grad, "fsdp", position, dtype) if "fsdp" in axes else jnp.float32(grad)
+        position, split = split_axes(spec)
+        for axis in (axis for axis in axes if axis in split):
+            grad = _scattered(grad, axis, position, dtype)
+        return grad.astype(jnp.float32)
 
     return jax.tree.map(shard, grads, specs)
 
@@ -312,20 +314,15 @@ def _scattered(grad: Array, axis: str, position: int, dtype: Any) -> Array:
     return grad.astype(jnp.float32).sum(axis=position)
 
 
-def sum_rest(grads: Any, specs: Any, *, dtype: Any = jnp.float32) -> Any:
-    """Sums shards over the axes that `scatter_sum` leaves, once each step.
+def sum_rest(grads: Any, specs: Any) -> Any:
+    """All-reduces shards over the axes that their weights are copied over, once each step.
 
-    Over `slices` they are scattered as there, over `copied_axes` all-reduced in float32. Each large
-    shard has an all-reduce of its own, which can start while the backward pass still runs; the
-    small ones share one for each set of axes.
+    Each large shard has an all-reduce of its own, the small ones share one for each set of axes.
     """
     leaves, tree = jax.tree.flatten(grads)
     groups = defaultdict(list)
     mesh = jax.sharding.get_abstract_mesh()
     for i, spec in enumerate(tree.flatten_up_to(specs)):
-        position, axes = split_axes(spec)
-        if "slices" in axes:
-            leaves[i] = _scattered(leaves[i], "slices", position, dtype)
         if axes := copied_axes(spec, mesh):
             groups[axes, i if leaves[i].size >= REPLICATE_BELOW else "small"].append(i)
     for (axes, _), members in groups.items():

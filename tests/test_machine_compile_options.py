@@ -1,7 +1,9 @@
 """XLA's options and environment by platform."""
 
 import pytest
+from support.stand_in_devices import gpus
 
+from microdit_jax import sharding
 from microdit_jax.commands import environment
 from microdit_jax.errors import UserError
 from microdit_jax.machine import compile_options
@@ -12,6 +14,10 @@ def test_presets():
     assert "xla_gpu_autotune_level" in compile_options.compiler_options(
         "cuda", without_a_device=True
     )
+    limit = "xla_gpu_experimental_parallel_collective_overlap_limit"
+    for nodes in (1, 2):
+        mesh = sharding.make_mesh(devices=gpus(nodes, 8))
+        assert (limit in compile_options.step_options(mesh)) == (nodes == 2)
     assert list(compile_options.environment("cuda")) == ["XLA_PYTHON_CLIENT_MEM_FRACTION"]
     with pytest.raises(UserError, match="cuda, tpu, cpu, found 'rocm'"):
         compile_options.environment("rocm")

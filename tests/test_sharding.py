@@ -177,9 +177,8 @@ def test_gathered_and_summed_inside_shard_map(sizes, split, dtype):
     def gather_and_sum(shards, row):
         whole = sharding.gather(shards, specs)
         grads = jax.tree.map(lambda w: w * row[0], whole)
-        return sharding.sum_rest(
-            sharding.scatter_sum(grads, specs, dtype=dtype), specs, dtype=dtype
-        )
+        axes = sharding.SPLIT_AXES
+        return sharding.sum_rest(sharding.scatter_sum(grads, specs, axes=axes, dtype=dtype), specs)
 
     rows = jnp.arange(8.0)
     out = jax.jit(

@@ -94,7 +94,7 @@ MESHES = [
     ((1, 1, 1), 4),
     ((8, 1, 1), 1),
     ((1, 8, 1), 2),
-    ((1, 2, 2, 2), 2),  # weights split over slices too
+    ((1, 2, 2, 2), 1),  # weights split over slices too
     ((1, 1, 8), 1),
     ((2, 2, 2), 1),
     ((2, 2, 2), 2, "onehot"),

@@ -6,9 +6,12 @@ ENVIRONMENT; `python -m microdit_jax.commands.environment` prints them.
 
 import ctypes.util
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from microdit_jax.errors import UserError
+
+if TYPE_CHECKING:  # this module answers at once, without JAX
+    from jax.sharding import Mesh
 
 PLATFORMS = ("cuda", "tpu", "cpu")
 
@@ -19,6 +22,20 @@ COMPILE: dict[str, dict[str, Any]] = {
         # one, and so do the keys and values of the captions: to merge them, each step would copy
         # their weights next to each other.
         "xla_gpu_dot_merger_threshold_mb": 0,
+    },
+    "tpu": {},
+    "cpu": {},
+}
+
+# For each training step on several slices.
+ACROSS_SLICES: dict[str, dict[str, Any]] = {
+    "cuda": {
+        # Collectives inside a slice and across slices, over links that do not disturb each other,
+        # may run at the same time; by default one must end before the next begins.
+        "xla_gpu_experimental_parallel_collective_overlap_limit": 16,
+        # All-gathers are joined into one of up to this size, not of 30 MB: a kernel waits for all
+        # that its all-gather was joined with.
+        "xla_gpu_all_gather_combine_threshold_bytes": 8_000_000,
     },
     "tpu": {},
     "cpu": {},
@@ -51,17 +68,28 @@ WITHOUT_TCMALLOC = (
 )
 
 
-def compiler_options(platform: str, *, without_a_device: bool = False) -> dict[str, Any]:
+def compiler_options(
+    platform: str, *, across_slices: bool = False, without_a_device: bool = False
+) -> dict[str, Any]:
     """Returns the options that a program is compiled with.
 
     Args:
       platform: one of PLATFORMS; "gpu" is "cuda". Others have no options.
+      across_slices: True for a program on devices of several slices.
       without_a_device: True where the compiler has no device to time kernels on.
     """
     platform = "cuda" if platform == "gpu" else platform
-    return COMPILE.get(platform, {}) | (
-        WITHOUT_A_DEVICE.get(platform, {}) if without_a_device else {}
-    )
+    chosen = [COMPILE]
+    chosen += [ACROSS_SLICES] * across_slices + [WITHOUT_A_DEVICE] * without_a_device
+    return {name: value for preset in chosen for name, value in preset.get(platform, {}).items()}
+
+
+def step_options(mesh: "Mesh") -> dict[str, Any]:
+    """Returns the options that a training step on a mesh is compiled with."""
+    from microdit_jax.machine.slices import slices_of
+
+    across = len(set(slices_of(mesh))) > 1
+    return compiler_options(mesh.devices.flat[0].platform, across_slices=across)
 
 
 def environment(platform: str) -> dict[str, str]:

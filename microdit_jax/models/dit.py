@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -38,6 +39,7 @@ from microdit_jax.models.layers import (
     unpatchify,
     zeros,
 )
+from microdit_jax.models.weights import cast_matrices
 
 __all__ = [
     "Caption",
@@ -51,9 +53,6 @@ __all__ = [
     "for_this_machine",
     "init_params",
 ]
-
-# Modules that multiply in float32 whatever the config's type; `cast_matrices` spares them.
-FLOAT32_MODULES = ("t_embedder", "pooled_y_emb_process", "adaLN_modulation_1", "gate")
 
 
 def init_params(config: DiTConfig, key: PRNGKeyArray) -> Any:
@@ -69,20 +68,6 @@ def abstract_params(config: DiTConfig) -> Any:
     `sharding.with_shardings` says on which devices they lie.
     """
     return jax.eval_shape(functools.partial(init_params, config), jax.random.key(0))
-
-
-def cast_matrices(params: Any, config: DiTConfig) -> Any:
-    """Casts matrices to the type that the network multiplies them in, and leaves vectors alone.
-
-    Before an all-gather of the weights this halves the bytes and changes no result: the network
-    would cast them itself.
-    """
-
-    def cast(path, leaf):
-        spared = any(key.key in FLOAT32_MODULES for key in path)
-        return leaf if spared or leaf.ndim < 2 else leaf.astype(config.dtype)
-
-    return jax.tree_util.tree_map_with_path(cast, params)
 
 
 class CaptionBlock(nn.Module):
@@ -201,9 +186,15 @@ class Caption(NamedTuple):
 
 
 class DiT(nn.Module):
-    """The raw network F of EDM (arXiv 2407.15811, section 3)."""
+    """The raw network F of EDM (arXiv 2407.15811, section 3).
+
+    Attributes:
+      enter: None, or called before each block with its name, its weights as the network was given
+        them, and its input; returns the weights and the input that the block computes with.
+    """
 
     config: DiTConfig
+    enter: Callable[[str, Any, Array], tuple[Any, Array]] | None = None
 
     def setup(self):
         cfg = self.config
@@ -271,6 +262,14 @@ class DiT(nn.Module):
         y, y_mixer = y.astype(cfg.dtype), y_mixer.astype(cfg.dtype)
         return Caption(y, y_mixer, pooled, ahead, lengths)
 
+    def _through(self, block: nn.Module, x: Array, y: Array, c: Array, keys: Iterator, *args: Any):
+        """Runs a block on x, with the next keys and values."""
+        if self.enter is None:
+            return block(x, y, c, next(keys, None), *args)
+        module, variables = block.unbind()
+        weights, x = self.enter(str(block.name), variables["params"], x)
+        return module.apply({"params": weights}, x, y, c, next(keys, None), *args)
+
     def predict(
         self,
         x: Float[Array, "n height width channels"],
@@ -298,7 +297,7 @@ class DiT(nn.Module):
             x = self.patch_mixer_map_xin_1(self.patch_mixer_map_xin_0(x))
             x = x.astype(cfg.residual_dtype)
         for block in self.patch_mixer:
-            x = block(x, caption.mixer_tokens, c, next(keys_values, None), caption.lengths)
+            x = self._through(block, x, caption.mixer_tokens, c, keys_values, caption.lengths)
 
         # Dropped tokens that end here need no width of the backbone's; those routed past it do.
         routes = cfg.unmasked_blocks > 0
@@ -309,7 +308,7 @@ class DiT(nn.Module):
         for i, block in enumerate(self.blocks):
             if i == cfg.depth - cfg.unmasked_blocks and mask is not None:
                 x, mask = masking.rejoin_tokens(x, mask, routed), None  # (n, t, d)
-            x = block(x, caption.tokens, c, next(keys_values, None), caption.lengths)
+            x = self._through(block, x, caption.tokens, c, keys_values, caption.lengths)
 
         x = self.final_layer(x, c)  # (n, t_kept, p * p * channels)
         if mask is not None:

@@ -125,8 +125,7 @@ def make_step(
         module_grad_norms=config.train.module_grad_norms,
         frozen_loss=student_loss(config) or lora_loss(config),
     )
-    platform = mesh.devices.flat[0].platform if isinstance(mesh, Mesh) else ""
-    options = compile_options.compiler_options(platform)
+    options = compile_options.step_options(mesh) if isinstance(mesh, Mesh) else {}
     if tower is None:
         return jax.jit(step, donate_argnums=0, compiler_options=options)
 

@@ -14,8 +14,9 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from microdit_jax import sharding
 from microdit_jax.diffusion import EdmConfig
 from microdit_jax.errors import UserError
-from microdit_jax.models import dit
 from microdit_jax.models.dit import DiT
+from microdit_jax.models.weights import block_names, cast_matrices
+from microdit_jax.training import streaming
 from microdit_jax.training.loss import Batch, batch_loss, with_position
 
 # Like `loss.batch_loss`, with frozen weights behind the trained ones
@@ -65,7 +66,8 @@ def make_gradients(
     Weights are all-gathered once a step, matrices in the type that the network computes in (XL/2 in
     bfloat16: 2.7 GB), and stay for all micro-batches. Each micro-batch's gradients are summed into
     float32 shards at once, so that only one backward pass's gradients are ever whole. Sums over
-    axes that a weight is not split over, and over slices, wait for the last micro-batch.
+    axes that a weight is not split over, and over slices, wait for the last micro-batch. With one
+    micro-batch, weights split over slices are gathered and summed block by block (`streaming`).
 
     Args:
       gradient_dtype: type that gradients travel in (`sharding.scatter_sum`).
@@ -73,23 +75,37 @@ def make_gradients(
       UserError: at the first call, a batch that does not divide.
     """
     devices, layout = 1 if mesh is None else mesh.size, {"replicate_below": replicate_below}
+    cast = functools.partial(cast_matrices, config=model.config)
+    across = mesh is not None and "slices" in mesh.axis_names
+    scatter = functools.partial(sharding.scatter_sum, dtype=gradient_dtype)
+    by_block = across and micro_batches == 1 and frozen_loss is None
 
     def device_gradients(specs, weights, batch, key):
         """Gradients on one device, of its own images; specs is None without a mesh."""
         num_images = batch["latents"].shape[0] * devices
         params = weights if frozen_loss is None else weights["trained"]
+        if by_block:
+            blocks = set(block_names(model.config))
+            rest = {name: weights[name] for name in weights if name not in blocks}
+            rest_specs = {name: specs[name] for name in rest}
+            params = weights | sharding.gather(cast(rest), rest_specs)
 
-        def scaled_loss(params, part):
+        def scaled_loss(params, part, stream=None):
             if frozen_loss is None:
-                loss, sigma = batch_loss(model, params, part, key, edm=edm, mask_ratio=mask_ratio)
+                network = model if stream is None else model.clone(enter=stream.enter)
+                loss, sigma = batch_loss(network, params, part, key, edm=edm, mask_ratio=mask_ratio)
             else:
                 loss, sigma = frozen_loss(model, params, weights["frozen"], part, key)
             return loss.sum() / num_images, (loss, sigma)
 
         def part_gradients(part):
-            grads, (loss, sigma) = jax.grad(scaled_loss, has_aux=True)(params, part)
-            if specs is not None:
-                grads = sharding.scatter_sum(grads, specs, dtype=gradient_dtype)
+            stream = streaming.Stream(specs, cast, gradient_dtype) if by_block else None
+            grads, (loss, sigma) = jax.grad(scaled_loss, has_aux=True)(params, part, stream)
+            if by_block:
+                rest = {name: grads[name] for name in rest_specs}
+                grads |= scatter(rest, rest_specs, axes=sharding.SPLIT_AXES)
+            elif specs is not None:
+                grads = scatter(grads, specs)
             return PartGradients(grads, loss, sigma)
 
         if micro_batches == 1:
@@ -101,7 +117,9 @@ def make_gradients(
         grads = total.grads
         if specs is None:
             return Gradients(grads, optax.tree.norm(grads), total.loss, total.sigma)
-        grads = sharding.sum_rest(grads, specs, dtype=gradient_dtype)
+        if across and not by_block:
+            grads = scatter(grads, specs, axes=("slices",))
+        grads = sharding.sum_rest(grads, specs)
         return Gradients(grads, sharding.norm(grads, specs), total.loss, total.sigma)
 
     def gradients(params: Any, batch: Batch, key: PRNGKeyArray, *frozen: Any) -> Gradients:
@@ -124,7 +142,8 @@ def make_gradients(
             weights,
             (with_position(batch),),
             (key,),
-            cast=lambda shards: dit.cast_matrices(shards, model.config),
+            cast=cast,
+            gathered=not by_block,
             out_specs=out_specs,
             **layout,
         )

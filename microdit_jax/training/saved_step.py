@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from microdit_jax.machine import compilation_cache, executables
 from microdit_jax.machine.agreement import source_hash
-from microdit_jax.machine.compile_options import compiler_options
+from microdit_jax.machine.compile_options import step_options
 from microdit_jax.machine.processor import processor
 
 WORTH_SECONDS = 10.0  # of tracing and compiling; quicker steps are not kept
@@ -60,7 +60,7 @@ class SavedStep:
         if not self._kept_at_all(arguments):
             return self._step, self._step(*arguments)
         key = key_of(self._config, self._mesh)
-        facts = facts_of(arguments, compiler_options(self._mesh.devices.flat[0].platform))
+        facts = facts_of(arguments, step_options(self._mesh))
         began = time.perf_counter()
         run, reason = executables.load(key, facts, arguments, self._mesh.devices.flatten().tolist())
         if run is not None:

@@ -28,6 +28,7 @@ from jax.experimental import topologies as jax_topologies
 from microdit_jax.errors import UserError
 from microdit_jax.machine import compile_options, memory
 from microdit_jax.machine.chips import Chip, chip_of
+from microdit_jax.machine.slices import slice_of
 
 GPUS_PER_NODE = 8
 # TPU generation -> dimensions of its slices; the number of chips is their product.
@@ -64,7 +65,10 @@ class Topology:
     @property
     def compiler_options(self) -> dict[str, Any]:
         """Compiler options: our presets, and what compiling without a device needs."""
-        return compile_options.compiler_options(self.platform, without_a_device=True)
+        across = len(set(map(slice_of, self.devices))) > 1
+        return compile_options.compiler_options(
+            self.platform, across_slices=across, without_a_device=True
+        )
 
     @property
     def compiler(self) -> str:

@@ -107,7 +107,7 @@ MUTANTS = [
     },
     {
         "name": "the gate's weights are cast before they travel",
-        "file": DIT,
+        "file": "microdit_jax/models/weights.py",
         "old": ', "adaLN_modulation_1", "gate")',
         "new": ', "adaLN_modulation_1")',
         "tests": ["tests/test_dit.py::test_matrices_that_multiply_in_float32_are_not_cast"],
@@ -151,8 +151,8 @@ MUTANTS = [
     {
         "name": "weights are gathered inside a slice before they are across",
         "file": SHARDING,
-        "old": "for axis in reversed(axes):",
-        "new": "for axis in axes:",
+        "old": "for axis in reversed(split)",
+        "new": "for axis in split",
         "tests": ["tests/test_sharding.py::test_gathered_and_summed_inside_shard_map"],
     },
     {
