@@ -262,7 +262,7 @@ class DiT(nn.Module):
         y, y_mixer = y.astype(cfg.dtype), y_mixer.astype(cfg.dtype)
         return Caption(y, y_mixer, pooled, ahead, lengths)
 
-    def _through(self, block: nn.Module, x: Array, y: Array, c: Array, keys: Iterator, *args: Any):
+    def _through(self, block: Any, x: Array, y: Array, c: Array, keys: Iterator, *args: Any) -> Any:
         """Runs a block on x, with the next keys and values."""
         if self.enter is None:
             return block(x, y, c, next(keys, None), *args)
