@@ -39,6 +39,8 @@ class Interval:
 
     def against(self, other: "Interval") -> str:
         """Says whether this is lower than another, "no difference" where the two overlap."""
+        if not math.isfinite(self.half + other.half):
+            return "one seed"
         if abs(self.mean - other.mean) <= self.half + other.half:
             return "no difference"
         return "lower" if self.mean < other.mean else "higher"

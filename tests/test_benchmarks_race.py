@@ -48,6 +48,7 @@ def test_an_interval_by_hand():
     assert found.mean == 2 and found.half == pytest.approx(4.303 / 3**0.5, rel=1e-3)
     low, close = standings.Interval(0.5, 0.1), standings.Interval(0.65, 0.1)
     high = standings.Interval(0.8, 0.1)
+    assert low.against(standings.Interval.of([0.9])) == "one seed"
     assert (low.against(close), low.against(high), high.against(low)) == (
         "no difference", "lower", "higher",
     )  # fmt: skip
