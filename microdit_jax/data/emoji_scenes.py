@@ -144,8 +144,8 @@ def _counted(captions: Sequence[str], i: int) -> Iterator[Scene]:
 
 
 def _beside(captions: Sequence[str], i: int, things: Sequence[int]) -> Iterator[Scene]:
-    for n in _rng(f"beside:{captions[i]}").choice(len(things), 8).tolist():
-        j = things[n]
+    for n in _rng(f"beside:{captions[i]}").choice(len(things), 8):
+        j = things[int(n)]
         pair = captions[i], captions[j]
         if i != j and not is_kept_out(*pair) and all("and" not in c.split() for c in pair):
             yield Scene(" and ".join(pair), (i, j))

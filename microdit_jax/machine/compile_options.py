@@ -32,7 +32,7 @@ ACROSS_SLICES: dict[str, dict[str, Any]] = {
     "cuda": {
         # Collectives inside a slice and across slices, over links that do not disturb each other,
         # may run at the same time; by default one must end before the next begins.
-        "xla_gpu_experimental_parallel_collective_overlap_limit": 16,
+        "xla_gpu_experimental_parallel_collective_overlap_limit": 512,
         # All-gathers are joined into one of up to this size, not of 30 MB: a kernel waits for all
         # that its all-gather was joined with.
         "xla_gpu_all_gather_combine_threshold_bytes": 8_000_000,

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Float32
 from microdit_jax import sharding
 from microdit_jax.models.derivatives import with_backward
 
-AHEAD = 2  # blocks between a collective's start and where its result is awaited
+AHEAD = 4  # blocks between a collective's start and where its result is awaited
 
 
 class Stream:
