@@ -128,7 +128,7 @@ from microdit_jax.app import __main__ as app
 
 given = sys.argv[1]
 flags.FLAGS(["x", f"--model={given}", f"--vae={given}/vae", "--model=instant"])
-model = types.SimpleNamespace(folder=None, text_encoder=None)
+model = types.SimpleNamespace(folder=None, text_encoder=None, guidance_scale=None)
 def load(name):
     return types.SimpleNamespace(description=f"{os.path.normpath(name)}, step 7"), model
 app.model_flags.load = load

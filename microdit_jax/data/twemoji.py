@@ -14,6 +14,7 @@ from typing import Any
 import emoji
 import numpy as np
 from jaxtyping import Bool, Float
+from ml_collections import ConfigDict
 from PIL import Image
 from tqdm import tqdm
 
@@ -148,7 +149,7 @@ def images_of_sets(
     return sorted(found)
 
 
-def sets_of(data: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
+def sets_of(data: Mapping[str, Any] | ConfigDict) -> dict[str, tuple[str, ...]]:
     """Returns the names of SETS, by split, that a run trains on and holds out.
 
     Args:
