@@ -73,6 +73,12 @@ def test_the_network_carries_beside_the_links():
     assert roofline.waits([4.0], [3.0, 5.0], [False, True], turns) == [3.0, 5.0]
     found = roofline.waits([4.0, 1.0], [3.0, 5.0], [True, True], collectives)
     assert found == [0.0, pytest.approx(4.0)]
+    # The second begins before the wait for the first, which hides a part of it as kernels do.
+    turns = [
+        dataclasses.replace(collective(0, 0), order=(1, 2)),
+        dataclasses.replace(collective(0, 1), order=(0, 3)),
+    ]
+    assert roofline.waits([4.0], [3.0, 9.0], [False, True], turns) == [3.0, pytest.approx(2.0)]
 
 
 def test_each_collective_against_the_kernels_beside_it():
