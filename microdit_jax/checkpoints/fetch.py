@@ -30,7 +30,7 @@ def local_records(path: str | os.PathLike) -> Path:
 
 def _needed(names: Collection[str]) -> Iterable[str]:
     steps = {parts[1] for name in names if len(parts := name.split("/")) > 2
-             and parts[0] == "checkpoints" and STEP.fullmatch(parts[1])}  # fmt: skip
+             and parts[0] == CHECKPOINTS and STEP.fullmatch(parts[1])}  # fmt: skip
     whole = [s for s in steps if {f"checkpoints/{s}/{COMMITTED}", f"checkpoints/{s}/{MANIFEST}"}
              <= set(names)]  # fmt: skip
     # A run that was copied from a disk has no commit files.

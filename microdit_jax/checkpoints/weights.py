@@ -16,6 +16,7 @@ from microdit_jax.checkpoints.model_folder import Params
 from microdit_jax.checkpoints.restore import good_step, restore_state, steps_on_disk
 from microdit_jax.checkpoints.run import is_run, read_run_metadata
 from microdit_jax.checkpoints.snapshots import load_average
+from microdit_jax.checkpoints.step_folders import CHECKPOINTS
 from microdit_jax.errors import UserError, visible
 from microdit_jax.machine import hosts
 from microdit_jax.machine.placement import fetch
@@ -47,7 +48,7 @@ def load_run_params(
     if ema_length is not None:
         return load_average(workdir, abstract_params, ema_length)
     step, _ = good_step(workdir, step)
-    folder, name = Path(workdir).absolute() / "checkpoints" / str(step), "ema" if ema else "params"
+    folder, name = Path(workdir).absolute() / CHECKPOINTS / str(step), "ema" if ema else "params"
     if ema and not read_run_metadata(workdir, "has_ema")["has_ema"]:
         raise UserError(
             f"expected an average of the weights in {workdir}, found none; use ema=False"

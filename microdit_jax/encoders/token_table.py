@@ -9,9 +9,9 @@ import re
 from typing import Any
 
 import numpy as np
-from jax.sharding import Sharding
 from jaxtyping import Float32, Int32, Shaped, UInt64
 
+from microdit_jax.encoders.on_host import OnHost
 from microdit_jax.encoders.tokenizers import PADDING, VOCABULARY_SIZE, ClipTokenizer
 from microdit_jax.errors import UserError, visible
 
@@ -21,7 +21,7 @@ MAX_WIDTH, MAX_TOKENS = 2**16, 2**12  # of a table; a stranger's model may name 
 
 
 @dataclasses.dataclass(frozen=True)
-class TokenTable:
+class TokenTable(OnHost):
     """A frozen random table over CLIP's 49,408 ids, plus sinusoidal positions.
 
     Attributes:
@@ -66,20 +66,6 @@ class TokenTable:
                 f"found {visible(name)}"
             )
         return cls(*map(int, match.groups()))
-
-    @property
-    def pretrained(self) -> bool:
-        """False: its vectors are random."""
-        return False
-
-    @property
-    def network(self) -> None:
-        """None: embeddings are looked up on the host."""
-        return None
-
-    def with_sharding(self, sharding: Sharding) -> "TokenTable":
-        """Returns itself: it computes on the host."""
-        return self
 
     @property
     def tokenizer(self) -> ClipTokenizer:

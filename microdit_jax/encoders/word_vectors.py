@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from jax.sharding import Sharding
 from jaxtyping import Float32, Int32, Shaped
 
+from microdit_jax.encoders.on_host import OnHost
 from microdit_jax.encoders.transformer import PADDING, check_texts
 from microdit_jax.errors import UserError, visible
 from microdit_jax.files import read_npz
@@ -140,7 +140,7 @@ def _pieces(word: str) -> Iterator[int]:
 
 
 @dataclasses.dataclass(frozen=True)
-class WordVectors:
+class WordVectors(OnHost):
     """The frozen vectors of words, each with its position in the text in further dimensions.
 
     Attributes:
@@ -176,20 +176,6 @@ class WordVectors:
     def width(self) -> int:
         """Width of a token's vector."""
         return table().rows.shape[1] + POSITIONS
-
-    @property
-    def pretrained(self) -> bool:
-        """False: it comes with the package, for networks trained on the embedded images."""
-        return False
-
-    @property
-    def network(self) -> None:
-        """None: embeddings are looked up on the host."""
-        return None
-
-    def with_sharding(self, sharding: Sharding) -> "WordVectors":
-        """Returns itself: it computes on the host."""
-        return self
 
     @property
     def tokenizer(self) -> WordTokenizer:
@@ -244,13 +230,18 @@ class NearWords:
         """Takes the words of training's captions, in lower case."""
         self._words = frozenset(plain(word) for word in words)
 
+    @functools.cached_property
+    def _vectors(self) -> Float32[np.ndarray, "n d"]:
+        """Vectors of those words that have one."""
+        found = table()
+        rows = [found.index[word] for word in self._words if word in found.index]
+        return found.rows[rows] * found.scales[rows][:, None]
+
     def __contains__(self, word: object) -> bool:
         """True for one of the words, and for one whose vector is near that of one of them."""
         word = plain(str(word))
         found = table()
         if word in self._words or word not in found.index:
             return word in self._words
-        rows = np.array([found.index[known] for known in self._words if known in found.index])
-        vectors = found.rows[rows] * found.scales[rows][:, None]
         own = found.rows[found.index[word]] * found.scales[found.index[word]]
-        return bool((vectors @ own).max() >= NEAR * len(own))
+        return bool((self._vectors @ own).max() >= NEAR * len(own))

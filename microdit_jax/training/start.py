@@ -81,27 +81,7 @@ def starting_state(
       UserError: nothing usable there, or of another network or data.
     """
     if frozen is not None:
-        start = _adapters(config, workdir, checkpoints, optimizer, mesh, made_by, frozen)
-    else:
-        start = _whole_weights(
-            config, workdir, checkpoints, model, optimizer, mesh, made_by, teacher
-        )
-    if start.resumed is None and config.ema.snapshot_every:
-        return start._replace(state=averages.begun(start.state))
-    return start
-
-
-def _whole_weights(
-    config: ConfigDict,
-    workdir: str | Path,
-    checkpoints: RunCheckpoints,
-    model: DiT,
-    optimizer: optax.GradientTransformation,
-    mesh: Mesh,
-    made_by: dict[str, str],
-    teacher: Teacher | None,
-) -> Start:
-    """Returns the state of a network that is trained whole, by the list of `starting_state`."""
+        return _adapters(config, workdir, checkpoints, optimizer, mesh, made_by, frozen)
     with_ema = config.ema.enabled
     abstract = train_step.abstract_state(model, optimizer, mesh, with_ema=with_ema)
     full, alone = (source_path(config[key], workdir) for key in ("init_from", "init_weights_from"))
@@ -123,7 +103,7 @@ def _whole_weights(
                 f"train.steps counts from the start of {full}, which is at step {step} already, "
                 f"found {config.train.steps}; raise it"
             )
-        return Start(state, None, f"full state of {full}, step {step}")
+        return _fresh(config, state, f"full state of {full}, step {step}")
     # ---------------------------------------------------------------- 3. weights alone
     if alone:
         alone = str(local_model(alone))
@@ -132,18 +112,18 @@ def _whole_weights(
         create = functools.partial(TrainState.create, optimizer=optimizer, with_ema=with_ema)
         shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
         state = jax.jit(create, out_shardings=shardings, donate_argnums=0)(params)
-        return Start(state, None, f"weights of {description}")
+        return _fresh(config, state, f"weights of {description}")
     # ---------------------------------------------------------------- 4. the teacher's weights
     if teacher is not None:
         check_shapes(teacher.params, abstract.params, teacher.description, arch="teacher")
         create = functools.partial(TrainState.create, optimizer=optimizer, with_ema=with_ema)
         shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
         state = jax.jit(create, out_shardings=shardings)(teacher.params)
-        return Start(state, None, f"student of {teacher.description}")
+        return _fresh(config, state, f"student of {teacher.description}")
     # ---------------------------------------------------------------- 5. scratch
     key = jax.random.fold_in(jax.random.key(config.seed), INIT_STREAM)
     state = train_step.sharded_init(model, optimizer, key, mesh, with_ema=with_ema)
-    return Start(state, None, "scratch")
+    return _fresh(config, state, "scratch")
 
 
 def _adapters(
@@ -168,7 +148,13 @@ def _adapters(
     key = jax.random.fold_in(jax.random.key(config.seed), INIT_STREAM)
     create = functools.partial(new_adapters, lora, shapes, optimizer, with_ema=with_ema)
     state = jax.jit(create, out_shardings=shardings)(key)
-    return Start(state, None, f"adapters of rank {lora.rank} of {frozen.description}")
+    return _fresh(config, state, f"adapters of rank {lora.rank} of {frozen.description}")
+
+
+def _fresh(config: ConfigDict, state: TrainState, description: str) -> Start:
+    """Returns the start of a run that does not resume; its averages for snapshots begin here."""
+    state = averages.begun(state) if config.ema.snapshot_every else state
+    return Start(state, None, description)
 
 
 def _as_saved(config: ConfigDict, abstract: TrainState) -> TrainState:
