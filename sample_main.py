@@ -29,7 +29,7 @@ import tqdm
 from absl import flags
 
 from microdit_jax import model_flags
-from microdit_jax.assets import hub
+from microdit_jax.assets import hub, known_words
 from microdit_jax.commands.cli import absl_command
 from microdit_jax.errors import UserError, visible
 
@@ -147,9 +147,8 @@ def main():
         if dropped:
             cut = f"the last {dropped} tokens of this prompt are cut"
             print(f"warning: {cut}: {visible(prompt, most=10_000)}")
-    if unknown := create.unknown_words(create.known_words(model), different):
-        words = visible(", ".join(unknown), most=1000)
-        print(f"warning: this model has seen no image of these words, which say nothing: {words}")
+    for note in known_words.notes(known_words.of_model(model), different):
+        print(f"warning: {note}")
 
     passes = settings.network_passes(plan)
     print(

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-from collections.abc import Container, Sequence
 from typing import Any
 
 import jax
@@ -11,7 +10,7 @@ from jax.sharding import Mesh
 from jaxtyping import Float
 
 from microdit_jax import sharding
-from microdit_jax.assets import hub, instant
+from microdit_jax.assets import hub, instant, known_words
 from microdit_jax.assets.load import (
     MeshChoice,
     Model,
@@ -24,7 +23,7 @@ from microdit_jax.checkpoints.run import is_run, read_run_metadata
 from microdit_jax.checkpoints.weights import load_earlier_params
 from microdit_jax.data import twemoji
 from microdit_jax.encoders import registry
-from microdit_jax.encoders.word_vectors import NearWords
+from microdit_jax.encoders.word_vectors import WordVectors
 from microdit_jax.errors import UserError, visible
 from microdit_jax.machine import memory
 from microdit_jax.machine.placement import mesh_of
@@ -190,6 +189,8 @@ def from_model(
             f"{text_encoder.width} from {text_encoder.name}; give the text encoder that it was "
             "trained with"
         )
+    if isinstance(text_encoder, WordVectors):
+        text_encoder = dataclasses.replace(text_encoder, known=known_words.of_model(model))
     codec = load_codec(vae, dtype=dtype, mesh=mesh)
     if codec.channels != cfg.in_channels:
         raise UserError(
@@ -270,16 +271,6 @@ def fitting_mesh(num_bytes: int, *, fsdp: int = 0) -> Mesh | None:
     return sharding.make_mesh(fsdp=fsdp, devices=devices)
 
 
-def emoji_sets(model: Model) -> dict[str, tuple[str, ...]]:
-    """Returns which sets of the embedded images a run trains on and holds out, by split.
-
-    They are those of `data.twemoji.sets_of`; DEFAULT_SETS for a network of another origin.
-    """
-    if model.folder is None:
-        return twemoji.DEFAULT_SETS
-    return twemoji.sets_of(read_run_metadata(model.folder, "config.data")["config"]["data"])
-
-
 def heldout_images(model: Model, count: int) -> tuple[list[str], Float[np.ndarray, "n h w c"]]:
     """Returns captions that a run was not trained on, and the latents of their images.
 
@@ -304,37 +295,10 @@ def heldout_images(model: Model, count: int) -> tuple[list[str], Float[np.ndarra
             f"expected a run on images of up to {MAX_RESOLUTION} pixels, found "
             f"{data['resolution']}; give prompts"
         )
-    images = twemoji.images_of_sets("heldout", emoji_sets(model))
+    images = twemoji.images_of_sets("heldout", known_words.emoji_sets(model))
     if not 1 <= count <= len(images):
         raise UserError(f"expected 1 to {len(images)} held-out captions, found {count} asked for")
     chosen = [images[int(i)] for i in np.linspace(0, len(images) - 1, count)]
     codec = registry.image_codec(_named(model.vae, "vae", model))
     latents = codec.encode(twemoji.read_images(chosen, data["resolution"]))
     return [image.caption for image in chosen], latents * np.float32(codec.scaling_factor)
-
-
-def known_words(model: Model) -> Container[str] | None:
-    """Returns the words that a network on the embedded images can know: those of its captions.
-
-    Others have vectors of a random table, which say nothing, not even what a word like them would;
-    or vectors of words, which say as much as a word of a caption is similar.
-
-    Returns:
-      None if all words may mean something: by a pretrained text encoder, or in other data.
-    """
-    if model.folder is None or not registry.is_text_encoder(model.text_encoder or ""):
-        return None
-    needed = "config.data.heldout.source"
-    source = read_run_metadata(model.folder, needed)["config"]["data"]["heldout"]["source"]
-    if source not in twemoji.SETS:
-        return None
-    seen = twemoji.images_of_sets("train", emoji_sets(model))
-    words = frozenset(word for image in seen for word in image.caption.split())
-    table = (model.text_encoder or "").startswith("table:")
-    return words if table else NearWords(words)
-
-
-def unknown_words(known: Container[str] | None, prompts: Sequence[str]) -> list[str]:
-    """Lists the words of prompts that are not among `known_words`, each once."""
-    words = (word for prompt in prompts for word in twemoji.caption_of(prompt).split())
-    return [] if known is None else [word for word in dict.fromkeys(words) if word not in known]

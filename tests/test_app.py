@@ -209,7 +209,9 @@ def test_a_word_that_the_model_cannot_know_is_warned_of(studio):
     assert listener.end()["event"] == "done"
     (warning,) = [e["message"] for e in listener.events if e["event"] == "warning"]
     assert warning.startswith("the last 3 tokens")  # beside the other warning
-    assert warning.endswith("; this model has seen no image of these words: oboe, zither")
+    assert warning.endswith(
+        "; this model has seen no image of these words, which say nothing: oboe, zither"
+    )
 
 
 def test_a_job_that_runs_stops_when_it_is_cancelled(studio):

@@ -1,3 +1,5 @@
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -105,3 +107,20 @@ def test_words_near_those_of_training():
     known = NearWords(["airplane", "dog", "Woman’s"])
     assert all(word in known for word in ("dog", "aeroplane", "puppy", "woman's"))
     assert not any(word in known for word in ("parliament", "zyxwvutsrq", ""))
+
+
+def test_a_prompt_is_read_in_the_words_that_a_network_knows():
+    known = NearWords(["airplane", "dog", "woman's", "dogs"])
+    assert known.nearest("aeroplane") == "airplane" and known.nearest("puppy") == "dog"
+    assert known.nearest("Woman’s") == "woman's" and known.nearest("dogs") == "dogs"
+    assert known.nearest("parliament") is None and NearWords([]).nearest("puppy") is None
+    reading = dataclasses.replace(ENCODER, known=known)
+    texts = ["aeroplane parliament zyxwvutsrq puppy"]
+    plain = ENCODER.encode_text(["airplane parliament zyxwvutsrq dog"])
+    np.testing.assert_array_equal(reading.encode_text(texts), plain)
+    assert np.abs(ENCODER.encode_text(texts) - plain).max() > 0.3
+    assert (
+        reading.tokenizer.dropped(texts * 2).tolist()
+        == ENCODER.tokenizer.dropped(texts * 2).tolist()
+    )
+    assert reading.name == ENCODER.name and reading.width == ENCODER.width

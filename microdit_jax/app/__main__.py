@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from absl import flags
 
 from microdit_jax import model_flags
-from microdit_jax.assets import hub
+from microdit_jax.assets import hub, known_words
 from microdit_jax.commands.cli import absl_command
 from microdit_jax.errors import UserError, visible
 from microdit_jax.machine import memory
@@ -174,7 +174,6 @@ def listen(host: str, port: int) -> socket.socket:
 
 def _load() -> "dict[str, PageModel]":
     """Loads the models, by the names that the page shows: never their whole paths."""
-    from microdit_jax import create
     from microdit_jax.app.studio import PageModel
 
     models = {}
@@ -192,7 +191,7 @@ def _load() -> "dict[str, PageModel]":
         for path in (visible(given), visible(Path(given))):
             made_with = made_with.replace(path, short)
         settings |= {"model": short, "made_with": made_with}
-        words = create.known_words(model)
+        words = known_words.of_model(model)
         models[name] = PageModel(pipe, settings, words, model.guidance_scale)
     return models
 

@@ -16,9 +16,10 @@ import numpy as np
 from jaxtyping import Float
 from PIL import Image
 
-from microdit_jax import create, images
+from microdit_jax import images
 from microdit_jax.app.limits import Limits, SampleRequest
-from microdit_jax.errors import UserError, visible
+from microdit_jax.assets import known_words
+from microdit_jax.errors import UserError
 from microdit_jax.prepare.given_image import decoded_image
 from microdit_jax.sampling.editing import Edit
 from microdit_jax.sampling.pipeline import LatentDiffusion
@@ -40,7 +41,7 @@ class PageModel(NamedTuple):
       pipe: its pipeline.
       settings: the fields of `images.ImageSettings` that say which model it is: "model", the flags
         of its towers, "made_with". They travel to whoever asks for an image.
-      words: that it can know; None: any (`create.known_words`).
+      words: that it can know; None: any (`known_words.of_model`).
       guidance_scale: that its own run samples with; None: it does not say.
     """
 
@@ -212,9 +213,7 @@ class Studio:
             messages.append(
                 f"the last {dropped} tokens of this prompt are cut: the model reads no more"
             )
-        if unknown := create.unknown_words(words, [request.prompt]):
-            shown = visible(", ".join(unknown), most=300)
-            messages.append(f"this model has seen no image of these words: {shown}")
+        messages += known_words.notes(words, [request.prompt])
         if messages:
             job.listener({"event": "warning", "message": "; ".join(messages)})
         watch = _Watch(job, pipe, start)

@@ -94,6 +94,14 @@ def _asks(word: str, caption: str) -> bool:
     return bool(set(_MEANT.get(word, word).split()) & set(caption.split()))
 
 
+def words(captions: Sequence[str]) -> frozenset[str]:
+    """Returns the words that the captions of scenes add to those of the things themselves."""
+    whole = things_mask(captions)
+    things = (caption for caption, kept in zip(captions, whole, strict=True) if kept)
+    plurals = {plural(caption) for caption in things if is_thing(caption)}
+    return frozenset((*COLOURS, *NUMBERS, "and", *(w for text in plurals for w in text.split())))
+
+
 def list_scenes(captions: Sequence[str], images: Float[np.ndarray, "n h w 3"]) -> list[Scene]:
     """Lists the scenes of captioned images in [-1, 1], the same each time; no people are in them.
 

@@ -89,11 +89,12 @@ class WordTokenizer:
 
     A word of the table is one token, with its hyphens and apostrophes. Of others, runs of letters
     and of digits are looked up; what is not found either is cut into the longest pieces that the
-    table has, from its left end. Letters that are not Latin are left out.
+    table has, from its left end. Letters that are not Latin are left out. With words that a network
+    knows, one that it does not know is read as the nearest of them, if that is near enough.
     """
 
-    def __init__(self, max_tokens: int):
-        self.max_tokens = max_tokens
+    def __init__(self, max_tokens: int, known: "NearWords | None" = None):
+        self.max_tokens, self._known = max_tokens, known
 
     def __call__(self, texts: Any) -> Int32[np.ndarray, "n {self.max_tokens}"]:
         """Returns the ids (n, max_tokens) of a list of texts, cut where they are longer.
@@ -104,24 +105,27 @@ class WordTokenizer:
         check_texts(texts)
         ids = np.full((len(texts), self.max_tokens), PADDING, np.int32)
         for row, text in zip(ids, texts, strict=True):
-            kept = list(itertools.islice(_ids(text), self.max_tokens))
+            kept = list(itertools.islice(self._ids(text), self.max_tokens))
             row[: len(kept)] = kept
         return ids
 
     def dropped(self, texts: Any) -> Int32[np.ndarray, " n"]:
         """Counts the tokens of each text that `__call__` cuts off: (n,) int32; raises alike."""
         check_texts(texts)
-        lengths = np.array([sum(1 for _ in _ids(text)) for text in texts], np.int32)
+        lengths = np.array([sum(1 for _ in self._ids(text)) for text in texts], np.int32)
         return np.maximum(lengths - np.int32(self.max_tokens), np.int32(0))
 
-
-def _ids(text: str) -> Iterator[int]:
-    """Yields the ids of a text's words and pieces."""
-    index = table().index
-    for chunk in plain(text).split():
-        chunk = _EDGES.sub("", chunk)
-        for part in (chunk,) if chunk in index else _PARTS.findall(chunk):
-            yield from (index[part],) if part in index else _pieces(part)
+    def _ids(self, text: str) -> Iterator[int]:
+        """Yields the ids of a text's words and pieces."""
+        index = table().index
+        for chunk in plain(text).split():
+            chunk = _EDGES.sub("", chunk)
+            for part in (chunk,) if chunk in index else _PARTS.findall(chunk):
+                if part in index:
+                    near = self._known and self._known.nearest(part)
+                    yield index[near if near in index else part]
+                else:
+                    yield from _pieces(part)
 
 
 def _pieces(word: str) -> Iterator[int]:
@@ -145,11 +149,14 @@ class WordVectors(OnHost):
 
     Attributes:
       max_tokens: words l of a text, to which `encode_text` pads and cuts.
+      known: the words that a network was trained on, as which its prompts are read; None: every
+        word is read as itself, as in training.
     Raises:
       UserError: no length from 1 to 512.
     """
 
     max_tokens: int
+    known: "NearWords | None" = None
 
     def __post_init__(self):
         if not 1 <= self.max_tokens <= MAX_TOKENS:
@@ -180,7 +187,7 @@ class WordVectors(OnHost):
     @property
     def tokenizer(self) -> WordTokenizer:
         """Its tokenizer; `tokenizer.dropped(texts)` counts the words that are cut off."""
-        return WordTokenizer(self.max_tokens)
+        return WordTokenizer(self.max_tokens, self.known)
 
     def encode(
         self,
@@ -229,19 +236,37 @@ class NearWords:
     def __init__(self, words: Iterable[str]):
         """Takes the words of training's captions, in lower case."""
         self._words = frozenset(plain(word) for word in words)
+        self._found: dict[str, str | None] = {}
 
     @functools.cached_property
-    def _vectors(self) -> Float32[np.ndarray, "n d"]:
-        """Vectors of those words that have one."""
+    def _own(self) -> tuple[list[str], Float32[np.ndarray, "n d"]]:
+        """Those of the words that have a vector, in order, and their vectors."""
         found = table()
-        rows = [found.index[word] for word in self._words if word in found.index]
-        return found.rows[rows] * found.scales[rows][:, None]
+        words = sorted(word for word in self._words if word in found.index)
+        rows = [found.index[word] for word in words]
+        return words, found.rows[rows] * found.scales[rows][:, None]
+
+    def nearest(self, word: str) -> str | None:
+        """Returns the word of training that a word is read as: itself, or one as similar as NEAR.
+
+        Returns:
+          None for a word without a vector, or without a similar word.
+        """
+        word = plain(word)
+        if word not in self._found:
+            self._found[word] = word if word in self._words else self._most_similar(word)
+        return self._found[word]
+
+    def _most_similar(self, word: str) -> str | None:
+        found = table()
+        words, vectors = self._own
+        if word not in found.index or not words:
+            return None
+        own = found.rows[found.index[word]] * found.scales[found.index[word]]
+        cosines = vectors @ own / np.float32(len(own))
+        best = int(cosines.argmax())
+        return words[best] if cosines[best] >= NEAR else None
 
     def __contains__(self, word: object) -> bool:
         """True for one of the words, and for one whose vector is near that of one of them."""
-        word = plain(str(word))
-        found = table()
-        if word in self._words or word not in found.index:
-            return word in self._words
-        own = found.rows[found.index[word]] * found.scales[found.index[word]]
-        return bool((self._vectors @ own).max() >= NEAR * len(own))
+        return self.nearest(str(word)) is not None

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 
 from microdit_jax.assets import load
+from microdit_jax.assets.known_words import emoji_sets
 from microdit_jax.checkpoints import model_folder
 from microdit_jax.convert import clip as convert_clip
 from microdit_jax.convert import inception as convert_inception
-from microdit_jax.create import emoji_sets
 from microdit_jax.errors import UserError
 from microdit_jax.evaluate.prompts import RUN_SPLITS
 from microdit_jax.evaluate.reference import crop_to, get_reference

@@ -7,9 +7,9 @@ from typing import Any
 
 import jax
 
+from microdit_jax.assets.known_words import emoji_sets
 from microdit_jax.checkpoints.run import read_run_metadata
 from microdit_jax.checkpoints.weights import weights_digest
-from microdit_jax.create import emoji_sets
 from microdit_jax.errors import UserError
 from microdit_jax.evaluate import results
 from microdit_jax.evaluate.instruments import Instruments, make_instruments
