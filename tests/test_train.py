@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import shutil
 import signal
 
 import jax
@@ -241,6 +242,29 @@ def test_weights_alone_start_anew_on_another_mesh(trained):
     assert int(found.state.step) == 0
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(found.state.opt_state))
     assert all(leaf.sharding.mesh == mesh for leaf in jax.tree.leaves(found.state))
+
+
+@pytest.mark.parametrize(
+    "of_run, message",
+    [
+        (None, "expected averages/start absent, found"),
+        ({"ema": None}, "expected averages/start absent, found"),
+        ({"ema": []}, "expected config.ema in .*config.json of type dict, found"),
+        (
+            {"ema": {"snapshot_every": "x"}},
+            "config.ema.snapshot_every in .*type int, found 'x'",
+        ),
+    ],
+)
+def test_starts_from_runs_that_say_little(trained, tmp_path, of_run, message):
+    shutil.copytree(trained[0] / "whole", tmp_path / "whole")
+    about = json.loads((tmp_path / "whole" / "config.json").read_text())
+    about["config"] = of_run
+    (tmp_path / "whole" / "config.json").write_text(json.dumps(about))
+    config = tiny_config(trained[0], steps=5)
+    config.init_from, config.ema.snapshot_every = str(tmp_path / "whole"), 0
+    with pytest.raises(UserError, match=message):
+        train(config, tmp_path / "next")
 
 
 @pytest.mark.parametrize(

@@ -184,7 +184,8 @@ def _full_state(source: str, abstract: TrainState) -> TrainState:
     about = read_run_metadata(source, "has_ema")
     has_ema = about["has_ema"]
     stored = abstract.replace(ema=abstract.params if has_ema else None)
-    if about.get("config", {}).get("ema", {}).get("snapshot_every"):
+    ema = (about.get("config") or {}).get("ema") or {}
+    if ema.get("snapshot_every"):
         stored = averages.abstract(stored)
     with RunCheckpoints(source) as earlier:
         state, _ = earlier.restore(stored)
