@@ -49,7 +49,7 @@ class Candidate:
 
     Attributes:
       values: of the configuration, by path.
-      stages: its training's parts, whose shares sum to 1.
+      stages: its training's parts, whose shares sum to 1, or to less for a shorter run.
       rate: learning rate over the one that searches begin at, or that stands in for a search.
       linear: share of the steps in which the rate falls in a straight line; 0 for the cosine.
       against: the candidate that it is compared with, where that one runs too.
@@ -64,11 +64,14 @@ class Candidate:
 
 MASKED = {"train.mask_ratio": 0.75}
 ROUTED = {"model.options.unmasked_blocks": 1}
+UNCERTAIN = {"loss.learned_uncertainty": True}
+MUON = {"optim.name": "muon"}
 
 # The first one's steps set how many operations all have.
 CANDIDATES: dict[str, Candidate] = {
     "adamw": Candidate(),
     "wsd": Candidate(linear=0.2),
+    "uncertainty": Candidate(UNCERTAIN),
     "masked": Candidate(MASKED),
     "routed": Candidate(MASKED | ROUTED, against="masked"),
     "masked_tuned": Candidate(stages=(Stage(0.75, MASKED), Stage(0.25))),
@@ -76,7 +79,10 @@ CANDIDATES: dict[str, Candidate] = {
         ROUTED, stages=(Stage(0.75, MASKED), Stage(0.25)), against="masked_tuned"
     ),
     # Its search ended at twice AdamW's rate.
-    "muon": Candidate({"optim.name": "muon"}, rate=2.0),
+    "muon": Candidate(MUON, rate=2.0),
+    # All that won without a mask, and the same in half the operations.
+    "best": Candidate(MUON | UNCERTAIN, rate=2.0, linear=0.2),
+    "best_half": Candidate(MUON | UNCERTAIN, stages=(Stage(0.5),), rate=2.0, linear=0.2),
 }
 
 

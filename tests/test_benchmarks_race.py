@@ -75,14 +75,16 @@ def test_differences_are_those_of_one_seed():
     assert found.mean == pytest.approx(0.01) and found.half < 1e-6
 
 
-@pytest.mark.parametrize("name", ["adamw", "muon"])
+@pytest.mark.parametrize("name", ["adamw", "muon", "best"])
 def test_operations_of_a_step(name):
     entrant = race_runs.Entrant(name, 1e-3, 0, (20,))
     (config,) = race_runs.run_configs(entrant, demo.get_config("finetune"), SETTINGS)
     network, own = race_runs.operations(config)
     assert network == 64 * flops.train_flops(model_config(config), 0.0, 16)
-    assert (own > 0) == (name == "muon")
-    assert config.optim.name == name and config.init_from == "" and config.optim.decay_steps == 20
+    assert (own > 0) == (name != "adamw")
+    assert config.loss.learned_uncertainty == (name == "best")
+    assert config.optim.name == ("adamw" if name == "adamw" else "muon")
+    assert config.init_from == "" and config.optim.decay_steps == 20
 
 
 def test_stages_go_on_with_one_schedule():

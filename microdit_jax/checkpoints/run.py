@@ -256,7 +256,8 @@ _METADATA = {  # types of its parts
     "dit": dict, "edm": dict, "has_ema": bool, "vae": str, "text_encoder": str, "attribution": str,
     "config": dict, "config.data": dict, "config.data.vae": str, "config.data.text_encoder": str,
     "config.data.resolution": int, "config.data.heldout": dict, "config.data.heldout.source": str,
-    "config.ema": dict, "config.ema.snapshot_every": int,
+    "config.ema": dict, "config.ema.snapshot_every": int, "config.loss": dict,
+    "config.loss.learned_uncertainty": bool,
 }  # fmt: skip
 
 

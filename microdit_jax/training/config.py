@@ -179,6 +179,11 @@ def _check_stage(config: ConfigDict, mesh: Mesh | AbstractMesh | None) -> None:
     make_optimizer(config)
     _check_distillation(config)
     _check_adapters(config, cfg)
+    if config.loss.learned_uncertainty and (config.teacher or config.lora.rank):
+        raise UserError(
+            "loss.learned_uncertainty is for training all weights by the EDM loss, found a teacher "
+            "or lora.rank beside it; leave it False"
+        )
     if config.init_from and config.init_weights_from:
         raise UserError(
             "give one of config.init_from and config.init_weights_from, found "

@@ -90,6 +90,8 @@ def base() -> ConfigDict:
                 ),
             },
             "edm": {"P_mean": -0.6, "P_std": 1.2, "sigma_data": EdmConfig().sigma_data},
+            # Noise levels count by a loss that is learned beside them (docs/beyond.md).
+            "loss": {"learned_uncertainty": False},
             "data": {
                 # Each {"source", "folder", "weight"}. Sources: "latents", precomputed, in MDS or
                 # ArrayRecord files; "twemoji", the embedded emoji images; "twemoji_untoned", those

@@ -16,7 +16,7 @@ from microdit_jax.diffusion import EdmConfig
 from microdit_jax.errors import UserError
 from microdit_jax.models.dit import DiT
 from microdit_jax.models.weights import block_names, cast_matrices
-from microdit_jax.training import streaming
+from microdit_jax.training import streaming, uncertainty
 from microdit_jax.training.loss import Batch, batch_loss, with_position
 
 # Like `loss.batch_loss`, with frozen weights behind the trained ones
@@ -62,6 +62,8 @@ def make_gradients(
     """Makes the function (params, batch, key) -> Gradients, over the mesh and micro-batches.
 
     With a loss of frozen weights, the function takes those as one more argument, sharded alike.
+    With `levels`, the weights of a learned uncertainty, images count by it; the losses that are
+    returned are the plain ones.
 
     Weights are all-gathered once a step, matrices in the type that the network computes in (XL/2 in
     bfloat16: 2.7 GB), and stay for all micro-batches. Each micro-batch's gradients are summed into
@@ -80,7 +82,7 @@ def make_gradients(
     scatter = functools.partial(sharding.scatter_sum, dtype=gradient_dtype)
     by_block = across and micro_batches == 1 and frozen_loss is None
 
-    def device_gradients(specs, weights, batch, key):
+    def device_gradients(specs, weights, batch, key, levels=None):
         """Gradients on one device, of its own images; specs is None without a mesh."""
         num_images = batch["latents"].shape[0] * devices
         params = weights if frozen_loss is None else weights["trained"]
@@ -96,7 +98,10 @@ def make_gradients(
                 loss, sigma = batch_loss(network, params, part, key, edm=edm, mask_ratio=mask_ratio)
             else:
                 loss, sigma = frozen_loss(model, params, weights["frozen"], part, key)
-            return loss.sum() / num_images, (loss, sigma)
+            plain = loss
+            if levels is not None:
+                loss = loss * jnp.exp(-uncertainty.log_loss(levels, sigma))
+            return loss.sum() / num_images, (plain, sigma)
 
         def part_gradients(part):
             stream = streaming.Stream(specs, cast, gradient_dtype) if by_block else None
@@ -122,7 +127,9 @@ def make_gradients(
         grads = sharding.sum_rest(grads, specs)
         return Gradients(grads, sharding.norm(grads, specs), total.loss, total.sigma)
 
-    def gradients(params: Any, batch: Batch, key: PRNGKeyArray, *frozen: Any) -> Gradients:
+    def gradients(
+        params: Any, batch: Batch, key: PRNGKeyArray, *frozen: Any, levels: Any = None
+    ) -> Gradients:
         n = batch["latents"].shape[0]
         if n % (devices * micro_batches):
             raise UserError(
@@ -141,7 +148,7 @@ def make_gradients(
             mesh,
             weights,
             (with_position(batch),),
-            (key,),
+            (key,) if levels is None else (key, levels),
             cast=cast,
             gathered=not by_block,
             out_specs=out_specs,

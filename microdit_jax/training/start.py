@@ -20,7 +20,7 @@ from microdit_jax.errors import UserError
 from microdit_jax.files.urls import as_given, scheme_of
 from microdit_jax.machine import hosts
 from microdit_jax.models.dit import DiT
-from microdit_jax.training import averages
+from microdit_jax.training import averages, uncertainty
 from microdit_jax.training import step as train_step
 from microdit_jax.training.source import (
     Frozen,
@@ -72,7 +72,7 @@ def starting_state(
     5. scratch: the initialisation.
 
     With `frozen` weights the state is that of their adapters, from 1 or new. Averages for snapshots
-    begin where the run does not resume.
+    begin where the run does not resume, a learned uncertainty in all but 1 and 2.
 
     Args:
       made_by: names of the VAE and the text encoder of this run's data; another run's must be the
@@ -154,12 +154,29 @@ def _adapters(
 def _fresh(config: ConfigDict, state: TrainState, description: str) -> Start:
     """Returns the start of a run that does not resume; its averages for snapshots begin here."""
     state = averages.begun(state) if config.ema.snapshot_every else state
+    if not config.loss.learned_uncertainty:
+        if state.uncertainty is not None:
+            description += "; its learned uncertainty is left out"
+        return Start(state.replace(uncertainty=None), None, description)
+    if state.uncertainty is None:
+        state = uncertainty.begun(state)
+        description += "; the learned uncertainty begins at 0"
     return Start(state, None, description)
 
 
 def _as_saved(config: ConfigDict, abstract: TrainState) -> TrainState:
     """Returns the state as this run's own checkpoints hold it."""
-    return averages.abstract(abstract) if config.ema.snapshot_every else abstract
+    return with_options(abstract, config.ema.snapshot_every, config.loss.learned_uncertainty)
+
+
+def with_options(abstract: TrainState, snapshots: Any, uncertain: Any) -> TrainState:
+    """Returns a state of shapes with what a configuration adds to it.
+
+    Args:
+      snapshots, uncertain: true with ema.snapshot_every, and with loss.learned_uncertainty.
+    """
+    abstract = averages.abstract(abstract) if snapshots else abstract
+    return uncertainty.abstract(abstract) if uncertain else abstract
 
 
 def source_path(name: str, workdir: str | Path) -> str:
@@ -184,9 +201,10 @@ def _full_state(source: str, abstract: TrainState) -> TrainState:
     about = read_run_metadata(source, "has_ema")
     has_ema = about["has_ema"]
     stored = abstract.replace(ema=abstract.params if has_ema else None)
-    ema = (about.get("config") or {}).get("ema") or {}
-    if ema.get("snapshot_every"):
-        stored = averages.abstract(stored)
+    then = about.get("config") or {}
+    snapshots = (then.get("ema") or {}).get("snapshot_every")
+    uncertain = (then.get("loss") or {}).get("learned_uncertainty")
+    stored = with_options(stored, snapshots, uncertain)
     with RunCheckpoints(source) as earlier:
         state, _ = earlier.restore(stored)
     state = state.replace(averages=None)  # this run's own begin with it

@@ -24,7 +24,7 @@ from microdit_jax import sharding
 from microdit_jax.diffusion import EdmConfig
 from microdit_jax.models import dit
 from microdit_jax.models.dit import DiT
-from microdit_jax.training import averages, optim
+from microdit_jax.training import averages, optim, uncertainty
 from microdit_jax.training.gradients import FrozenLoss, Gradients, make_gradients
 from microdit_jax.training.loss import Batch, batch_loss, with_position
 
@@ -48,6 +48,7 @@ class TrainState(flax.struct.PyTreeNode):
       ema: moving average of the weights, or None where none is kept.
       skipped: updates skipped in a row because loss or gradient was not finite, int32 ().
       averages: averages by a power function (training.averages), or None where none are tracked.
+      uncertainty: of the loss by noise level (training.uncertainty), or None where none is learned.
     """
 
     step: Any
@@ -56,6 +57,7 @@ class TrainState(flax.struct.PyTreeNode):
     ema: Any | None
     skipped: Any
     averages: Any | None = None
+    uncertainty: Any | None = None
 
     @classmethod
     def create(
@@ -158,7 +160,11 @@ def make_train_step(
 
     def train_step(state: TrainState, batch: Batch, *frozen: Any) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
-        grads, grad_norm, image_loss, image_sigma = gradients(state.params, batch, key, *frozen)
+        known = state.uncertainty
+        counting = {} if known is None else {"levels": known.weights}
+        grads, grad_norm, image_loss, image_sigma = gradients(
+            state.params, batch, key, *frozen, **counting
+        )
         loss = image_loss.mean()
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         step = state.step + 1
@@ -181,7 +187,10 @@ def make_train_step(
         )
         skipped = jnp.where(finite, 0, state.skipped + 1)
         tracked = averages.advance(state.averages, params, step)
-        state = TrainState(step, params, opt_state, ema, skipped, tracked)
+        if known is not None:
+            rate = schedule(step - 1)
+            known = uncertainty.advance(known, image_loss, image_sigma, rate=rate, finite=finite)
+        state = TrainState(step, params, opt_state, ema, skipped, tracked, known)
         if mesh is not None:
             shardings = sharding.shardings(state, mesh, replicate_below=replicate_below)
             state = jax.lax.with_sharding_constraint(state, shardings)

@@ -133,8 +133,8 @@ MUTANTS = [
     {
         "name": "the logged learning rate is the next step's",
         "file": STEP,
-        "old": "schedule(step - 1)",
-        "new": "schedule(step)",
+        "old": "jnp.asarray(schedule(step - 1)",
+        "new": "jnp.asarray(schedule(step)",
         "tests": [UPDATE],
     },
     {

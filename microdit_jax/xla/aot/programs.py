@@ -17,9 +17,10 @@ from microdit_jax.models import dit, flops
 from microdit_jax.models.dit import DiT, DiTConfig
 from microdit_jax.sampling import programs as sampler
 from microdit_jax.sampling.guidance import Form
-from microdit_jax.training import averages, source
 from microdit_jax.training import config as run_config
+from microdit_jax.training import source
 from microdit_jax.training import step as train_step
+from microdit_jax.training.start import with_options
 
 CLIP_TOKENS = 77
 
@@ -89,8 +90,7 @@ def training(config: ConfigDict, mesh: Mesh, *, caption_length: int = CLIP_TOKEN
         state = source.abstract_adapters(
             lora, weights, optimizer, mesh, with_ema=config.ema.enabled
         )
-    if config.ema.snapshot_every:
-        state = averages.abstract(state)
+    state = with_options(state, config.ema.snapshot_every, config.loss.learned_uncertainty)
     return Program(
         functools.partial(step.lower, state, batch, *frozen),
         n,
