@@ -95,11 +95,8 @@ def test_stopped_and_resumed_is_bit_exact_with_its_records(trained, monkeypatch,
     with monkeypatch.context() as patch:
         # As a signal during step 2, amid the three steps of a line
         asked = itertools.count(1)
-        patch.setattr(
-            train_module.StopRequest,
-            "agreed",
-            lambda self: self.phase is Phase.TRAINING and next(asked) == 2,
-        )
+        second = lambda self: self.phase is Phase.TRAINING and next(asked) == 2  # noqa: E731
+        patch.setattr(train_module.StopRequest, "agreed", second)
         stopped = train(tiny_config(folder), folder / "resumed")
     assert int(stopped.step) == 2
     assert "stopped and saved at step 2" in capsys.readouterr().out
@@ -228,14 +225,10 @@ def test_weights_alone_start_anew_on_another_mesh(trained):
     mesh = sharding.make_mesh(2, 2, 2)
     with RunCheckpoints(folder / "anew") as checkpoints:
         found = starting_state(
-            config,
-            folder / "anew",
-            checkpoints,
-            DiT(model_config(config)),
-            make_optimizer(config)[0],
-            mesh,
+            config, folder / "anew", checkpoints, DiT(model_config(config)),
+            make_optimizer(config)[0], mesh,
             {"vae": "patch_pca:patch=4,channels=8,images=3563x32x32"},
-        )
+        )  # fmt: skip
     assert found.resumed is None and "step 4, moving average" in found.description
     same(found.state.params, state.ema)
     same(found.state.ema, state.ema)
@@ -250,10 +243,7 @@ def test_weights_alone_start_anew_on_another_mesh(trained):
         (None, "expected averages/start absent, found"),
         ({"ema": None}, "expected averages/start absent, found"),
         ({"ema": []}, "expected config.ema in .*config.json of type dict, found"),
-        (
-            {"ema": {"snapshot_every": "x"}},
-            "config.ema.snapshot_every in .*type int, found 'x'",
-        ),
+        ({"ema": {"snapshot_every": "x"}}, "config.ema.snapshot_every in .*type int, found 'x'"),
     ],
 )
 def test_starts_from_runs_that_say_little(trained, tmp_path, of_run, message):
