@@ -43,20 +43,22 @@ def shipped(tmp_path_factory):
 
 
 # ------------------------------------------------------------------ what ships
-def test_it_ships_whole_and_small():
-    shipped_files = instant.FOLDER.rglob("*")
+@pytest.mark.parametrize("name, most_ratio", [("instant", 0.6), ("instant2", 0.85)])
+def test_it_ships_whole_and_small(name, most_ratio):
+    folder = instant.FOLDERS[name]
+    shipped_files = folder.rglob("*")
     assert sum(path.stat().st_size for path in shipped_files if path.is_file()) <= MOST_BYTES
-    assert not files.damage(instant.FOLDER, files.read_json(instant.FOLDER / "manifest.json"))
-    listed = files.read_json(instant.FOLDER / "manifest.json")
-    names = {p.relative_to(instant.FOLDER).as_posix() for p in instant.FOLDER.rglob("*.*")}
+    assert not files.damage(folder, files.read_json(folder / "manifest.json"))
+    listed = files.read_json(folder / "manifest.json")
+    names = {p.relative_to(folder).as_posix() for p in folder.rglob("*.*")}
     assert names == {*listed, "manifest.json"}
-    arrays, _ = read_safetensors(instant.FOLDER / instant.WEIGHTS)
+    arrays, _ = read_safetensors(folder / instant.WEIGHTS)
     assert {array.dtype for array in arrays.values()} == {np.dtype(ml_dtypes.bfloat16)}
-    card = (instant.FOLDER / "README.md").read_text()
+    card = (folder / "README.md").read_text()
     losses = [line for line in card.splitlines() if "held-out EDM loss" in line]
     ratio = float(losses[0].split(": ")[1].split()[0])
-    assert ratio <= 0.6 and twemoji.ATTRIBUTION in card
-    config = read_run_metadata(instant.FOLDER)["config"]
+    assert ratio <= most_ratio and twemoji.ATTRIBUTION in card
+    config = read_run_metadata(folder)["config"]
     assert config["train"]["mask_ratio"] == 0 and config["data"]["resolution"] == 32
 
 
@@ -126,6 +128,26 @@ def test_a_shipped_folder_is_replaced_and_nothing_else_is(shipped, tmp_path):
     with pytest.raises(UserError, match="other files; move them"):
         ship(shipped / "run", tmp_path / "other", command="")
     assert [stage.updates for stage in chain(shipped / "run")] == [6]
+
+
+def test_an_average_of_another_length_ships_from_snapshots(shipped, tmp_path):
+    config = get_config(str(tmp_path / "data"))
+    config.train.steps, config.ema.snapshot_every = 8, 2
+    train(config, tmp_path / "run")
+    ship(tmp_path / "run", tmp_path / "model", command="c", ema_length=0.1)
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert "moving average of length 0.1 at step 8" in card and "the run's own average" in card
+    abstract = load.abstract_params(config_from_dict(read_run_metadata(tmp_path / "run")["dit"]))
+    average, _ = load_run_params(tmp_path / "run", abstract, ema=True, ema_length=0.1)
+    own, _ = load_run_params(tmp_path / "run", abstract, ema=True)
+    found = flatten(load.load_model(str(tmp_path / "model")).params)
+    rounded = flatten(average)
+    for path, array in found.items():
+        expected = np.asarray(rounded[path]).astype(ml_dtypes.bfloat16).astype(np.float32)
+        np.testing.assert_array_equal(array, expected)
+    assert any(not np.array_equal(found[path], leaf) for path, leaf in flatten(own).items())
+    with pytest.raises(UserError, match="ema_length"):
+        ship(shipped / "run", tmp_path / "other", command="c", ema_length=0.1)
 
 
 def cut(folder):

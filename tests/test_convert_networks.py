@@ -67,7 +67,7 @@ def test_the_same_export_again_does_nothing_and_others_do_not_overwrite(tmp_path
     assert "found dit; give python -m convert --kind=dit" in fails(capsys, *flags, "--kind=vae")
 
 
-@pytest.mark.parametrize("name", ["instant", "microdit_jax/instant", instant.FOLDER])
+@pytest.mark.parametrize("name", ["instant", "microdit_jax/instant", instant.FOLDERS["instant"]])
 def test_the_model_in_the_package_is_exported(tmp_path, capsys, name):
     flags = ("--to=torch", f"--input={name}", "--output", tmp_path / "instant.pt")
     run(*flags, "--weights=ema")
@@ -76,7 +76,7 @@ def test_the_model_in_the_package_is_exported(tmp_path, capsys, name):
     found = read_torch(tmp_path / "instant.pt")
     for name, tensor in dit.to_torch(model.params, model.config).items():
         np.testing.assert_array_equal(found[name], tensor)
-    flags = ("--to=torch", "--input", instant.FOLDER, "--output", tmp_path / "b.pt")
+    flags = ("--to=torch", "--input", instant.FOLDERS["instant"], "--output", tmp_path / "b.pt")
     assert "holds the moving average alone" in fails(capsys, *flags, "--weights=model")
 
 

@@ -210,7 +210,7 @@ SHIPPED = {
 def test_shipped_models(tmp_path):
     names = ["good", *SHIPPED]
     for name in names:
-        shutil.copytree(instant.FOLDER, tmp_path / name)
+        shutil.copytree(instant.FOLDERS["instant"], tmp_path / name)
         SHIPPED.get(name, lambda folder: None)(tmp_path / name)
     results = dict(zip(names, outcomes(LOAD, names, tmp_path), strict=True))
     assert results.pop("good")[0] == 0

@@ -96,7 +96,7 @@ def test_the_command_refuses(tmp_path, name):
 
 def test_a_flag_of_ones_own_is_enough(tmp_path):
     """And what is about to be loaded is said first."""
-    shutil.copytree(instant.FOLDER, tmp_path / "mine")
+    shutil.copytree(instant.FOLDERS["instant"], tmp_path / "mine")
     png(tmp_path / "x.png", GOOD | {"model": "mine", "prompt": "a dog\x1b[2J"})
     arguments = [SAMPLE, "--again=x.png", "--out=out", "--dtype=float32"]
     assert "add --model=mine" in assert_refused(run_hostile(arguments, tmp_path))
@@ -123,7 +123,7 @@ RUNS = {
 
 def run_with(folder, data):
     """Makes the instant model a stranger's run, whose config names its towers."""
-    shutil.copytree(instant.FOLDER, folder)
+    shutil.copytree(instant.FOLDERS["instant"], folder)
     if "vae" in data:
         shutil.rmtree(folder / "vae")
         (folder / "vae").write_text("")  # no codec of its own
@@ -143,7 +143,7 @@ def test_runs_of_strangers(tmp_path):
 
 def test_a_run_with_towers_that_are_asked_for(tmp_path):
     run_with(tmp_path / "run", RUNS["repository"][0])
-    codec = str(instant.FOLDER / "vae")
+    codec = str(instant.FOLDERS["instant"] / "vae")
     pipe, _ = create.load(str(tmp_path / "run"), vae=codec)
     assert pipe.generate("a dog", num_inference_steps=1, seed=0).shape == (1, 32, 32, 3)
     run_with(tmp_path / "mine", {"vae": codec})

@@ -1,6 +1,7 @@
-"""Writes what microdit_jax/assets/instant/model/ holds, from a finished run of configs/instant.py.
+"""Writes a model of the package, in microdit_jax/assets/instant/, from a finished run.
 
   python -m tools.ship_instant --run=out/instant/stage2
+  python -m tools.ship_instant --run=out/instant2 --name=instant2 --ema_length=0.1
   python -m tools.ship_instant --run=runs/mine --out=mine      (then sample_main.py --model=mine)
 
 The moving average of the weights in bfloat16, and beside it all that sampling needs.
@@ -20,7 +21,7 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from microdit_jax.assets import instant, load
+from microdit_jax.assets import hub, instant, load
 from microdit_jax.checkpoints import restore, weights
 from microdit_jax.checkpoints.run import read_run_metadata
 from microdit_jax.commands.parser import Parser
@@ -43,9 +44,9 @@ A MicroDiT of {parameters:,} parameters that samples emoji of {side} px from a f
 
 | | |
 |---|---|
-| weights | moving average at step {step} of the last stage, bfloat16, {megabytes:.1f} MB with all files; sha256 of each in `manifest.json` |
+| weights | moving average{which} at step {step} of the last stage, bfloat16, {megabytes:.1f} MB with all files; sha256 of each in `manifest.json` |
 | data | {captions:,} emoji images and their English names; {heldout} more were held out |
-| held-out EDM loss | {right:.3f} with the right captions, {shuffled:.3f} with shuffled ones: {ratio:.2f} of it |
+| held-out EDM loss{losses_of} | {right:.3f} with the right captions, {shuffled:.3f} with shuffled ones: {ratio:.2f} of it |
 | text | `{text_encoder}`: {vectors} |
 | images | `{vae}`: principal components of 4 x 4 pixels, no pretrained VAE |
 | seed | {seed} |
@@ -85,16 +86,19 @@ class Stage(NamedTuple):
 def main(arguments: Sequence[str]) -> None:
     parser = Parser("tools.ship_instant", __doc__)
     parser.add_argument("--run", required=True, type=Path, help="the last stage's workdir")
-    parser.add_argument("--out", type=Path, default=instant.FOLDER, help="folder to write")
     parser.add_argument(
-        "--command",
-        default="python train_main.py --config=configs/instant.py --workdir=out/instant",
-        help="how it was trained, for the model card",
+        "--name", default=hub.INSTANT, choices=hub.INSTANTS, help="its name (default: instant)"
     )
+    parser.add_argument("--out", type=Path, help="folder to write (default: the package's)")
+    parser.add_argument("--ema_length", type=float, help="of the average (default: the run's own)")
+    parser.add_argument("--command", help="how it was trained, for the model card")
     parser.add_argument("--notes", default="", help="what else the model card should say")
     flags = parser.parse_args(arguments)
-    ship(flags.run, flags.out, command=flags.command, notes=flags.notes)
-    print(f"{flags.out}: {folder_bytes(flags.out) / 1e6:.2f} MB")
+    out = flags.out or instant.FOLDERS[flags.name]
+    trained = f"python train_main.py --config=configs/{flags.name}.py --workdir=out/{flags.name}"
+    texts = {"command": flags.command or trained, "notes": flags.notes}
+    ship(flags.run, out, ema_length=flags.ema_length, **texts)
+    print(f"{out}: {folder_bytes(out) / 1e6:.2f} MB")
 
 
 def folder_bytes(folder: Path) -> int:
@@ -102,14 +106,17 @@ def folder_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-def ship(run: Path, out: Path, *, command: str, notes: str = "") -> None:
+def ship(
+    run: Path, out: Path, *, command: str, notes: str = "", ema_length: float | None = None
+) -> None:
     """Writes the folder, which takes its name only once it is complete; an older one is replaced.
 
     Args:
       run: a training run that keeps an average of its weights and whose data made their codec.
       command, notes: how it was trained, and what else to say, for the model card.
+      ema_length: of the average, made from the run's snapshots; None: the run's own.
     Raises:
-      UserError: not such a run; something else at `out`; more than 8 MB.
+      UserError: not such a run, or no such average; something else at `out`; more than 8 MB.
     """
     metadata = read_run_metadata(run)
     if not metadata["has_ema"] or not (run / "vae").is_dir():
@@ -120,7 +127,7 @@ def ship(run: Path, out: Path, *, command: str, notes: str = "") -> None:
     if out.exists() and not {path.name for path in out.iterdir()} <= ALLOWED:
         raise UserError(f"expected an older shipped model at {out}, found other files; move them")
     abstract = load.abstract_params(config_from_dict(metadata["dit"]))
-    params, step = weights.load_run_params(run, abstract, ema=True)
+    params, step = weights.load_run_params(run, abstract, ema=True, ema_length=ema_length)
     arrays = {
         path: np.asarray(array).astype(ml_dtypes.bfloat16)
         for path, array in flatten(params).items()
@@ -132,7 +139,9 @@ def ship(run: Path, out: Path, *, command: str, notes: str = "") -> None:
         write_safetensors(partial / instant.WEIGHTS, arrays)
         shutil.copy(run / "config.json", partial)
         size = folder_bytes(partial)
-        texts = {"command": command, "notes": notes and f"\n\n{notes}"}
+        which = "" if ema_length is None else f" of length {ema_length:g}"
+        texts = {"command": command, "notes": notes and f"\n\n{notes}", "which": which}
+        texts["losses_of"] = which and " of the run's own average"
         (partial / "README.md").write_text(card(run, metadata, step, arrays, size, texts))
         write_json(partial / instant.MANIFEST, checksums(partial))
         size = folder_bytes(partial)

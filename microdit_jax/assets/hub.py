@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from microdit_jax.assets import minilm
+from microdit_jax.convert import shipped
 from microdit_jax.encoders import registry
 from microdit_jax.errors import MORE, UserError, visible
 from microdit_jax.files import cache_folder, disk_errors, read_json
 
-INSTANT = "instant"  # the small model in the package; see instant/__init__.py
+INSTANT, INSTANTS = "instant", tuple(shipped.FOLDERS)  # in the package; see instant/__init__.py
 REPOSITORY = "VSehwag24/MicroDiT"
 SDXL_VAE = "stabilityai/stable-diffusion-xl-base-1.0"
 OSTRIS_VAE = "ostris/vae-kl-f8-d16"
@@ -56,11 +57,11 @@ _T5_FILES = (
 def is_known(name: str) -> bool:
     """Returns True for a name that a stranger's file may choose: one that this project knows.
 
-    These are the model in the package, released checkpoints and their towers, MiniLM, which is a
+    These are the models in the package, released checkpoints and their towers, MiniLM, which is a
     Python package, token tables, which have no files, and word vectors, which are in the package.
     A local path is never one of them, whatever it is called.
     """
-    known = name in (INSTANT, SDXL_VAE, OSTRIS_VAE, DFN5B_CLIP)
+    known = name in (*INSTANTS, SDXL_VAE, OSTRIS_VAE, DFN5B_CLIP)
     known = known or name.removesuffix(".pt") in RELEASED or registry.is_text_encoder(name)
     known = known or minilm.is_name(name)
     return known and not Path(name).exists()

@@ -84,8 +84,8 @@ def load_model(
     """Loads a network by name or path.
 
     Args:
-      name: "instant", the one in the package; the name of a released checkpoint, with or without
-        ".pt"; or the path of a .pt or .safetensors file, of a model folder (python -m
+      name: "instant" or "instant2", those in the package; the name of a released checkpoint, with
+        or without ".pt"; or the path of a .pt or .safetensors file, of a model folder (python -m
         convert), or of a training run.
       ema: take the moving average of a training run's weights, if it keeps one.
       dtype: type of the computation; None keeps the model's own.
@@ -126,7 +126,7 @@ def load_model(
     else:
         raise UserError(
             "--model must be a training run, a folder made by python -m convert, a .pt or "
-            f".safetensors file, or one of {', '.join((hub.INSTANT, *hub.RELEASED))}, found "
+            f".safetensors file, or one of {', '.join((*hub.INSTANTS, *hub.RELEASED))}, found "
             f"nothing at {name}"
         )
     if model.folder is None:
@@ -192,7 +192,8 @@ def _from_shipped(path: Path, ema: bool, mesh: MeshChoice, with_params: bool) ->
     metadata = read_run_metadata(path, *_NEEDED)
     config = config_from_dict(metadata["dit"])
     params = instant.load_params(path, abstract_params(config, mesh)) if with_params else None
-    name = "the instant model" if path == instant.FOLDER else f"{path}"
+    named = (f"the {name} model" for name, folder in instant.FOLDERS.items() if folder == path)
+    name = next(named, f"{path}")
     return _of_run(metadata, config, params, path, name)
 
 

@@ -1,4 +1,4 @@
-"""Reads the weights of a folder in the layout of the model in the package (assets/instant)."""
+"""Reads the weights of a folder in the layout of the models in the package (assets/instant)."""
 
 import os
 from pathlib import Path
@@ -12,19 +12,24 @@ from microdit_jax.errors import UserError, visible
 from microdit_jax.files import damage, read_json
 from microdit_jax.trees import flatten, unflatten
 
-NAMES = ("instant", "microdit_jax/instant")  # of the model in the package
-FOLDER = Path(__file__).parent.parent / "assets" / "instant" / "model"
+_PACKAGE = Path(__file__).parent.parent
+# Of the models in the package by name, which "microdit_jax/" may stand before
+FOLDERS = {
+    "instant": _PACKAGE / "assets" / "instant" / "model",
+    "instant2": _PACKAGE / "assets" / "instant" / "model2",
+}
 WEIGHTS, MANIFEST = "weights.safetensors", "manifest.json"
 CONTENTS = ("config.json", WEIGHTS, "vae")  # each with a checksum in the manifest
 
 
 def find_shipped(path: Path) -> Path:
-    """Returns the folder of the model in the package for its names, and other paths as they are."""
-    return FOLDER if path.as_posix() in NAMES and not path.exists() else path
+    """Returns the folder of a model in the package for its name, and other paths as they are."""
+    name = path.as_posix().removeprefix(f"{_PACKAGE.name}/")
+    return FOLDERS[name] if name in FOLDERS and not path.exists() else path
 
 
 def is_shipped(folder: str | os.PathLike) -> bool:
-    """Returns True if the folder has the layout of the model in the package."""
+    """Returns True if the folder has the layout of the models in the package."""
     return all((Path(folder) / name).is_file() for name in ("config.json", WEIGHTS, MANIFEST))
 
 
