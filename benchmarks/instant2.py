@@ -1,11 +1,11 @@
 """Judges an instant model by what docs/instant2.md fixed before training.
 
-  python -m benchmarks.instant2 --model=out/instant2 --out=out/instant2-judged
-  python -m benchmarks.instant2 --model=instant --out=out/judged-instant
+  python -m benchmarks.instant2 --model=instant2 --beside=instant --out=out/judged
+  python -m benchmarks.instant2 --model=out/instant2 --ema_length=0.1 --out=out/judged-run
 
 Writes judged.json, and sheets of held-out things, compositional prompts and synonyms: above each
-caption real images are on the left, samples on the right. A model that was not held out of the
-things has most likely seen them.
+caption stand a real image, what the model beside samples, if one is named, and what the model
+samples. A model that was not held out of the things has most likely seen them.
 """
 
 import argparse
@@ -55,10 +55,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--model", default="out/instant2")
     parser.add_argument("--out", type=Path, default=Path("out/instant2-judged"))
+    parser.add_argument("--ema_length", type=float, help="of the average, from a run's snapshots")
+    parser.add_argument("--beside", help="another model, whose samples the sheets show as well")
     parser.add_argument("--samples", type=int, default=4, help="of each prompt (default: 4)")
     flags = parser.parse_args()
     flags.out.mkdir(parents=True, exist_ok=True)
-    pipe, model = create.load(flags.model)
+    pipe, model = create.load(flags.model, ema_length=flags.ema_length)
+    beside = create.load(flags.beside)[0] if flags.beside else None
     listed = {image.caption: image for image in twemoji.list_images()}
     images = dict(
         zip(listed, (twemoji.read_images(list(listed.values()), 32) + 1) / 2, strict=True)
@@ -76,7 +79,8 @@ def main() -> None:
     if model.folder is not None and (model.folder / METRICS_FILE).is_file():
         found["heldout"] = last_heldout(model.folder)
     for kind, prompts in real.items():
-        found[kind] = judge(pipe, prompts, flags.samples, flags.out / f"{kind}.png")
+        sheet = flags.out / f"{kind.replace(' ', '_')}.png"
+        found[kind] = judge(pipe, prompts, flags.samples, sheet, beside)
         about = {key: value for key, value in found[kind].items() if key != "share by prompt"}
         print(kind, about, flush=True)
     write_json(flags.out / "judged.json", found)
@@ -110,18 +114,25 @@ def _beside(things: list[np.ndarray], hue: tuple[float, float] | None = None) ->
 
 
 def judge(
-    pipe: LatentDiffusion, real: dict[str, list[np.ndarray]], samples: int, sheet: Path
+    pipe: LatentDiffusion,
+    real: dict[str, list[np.ndarray]],
+    samples: int,
+    sheet: Path,
+    beside: LatentDiffusion | None = None,
 ) -> dict[str, Any]:
     """Samples prompts, counts those that are right, and writes a sheet of the first sample."""
     prompts: Sequence[str] = list(real)
     options = {"solver": "ab3", "num_inference_steps": 20, "guidance_scale": 3.0, "seed": 2024}
     images = pipe.generate(list(prompts) * samples, **options)
+    others = [] if beside is None else [beside.generate(list(prompts), **options)]
     owners = [i for i, prompt in enumerate(prompts) for _ in real[prompt]]
     references = np.stack([image for prompt in prompts for image in real[prompt]])
     wanted = list(range(len(prompts))) * samples
     right = nearest.right(images, wanted, references, owners).reshape(samples, -1).mean(0)
     first = np.stack([real[prompt][0] for prompt in prompts])
-    save(sheet, captioned_grid([first, images[: len(prompts)]], prompts, columns=8, min_side=64))
+    rows = [first, *others, images[: len(prompts)]]
+    columns = 8 - 2 * len(others)  # about as wide
+    save(sheet, captioned_grid(rows, prompts, columns=columns, min_side=64))
     return {
         "samples right": float(right.mean()),
         "prompts right in half or more": int((right >= 0.5).sum()),
