@@ -28,10 +28,10 @@ def get_config(variants: str = ""):
     config.data.heldout.update(source="twemoji_things", folder=folder)
     defaults.set_emoji_network(config, dim=160, patch_mixer_dim=96, init_std=0.055)
     config.optim.update(
-        name="muon", learning_rate=4e-3, warmup_steps=100, decay_steps=6000, final_ratio=0.02,
-        clip_norm=1.0, weight_decay=0.02,
+        name="muon", learning_rate=4e-3, warmup_steps=100, decay_steps=6000, linear_steps=1500,
+        final_ratio=0.02, clip_norm=1.0, weight_decay=0.02,
     )  # fmt: skip
-    config.ema.update(enabled=True, start_step=100, smoothing=0.996)
+    config.ema.update(enabled=True, start_step=100, smoothing=0.996, snapshot_every=250)
     config.train.update(
         steps=6000, batch_size=128, mask_ratio=0.0, log_every=25, eval_every=500,
         checkpoint_every=100,

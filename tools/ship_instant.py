@@ -35,6 +35,7 @@ from microdit_jax.training.start import source_path
 from microdit_jax.trees import flatten
 
 MOST_BYTES = 8_000_000  # of the whole folder
+EDITIONS = {"instant": "", "instant2": ", second edition"}  # title of the card, by name
 ALLOWED = {"README.md", "config.json", "manifest.json", "vae", "weights.safetensors"}
 
 CARD = """# {title}
@@ -97,6 +98,7 @@ def main(arguments: Sequence[str]) -> None:
     out = flags.out or instant.FOLDERS[flags.name]
     trained = f"python train_main.py --config=configs/{flags.name}.py --workdir=out/{flags.name}"
     texts = {"command": flags.command or trained, "notes": flags.notes}
+    texts["title"] = "The instant model" + EDITIONS[flags.name]
     ship(flags.run, out, ema_length=flags.ema_length, **texts)
     print(f"{out}: {folder_bytes(out) / 1e6:.2f} MB")
 
@@ -107,13 +109,19 @@ def folder_bytes(folder: Path) -> int:
 
 
 def ship(
-    run: Path, out: Path, *, command: str, notes: str = "", ema_length: float | None = None
+    run: Path,
+    out: Path,
+    *,
+    command: str,
+    notes: str = "",
+    title: str = "The instant model",
+    ema_length: float | None = None,
 ) -> None:
     """Writes the folder, which takes its name only once it is complete; an older one is replaced.
 
     Args:
       run: a training run that keeps an average of its weights and whose data made their codec.
-      command, notes: how it was trained, and what else to say, for the model card.
+      command, notes, title: of the model card: how it was trained, what else to say, and its name.
       ema_length: of the average, made from the run's snapshots; None: the run's own.
     Raises:
       UserError: not such a run, or no such average; something else at `out`; more than 8 MB.
@@ -140,7 +148,8 @@ def ship(
         shutil.copy(run / "config.json", partial)
         size = folder_bytes(partial)
         which = "" if ema_length is None else f" of length {ema_length:g}"
-        texts = {"command": command, "notes": notes and f"\n\n{notes}", "which": which}
+        texts = {"command": command, "notes": notes and f"\n\n{notes}", "title": title}
+        texts["which"] = which
         texts["losses_of"] = which and " of the run's own average"
         (partial / "README.md").write_text(card(run, metadata, step, arrays, size, texts))
         write_json(partial / instant.MANIFEST, checksums(partial))
@@ -167,7 +176,6 @@ def card(
         for stage in chain(run)
     ]
     return CARD.format(
-        title="The instant model",
         parameters=sum(array.size for array in arrays.values()),
         side=data["resolution"],
         captions=int(codec["name"].split("images=")[1].split("x")[0]),
