@@ -33,9 +33,12 @@ ACROSS_SLICES: dict[str, dict[str, Any]] = {
         # Collectives inside a slice and across slices, over links that do not disturb each other,
         # may run at the same time; by default one must end before the next begins.
         "xla_gpu_experimental_parallel_collective_overlap_limit": 512,
+        # Each collective starts as soon as it may, which `training.streaming` decides. By default
+        # most all-gathers inside a slice start right where their results are awaited.
+        "xla_gpu_experimental_collective_start_as_early_as_possible": True,
         # All-gathers are joined into one of up to this size, not of 30 MB: a kernel waits for all
-        # that its all-gather was joined with.
-        "xla_gpu_all_gather_combine_threshold_bytes": 8_000_000,
+        # that its all-gather was joined with, and two blocks' must not be joined.
+        "xla_gpu_all_gather_combine_threshold_bytes": 1_000_000,
     },
     "tpu": {},
     "cpu": {},

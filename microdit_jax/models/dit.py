@@ -112,8 +112,7 @@ class DiTBlock(nn.Module):
         self.norm1 = LayerNorm(cfg.norm_eps, cfg.precision)
         self.norm2 = LayerNorm(cfg.norm_eps, cfg.precision)
         self.norm3 = LayerNorm(cfg.norm_eps, cfg.precision)
-        hidden = cfg.attention_width(d, shape.qkv_ratio)
-        options = cfg.attention_options
+        hidden, options = cfg.attention_width(d, shape.qkv_ratio), cfg.attention_options
         self.attn = SelfAttention(options, hidden=hidden, dim=d, out_init=self.out_init)
         self.cross_attn = CrossAttention(options, hidden=d, dim=d, out_init=self.out_init)
         self.adaLN_modulation_1 = linear(6 * d, cfg.precision.in_float32(), kernel_init=zeros)
@@ -148,9 +147,11 @@ class DiTBlock(nn.Module):
         c: Float[Array, "n d_c"],
         keys_values: KeysValues | None = None,
         lengths: Int[Array, " n"] | None = None,
+        modulation: Float[Array, "n six_d"] | None = None,
     ) -> Float[Array, "n t d"]:
-        modulation = jnp.split(self.adaLN_modulation_1(gelu_tanh(c)), 6, axis=-1)  # each (n, d)
-        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation
+        modulation = self.adaLN_modulation_1(gelu_tanh(c)) if modulation is None else modulation
+        parts = jnp.split(modulation, 6, axis=-1)  # each (n, d)
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = parts
         keys_values = self.keys_values(y) if keys_values is None else keys_values
         narrow = self.config.residual_gradient_dtype
         x, h = self.norm1.beside_stream(x, shift_msa, scale_msa, gradient_dtype=narrow)
@@ -190,11 +191,11 @@ class DiT(nn.Module):
 
     Attributes:
       enter: None, or called before each block with its name, its weights as the network was given
-        them, and its input; returns the weights and the input that the block computes with.
+        them, its input and c; returns weights, input and modulation, or None, to compute with.
     """
 
     config: DiTConfig
-    enter: Callable[[str, Any, Array], tuple[Any, Array]] | None = None
+    enter: Callable[[str, Any, Array, Array], tuple[Any, Array, Array | None]] | None = None
 
     def setup(self):
         cfg = self.config
@@ -267,8 +268,8 @@ class DiT(nn.Module):
         if self.enter is None:
             return block(x, y, c, next(keys, None), *args)
         module, variables = block.unbind()
-        weights, x = self.enter(str(block.name), variables["params"], x)
-        return module.apply({"params": weights}, x, y, c, next(keys, None), *args)
+        weights, x, modulation = self.enter(str(block.name), variables["params"], x, c)
+        return module.apply({"params": weights}, x, y, c, next(keys, None), *args, modulation)
 
     def predict(
         self,
