@@ -23,6 +23,14 @@ def test_presets():
         compile_options.environment("rocm")
 
 
+def test_older_compilers_get_no_option_that_they_refuse(monkeypatch):
+    early = "xla_gpu_experimental_collective_start_as_early_as_possible"
+    for version, known in (("0.8.0", False), ("0.10.1", False), ("0.10.2", True), ("0.11", True)):
+        monkeypatch.setattr("importlib.metadata.version", lambda package, v=version: v)
+        options = compile_options.compiler_options("cuda", across_slices=True)
+        assert (early in options) == known and len(options) > 2
+
+
 def test_the_preset_for_cpus_takes_tcmalloc_where_it_is(monkeypatch, capsys):
     name = "libtcmalloc_minimal.so.4"
     monkeypatch.setattr("ctypes.util.find_library", lambda wanted: None)

@@ -5,7 +5,9 @@ ENVIRONMENT; `python -m microdit_jax.commands.environment` prints them.
 """
 
 import ctypes.util
+import importlib.metadata
 import os
+import re
 from typing import TYPE_CHECKING, Any
 
 from microdit_jax.errors import UserError
@@ -42,6 +44,11 @@ ACROSS_SLICES: dict[str, dict[str, Any]] = {
     },
     "tpu": {},
     "cpu": {},
+}
+
+# Options that compilers of earlier versions of jaxlib refuse.
+SINCE: dict[str, tuple[int, ...]] = {
+    "xla_gpu_experimental_collective_start_as_early_as_possible": (0, 10, 2),
 }
 
 # For each program that is compiled where no device is there to time kernels on.
@@ -84,7 +91,9 @@ def compiler_options(
     platform = "cuda" if platform == "gpu" else platform
     chosen = [COMPILE]
     chosen += [ACROSS_SLICES] * across_slices + [WITHOUT_A_DEVICE] * without_a_device
-    return {name: value for preset in chosen for name, value in preset.get(platform, {}).items()}
+    version = tuple(map(int, re.findall(r"\d+", importlib.metadata.version("jaxlib"))[:3]))
+    options = [option for preset in chosen for option in preset.get(platform, {}).items()]
+    return {name: value for name, value in options if version >= SINCE.get(name, ())}
 
 
 def step_options(mesh: "Mesh") -> dict[str, Any]:

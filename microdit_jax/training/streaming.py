@@ -6,8 +6,8 @@ data flow: a block's weights are gathered once an earlier block begins, and back
 until the gradients of a later one are summed. Optimization barriers are gone when XLA schedules, so
 what must wait for an array adds zero times a number of it.
 
-A block's modulation is a product of one row an image and a matrix that is a quarter of a dense
-block's bytes. Rows travel in place of the matrix: each device multiplies all images' rows with its
+A block's modulation is a product of one row an image and a float32 matrix, in XL/2 a quarter of all
+bytes gathered. Rows travel in place of the matrix: each device multiplies all images' rows with its
 own columns, and the products travel back.
 """
 
