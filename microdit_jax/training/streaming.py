@@ -97,6 +97,14 @@ def _zero_of(tree: Any) -> Float32[Array, ""]:
     return 0.0 * jnp.stack([number.astype(jnp.float32) for number in numbers]).sum()
 
 
+def _row_by_row(x: Float[Array, "n t d"]) -> Float[Array, "n t d"]:
+    """Keeps each token's numbers together in memory.
+
+    Here XLA would lay out all tokens by columns, and transpose them in many kernels.
+    """
+    return with_layout_constraint(x, Layout(major_to_minor=(0, 1, 2)))
+
+
 def _add(tree: Any, zero: Float32[Array, ""]) -> Any:
     return jax.tree.map(lambda leaf: leaf + zero.astype(leaf.dtype), tree)
 
@@ -116,15 +124,6 @@ def _modulation(rows: Float[Array, "n_all d_c"], columns: Any) -> Float[Array, "
     return products + columns["bias"][None]
 
 
-def _row_by_row(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """Keeps the columns of a row together in memory.
-
-    Modulations come back column by column; XLA would lay out all tokens like that, and transpose
-    them in many kernels.
-    """
-    return with_layout_constraint(x, Layout(major_to_minor=tuple(range(x.ndim))))
-
-
 # ------------------------------------------------------------------------------ one block
 def _forward(
     shards: Any,
@@ -139,7 +138,7 @@ def _forward(
     shards = _add(shards, start)
     if rows is not None:
         kept = (rows, shards[MODULATION])
-        modulation = _row_by_row(_modulation(rows, shards[MODULATION]))
+        modulation = _modulation(rows, shards[MODULATION])
         shards, specs = how.without_modulation(shards), how.without_modulation(specs)
     across = _gathered_across(how.cast(shards), specs, inside)
     weights = sharding.gather(across, specs, axes=("fsdp",))
@@ -153,7 +152,6 @@ def _backward(how: _Block, kept: Any, gradients: Any) -> Any:
         specs = how.without_modulation(specs)
     shards = sharding.scatter_sum(weights, specs, axes=sharding.SPLIT_AXES, dtype=how.dtype)
     if rows is not None:
-        modulation = _row_by_row(modulation)
         of_rows, shards[MODULATION] = jax.vjp(_modulation, rows, columns)[1](modulation)
     nothing = jnp.zeros(())
     return (
@@ -175,15 +173,6 @@ def _enter(
     how: _Block,
 ) -> Any:
     return _forward(shards, rows, x, after, sums, how)[0]
-
-
-def _split_axis_first(weight: Array, position: int) -> Array:
-    """Lays a weight out as the all-gather inside a slice needs it, by the axis it is split over.
-
-    XLA would choose other layouts for weights, and then transpose the tokens in many kernels.
-    """
-    rest = (axis for axis in range(weight.ndim) if axis != position)
-    return with_layout_constraint(weight, Layout(major_to_minor=(position, *rest)))
 
 
 def _gathered_across(shards: Any, specs: Any, inside: Array) -> Any:
@@ -209,5 +198,5 @@ def _gathered_across(shards: Any, specs: Any, inside: Array) -> Any:
             start += part.size
             # (slices, f * ...) -> (slices * f, ...) -> (..., slices * f, ...)
             whole = whole.reshape(-1, *part.shape[1:])
-            leaves[i] = _split_axis_first(jnp.moveaxis(whole, 0, splits[i][0]), splits[i][0])
+            leaves[i] = jnp.moveaxis(whole, 0, splits[i][0])
     return tree.unflatten(leaves)
