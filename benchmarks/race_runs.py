@@ -83,6 +83,9 @@ CANDIDATES: dict[str, Candidate] = {
     # All that won without a mask, and the same in half the operations.
     "best": Candidate(MUON | UNCERTAIN, rate=2.0, linear=0.2),
     "best_half": Candidate(MUON | UNCERTAIN, stages=(Stage(0.5),), rate=2.0, linear=0.2),
+    # The combination without the loss that is learned.
+    "muon_wsd": Candidate(MUON, rate=2.0, linear=0.2),
+    "muon_wsd_half": Candidate(MUON, stages=(Stage(0.5),), rate=2.0, linear=0.2),
 }
 
 

@@ -5,6 +5,7 @@ Unicode names as the `emoji` distribution carries them, turned into words. Nothi
 """
 
 import dataclasses
+import functools
 import hashlib
 import importlib.util
 from collections.abc import Mapping, Sequence
@@ -200,7 +201,16 @@ def list_images(folder: Path | None = None) -> list[EmojiImage]:
     Raises:
       UserError: the folder has no images that the `emoji` package names.
     """
-    folder = assets_folder() if folder is None else folder
+    return list(_of_package(assets_folder())) if folder is None else _listed(folder)
+
+
+@functools.lru_cache(maxsize=1)
+def _of_package(folder: Path) -> tuple[EmojiImage, ...]:
+    """Lists the images of the package, whose files do not change, once."""
+    return tuple(_listed(folder))
+
+
+def _listed(folder: Path) -> list[EmojiImage]:
     files = {path.stem: path for path in folder.glob("*.png")}
     images: dict[str, EmojiImage] = {}
     for character, entry in sorted(emoji.EMOJI_DATA.items()):
