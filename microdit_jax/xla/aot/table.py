@@ -82,7 +82,8 @@ def _hidden(found: dict[str, Any], link: str) -> str:
     whole, exposed = found["seconds"][link], found["seconds"][f"exposed_{link}"]
     if not whole:
         return ""
-    return f"{1e3 * exposed:.1f} ms {link} slices, where {1e3 * (whole - exposed):.1f} are hidden"
+    hidden = max(0.0, whole - exposed)  # no "-0.0" by rounding
+    return f"{1e3 * exposed:.1f} ms {link} slices, where {1e3 * hidden:.1f} are hidden"
 
 
 def _times(found: dict[str, Any]) -> list[tuple[str, str]]:
