@@ -248,7 +248,7 @@ def test_cpus_get_the_looped_attention(monkeypatch):
 
 
 def test_nothing_there():
-    expected = "or one of instant, dit_4_channel_22M.*, found nothing at nope"
+    expected = "or one of instant, instant2, dit_4_channel_22M.*, found nothing at nope"
     with pytest.raises(UserError, match=expected):
         load.load_model("nope")
     with pytest.raises(UserError, match="dit_arch must be"):
