@@ -149,8 +149,8 @@ class DiTBlock(nn.Module):
         lengths: Int[Array, " n"] | None = None,
         modulation: Float[Array, "n six_d"] | None = None,
     ) -> Float[Array, "n t d"]:
-        modulation = self.adaLN_modulation_1(gelu_tanh(c)) if modulation is None else modulation
-        parts = jnp.split(modulation, 6, axis=-1)  # each (n, d)
+        all_six = self.adaLN_modulation_1(gelu_tanh(c)) if modulation is None else modulation
+        parts = jnp.split(all_six, 6, axis=-1)  # each (n, d)
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = parts
         keys_values = self.keys_values(y) if keys_values is None else keys_values
         narrow = self.config.residual_gradient_dtype
