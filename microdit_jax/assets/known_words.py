@@ -1,5 +1,6 @@
 """The words that a network on the embedded images knows: those of its training captions."""
 
+import functools
 from collections.abc import Container, Sequence
 
 from microdit_jax.assets.load import Model
@@ -35,12 +36,17 @@ def of_model(model: Model) -> Container[str] | None:
     source = read_run_metadata(model.folder, needed)["config"]["data"]["heldout"]["source"]
     if source not in twemoji.SETS:
         return None
-    sets = emoji_sets(model)
-    captions = [image.caption for image in twemoji.images_of_sets("train", sets)]
-    words = {word for caption in captions for word in caption.split()}
-    if "twemoji_scenes" in sets["train"]:
-        words |= emoji_scenes.words(captions)
     table = (model.text_encoder or "").startswith("table:")
+    return _of_sets(emoji_sets(model)["train"], table)
+
+
+@functools.lru_cache(maxsize=4)
+def _of_sets(train: tuple[str, ...], table: bool) -> Container[str]:
+    """Returns the words of sets' captions, collected once: a pipeline and its command both ask."""
+    captions = [image.caption for image in twemoji.images_of_sets("train", {"train": train})]
+    words = {word for caption in captions for word in caption.split()}
+    if "twemoji_scenes" in train:
+        words |= emoji_scenes.words(captions)
     return frozenset(words) if table else NearWords(words)
 
 
