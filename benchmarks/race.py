@@ -2,6 +2,7 @@
 
   python -m benchmarks.race --steps=1400 --out=out/race                        # hours on two cores
   python -m benchmarks.race --candidates=adamw,muon --steps=300 --out=out/short
+  python -m benchmarks.race --candidates=masked,routed --resolution=64 --data=out/data/twemoji_64
   python -m benchmarks.race --count                        # operations, by models/flops.py and XLA
 
 Each candidate is `train` itself on the demo's network and emoji images, all patches from the first
@@ -44,6 +45,9 @@ DRAWS = flags.DEFINE_integer(
 )
 COUNT = flags.DEFINE_bool("count", False, "Count operations of single steps, and train nothing.")
 BATCH = flags.DEFINE_integer("batch_size", 64, "Images of a step.", lower_bound=1)
+SIDE = flags.DEFINE_integer(
+    "resolution", 32, "Pixels of an image's side; each wants --data of its own.", lower_bound=32
+)
 DATA = flags.DEFINE_string("data", "out/data/twemoji", "The prepared images, made if missing.")
 OUT = flags.DEFINE_string("out", "out/race", "Folder for everything.")
 
@@ -53,8 +57,12 @@ def main():
     names, out = NAMES.value, Path(OUT.value)
     if unknown := [name for name in names if name not in CANDIDATES]:
         raise UserError(f"--candidates takes {', '.join(CANDIDATES)}, found {', '.join(unknown)}")
+    if SIDE.value % 32:
+        raise UserError(f"--resolution takes multiples of 32, found {SIDE.value}")
     base = demo.get_config("finetune")
     base.train.batch_size = BATCH.value
+    base.model.options.input_size *= SIDE.value // base.data.resolution
+    base.data.resolution = SIDE.value
     if COUNT.value:
         return print(table(names, base))
     check_writable(out, folder=True)
