@@ -20,14 +20,16 @@ SCHEDULE = optim.learning_rate(1e-2, warmup_steps=10)
 BATCH = {"latents": jnp.ones((4, 8, 8, 4))}
 
 
-def step_with(monkeypatch, gradients, *, seed=3, clip_norm=0.25, ema_start_step=0):
+def step_with(
+    monkeypatch, gradients, *, schedule=SCHEDULE, seed=3, clip_norm=0.25, ema_start_step=0
+):
     """A train step whose gradients are `gradients(params, batch, key)`, and its first state."""
     monkeypatch.setattr(train_step, "make_gradients", lambda model, **options: gradients)
-    optimizer = optim.adamw(SCHEDULE, clip_norm=clip_norm, eps=1.0)
+    optimizer = optim.adamw(schedule, clip_norm=clip_norm, eps=1.0)
     step = train_step.make_train_step(
         tiny_model(),
         optimizer,
-        SCHEDULE,
+        schedule,
         edm=EdmConfig(),
         mask_ratio=0.75,
         seed=seed,
@@ -79,6 +81,13 @@ def test_the_logged_learning_rate_is_the_one_that_was_used(monkeypatch):
     second, metrics = step(first, BATCH)
     np.testing.assert_allclose(metrics["learning_rate"], 1e-3, rtol=1e-6)
     assert (second.params["w"] < first.params["w"]).all()
+
+
+def test_the_learning_rate_is_computed_once(monkeypatch):
+    """Not again in the kernel of each weight: a tenth of XL/2's instructions."""
+    schedule = optim.learning_rate(1e-2, warmup_steps=1, decay_steps=9)
+    step, state = step_with(monkeypatch, lambda *_: plain(0.1), schedule=schedule)
+    assert step.lower(state, BATCH).compile().as_text().count(" cosine(") == 1
 
 
 def test_the_average_follows_from_its_start_on(monkeypatch):

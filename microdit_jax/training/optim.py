@@ -85,12 +85,28 @@ def adamw(
         their decay too, as a part of the update. The state is the same for every value.
       muon_dtype: type in which Muon orthogonalises hidden matrices; None for AdamW of all weights.
     """
-    update = optax.adamw(schedule, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)
+    update = optax.chain(
+        optax.scale_by_adam(b1=b1, b2=b2, eps=eps),
+        optax.add_decayed_weights(weight_decay),
+        scale_by_learning_rate(schedule),
+    )
     if muon_dtype is not None:
         update = muon(schedule, update, weight_decay=weight_decay, compute_dtype=muon_dtype)
     if expert_multiplier != 1:
         update = _scale_experts(update, expert_multiplier)
     return optax.chain(_clip_by_norm(clip_norm), update)
+
+
+def scale_by_learning_rate(schedule: optax.Schedule) -> optax.GradientTransformationExtraArgs:
+    """`optax.scale_by_learning_rate`, which also accepts the rate as an argument."""
+    scheduled = optax.scale_by_learning_rate(schedule)
+
+    def update_fn(updates, state, params=None, *, rate=None, **_):
+        if rate is None:
+            return scheduled.update(updates, state, params)
+        return optax.scale_by_learning_rate(lambda _: rate).update(updates, state, params)
+
+    return optax.GradientTransformationExtraArgs(scheduled.init, update_fn)
 
 
 def _clip_by_norm(limit: float) -> optax.GradientTransformationExtraArgs:
@@ -133,17 +149,19 @@ def apply_gradients(
     params: Any,
     *,
     norm: Float[Array, ""] | None = None,
+    rate: Float[Array, ""] | None = None,
     **layout: Any,
 ) -> tuple[Any, optax.OptState]:
     """Applies one update; returns the new parameters and the new optimiser state.
 
     Args:
       norm: L2 norm of all gradients together, for clipping; None to compute it here.
+      rate: learning rate; None to compute it here, by the schedule.
       layout: `mesh` and `replicate_below`, for an optimiser that needs whole matrices.
     """
     with lenient_promotion():
         update = optax.with_extra_args_support(optimizer).update
-        updates, opt_state = update(grads, opt_state, params, norm=norm, **layout)
+        updates, opt_state = update(grads, opt_state, params, norm=norm, rate=rate, **layout)
     return optax.apply_updates(params, updates), opt_state
 
 

@@ -168,10 +168,12 @@ def make_train_step(
         loss = image_loss.mean()
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         step = state.step + 1
+        # Here and not inside the condition, where XLA would compute it again for each weight.
+        rate = jnp.asarray(schedule(state.step), jnp.float32)
 
         def update(params, opt_state, ema):
             params, opt_state = optim.apply_gradients(
-                optimizer, grads, opt_state, params, norm=grad_norm, **layout
+                optimizer, grads, opt_state, params, norm=grad_norm, rate=rate, **layout
             )
             if ema is not None:
                 ema = optim.update_ema(
@@ -188,7 +190,6 @@ def make_train_step(
         skipped = jnp.where(finite, 0, state.skipped + 1)
         tracked = averages.advance(state.averages, params, step)
         if known is not None:
-            rate = schedule(step - 1)
             known = uncertainty.advance(known, image_loss, image_sigma, rate=rate, finite=finite)
         state = TrainState(step, params, opt_state, ema, skipped, tracked, known)
         if mesh is not None:
@@ -197,7 +198,7 @@ def make_train_step(
         metrics: Metrics = {
             "loss": loss,
             "grad_norm": grad_norm,
-            "learning_rate": jnp.asarray(schedule(step - 1), jnp.float32),
+            "learning_rate": rate,
             "skipped": 1 - finite.astype(jnp.int32),
             "skipped_in_a_row": skipped,
             "image_loss": image_loss,

@@ -133,8 +133,8 @@ MUTANTS = [
     {
         "name": "the logged learning rate is the next step's",
         "file": STEP,
-        "old": "jnp.asarray(schedule(step - 1)",
-        "new": "jnp.asarray(schedule(step)",
+        "old": "jnp.asarray(schedule(state.step)",
+        "new": "jnp.asarray(schedule(state.step + 1)",
         "tests": [UPDATE],
     },
     {
@@ -204,8 +204,8 @@ MUTANTS = [
     {
         "name": "vectors are exempt from the decay",
         "file": OPTIM,
-        "old": "weight_decay=weight_decay)",
-        "new": "weight_decay=weight_decay, mask=lambda p: jax.tree.map(lambda w: w.ndim > 1, p))",
+        "old": "add_decayed_weights(weight_decay)",
+        "new": "add_decayed_weights(weight_decay, lambda p: jax.tree.map(lambda w: w.ndim > 1, p))",
         "tests": ["tests/test_training_optim.py"],
     },
     {
