@@ -59,14 +59,14 @@ def test_optax_agrees():
     params = {"kernel": jnp.asarray(random(24, 40))}
     grads = {"kernel": jnp.asarray(random(24, 40, seed=1))}
     theirs = optax.contrib.muon(0.1, consistent_rms=muon.RMS, weight_decay=0.3)
-    ours = muon.muon(lambda _: jnp.float32(0.1), optax.adamw(0.1), weight_decay=0.3)
+    ours = muon.muon(optax.scale_by_learning_rate(0.1), optax.adamw(0.1), weight_decay=0.3)
     expected, found = (updated(o, grads, params)["kernel"] for o in (theirs, ours))
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
 
 
 def test_momentum_by_hand():
     params: dict[str, Any] = {"kernel": jnp.zeros((8, 12))}
-    optimizer = muon.muon(lambda _: jnp.float32(1), optax.adamw(1.0), weight_decay=0.0)
+    optimizer = muon.muon(optax.scale_by_learning_rate(1.0), optax.adamw(1.0), weight_decay=0.0)
     state, trace = optimizer.init(params), np.zeros((8, 12), np.float32)
     for step in range(3):
         grad = random(8, 12, seed=step)

@@ -53,7 +53,7 @@ def labels(params: Any) -> Any:
 
 
 def muon(
-    schedule: optax.Schedule,
+    scaling: optax.GradientTransformation,
     adamw: optax.GradientTransformation,
     *,
     weight_decay: float,
@@ -65,14 +65,14 @@ def muon(
     `replicate_below`, as `sharding.param_spec` does.
 
     Args:
-      schedule: learning rate by step, which `adamw` has too.
+      scaling: by the learning rate, as `adamw` too ends with.
       compute_dtype: of the orthogonalisation's matmuls.
     """
     matrices = optax.chain(
         optax.trace(MOMENTUM, nesterov=True),
         orthogonalized(compute_dtype),
         optax.add_decayed_weights(weight_decay),
-        optax.scale_by_learning_rate(schedule),
+        scaling,
     )
     return optax.partition({"muon": matrices, "adamw": adamw}, labels)
 

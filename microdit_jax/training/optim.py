@@ -85,19 +85,17 @@ def adamw(
         their decay too, as a part of the update. The state is the same for every value.
       muon_dtype: type in which Muon orthogonalises hidden matrices; None for AdamW of all weights.
     """
-    update = optax.chain(
-        optax.scale_by_adam(b1=b1, b2=b2, eps=eps),
-        optax.add_decayed_weights(weight_decay),
-        scale_by_learning_rate(schedule),
-    )
+    scaling = _scale_by_learning_rate(schedule)
+    adam = optax.scale_by_adam(b1=b1, b2=b2, eps=eps)
+    update = optax.chain(adam, optax.add_decayed_weights(weight_decay), scaling)
     if muon_dtype is not None:
-        update = muon(schedule, update, weight_decay=weight_decay, compute_dtype=muon_dtype)
+        update = muon(scaling, update, weight_decay=weight_decay, compute_dtype=muon_dtype)
     if expert_multiplier != 1:
         update = _scale_experts(update, expert_multiplier)
     return optax.chain(_clip_by_norm(clip_norm), update)
 
 
-def scale_by_learning_rate(schedule: optax.Schedule) -> optax.GradientTransformationExtraArgs:
+def _scale_by_learning_rate(schedule: optax.Schedule) -> optax.GradientTransformationExtraArgs:
     """`optax.scale_by_learning_rate`, which also accepts the rate as an argument."""
     scheduled = optax.scale_by_learning_rate(schedule)
 
