@@ -86,10 +86,6 @@ CANDIDATES: dict[str, Candidate] = {
     # The combination without the loss that is learned.
     "muon_wsd": Candidate(MUON, rate=2.0, linear=0.2),
     "muon_wsd_half": Candidate(MUON, stages=(Stage(0.5),), rate=2.0, linear=0.2),
-    # All that won, masked and routed for the first three quarters of its operations.
-    "best_routed_half": Candidate(
-        MUON | ROUTED, stages=(Stage(0.375, MASKED), Stage(0.125)), rate=2.0, linear=0.2
-    ),
     # All that won, with the paper's mask.
     "best_masked": Candidate(MASKED | ROUTED | MUON, rate=2.0, linear=0.2, against="masked"),
 }
