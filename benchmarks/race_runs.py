@@ -12,15 +12,17 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from benchmarks import standings
+from microdit_jax.diffusion import EdmConfig
 from microdit_jax.encoders.registry import text_encoder
 from microdit_jax.errors import UserError
 from microdit_jax.files import read_json, write_bytes, write_json, write_text
 from microdit_jax.models import flops
 from microdit_jax.models.dit import abstract_params
 from microdit_jax.train import train
-from microdit_jax.training import muon
+from microdit_jax.training import defaults, muon
 from microdit_jax.training.config import make_step, model_config, over_forward
 from microdit_jax.training.evaluation import EVALUATORS, Entry
+from microdit_jax.training.evaluators.base import EvaluationContext
 from microdit_jax.training.evaluators.heldout_loss import HeldoutLossEvaluator
 from microdit_jax.training.evaluators.samples import SampleScores
 from microdit_jax.training.metric_writer import read_metrics
@@ -78,6 +80,8 @@ CANDIDATES: dict[str, Candidate] = {
     "routed_tuned": Candidate(
         ROUTED, stages=(Stage(0.75, MASKED), Stage(0.25)), against="masked_tuned"
     ),
+    # Mean and deviation of ln sigma where AdamW's short race had lowered the loss, by how much.
+    "noise": Candidate({"edm.P_mean": -0.34, "edm.P_std": 1.29}),
     # Its search ended at twice AdamW's rate.
     "muon": Candidate(MUON, rate=2.0),
     # All that won without a mask, and the same in half the operations.
@@ -95,6 +99,10 @@ class Curve(HeldoutLossEvaluator):
     """The held-out loss, but not before the first step, where all are alike."""
 
     at_start = False
+
+    def __init__(self, context: EvaluationContext):
+        recipe = EdmConfig(**defaults.base().edm)  # the levels of all, whatever one trains at
+        super().__init__(dataclasses.replace(context, edm=recipe))
 
 
 @dataclasses.dataclass(frozen=True)

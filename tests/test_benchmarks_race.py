@@ -9,8 +9,10 @@ from test_train import tiny_config
 from benchmarks import race_runs, standings
 from benchmarks.race_runs import Candidate, Stage
 from configs import demo
+from microdit_jax.diffusion import EdmConfig
 from microdit_jax.models import flops
 from microdit_jax.training.config import model_config
+from microdit_jax.training.evaluators.heldout_loss import sigma_levels
 
 SETTINGS = race_runs.Settings("data", score_images=4)
 
@@ -136,7 +138,7 @@ def test_a_run_is_measured_once(monkeypatch, tmp_path):
     base.train.batch_size = 16
     entrant = race_runs.Entrant("muon", 1e-2, 1, (1, 1))
     stages = (Stage(0.5, {"train.batch_size": 8}), Stage(0.5))
-    candidate = Candidate({"optim.name": "muon"}, stages)
+    candidate = Candidate({"optim.name": "muon", "edm.P_mean": 0.5}, stages)
     monkeypatch.setitem(race_runs.CANDIDATES, "muon", candidate)
     settings = race_runs.Settings(str(tmp_path / "data"), evaluations=2, noise_samples=1)
     configs = race_runs.run_configs(entrant, base, settings)
@@ -144,6 +146,9 @@ def test_a_run_is_measured_once(monkeypatch, tmp_path):
     assert [point["step"] for point in result["curve"]] == [1, 2]
     first, last = (point["network_flops"] for point in result["curve"])
     assert last == 3 * first  # the second step has twice the images
+    # Noise levels that it trains at are its own, those that it is measured at are everyone's.
+    levels = {f"{sigma:.3g}" for sigma in sigma_levels(EdmConfig())}
+    assert set(result["curve"][-1]["by_sigma"]) == levels
     assert 0 < race_runs.final_loss(result) < 3 and result["curve"][-1]["optimizer_flops"] > 0
 
     def train(*_):
