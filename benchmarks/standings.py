@@ -146,7 +146,7 @@ def table(found: Mapping[str, Sequence[Result]], rivals: Mapping[str, str]) -> s
 
 def plot(found: Mapping[str, Sequence[Result]]) -> bytes:
     """Returns a PNG: held-out loss against operations, with the seeds' lowest and highest."""
-    figure = Figure(figsize=(6.4, 4.2), layout="constrained", dpi=110)
+    figure = Figure(figsize=(7.6, 4.2), layout="constrained", dpi=110)
     panel = figure.subplots()
     for i, (name, results) in enumerate(found.items()):
         flops_at, losses = curves(results)
@@ -157,7 +157,7 @@ def plot(found: Mapping[str, Sequence[Result]]) -> bytes:
     panel.set_ylabel("held-out loss, right captions")
     panel.grid(alpha=0.3)
     panel.spines[["top", "right"]].set_visible(False)
-    panel.legend(frameon=False)
+    figure.legend(loc="outside right center", frameon=False)
     image = io.BytesIO()
     figure.savefig(image, format="png")
     return image.getvalue()
