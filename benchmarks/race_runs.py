@@ -19,7 +19,7 @@ from microdit_jax.files import read_json, write_bytes, write_json, write_text
 from microdit_jax.models import flops
 from microdit_jax.models.dit import abstract_params
 from microdit_jax.train import train
-from microdit_jax.training import defaults, muon
+from microdit_jax.training import muon
 from microdit_jax.training.config import make_step, model_config, over_forward
 from microdit_jax.training.evaluation import EVALUATORS, Entry
 from microdit_jax.training.evaluators.base import EvaluationContext
@@ -101,8 +101,8 @@ class Curve(HeldoutLossEvaluator):
     at_start = False
 
     def __init__(self, context: EvaluationContext):
-        recipe = EdmConfig(**defaults.base().edm)  # the levels of all, whatever one trains at
-        super().__init__(dataclasses.replace(context, edm=recipe))
+        # The recipe's noise levels, whatever levels a candidate trains at.
+        super().__init__(dataclasses.replace(context, edm=EdmConfig()))
 
 
 @dataclasses.dataclass(frozen=True)
